@@ -1,0 +1,35 @@
+"""Lanes: without a CUDA device every Triton kernel runs in the interpreter, and `gpu` tests are skipped."""
+
+import os
+
+import pytest
+import torch
+
+# read once, by the @triton.jit decorator: set before any kernel module is imported
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# nothing in the tests may reach for a hub
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def poison_empty():
+    """Fill every torch.empty with NaN, so an output element nothing wrote cannot pass."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
