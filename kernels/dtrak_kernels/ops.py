@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from .streams import MAX_SEED
 
 DENSE_KINDS = ("rademacher", "normal")
 KINDS = (*DENSE_KINDS, "sjlt", "none")
+IMPLEMENTATIONS = ("torch", "triton")
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# column coordinates of the stream: see the specification in `reference`
+_MAX_PROJ_DIM = 2**30
 
 
 @dataclass(frozen=True)
@@ -18,9 +28,9 @@ class Projection:
     Scaled so that E[R Rᵀ] = I: inner products of features estimate inner products of gradients.
 
     Attributes:
-        kind: ``"rademacher"`` (±1/√K) or ``"normal"`` (N(0, 1/K)), dense as in TRAK; ``"sjlt"``, the
-            tile-chained sparse Johnson-Lindenstrauss sketch, which costs next to nothing; ``"none"``,
-            the identity (features are the gradients themselves: small models only).
+        kind: ``"rademacher"`` (±1/√K) or ``"normal"`` (N(0, 1/K)), dense as in TRAK; ``"sjlt"``,
+            the tile-chained sparse Johnson-Lindenstrauss sketch, which costs next to nothing;
+            ``"none"``, the identity (features are the gradients themselves: small models only).
         proj_dim: ``K``, a positive integer; 0 for ``"none"``, whose K is the number of parameters.
         seed: key of the random stream, in ``[0, 2**63)``.
         generator: random stream of the dense kinds; ``"philox"``.
@@ -54,3 +64,225 @@ class Projection:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-serialisable values."""
         return asdict(self)
+
+
+def project(
+    grads: Tensor,
+    projection: Projection,
+    *,
+    shapes: Sequence[Sequence[int]] | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    r"""Random projection of per-sample gradients, the matrix never stored.
+
+    .. math:: \Phi_{bk} = \sum_p G_{bp} R_{pk}, \qquad E[R R^T] = I
+
+    No autograd formula: features are first-order quantities and nobody differentiates a score.
+
+    Args:
+        grads: ``[B, P]`` float32, float16, bfloat16 or float64, last dimension contiguous. Inputs
+            are not rounded: float32 gradients keep float32 accuracy on every implementation.
+        projection: the random matrix, scaled by ``K**-0.5`` for the dense kinds. TRAK's own
+            projectors leave that factor out.
+        shapes: shapes of the parameters whose flattened gradients make up a row, in order. Required
+            by kind ``"sjlt"``, which sketches parameter by parameter; ignored by the others.
+        implementation: ``"torch"``, ``"triton"``, or ``None`` for Triton on a GPU and torch
+            elsewhere. ``"triton"`` never falls back. Both give the same features to rounding.
+
+    Returns:
+        ``[B, K]`` features, float32 (float64 for float64 ``grads``, which only torch takes). A
+        sample whose gradient is zero or not finite gives such features: see `check_features`.
+
+    Raises:
+        TypeError: ``grads`` is not floating, or is float64 and ``implementation`` is ``"triton"``.
+        ValueError: ``grads`` is not ``[B, P]`` with contiguous rows, ``shapes`` is missing or does
+            not add up to P, or ``implementation`` is unknown or cannot run on the device.
+
+    Source:
+        TRAK, Park et al. 2023 (arXiv:2303.14186), section 3; ±1 entries after Achlioptas 2003.
+    """
+    _check_grads(grads)
+    B, P = grads.shape
+    K = projection.num_features(P)
+    out = grads.new_zeros(B, K, dtype=_feature_dtype(grads))
+    if projection.kind != "sjlt":
+        return project_(grads, projection, out=out, grad_dim=P, implementation=implementation)
+    if shapes is None:
+        raise ValueError("shapes must be given for kind 'sjlt', got None")
+    if sum(math.prod(shape) for shape in shapes) != P:
+        raise ValueError(f"shapes must add up to P = {P}, got {[tuple(s) for s in shapes]}")
+    if implementation is not None:
+        _choose(grads, implementation)
+    from .sjlt import project_sjlt
+
+    return project_sjlt(grads, projection.proj_dim, projection.seed, shapes, out)
+
+
+def project_(
+    grads: Tensor,
+    projection: Projection,
+    *,
+    offset: int = 0,
+    out: Tensor,
+    grad_dim: int | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """Add the features of some columns of the gradients: ``out += grads @ R[offset : offset + C]``.
+
+    Calls over consecutive columns add up to `project` of the whole gradient, so a large gradient
+    can pass through a small workspace. In place on ``out``; the same calls give the same bits.
+
+    Args:
+        grads: ``[B, C]``, columns ``offset`` to ``offset + C`` of the gradients; dtypes as
+            `project`.
+        projection: of any kind but ``"sjlt"``, which needs whole parameters.
+        offset: parameter index of the first column.
+        out: ``[B, K]`` features, last dimension contiguous; float64 if ``grads`` is, else float32.
+            ``[B, P]`` for kind ``"none"``, which adds to the columns themselves.
+        grad_dim: ``P``; if given, ``offset + C`` must not exceed it.
+        implementation: see `project`.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        TypeError: a dtype is not one of the above.
+        ValueError: a shape, a stride, ``offset``, the kind or ``implementation`` is not as above,
+            or the tensors are on different devices.
+    """
+    _check_grads(grads)
+    (B, C), K = grads.shape, projection.proj_dim
+    if projection.kind == "sjlt":
+        raise ValueError("kind must be 'rademacher', 'normal' or 'none' for project_, got 'sjlt'")
+    if K > _MAX_PROJ_DIM:
+        raise ValueError(f"proj_dim must be at most 2**30, got {K}")
+    if isinstance(offset, bool) or not isinstance(offset, int):
+        raise TypeError(f"offset must be an int, got {type(offset).__name__}")
+    if offset < 0:
+        raise ValueError(f"offset must be at least 0, got {offset}")
+    if projection.kind == "none" and grad_dim is None and out.ndim == 2:
+        grad_dim = out.shape[1]
+    if grad_dim is not None and offset + C > grad_dim:
+        raise ValueError(
+            f"offset + C must be at most grad_dim = {grad_dim}, got {offset} + {C} = {offset + C}"
+        )
+    if out.dtype != _feature_dtype(grads):
+        raise TypeError(f"out must be {_feature_dtype(grads)}, got {out.dtype}")
+    shape = (B, projection.num_features(grad_dim if grad_dim is not None else C))
+    if tuple(out.shape) != shape:
+        raise ValueError(f"out must have shape {shape}, got {tuple(out.shape)}")
+    if out.shape[1] > 1 and out.stride(1) != 1:
+        raise ValueError(
+            f"out must be contiguous in its last dimension, got strides {out.stride()}"
+        )
+    if out.device != grads.device:
+        raise ValueError(f"out must be on the device of grads, {grads.device}, got {out.device}")
+    implementation = _choose(grads, implementation)
+    if projection.kind == "none":
+        out[:, offset : offset + C] += grads
+    else:
+        _project_(grads, out, projection.kind, K, projection.seed, offset, implementation)
+    return out
+
+
+def check_features(features: Tensor, name: str = "features") -> Tensor:
+    """Refuse a batch with a sample whose features are all zero or not finite.
+
+    A gradient that is zero, NaN or infinite means the model output is broken for that sample (dead
+    activations, an overflow in half precision, a detached graph), and its scores mean nothing.
+    TRAK's CUDA projector returns zeros without a word when its launch fails, which has cost users
+    whole runs.
+
+    Args:
+        features: ``[B, K]``.
+        name: what to call them in the error.
+
+    Returns:
+        ``features``.
+
+    Raises:
+        ValueError: naming the first row that is not finite or all zero.
+
+    Source:
+        The silent zeros: github.com/MadryLab/trak issues 24 and 81.
+    """
+    finite = features.isfinite().all(dim=1)
+    bad = (~(finite & (features != 0).any(dim=1))).nonzero()
+    if len(bad):
+        row = int(bad[0])
+        what = "all zero" if finite[row] else "not finite"
+        raise ValueError(
+            f"{name} must be finite and not all zero in every row, got row {row} {what} "
+            f"({len(bad)} of {len(features)} rows are bad)"
+        )
+    return features
+
+
+def _feature_dtype(grads: Tensor) -> torch.dtype:
+    return torch.float64 if grads.dtype == torch.float64 else torch.float32
+
+
+def _check_grads(grads: Tensor) -> None:
+    if grads.dtype not in _DTYPES:
+        raise TypeError(f"grads must be float32, float16, bfloat16 or float64, got {grads.dtype}")
+    if grads.ndim != 2:
+        raise ValueError(f"grads must be [B, P], got shape {tuple(grads.shape)}")
+    if grads.shape[1] > 1 and grads.stride(1) != 1:
+        raise ValueError(
+            f"grads must be contiguous in the last dimension, got strides {grads.stride()}"
+        )
+
+
+def _choose(grads: Tensor, implementation: str | None) -> str:
+    """The implementation for a tensor, or why it cannot be the one asked for."""
+    if implementation is None:
+        on_gpu = grads.device.type == "cuda" and grads.dtype != torch.float64
+        return "triton" if on_gpu else "torch"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be 'torch' or 'triton', got {implementation!r}")
+    if implementation == "triton":
+        if grads.dtype == torch.float64:
+            raise TypeError("grads must be float32, float16 or bfloat16 for triton, got float64")
+        if grads.device.type != "cuda":
+            from .projection import IS_INTERPRETED
+
+            if not IS_INTERPRETED:
+                raise ValueError(
+                    "implementation 'triton' must have grads on a GPU (or TRITON_INTERPRET=1), "
+                    f"got device {grads.device}"
+                )
+    return implementation
+
+
+@torch.library.custom_op("dtrak_kernels::project_", mutates_args={"out"})
+def _project_(
+    grads: Tensor,
+    out: Tensor,
+    kind: str,
+    proj_dim: int,
+    seed: int,
+    offset: int,
+    implementation: str,
+) -> None:
+    projection = Projection(kind, proj_dim, seed)
+    if implementation == "triton":
+        from .projection import launch_project
+
+        launch_project(grads, projection, offset, out)
+    else:
+        from .dense import project_dense_
+
+        project_dense_(grads, projection, offset, out)
+
+
+@_project_.register_fake
+def _(
+    grads: Tensor,
+    out: Tensor,
+    kind: str,
+    proj_dim: int,
+    seed: int,
+    offset: int,
+    implementation: str,
+) -> None:
+    return None

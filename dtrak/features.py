@@ -1,0 +1,414 @@
+"""Data set x timesteps -> features ``[N, K]``, streamed into a store on disk that survives a crash."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from dtrak_kernels import GradientSketcher, Projection, check_features
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from . import __version__
+from .data import ImageData
+from .diffusion import DiffusionModel, hash_model
+from .measure import TensorMeter, available_bytes
+from .noise import sample_noise
+from .outputs import evaluate_output, training_target
+
+_FORMAT = 1
+_ROWS_PER_SHARD = 64
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+class StoreError(ValueError):
+    """A feature store that does not fit what is asked of it, or is damaged; the message says which."""
+
+
+@dataclass(frozen=True)
+class FeatureSettings:
+    """Everything but model and data that decides the features.
+
+    Attributes:
+        output_function: a key of `outputs.OUTPUT_FUNCTIONS`.
+        timesteps: S timestep indices; gradients are averaged over them.
+        noise_seed: see `sample_noise`.
+        projection: the random matrix.
+        dtype: a key of `DTYPES`; 16-bit types run under autocast, features are float32 (float64 for
+            ``"float64"``).
+    """
+
+    output_function: str
+    timesteps: tuple[int, ...]
+    noise_seed: int
+    projection: Projection
+    dtype: str = "float32"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-serialisable values."""
+        return {
+            "output_function": self.output_function,
+            "timesteps": list(self.timesteps),
+            "noise_seed": self.noise_seed,
+            "projection": self.projection.to_dict(),
+            "dtype": self.dtype,
+        }
+
+
+class Extractor(Protocol):
+    """Turns images into features."""
+
+    #: how the features are made, part of the manifest
+    method: str
+    #: ``P`` and ``K``
+    grad_dim: int
+    proj_dim: int
+
+    def extract(self, images: Tensor, ids: Sequence[str]) -> Tensor:
+        """Features ``[B, K]`` of images ``[B, C, H, W]``."""
+        ...
+
+
+def noisy_rows(
+    model: DiffusionModel, settings: FeatureSettings, images: Tensor, ids: Sequence[str]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the model sees: ``(noisy, target, timesteps)``, rows ``[B·S]`` sample by sample."""
+    device, dtype = images.device, images.dtype
+    shape = tuple(images.shape[1:])
+    noise = sample_noise(
+        ids, settings.timesteps, shape, seed=settings.noise_seed, device=device, dtype=dtype
+    ).flatten(0, 1)
+    timesteps = torch.tensor(settings.timesteps, device=device).repeat(len(images))
+    clean = images.repeat_interleave(len(settings.timesteps), dim=0)
+    noisy = model.scheduler.add_noise(clean, noise, timesteps)
+    return noisy, training_target(model.scheduler, clean, noise, timesteps), timesteps
+
+
+def check_prediction(prediction: Tensor, ids: Sequence[str], timesteps: Tensor) -> None:
+    """Refuse a model output that is not finite.
+
+    Raises:
+        ValueError: names the first sample and timestep, ``prediction`` being ``[B·S, ...]``.
+    """
+    bad = ~torch.isfinite(prediction.flatten(1)).all(1)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        sample = row // (len(prediction) // len(ids))
+        raise ValueError(
+            f"the model's output is not finite for sample {ids[sample]!r} at timestep "
+            f"{int(timesteps[row])} ({int(bad.sum())} of {len(bad)} rows of its batch)"
+        )
+
+
+class FusedExtractor:
+    """Features through `GradientSketcher`: one forward and one backward, no gradient stored.
+
+    Args:
+        model: the model; moved to ``device`` (and float64 if the settings say so).
+        settings: what to compute.
+        device: where.
+    """
+
+    method = "fused"
+
+    def __init__(self, model: DiffusionModel, settings: FeatureSettings, device: torch.device) -> None:
+        wide = settings.dtype == "float64"
+        model.unet.to(device=device, dtype=torch.float64 if wide else torch.float32)
+        self.model, self.settings, self.device = model, settings, device
+        self.sketcher = GradientSketcher(
+            model.unet,
+            settings.projection,
+            parameters=lambda name, parameter: True,
+            rows_per_sample=len(settings.timesteps),
+        )
+        self.grad_dim, self.proj_dim = self.sketcher.grad_dim, self.sketcher.proj_dim
+
+    def extract(self, images: Tensor, ids: Sequence[str]) -> Tensor:
+        """Features of a batch.
+
+        Args:
+            images: ``[B, C, H, W]`` in [-1, 1].
+            ids: B sample ids, which decide the noise.
+
+        Returns:
+            ``[B, K]`` on the device.
+
+        Raises:
+            ValueError: the model's output is not finite (which sample, which timestep).
+        """
+        images = images.to(self.device, self.sketcher.dtype)
+        noisy, target, timesteps = noisy_rows(self.model, self.settings, images, ids)
+
+        def outputs() -> Tensor:
+            with autocast(self.device, self.settings.dtype):
+                prediction = self.model.unet(noisy, timesteps).sample
+            check_prediction(prediction, ids, timesteps)
+            f = evaluate_output(
+                self.settings.output_function,
+                prediction,
+                target,
+                self.model.scheduler,
+                timesteps,
+            )
+            # the gradient is averaged over timesteps, then projected once
+            return f / len(self.settings.timesteps)
+
+        return self.sketcher.sketch(outputs, len(images))
+
+
+def autocast(device: torch.device, dtype: str) -> Any:
+    """Autocast for the 16-bit dtypes, nothing for the others."""
+    if dtype in ("float32", "float64"):
+        return nullcontext()
+    return torch.autocast(device.type, DTYPES[dtype])
+
+
+def fitting_batch_size(extractor: FusedExtractor, data: ImageData) -> int:
+    """The batch size that uses a modest share of the free memory, found by measuring one sample.
+
+    On a CPU the working set is kept small enough for the caches (96 MB), except for the dense kinds,
+    which regenerate their matrix once per batch and want a large one; on a GPU half the free memory.
+    """
+    with TensorMeter(known=extractor.model.unet.state_dict().values()) as meter:
+        extractor.extract(data.images[:1], data.ids[:1])
+    cpu = extractor.device.type == "cpu"
+    dense = extractor.settings.projection.kind in ("rademacher", "normal")
+    budget = available_bytes(extractor.device) // 2
+    if cpu:
+        budget = min(budget, 10**9 if dense else 48 * 10**6)
+    return max(1, min(budget // max(meter.peak_bytes, 1), 256, len(data)))
+
+
+class FeatureStore:
+    """Features ``[N, K]`` on disk: a manifest and shards, each written whole or not at all.
+
+    Rows can be read in slices (``store[i:j]``), so nothing needs them in memory at once.
+
+    Attributes:
+        folder: where it lies.
+        ids: N sample ids, the rows.
+        shape: ``(N, K)``.
+        rows_per_shard: rows of every shard but the last.
+        batch_size: samples per batch the features were computed with.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.ids: list[str] = manifest["ids"]
+        self.shape: tuple[int, int] = (len(self.ids), manifest["num_features"])
+        self.rows_per_shard: int = manifest["rows_per_shard"]
+        self.batch_size: int = manifest["batch_size"]
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        deciding: dict[str, Any],
+        ids: Sequence[str],
+        num_features: int,
+        batch_size: int,
+    ) -> FeatureStore:
+        """Open the store in ``folder``, or begin one.
+
+        Args:
+            folder: of the store.
+            deciding: everything that decides the numbers; JSON-serialisable.
+            ids: N sample ids.
+            num_features: ``K``.
+            batch_size: samples per batch of a new store; an existing one keeps its own.
+
+        Raises:
+            StoreError: the folder holds a store made with other settings (the keys are named), or its
+                manifest is unreadable.
+        """
+        folder = Path(folder)
+        file = folder / "manifest.json"
+        wanted = json.loads(json.dumps(deciding))
+        if file.is_file():
+            try:
+                manifest = json.loads(file.read_text())
+                found = manifest["deciding"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise StoreError(
+                    f"{file} must be the manifest of a feature store, but is damaged: delete {folder} "
+                    "to compute the features again"
+                ) from error
+            differing = describe_differences(found, wanted)
+            if differing:
+                raise StoreError(
+                    f"{folder} holds features made with other settings: {differing}. Choose another "
+                    "--output, or delete that folder"
+                )
+            return cls(folder, manifest)
+        rows = batch_size * -(-_ROWS_PER_SHARD // batch_size)
+        manifest = {
+            "format": _FORMAT,
+            "deciding": wanted,
+            "num_features": num_features,
+            "rows_per_shard": rows,
+            "batch_size": batch_size,
+            "ids": list(ids),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(manifest, indent=1).encode())
+        return cls(folder, manifest)
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the complete store."""
+        return -(-self.shape[0] // self.rows_per_shard)
+
+    def _file(self, shard: int) -> Path:
+        return self.folder / f"{shard:06d}.safetensors"
+
+    def rows(self, shard: int) -> slice:
+        """Rows of a shard."""
+        first = shard * self.rows_per_shard
+        return slice(first, min(first + self.rows_per_shard, self.shape[0]))
+
+    def missing(self) -> list[int]:
+        """Shards that are still to be computed."""
+        return [shard for shard in range(self.num_shards) if not self._file(shard).is_file()]
+
+    def write(self, shard: int, features: Tensor) -> None:
+        """Write one shard, ``[rows of the shard, K]``, atomically."""
+        write_atomically(self._file(shard), save({"features": features.cpu().contiguous()}))
+
+    def _read(self, shard: int) -> Tensor:
+        file, rows = self._file(shard), self.rows(shard)
+        if not file.is_file():
+            raise StoreError(f"{self.folder} is incomplete: {file.name} is missing; run again to resume")
+        try:
+            with safe_open(file, "pt") as opened:
+                features: Tensor = opened.get_tensor("features")
+        except (SafetensorError, OSError, KeyError) as error:
+            raise StoreError(
+                f"{file} is damaged ({' '.join(str(error).split())}): delete it and run again to "
+                "compute its rows anew"
+            ) from error
+        expected = (rows.stop - rows.start, self.shape[1])
+        if tuple(features.shape) != expected:
+            raise StoreError(f"{file} must hold features {expected}, got {tuple(features.shape)}")
+        return features
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Features of a contiguous slice of rows, ``[rows, K]``."""
+        start, stop, step = rows.indices(self.shape[0])
+        if step != 1:
+            raise IndexError(f"a store is read in contiguous slices, got step {step}")
+        parts = []
+        for shard in range(start // self.rows_per_shard, -(-stop // self.rows_per_shard)):
+            first = shard * self.rows_per_shard
+            part = self._read(shard)
+            parts.append(part[max(start - first, 0) : stop - first])
+        return torch.cat(parts) if parts else torch.empty(0, self.shape[1])
+
+    def load(self) -> Tensor:
+        """All features, ``[N, K]``."""
+        return self[:]
+
+
+def describe_differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """``key: a there, b here`` for every differing key, nested keys dotted; empty if there is none."""
+    differences = []
+    for key in sorted(found.keys() | wanted.keys()):
+        a, b = found.get(key), wanted.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            nested = describe_differences(a, b)
+            differences += [f"{key}.{part}" for part in nested.split("; ")] if nested else []
+        elif a != b:
+            differences.append(f"{key} is {_short(a)} there and {_short(b)} here")
+    return "; ".join(differences)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:18]}…{text[-18:]}"
+
+
+def write_atomically(file: Path, content: bytes) -> None:
+    """Write a file so that a reader, or a crash, sees the old content or the new one."""
+    temporary = file.with_name(file.name + ".partial")
+    try:
+        with temporary.open("wb") as opened:
+            opened.write(content)
+            opened.flush()
+            os.fsync(opened.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def deciding_settings(
+    model: DiffusionModel, settings: FeatureSettings, data: ImageData, method: str
+) -> dict[str, Any]:
+    """Everything that decides the features of ``data``, for the manifest of their store."""
+    schedule = {
+        key: value
+        for key, value in sorted(dict(model.scheduler.config).items())
+        if key in ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
+    }
+    return {
+        "version": __version__,
+        "method": method,
+        "model": hash_model(model.unet),
+        "schedule": schedule,
+        "data": data.fingerprint,
+        **settings.to_dict(),
+    }
+
+
+def fill_store(
+    store: FeatureStore,
+    extractor: Extractor,
+    data: ImageData,
+    *,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Compute the shards that are missing, one after the other.
+
+    Args:
+        store: whose ids are those of ``data``.
+        extractor: computes the features.
+        data: the images.
+        batch_size: samples per batch; by default the store's.
+        progress: called with (rows done, rows) at the start and after every batch.
+
+    Raises:
+        ValueError: the model's output is not finite, or a feature row is zero or not finite (which).
+    """
+    step = batch_size or store.batch_size
+    missing = store.missing()
+    todo = sum(store.rows(shard).stop - store.rows(shard).start for shard in missing)
+    done = len(store) - todo
+    if progress is not None:
+        progress(done, len(store))
+    for shard in missing:
+        rows = store.rows(shard)
+        parts = []
+        for first in range(rows.start, rows.stop, step):
+            last = min(first + step, rows.stop)
+            ids = data.ids[first:last]
+            features = extractor.extract(data.images[first:last], ids)
+            check_features(features, f"features of samples {ids[0]!r} to {ids[-1]!r}")
+            parts.append(features.cpu())
+            done += last - first
+            if progress is not None:
+                progress(done, len(store))
+        store.write(shard, torch.cat(parts))

@@ -1,0 +1,122 @@
+"""Where per-sample gradients of one parameter end: added to the features of a batch, then forgotten."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .ops import Projection, project_
+from .sjlt import ParameterSketch, as_matrix, from_matrix, matrix_shape, sketch_parameters
+
+
+class Accumulator:
+    """Adds per-sample gradients of single parameters to features ``[B, K]``.
+
+    Attributes:
+        shapes: shapes of the P parameters, in the order of the flattened gradient.
+        all_samples: whether it wants all samples of a batch at once (few rows of a weight at a time).
+    """
+
+    all_samples = False
+
+    def __init__(self, shapes: Sequence[Sequence[int]]) -> None:
+        self.shapes = [tuple(shape) for shape in shapes]
+        sizes = [math.prod(shape) for shape in self.shapes]
+        self.offsets = [sum(sizes[:index]) for index in range(len(sizes))]
+
+    def row_multiple(self, index: int) -> int:
+        """Slices of rows of parameter ``index`` must begin at multiples of this."""
+        return 1
+
+    def add(self, index: int, grads: Tensor, out: Tensor, samples: slice, first_row: int = 0) -> None:
+        """Add ``grads [b, o, C]`` (rows from ``first_row``, columns as `as_matrix`) or ``[b, n]``.
+
+        Args:
+            index: which parameter.
+            grads: per-sample gradients of a slice of it.
+            out: ``[B, K]`` features of the whole batch.
+            samples: the rows of ``out`` that ``grads`` belongs to.
+            first_row: first row of the parameter's matrix.
+        """
+        raise NotImplementedError
+
+    def add_whole(self, index: int, grads: Tensor, out: Tensor, samples: slice) -> None:
+        """Add ``grads [b, *shape]``, the gradient of a whole parameter."""
+        if matrix_shape(self.shapes[index]) is None:
+            self.add(index, grads.reshape(len(grads), -1), out, samples)
+        elif grads.numel():
+            self.add(index, as_matrix(grads), out, samples)
+
+
+class DenseAccumulator(Accumulator):
+    """Dense random matrices: each slice is projected at its offset through `project_`."""
+
+    all_samples = True
+
+    def __init__(
+        self, shapes: Sequence[Sequence[int]], projection: Projection, implementation: str | None
+    ) -> None:
+        super().__init__(shapes)
+        self.projection, self.implementation = projection, implementation
+
+    def add(self, index: int, grads: Tensor, out: Tensor, samples: slice, first_row: int = 0) -> None:
+        """See `Accumulator.add`."""
+        offset = self.offsets[index]
+        if grads.ndim == 3:
+            offset += first_row * grads.shape[2]
+            grads = from_matrix(grads, self.shapes[index])
+        project_(
+            grads.reshape(len(grads), -1).contiguous(),
+            self.projection,
+            offset=offset,
+            out=out[samples],
+            implementation=self.implementation,
+        )
+
+
+class SjltAccumulator(Accumulator):
+    """The tile-chained sparse sketch: each slice of rows is placed with its signs."""
+
+    def __init__(self, shapes: Sequence[Sequence[int]], projection: Projection) -> None:
+        super().__init__(shapes)
+        self.sketches: list[ParameterSketch] = sketch_parameters(
+            self.shapes, projection.proj_dim, projection.seed
+        )
+
+    def row_multiple(self, index: int) -> int:
+        """A slice is whole rows of tiles."""
+        return self.sketches[index].tile[0] if matrix_shape(self.shapes[index]) else 1
+
+    def add(self, index: int, grads: Tensor, out: Tensor, samples: slice, first_row: int = 0) -> None:
+        """See `Accumulator.add`."""
+        sketch = self.sketches[index]
+        if grads.ndim == 3:
+            sketch.add_matrix(grads, out[samples], first_row)
+        else:
+            sketch.add_vector(grads, out[samples])
+
+
+class ExactAccumulator(Accumulator):
+    """No projection: features are the flattened gradients ``[B, P]``."""
+
+    def add(self, index: int, grads: Tensor, out: Tensor, samples: slice, first_row: int = 0) -> None:
+        """See `Accumulator.add`."""
+        offset = self.offsets[index]
+        if grads.ndim == 3:
+            offset += first_row * grads.shape[2]
+            grads = from_matrix(grads, self.shapes[index])
+        flat = grads.reshape(len(grads), -1)
+        out[samples, offset : offset + flat.shape[1]] += flat
+
+
+def make_accumulator(
+    shapes: Sequence[Sequence[int]], projection: Projection, implementation: str | None = None
+) -> Accumulator:
+    """The accumulator of a projection for parameters of these shapes."""
+    if projection.kind == "sjlt":
+        return SjltAccumulator(shapes, projection)
+    if projection.kind == "none":
+        return ExactAccumulator(shapes)
+    return DenseAccumulator(shapes, projection, implementation)

@@ -1,0 +1,225 @@
+"""Dense projections in eager torch, on any device: what a machine without Triton runs.
+
+    grads [B, C]  x  R[offset : offset + C] (regenerated block by block)  ->  added to out [B, K]
+
+Rademacher signs are never expanded. Eight bits of a stream word select one of the 256 signed sums
+of eight gradient entries, so a byte of randomness is one table row to add ("four Russians"): for
+each block of parameters, a table ``[256, groups, B]`` of signed sums, then ``embedding_bag`` over
+the stream's bytes. Normal entries are made in float32, a tile at a time, and multiplied by
+``addmm``. No buffer here exceeds `WORKSPACE_BYTES`. Blocks are added up in float64, in a fixed
+order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .streams import Stream, box_muller
+
+if TYPE_CHECKING:
+    from .ops import Projection
+
+WORKSPACE_BYTES = 16 * 2**20
+
+# samples per table: a table row is then a few cache lines
+_MAX_ROWS = 32
+# one table of signed sums stays in a core's second-level cache
+_TABLE_BYTES = 2**20
+# Philox calls in flight, in six int64 buffers
+_CALLS = 65536
+
+_MASK = 0xFFFFFFFF
+
+
+def project_dense_(grads: Tensor, projection: Projection, offset: int, out: Tensor) -> Tensor:
+    """Add ``grads @ R[offset : offset + C]`` to ``out``, R being the scaled projection matrix.
+
+    Args:
+        grads: ``[B, C]`` floating, columns ``offset`` to ``offset + C`` of the gradients, any
+            strides.
+        projection: kind ``"rademacher"`` or ``"normal"``, generator ``"philox"``.
+        offset: parameter index of the first column, any non-negative int.
+        out: ``[B, K]`` float64 if ``grads`` is float64, else float32. Added to.
+
+    Returns:
+        ``out``.
+    """
+    if grads.numel() == 0 or out.numel() == 0:
+        return out
+    add = _add_rademacher_ if projection.kind == "rademacher" else _add_normal_
+    for rows in range(0, len(grads), _MAX_ROWS):
+        sums = add(grads[rows : rows + _MAX_ROWS], projection, offset, out.dtype)
+        out[rows : rows + _MAX_ROWS].add_(sums, alpha=projection.proj_dim**-0.5)
+    return out
+
+
+def _aligned_blocks(
+    grads: Tensor, offset: int, unit: int, length: int, dtype: torch.dtype
+) -> Iterator[tuple[int, Tensor]]:
+    """Cut ``grads`` at multiples of ``unit`` parameters, zero-filled where a block overhangs.
+
+    Yields:
+        The coordinate ``p // unit`` of the first unit, and ``[B, n]`` in ``dtype`` with n a
+        multiple of ``unit`` and at most ``length``.
+    """
+    end = offset + grads.shape[1]
+    first = offset // unit * unit
+    for start in range(first, end, length):
+        stop = min(start + length, -(-end // unit) * unit)
+        low, high = max(start, offset), min(stop, end)
+        block = grads[:, low - offset : high - offset].to(dtype)
+        yield start // unit, F.pad(block, (low - start, stop - high))
+
+
+class _Philox:
+    """Philox-4x32-10 over a ``[columns, parameter coordinates]`` grid of calls, in reused buffers."""
+
+    def __init__(self, seed: int, stream: Stream) -> None:
+        self.keys = [
+            ((seed + n * 0x9E3779B9) & _MASK, ((seed >> 32) + n * 0xBB67AE85) & _MASK)
+            for n in range(10)
+        ]
+        self.stream = int(stream)
+        self._shape: torch.Size | None = None
+        self._buffers: list[Tensor] = []
+
+    def __call__(self, c0: Tensor, index: Tensor) -> list[Tensor]:
+        """Four words for every ``(c0, index)``.
+
+        Args:
+            c0: int64 first counter, broadcastable with ``index``.
+            index: int64 coordinate of the parameters: its two halves are the counters c1 and c2.
+
+        Returns:
+            Four int64 tensors of the broadcast shape whose low 32 bits are the words; the next call
+            overwrites them.
+        """
+        shape = torch.broadcast_shapes(c0.shape, index.shape)
+        if shape != self._shape:
+            self._shape = shape
+            self._buffers = [c0.new_empty(shape) for _ in range(6)]
+        x0, x1, x2, x3, a, b = self._buffers
+        # the first two rounds see the counters one axis at a time: they cost nothing
+        s0, s1, s2, s3 = c0, index & _MASK, index >> 32, torch.full_like(c0, self.stream)
+        for k0, k1 in self.keys[:2]:
+            product, other = s0 * 0xD2511F53, s2 * 0xCD9E8D57
+            s0, s1 = (((other >> 32) ^ s1) & _MASK) ^ k0, other & _MASK
+            s2, s3 = (((product >> 32) ^ s3) & _MASK) ^ k1, product & _MASK
+        for x, s in zip((x0, x1, x2, x3), (s0, s1, s2, s3), strict=True):
+            x.copy_(s.expand(shape))
+        for k0, k1 in self.keys[2:]:
+            # int64 products wrap modulo 2**64, which keeps both halves right
+            torch.mul(x0, 0xD2511F53, out=a)
+            torch.mul(x2, 0xCD9E8D57, out=b)
+            torch.bitwise_right_shift(b, 32, out=x0)
+            x0.bitwise_xor_(x1).bitwise_xor_(k0).bitwise_and_(_MASK)
+            torch.bitwise_right_shift(a, 32, out=x2)
+            x2.bitwise_xor_(x3).bitwise_xor_(k1).bitwise_and_(_MASK)
+            # the low halves need no mask: only their low 32 bits are ever used
+            x1, b = b, x1
+            x3, a = a, x3
+        self._buffers = [x0, x1, x2, x3, a, b]
+        return [x0, x1, x2, x3]
+
+
+def _signed_sums(block: Tensor) -> Tensor:
+    """All 256 signed sums of each group of eight entries that one byte of the stream decides.
+
+    Args:
+        block: ``[B, 256 n]``, aligned to 256 parameters.
+
+    Returns:
+        ``[256, 2, 16 n, B]``: byte value; parameter bit 3, which selects the word; bytes of that
+        word's position in stream order (block, call, byte). Indexing follows `reference`.
+    """
+    B, device = len(block), block.device
+    # parameter = 256 block + 16 j + 8 half + 2 call + p0, and byte i of a word holds p0 = i // 2
+    # and j = 15 - 8 (i % 2) - bit
+    x = block.reshape(B, -1, 2, 8, 2, 4, 2).flip(2, 3)
+    x = x.permute(3, 4, 1, 5, 6, 2, 0).reshape(2, 4, -1)
+    nibble = torch.arange(16, device=device)[:, None]
+    signs = 1 - 2 * ((nibble >> torch.arange(4, device=device)) & 1)
+    low, high = signs.to(block.dtype) @ x
+    return (high[:, None] + low).reshape(256, 2, -1, B)
+
+
+def _add_rademacher_(
+    grads: Tensor, projection: Projection, offset: int, dtype: torch.dtype
+) -> Tensor:
+    """``grads @ signs``, ``[B, K]`` float64, for at most `_MAX_ROWS` samples."""
+    B, K, device = len(grads), projection.proj_dim, grads.device
+    pairs = 8 * -(-K // 16)
+    chunk = min(pairs, _CALLS // 4)
+    blocks = _CALLS // (4 * chunk)
+    span = max(1, _TABLE_BYTES // (256 * 32 * B * dtype.itemsize))
+    philox = _Philox(projection.seed, Stream.RADEMACHER)
+    calls = torch.arange(4, device=device)
+    # [columns in groups of 16, column bit 3, column bits 0-2, B]
+    sums = torch.zeros(pairs // 8, 2, 8, B, dtype=torch.float64, device=device)
+    for first, block in _aligned_blocks(grads, offset, 256, 256 * blocks, dtype):
+        index = first + torch.arange(block.shape[1] // 256, device=device)[:, None]
+        for start in range(0, pairs, chunk):
+            pair = torch.arange(start, min(start + chunk, pairs), device=device)
+            # [pairs, blocks * calls * bytes]: little-endian, the order of the table's groups
+            values = [
+                word.to(torch.int32).view(torch.uint8).reshape(len(pair), -1)
+                for word in philox(4 * pair[:, None, None] + calls, index)
+            ]
+            target = sums[start // 8 : start // 8 + len(pair) // 8]
+            for sub in range(0, len(index), span):
+                table = _signed_sums(block[:, 256 * sub : 256 * (sub + span)])
+                groups = table.shape[2]
+                place = torch.arange(groups, dtype=torch.int32, device=device)
+                for word, value in enumerate(values):
+                    row, half = divmod(word, 2)
+                    lookup = torch.add(
+                        place + groups * half,
+                        value[:, 16 * sub : 16 * sub + groups],
+                        alpha=2 * groups,
+                    )
+                    bags = F.embedding_bag(lookup, table.reshape(-1, B), mode="sum")
+                    target[:, row] += bags.view(-1, 8, B)
+    return sums.reshape(-1, B)[:K].T
+
+
+def _normal_pairs(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Box-Muller on words in the low 32 bits of int64, accurate to 1e-6 also when made in float32."""
+    if dtype == torch.float64:
+        return box_muller(a & _MASK, b & _MASK)
+    # float64 for the logarithm alone: near 1 and near 0 it needs digits float32 does not have
+    log = ((a & _MASK).double() + 1).mul_(2.0**-32).log_()
+    radius = log.mul_(-2).sqrt_().float()
+    # half a turn is a sign bit; the angle left, below a quarter turn, keeps more digits
+    b = b.to(torch.int32)
+    double = b << 1
+    sign = (b ^ double).bitwise_and_(-(2**31))
+    radius.view(torch.int32).bitwise_xor_(sign)
+    angle = double.float().mul_(math.pi * 2.0**-32)
+    return radius * angle.cos(), radius * angle.sin()
+
+
+def _add_normal_(grads: Tensor, projection: Projection, offset: int, dtype: torch.dtype) -> Tensor:
+    """``grads @ normals``, ``[B, K]`` float64, for at most `_MAX_ROWS` samples."""
+    B, K, device = len(grads), projection.proj_dim, grads.device
+    chunk = min(K, _CALLS // 4)
+    units = max(1, _CALLS // (4 * chunk))
+    philox = _Philox(projection.seed, Stream.NORMAL)
+    sums = torch.zeros(B, K, dtype=torch.float64, device=device)
+    for first, block in _aligned_blocks(grads, offset, 16, 16 * units, dtype):
+        # parameter = 16 unit + 8 half + 2 call + p0: [half, p0, B, calls]
+        x = block.reshape(B, -1, 2, 4, 2).permute(2, 4, 0, 1, 3).reshape(2, 2, B, -1)
+        index = 4 * first + torch.arange(x.shape[3], device=device)[:, None]
+        for start in range(0, K, chunk):
+            columns = torch.arange(start, min(start + chunk, K), device=device)
+            words = philox(columns, index)
+            target = sums[:, start : start + len(columns)]
+            for half in (0, 1):
+                even, odd = _normal_pairs(words[2 * half], words[2 * half + 1], dtype)
+                target += torch.addmm(x[half, 0] @ even, x[half, 1], odd)
+    return sums

@@ -1,0 +1,252 @@
+"""Tile-chained sparse Johnson-Lindenstrauss sketch: the sketch that costs next to nothing.
+
+    per-sample gradient of one parameter [B, O, C]  ->  features [B, K], every entry added once, signed
+
+Specification. A parameter with two or more dimensions is a matrix: rows are its first dimension O, columns
+its other dimensions with the second one last (a convolution's ``[O, I, kh, kw]`` is ``[O, kh·kw·I]``, the
+order in which an implicit im2col meets channels-last activations). Any other parameter is a vector.
+
+* Tiles. A matrix is cut into ``BM x BN`` tiles, BM the smallest power of two in [16, 128] that is at least
+  O (128 if none), BN likewise for C; while ``m = BM·BN`` exceeds K, the longer side (columns, where they
+  are equal) is halved, so K must be at least 256. Tiles are numbered row by row.
+* Blocks. The ``ceil(K/m)`` sketch blocks of a parameter are windows of m positions: block b begins at
+  ``base + b·m``, positions are taken modulo K, and K should be a multiple of 16,384 or a power of two.
+  Tiles are ranked by a random 64-bit key and dealt to the blocks in turn from a random first one: the
+  blocks' loads differ by at most one.
+* Placement. Inside its block a tile is shifted cyclically by a random amount in each direction, in steps
+  of one: a hot channel sits at the same place of every tile it crosses, and shifts in whole groups of 8
+  would let it meet itself eight times too often.
+* Signs. One program owns (sample, block) and walks its tiles in increasing number with one accumulator,
+  adding a tile and then flipping the sign of *every* entry of the accumulator with an independent fair
+  bit, after the last tile too. A tile's sign pattern is the product of its own and all later flips of its
+  block, hence independent and uniform over entries and tiles.
+* A vector's entry e sits at ``base + e`` modulo K with an independent fair sign.
+
+All random choices are Philox words of (seed, offset of the parameter in the flattened gradient, tile,
+entry): never of the batch, the device or the order of evaluation. Entries of one tile never collide,
+entries of two tiles collide with probability about 1/K, and signs are pairwise independent, so
+
+    E⟨φ(x), φ(y)⟩ = ⟨x, y⟩   and   Var <= (‖x‖²‖y‖² + ⟨x, y⟩²) / K,
+
+the CountSketch bound (Charikar, Chen and Farach-Colton 2002), with no factor of 1/√K to apply.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .streams import Stream, philox_words
+
+# a smaller sketch has no room for one tile
+MIN_PROJ_DIM = 256
+_MAX_TILE = 128
+_MIN_TILE = 16
+# counter of the words that belong to a parameter as a whole, beyond any tile number
+_WHOLE = 0xFFFFFFFF
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int] | None:
+    """``(O, C)`` of a parameter seen as a matrix, None for a vector or a scalar."""
+    return (shape[0], math.prod(shape[1:])) if len(shape) >= 2 else None
+
+
+def as_matrix(grads: Tensor) -> Tensor:
+    """Per-sample gradients ``[B, O, I, *kernel]`` of a parameter as ``[B, O, C]``, channels last."""
+    return grads.movedim(2, -1).flatten(2)
+
+
+def from_matrix(grads: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse of `as_matrix`: ``[B, O, C]`` to ``[B, O, I, *kernel]`` (O may be a slice of rows)."""
+    return grads.unflatten(2, (*shape[2:], shape[1])).movedim(-1, 2) if len(shape) > 2 else grads
+
+
+def _tile_size(extent: int) -> int:
+    return min(_MAX_TILE, max(_MIN_TILE, 1 << max(extent - 1, 0).bit_length()))
+
+
+@dataclass(frozen=True)
+class ParameterSketch:
+    """Where the entries of one parameter go, and with which sign.
+
+    Attributes:
+        shape: the parameter's shape.
+        offset: index of its first entry in the flattened gradient.
+        proj_dim: ``K``.
+        seed: key of the random stream.
+    """
+
+    shape: tuple[int, ...]
+    offset: int
+    proj_dim: int
+    seed: int
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """``(BM, BN)``."""
+        rows, columns = (_tile_size(extent) for extent in self._matrix)
+        while rows * columns > self.proj_dim:
+            rows, columns = (rows, columns // 2) if columns >= rows else (rows // 2, columns)
+        return rows, columns
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Tiles down and across."""
+        (rows, columns), (tile_rows, tile_columns) = self._matrix, self.tile
+        return -(-rows // tile_rows), -(-columns // tile_columns)
+
+    @property
+    def num_blocks(self) -> int:
+        """Sketch blocks this parameter's tiles are dealt to."""
+        return -(-self.proj_dim // math.prod(self.tile))
+
+    @property
+    def _matrix(self) -> tuple[int, int]:
+        matrix = matrix_shape(self.shape)
+        assert matrix is not None
+        return matrix
+
+    def _words(self, c0: Tensor | int, stream: Stream) -> tuple[Tensor, ...]:
+        low, high = self.offset & 0xFFFFFFFF, self.offset >> 32
+        return philox_words(c0, low, high, int(stream), self.seed)
+
+    @cached_property
+    def base(self) -> int:
+        """First position of block 0 (or of a vector)."""
+        word = int(self._words(_WHOLE, Stream.SJLT_PLACE)[1])
+        if matrix_shape(self.shape) is None:
+            return word % self.proj_dim
+        return 4 * (word % -(-self.proj_dim // 4)) % self.proj_dim
+
+    @cached_property
+    def placement(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Per tile: its block, its row shift and its column shift; int64 ``[tiles]`` each."""
+        tiles = math.prod(self.grid)
+        w0, w1, w2, w3 = self._words(torch.arange(tiles), Stream.SJLT_PLACE)
+        tile_rows, tile_columns = self.tile
+        # two stable sorts rank by the 64-bit key (w2, w3), ties by tile number
+        order = torch.argsort(w3, stable=True)
+        order = order[torch.argsort(w2[order], stable=True)]
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(tiles)
+        first = int(self._words(_WHOLE, Stream.SJLT_PLACE)[0])
+        blocks = (rank + first) % self.num_blocks
+        return blocks, w0 % tile_rows, w1 % tile_columns
+
+    def flips(self, tile: int) -> Tensor:
+        """The flip bits applied after ``tile``, bool ``[BM, BN]`` at accumulator positions.
+
+        The call and bit of position (i, j) follow the accumulator layout of the tensor cores' m64nN and
+        m16n8 instructions, so that a thread which holds 128 entries of a 128 x 128 tile needs one call.
+        """
+        tile_rows, tile_columns = self.tile
+        i, j = torch.arange(tile_rows)[:, None], torch.arange(tile_columns)[None, :]
+        call = ((i & 7) | ((i >> 1) & 0x18)) * 4 + ((j >> 1) & 3)
+        table = torch.stack(self._words(tile * 128 + torch.arange(128), Stream.SJLT_FLIP))
+        word = ((i >> 3) & 1) + 2 * ((i >> 6) & 1)
+        bit = 31 - (2 * ((j >> 3) & 15) + (j & 1))
+        return (table[word, call] >> bit & 1).bool()
+
+    @cached_property
+    def signs(self) -> Tensor:
+        """Sign of every entry, int8: ``[tiles, BM, BN]`` at accumulator positions, or ``[n]`` for a vector."""
+        if matrix_shape(self.shape) is None:
+            size = math.prod(self.shape)
+            words = torch.stack(self._words(torch.arange(-(-size // 128)), Stream.SJLT_VECTOR), dim=1)
+            bits = words[:, :, None] >> torch.arange(32) & 1
+            return (1 - 2 * bits).flatten()[:size].to(torch.int8)
+        blocks, _, _ = self.placement
+        signs = torch.empty(len(blocks), *self.tile, dtype=torch.int8)
+        state: dict[int, Tensor] = {}
+        for tile in reversed(range(len(blocks))):
+            flip = 1 - 2 * self.flips(tile).to(torch.int8)
+            block = int(blocks[tile])
+            state[block] = flip * state[block] if block in state else flip
+            signs[tile] = state[block]
+        return signs
+
+    def add_vector(self, grads: Tensor, out: Tensor) -> None:
+        """Sketch per-sample gradients ``[B, n]`` of a vector parameter into ``out [B, K]``, in place."""
+        signed = grads * self.signs.to(grads.device)
+        start, done = self.base, 0
+        while done < signed.shape[1]:
+            size = min(signed.shape[1] - done, self.proj_dim - start)
+            out[:, start : start + size] += signed[:, done : done + size]
+            start, done = 0, done + size
+
+    def add_matrix(self, grads: Tensor, out: Tensor, first_row: int = 0) -> None:
+        """Sketch per-sample gradients of rows of a matrix parameter into ``out``, in place.
+
+        Args:
+            grads: ``[B, R, C]``: rows ``first_row`` to ``first_row + R`` as `as_matrix` orders them.
+            out: ``[B, K]`` features, same dtype and device.
+            first_row: a multiple of BM.
+        """
+        (tile_rows, tile_columns), (_, across) = self.tile, self.grid
+        blocks, row_shifts, column_shifts = (t.tolist() for t in self.placement)
+        size = tile_rows * tile_columns
+        for down in range(-(-grads.shape[1] // tile_rows)):
+            rows = slice(down * tile_rows, min((down + 1) * tile_rows, grads.shape[1]))
+            for right in range(across):
+                tile = (first_row // tile_rows + down) * across + right
+                entries = grads[:, rows, right * tile_columns : (right + 1) * tile_columns]
+                start = (self.base + blocks[tile] * size) % self.proj_dim
+                inside = start + size <= self.proj_dim
+                block = (
+                    out[:, start : start + size].unflatten(1, self.tile)
+                    if inside
+                    else out.new_zeros(len(out), *self.tile)
+                )
+                signs = self.signs[tile].to(out.device)
+                for source_rows, target_rows in _shifted(entries.shape[1], row_shifts[tile], tile_rows):
+                    for source, target in _shifted(entries.shape[2], column_shifts[tile], tile_columns):
+                        block[:, target_rows, target].addcmul_(
+                            entries[:, source_rows, source], signs[target_rows, target].to(out.dtype)
+                        )
+                if not inside:
+                    _add_modulo(block.flatten(1), start, out)
+
+
+def _shifted(extent: int, shift: int, size: int) -> list[tuple[slice, slice]]:
+    """Slices (source, target) that place ``extent`` entries at ``shift`` modulo ``size``."""
+    straight = min(extent, size - shift)
+    pieces = [(slice(0, straight), slice(shift, shift + straight))]
+    if straight < extent:
+        pieces.append((slice(straight, extent), slice(0, extent - straight)))
+    return pieces
+
+
+def _add_modulo(block: Tensor, start: int, out: Tensor) -> None:
+    done = 0
+    while done < block.shape[1]:
+        size = min(block.shape[1] - done, out.shape[1] - start)
+        out[:, start : start + size] += block[:, done : done + size]
+        start, done = 0, done + size
+
+
+def sketch_parameters(shapes: Sequence[Sequence[int]], proj_dim: int, seed: int) -> list[ParameterSketch]:
+    """The sketch of every parameter of a gradient flattened in the order of ``shapes``."""
+    sketches, offset = [], 0
+    for shape in shapes:
+        sketches.append(ParameterSketch(tuple(shape), offset, proj_dim, seed))
+        offset += math.prod(shape)
+    return sketches
+
+
+def project_sjlt(
+    grads: Tensor, proj_dim: int, seed: int, shapes: Sequence[Sequence[int]], out: Tensor
+) -> Tensor:
+    """Sketch dense per-sample gradients ``[B, P]`` into ``out [B, K]``, in place; see the module."""
+    for sketch in sketch_parameters(shapes, proj_dim, seed):
+        size = math.prod(sketch.shape)
+        part = grads[:, sketch.offset : sketch.offset + size].to(out.dtype)
+        if matrix_shape(sketch.shape) is None:
+            sketch.add_vector(part, out)
+        elif size:
+            sketch.add_matrix(as_matrix(part.unflatten(1, sketch.shape)), out)
+    return out
