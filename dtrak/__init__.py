@@ -1,3 +1,3 @@
-"""Data attribution for diffusion models: which training images made this model draw that picture."""
+"""Which training images made this diffusion model draw that picture: data attribution."""
 
 __version__ = "0.1.0"

@@ -1,8 +1,9 @@
 """The main job: which training images made this diffusion model draw that picture.
 
-``python -m dtrak.attribute --fused`` trains (or loads) a model, draws pictures (or takes queries), streams
-D-TRAK features of training images and queries, applies the kernel-matrix inverse and writes scores and a
-report. Every stage is kept in the output folder and reused, so a run that was interrupted goes on.
+``python -m dtrak.attribute --fused`` trains (or loads) a model, draws pictures (or takes queries),
+streams D-TRAK features of training images and queries, applies the kernel-matrix inverse and writes
+scores and a report. Every stage is kept in the output folder and reused, so a run that was
+interrupted goes on.
 """
 
 from __future__ import annotations
@@ -20,9 +21,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from dtrak_kernels import Projection
-from dtrak_kernels.ops import KINDS
-from dtrak_kernels.ridge import RidgeSolver
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -35,6 +33,10 @@ from rich.progress import (
 from rich.table import Table
 from safetensors.torch import save
 from torch import Tensor
+
+from dtrak_kernels import Projection
+from dtrak_kernels.ops import KINDS
+from dtrak_kernels.ridge import RidgeSolver
 
 from . import __version__
 from .data import ImageData, load_data, save_images
@@ -115,7 +117,9 @@ def _plan(options: Options, num_train_timesteps: int = 1000) -> _Plan:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if not 0 <= options.noise_seed < 2**63:
         raise ValueError(f"--noise-seed must be in [0, 2**63), got {options.noise_seed}")
-    proj_dim = DEFAULT_PROJ_DIM[options.projection] if options.proj_dim is None else options.proj_dim
+    proj_dim = (
+        DEFAULT_PROJ_DIM[options.projection] if options.proj_dim is None else options.proj_dim
+    )
     timesteps = select_timesteps(options.timesteps, options.timestep_strategy, num_train_timesteps)
     settings = FeatureSettings(
         options.output_function,
@@ -189,11 +193,14 @@ class _Run:
             try:
                 found = json.loads(file.read_text())
             except ValueError as error:
-                raise OutputError(f"{file} is damaged: delete {folder} or choose another --output") from error
+                raise OutputError(
+                    f"{file} is damaged: delete {folder} or choose another --output"
+                ) from error
             differing = describe_differences(found, deciding)
             if differing:
                 raise OutputError(
-                    f"{folder} holds another run: {differing}. Choose another --output, or delete it"
+                    f"{folder} holds another run: {differing}. Choose another --output, or "
+                    "delete it"
                 )
         elif folder.exists() and any(folder.iterdir()):
             raise OutputError(
@@ -208,8 +215,8 @@ def _load_model_and_data(run: _Run) -> tuple[DiffusionModel, ImageData]:
     options, plan = run.plan.options, run.plan
     if options.model is None and options.data != "digits":
         raise ValueError(
-            "--model must name a Diffusers folder for --data other than 'digits', which has a small "
-            "model that is trained on the spot"
+            "--model must name a Diffusers folder for --data other than 'digits', which has a "
+            "small model that is trained on the spot"
         )
     model = digits_model() if options.model is None else load_model(options.model)
     data = load_data(
@@ -237,7 +244,7 @@ def _load_model_and_data(run: _Run) -> tuple[DiffusionModel, ImageData]:
     with run.stage("train the model") as progress:
         model.unet.to(plan.device)
         train(model, data.images, recipe, checkpoint=checkpoint, progress=progress)
-    # written beside, then renamed: a killed run leaves no half model that would be taken for a whole one
+    # written beside, then renamed: a killed run leaves no half model that passes for a whole one
     partial = plan.output / "model.partial"
     model.save(partial)
     partial.rename(folder)
@@ -248,7 +255,7 @@ def _load_model_and_data(run: _Run) -> tuple[DiffusionModel, ImageData]:
 def _load_queries(run: _Run, model: DiffusionModel) -> ImageData:
     """The images to explain."""
     options, plan = run.plan.options, run.plan
-    arguments = {
+    arguments: dict[str, Any] = {
         "channels": model.channels,
         "size": model.size,
         "skip_corrupt": options.skip_corrupt,
@@ -307,7 +314,9 @@ def _compute_features(
     )
     if store.missing():
         with run.stage(label) as progress:
-            fill_store(store, extractor, data, batch_size=plan.options.batch_size, progress=progress)
+            fill_store(
+                store, extractor, data, batch_size=plan.options.batch_size, progress=progress
+            )
     return store
 
 
@@ -325,7 +334,9 @@ def _environment(device: torch.device) -> dict[str, str]:
         "dtrak": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.machine(),
     }
 
 
@@ -350,8 +361,12 @@ def run_attribution(options: Options, console: Console) -> Path:
         plan = run.plan = _plan(options, model.num_train_timesteps)
     queries = _load_queries(run, model)
     extractor = _make_extractor(run, model)
-    train_store = _compute_features(run, model, extractor, data, "train", "features of training images")
-    query_store = _compute_features(run, model, extractor, queries, "queries", "features of queries")
+    train_store = _compute_features(
+        run, model, extractor, data, "train", "features of training images"
+    )
+    query_store = _compute_features(
+        run, model, extractor, queries, "queries", "features of queries"
+    )
     tensors = _measure_tensors(extractor, data, train_store.batch_size)
     with run.stage("kernel inverse and scores"):
         features = (
@@ -378,7 +393,7 @@ def run_attribution(options: Options, console: Console) -> Path:
     }
     facts = {
         "parameters": f"{extractor.grad_dim:,}",
-        "features": f"{train_store.shape[0]:,} + {query_store.shape[0]:,} rows of {extractor.proj_dim:,}",
+        "features": (f"{len(train_store):,} + {len(query_store):,} rows of {extractor.proj_dim:,}"),
         "batch size": str(train_store.batch_size),
         **{name: format_bytes(size) for name, size in tensors.items()},
         "gradients never stored": format_bytes(4 * extractor.grad_dim * len(data)),
@@ -468,7 +483,7 @@ def _print_summary(run: _Run, facts: dict[str, str]) -> None:
 
 
 def run_comparison(options: Options, console: Console) -> Path:
-    """Run the fused and the published way on the same samples; print agreement, times and memory."""
+    """Run both ways on the same samples; print agreement, times and memory."""
     from .published import PUBLISHED_BATCH_SIZE, Comparison, PublishedExtractor, compare
 
     run = _Run(_plan(options), console)
@@ -500,7 +515,8 @@ def run_comparison(options: Options, console: Console) -> Path:
     console.print(table)
     console.print(
         "agreement: features against the same projection of vmap(grad)'s gradients: relative error "
-        f"{result.gradient_error:.1e}\ninner products against TRAK's projection (another random matrix): "
+        f"{result.gradient_error:.1e}\n"
+        "inner products against TRAK's projection (another random matrix): "
         f"correlation {result.gram_correlation:.4f}"
     )
     return run.plan.output
@@ -511,38 +527,113 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def attribute(
-    model: Annotated[str | None, typer.Option(help="Diffusers folder with a UNet2DModel, or a DDPM pipeline. Default: train the digits model, or reuse the one in the output folder.")] = None,  # noqa: E501
-    data: Annotated[str, typer.Option(help="Training images: 'digits', a folder of images, a parquet file, a datasets folder or a hub name.")] = "digits",  # noqa: E501
-    queries: Annotated[str, typer.Option(help="Images to explain: 'generated', 'validation' or a folder of images.")] = "generated",  # noqa: E501
-    num_queries: Annotated[int, typer.Option(help="How many to generate, or to take from validation.")] = 16,  # noqa: E501
-    output_function: Annotated[str, typer.Option(help=f"What is differentiated: {', '.join(OUTPUT_FUNCTIONS)}.")] = "mean_squared_l2_norm",  # noqa: E501
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Diffusers folder with a UNet2DModel, or a DDPM pipeline. Default: train the "
+            "digits model, or reuse the one in the output folder."
+        ),
+    ] = None,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Training images: 'digits', a folder of images, a parquet file, a datasets "
+            "folder or a hub name."
+        ),
+    ] = "digits",
+    queries: Annotated[
+        str,
+        typer.Option(help="Images to explain: 'generated', 'validation' or a folder of images."),
+    ] = "generated",
+    num_queries: Annotated[
+        int, typer.Option(help="How many to generate, or to take from validation.")
+    ] = 16,
+    output_function: Annotated[
+        str, typer.Option(help=f"What is differentiated: {', '.join(OUTPUT_FUNCTIONS)}.")
+    ] = "mean_squared_l2_norm",
     timesteps: Annotated[int, typer.Option(help="S, timesteps a feature averages over.")] = 10,
-    timestep_strategy: Annotated[str, typer.Option(help="uniform or cumulative (the S least noisy).")] = "uniform",  # noqa: E501
-    noise_seed: Annotated[int, typer.Option(help="Seed of the noise, with sample id and timestep.")] = 0,  # noqa: E501
+    timestep_strategy: Annotated[
+        str, typer.Option(help="uniform or cumulative (the S least noisy).")
+    ] = "uniform",
+    noise_seed: Annotated[
+        int, typer.Option(help="Seed of the noise, with sample id and timestep.")
+    ] = 0,
     projection: Annotated[str, typer.Option(help=f"Random matrix: {', '.join(KINDS)}.")] = "sjlt",
-    proj_dim: Annotated[int | None, typer.Option(help="K, features per image. Default: 8192 for sjlt, 2048 for the dense kinds.")] = None,  # noqa: E501
+    proj_dim: Annotated[
+        int | None,
+        typer.Option(
+            help="K, features per image. Default: 8192 for sjlt, 2048 for the dense kinds."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random matrix.")] = 0,
-    damping: Annotated[str, typer.Option(help="λ in units of the Gram matrix ΦᵀΦ, or 'auto' (cross-validated on the training features).")] = "auto",  # noqa: E501
+    damping: Annotated[
+        str,
+        typer.Option(
+            help="λ in units of the Gram matrix ΦᵀΦ, or 'auto' (cross-validated on the training "
+            "features)."
+        ),
+    ] = "auto",
     top_k: Annotated[int, typer.Option(help="Proponents shown per query.")] = 5,
-    batch_size: Annotated[int | None, typer.Option(help="Images per batch. Default: chosen to fit memory.")] = None,  # noqa: E501
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images per batch. Default: chosen to fit memory.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help=f"Precision of the model: {', '.join(DTYPES)}.")] = "float32",  # noqa: E501
-    output: Annotated[str | None, typer.Option(help="Output folder. Default: runs/<name of the data or model>.")] = None,  # noqa: E501
-    fused: Annotated[bool, typer.Option("--fused/--no-fused", help="Stream gradients, or the published way: vmap(grad), gradients in memory, TRAK's projector.")] = True,  # noqa: E501
-    compare: Annotated[bool, typer.Option("--compare", help="Run both ways on one batch and print agreement, times and memory.")] = False,  # noqa: E501
-    skip_corrupt: Annotated[bool, typer.Option("--skip-corrupt", help="Leave out images that do not decode.")] = False,  # noqa: E501
-    resize: Annotated[bool, typer.Option("--resize", help="Resize and centre-crop images to the model's size.")] = False,  # noqa: E501
-    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,  # noqa: E501
+    dtype: Annotated[
+        str, typer.Option(help=f"Precision of the model: {', '.join(DTYPES)}.")
+    ] = "float32",
+    output: Annotated[
+        str | None, typer.Option(help="Output folder. Default: runs/<name of the data or model>.")
+    ] = None,
+    fused: Annotated[
+        bool,
+        typer.Option(
+            "--fused/--no-fused",
+            help="Stream gradients, or the published way: vmap(grad), gradients in memory, "
+            "TRAK's projector.",
+        ),
+    ] = True,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare", help="Run both ways on one batch and print agreement, times and memory."
+        ),
+    ] = False,
+    skip_corrupt: Annotated[
+        bool, typer.Option("--skip-corrupt", help="Leave out images that do not decode.")
+    ] = False,
+    resize: Annotated[
+        bool, typer.Option("--resize", help="Resize and centre-crop images to the model's size.")
+    ] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where an error came from.")
+    ] = False,
 ) -> None:
     """Find the training images that made a diffusion model draw a picture.
 
     With no options: trains a small model on embedded digits, draws 16 pictures and explains them.
     """
     options = Options(
-        model, data, queries, num_queries, output_function, timesteps, timestep_strategy, noise_seed,
-        projection, proj_dim, seed, damping, top_k, batch_size, device, dtype, output, fused,
-        skip_corrupt, resize,
-    )  # fmt: skip
+        model=model,
+        data=data,
+        queries=queries,
+        num_queries=num_queries,
+        output_function=output_function,
+        timesteps=timesteps,
+        timestep_strategy=timestep_strategy,
+        noise_seed=noise_seed,
+        projection=projection,
+        proj_dim=proj_dim,
+        seed=seed,
+        damping=damping,
+        top_k=top_k,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        output=output,
+        fused=fused,
+        skip_corrupt=skip_corrupt,
+        resize=resize,
+    )
     console = Console(stderr=True)
     job = run_comparison if compare else run_attribution
     try:
@@ -554,7 +645,11 @@ def attribute(
         if traceback:
             raise
         if error.errno == errno.ENOSPC:
-            _fail(console, "no space left on the device: free some and run the same command again; what was finished is kept")
+            _fail(
+                console,
+                "no space left on the device: free some and run the same command again; what was "
+                "finished is kept",
+            )
         _fail(console, " ".join(str(error).split()))
     except (ValueError, RuntimeError) as error:
         if traceback:
@@ -569,7 +664,10 @@ def _fail(console: Console, message: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``python -m dtrak.attribute``."""
-    app(args=list(arguments) if arguments is not None else sys.argv[1:], prog_name="python -m dtrak.attribute")
+    app(
+        args=list(arguments) if arguments is not None else sys.argv[1:],
+        prog_name="python -m dtrak.attribute",
+    )
 
 
 if __name__ == "__main__":

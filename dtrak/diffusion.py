@@ -1,15 +1,19 @@
-"""Diffusion models: the small one the digits train, and loading any Diffusers UNet2DModel folder."""
+"""Diffusion models: the small one the digits train, and loading any UNet2DModel of Diffusers."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, SchedulerMixin, UNet2DModel
-from torch import nn
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from torch import Tensor, nn
 
 
 class ModelError(ValueError):
@@ -21,37 +25,44 @@ class DiffusionModel:
     """A U-Net and the noise schedule it was trained with.
 
     Attributes:
-        unet: predicts noise (or a sample, or a velocity) from ``[R, C, H, W]`` and ``[R]`` timesteps.
+        unet: predicts noise (or a sample, or a velocity) from images ``[R, C, H, W]`` and timestep
+            indices ``[R]``.
         scheduler: its training schedule.
     """
 
     unet: UNet2DModel
-    scheduler: SchedulerMixin
+    scheduler: DDPMScheduler
 
     @property
     def channels(self) -> int:
         """Image channels the model takes."""
-        return int(self.unet.config.in_channels)
+        return int(self.unet.config["in_channels"])
 
     @property
     def size(self) -> int | tuple[int, int] | None:
-        """Image size the model was made for, in pixels."""
-        size = self.unet.config.sample_size
-        return tuple(size) if isinstance(size, list) else size
+        """Image size the model was made for, in pixels: a side, (height, width), or unknown."""
+        size = self.unet.config["sample_size"]
+        return size if size is None or isinstance(size, int) else (int(size[0]), int(size[1]))
 
     @property
     def num_train_timesteps(self) -> int:
         """``T``."""
-        return int(self.scheduler.config.num_train_timesteps)
+        return int(self.scheduler.config["num_train_timesteps"])
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write a DDPM pipeline that `load_model` and Diffusers read."""
         DDPMPipeline(unet=self.unet, scheduler=self.scheduler).save_pretrained(folder)
 
 
 def linear_schedule() -> DDPMScheduler:
-    """The DDPM schedule of Ho et al. 2020 (arXiv:2006.11239): β from 1e-4 to 0.02 in T = 1000 steps."""
-    return DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    """The DDPM schedule: β from 1e-4 to 0.02 in T = 1000 equal steps.
+
+    Source:
+        Ho et al. 2020 (arXiv:2006.11239), section 4.
+    """
+    return DDPMScheduler(
+        num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear"
+    )
 
 
 def digits_model(seed: int = 0) -> DiffusionModel:
@@ -59,9 +70,13 @@ def digits_model(seed: int = 0) -> DiffusionModel:
 
     The published CIFAR recipe at a laptop's scale: scale-shift time conditioning, attention at one
     resolution, the linear schedule.
+
+    Args:
+        seed: of the initial weights; the global random state is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # not torch.manual_seed, which would reseed CUDA devices too
+        torch.default_generator.manual_seed(seed)
         unet = UNet2DModel(
             sample_size=8,
             in_channels=1,
@@ -82,63 +97,129 @@ def load_model(folder: str | Path) -> DiffusionModel:
     """Load a folder that Diffusers wrote: a UNet2DModel, or a pipeline around one.
 
     Args:
-        folder: holds ``config.json`` of a UNet2DModel, or ``model_index.json`` with ``unet/`` and
-            ``scheduler/``. A bare U-Net gets the linear DDPM schedule, unless
+        folder: a pipeline with ``unet/`` and ``scheduler/``, or with both in the folder itself as
+            older ones have; or a bare U-Net, which gets the linear DDPM schedule unless
             ``scheduler_config.json`` lies beside it.
 
     Returns:
-        The model in evaluation mode, on the CPU.
+        The model in evaluation mode, float32, on the CPU.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ModelError: it holds no UNet2DModel, its weights are missing or unreadable, or their names or
-            shapes do not match its configuration.
+        ModelError: it holds no UNet2DModel, or one that takes more than images and timesteps, or
+            returns something else than an image; its configuration, weights or schedule are missing
+            or unreadable; or the names or shapes of its weights do not match its configuration.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"model must be a folder that Diffusers wrote, got {folder}: no such folder")
-    unet_folder = folder / "unet" if (folder / "model_index.json").is_file() else folder
-    config_file = unet_folder / "config.json"
-    if not config_file.is_file():
+        raise FileNotFoundError(f"model must be a folder that Diffusers wrote, got {folder}")
+    unet_folder = next(
+        (f for f in (folder / "unet", folder) if (f / "config.json").is_file()), None
+    )
+    if unet_folder is None:
         raise ModelError(
-            f"model must hold config.json of a UNet2DModel, or model_index.json with unet/: {folder} has "
-            f"neither"
+            "model must be a folder with config.json of a UNet2DModel, in itself or in unet/, got "
+            f"{folder} without one"
         )
+    _check_config(unet_folder / "config.json")
+    return DiffusionModel(_load_unet(unet_folder), _load_schedule(folder))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
     try:
-        kind = json.loads(config_file.read_text()).get("_class_name")
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{config_file} must be JSON, got {error}") from error
+        raise ModelError(f"{file} must be JSON, got {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{file} must be a JSON object, got a {type(content).__name__}")
+    return content
+
+
+def _check_config(file: Path) -> None:
+    config = _read_json(file)
+    kind = config.get("_class_name")
     if kind != "UNet2DModel":
-        raise ModelError(f"{config_file} must describe a UNet2DModel, got {kind!r}")
-    try:
-        unet, info = UNet2DModel.from_pretrained(
-            unet_folder, local_files_only=True, output_loading_info=True, low_cpu_mem_usage=False
+        raise ModelError(f"{file} must describe a UNet2DModel, got {kind!r}")
+    if config.get("num_class_embeds") or config.get("class_embed_type"):
+        raise ModelError(f"{file} must describe an unconditional model, got one that takes classes")
+    channels = config.get("in_channels", 3), config.get("out_channels", 3)
+    if channels[0] != channels[1]:
+        raise ModelError(
+            f"{file} must have as many out_channels as in_channels, got {channels[1]} and "
+            f"{channels[0]}"
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"the weights in {unet_folder} could not be loaded: {reason}") from error
-    for key, what in (
-        ("missing_keys", "lacks the parameter"),
-        ("unexpected_keys", "has the unknown parameter"),
-        ("mismatched_keys", "has another shape for the parameter"),
-    ):
-        if info[key]:
-            first = sorted(str(k[0] if isinstance(k, tuple) else k) for k in info[key])[0]
-            raise ModelError(
-                f"the checkpoint in {unet_folder} does not match its configuration: it {what} {first!r} "
-                f"({len(info[key])} such)"
+
+
+@contextmanager
+def _quiet_loader() -> Iterator[None]:
+    """Without Diffusers' own remarks on mismatched weights: each becomes an error, or is fine."""
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _load_unet(folder: Path) -> UNet2DModel:
+    try:
+        with _quiet_loader():
+            # together the two last options report misfits instead of raising at the first
+            unet, info = UNet2DModel.from_pretrained(
+                folder,
+                local_files_only=True,
+                output_loading_info=True,
+                low_cpu_mem_usage=False,
+                ignore_mismatched_sizes=True,
             )
-    scheduler_folder = folder / "scheduler" if unet_folder != folder else folder
-    has_schedule = (scheduler_folder / "scheduler_config.json").is_file()
-    scheduler = DDPMScheduler.from_pretrained(scheduler_folder) if has_schedule else linear_schedule()
-    return DiffusionModel(unet.eval(), scheduler)
+    # whatever a broken configuration makes the constructor raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"the model in {folder} could not be loaded: {reason}") from error
+    misfits = [
+        *(f"{name} is missing" for name in sorted(info["missing_keys"])),
+        *(f"{name} is unknown" for name in sorted(info["unexpected_keys"])),
+        *(
+            f"{name} is {list(found)} and should be {list(expected)}"
+            for name, found, expected in sorted(info["mismatched_keys"])
+        ),
+    ]
+    if misfits:
+        more = f"; and {len(misfits) - 4} more" if len(misfits) > 4 else ""
+        raise ModelError(
+            f"the checkpoint in {folder} does not match its configuration: "
+            f"{'; '.join(misfits[:4])}{more}"
+        )
+    return unet.eval()
+
+
+def _load_schedule(folder: Path) -> DDPMScheduler:
+    files = (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json")
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        if (folder / "model_index.json").is_file():
+            raise ModelError(f"{folder} is a pipeline and must hold {files[0].relative_to(folder)}")
+        return linear_schedule()
+    config = _read_json(file)
+    try:
+        # any scheduler's betas and prediction type, read as the training schedule they come from
+        return DDPMScheduler.from_config(config)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{file} could not be used: {reason}") from error
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors: names, dtypes, shapes and bytes, whatever their order or device."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous().reshape(-1)
+        digest.update(f"{name} {tensor.dtype} {list(tensors[name].shape)}\n".encode())
+        digest.update(tensor.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def hash_model(model: nn.Module) -> str:
     """SHA-256 of a module's parameters and buffers: names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        raw = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(raw.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return hash_tensors(model.state_dict())

@@ -1,4 +1,4 @@
-"""Data set x timesteps -> features ``[N, K]``, streamed into a store on disk that survives a crash."""
+"""Data set x timesteps -> features ``[N, K]``, streamed into a store that survives a crash."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from dtrak_kernels import GradientSketcher, Projection, check_features
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from dtrak_kernels import GradientSketcher, Projection, check_features
 
 from . import __version__
 from .data import ImageData
@@ -34,7 +35,7 @@ DTYPES = {
 
 
 class StoreError(ValueError):
-    """A feature store that does not fit what is asked of it, or is damaged; the message says which."""
+    """A feature store that does not fit what is asked, or is damaged; the message says which."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,13 @@ def check_prediction(prediction: Tensor, ids: Sequence[str], timesteps: Tensor) 
         )
 
 
+def move_model(model: DiffusionModel, device: torch.device, dtype: str) -> None:
+    """Put the U-Net on its device, its weights in float64 for ``"float64"``."""
+    model.unet.to(device)
+    if dtype == "float64":
+        model.unet.double()
+
+
 class FusedExtractor:
     """Features through `GradientSketcher`: one forward and one backward, no gradient stored.
 
@@ -123,9 +131,10 @@ class FusedExtractor:
 
     method = "fused"
 
-    def __init__(self, model: DiffusionModel, settings: FeatureSettings, device: torch.device) -> None:
-        wide = settings.dtype == "float64"
-        model.unet.to(device=device, dtype=torch.float64 if wide else torch.float32)
+    def __init__(
+        self, model: DiffusionModel, settings: FeatureSettings, device: torch.device
+    ) -> None:
+        move_model(model, device, settings.dtype)
         self.model, self.settings, self.device = model, settings, device
         self.sketcher = GradientSketcher(
             model.unet,
@@ -178,8 +187,9 @@ def autocast(device: torch.device, dtype: str) -> Any:
 def fitting_batch_size(extractor: FusedExtractor, data: ImageData) -> int:
     """The batch size that uses a modest share of the free memory, found by measuring one sample.
 
-    On a CPU the working set is kept small enough for the caches (96 MB), except for the dense kinds,
-    which regenerate their matrix once per batch and want a large one; on a GPU half the free memory.
+    On a CPU the working set is kept small enough for the caches (96 MB), except for the dense
+    kinds, which regenerate their matrix once per batch and want a large one; on a GPU half the free
+    memory.
     """
     with TensorMeter(known=extractor.model.unet.state_dict().values()) as meter:
         extractor.extract(data.images[:1], data.ids[:1])
@@ -230,8 +240,8 @@ class FeatureStore:
             batch_size: samples per batch of a new store; an existing one keeps its own.
 
         Raises:
-            StoreError: the folder holds a store made with other settings (the keys are named), or its
-                manifest is unreadable.
+            StoreError: the folder holds a store made with other settings (the keys are named), or
+                its manifest is unreadable.
         """
         folder = Path(folder)
         file = folder / "manifest.json"
@@ -242,14 +252,14 @@ class FeatureStore:
                 found = manifest["deciding"]
             except (ValueError, KeyError, TypeError) as error:
                 raise StoreError(
-                    f"{file} must be the manifest of a feature store, but is damaged: delete {folder} "
-                    "to compute the features again"
+                    f"{file} must be the manifest of a feature store, but is damaged: delete "
+                    f"{folder} to compute the features again"
                 ) from error
             differing = describe_differences(found, wanted)
             if differing:
                 raise StoreError(
-                    f"{folder} holds features made with other settings: {differing}. Choose another "
-                    "--output, or delete that folder"
+                    f"{folder} holds features made with other settings: {differing}. Choose "
+                    "another --output, or delete that folder"
                 )
             return cls(folder, manifest)
         rows = batch_size * -(-_ROWS_PER_SHARD // batch_size)
@@ -289,7 +299,9 @@ class FeatureStore:
     def _read(self, shard: int) -> Tensor:
         file, rows = self._file(shard), self.rows(shard)
         if not file.is_file():
-            raise StoreError(f"{self.folder} is incomplete: {file.name} is missing; run again to resume")
+            raise StoreError(
+                f"{self.folder} is incomplete: {file.name} is missing; run again to resume"
+            )
         try:
             with safe_open(file, "pt") as opened:
                 features: Tensor = opened.get_tensor("features")
@@ -324,7 +336,7 @@ class FeatureStore:
 
 
 def describe_differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """``key: a there, b here`` for every differing key, nested keys dotted; empty if there is none."""
+    """``key is a there and b here`` for every differing key, nested keys dotted; or nothing."""
     differences = []
     for key in sorted(found.keys() | wanted.keys()):
         a, b = found.get(key), wanted.get(key)
@@ -361,7 +373,8 @@ def deciding_settings(
     schedule = {
         key: value
         for key, value in sorted(dict(model.scheduler.config).items())
-        if key in ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
+        if key
+        in ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
     }
     return {
         "version": __version__,
@@ -391,7 +404,8 @@ def fill_store(
         progress: called with (rows done, rows) at the start and after every batch.
 
     Raises:
-        ValueError: the model's output is not finite, or a feature row is zero or not finite (which).
+        ValueError: the model's output is not finite, or a feature row is zero or not finite
+            (which).
     """
     step = batch_size or store.batch_size
     missing = store.missing()

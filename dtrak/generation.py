@@ -2,51 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 from .diffusion import DiffusionModel
 
 
+@torch.no_grad()
 def generate(
-    model: DiffusionModel, seeds: list[int], *, num_inference_steps: int = 50, batch_size: int = 64
+    model: DiffusionModel,
+    seeds: Sequence[int],
+    *,
+    num_inference_steps: int = 50,
+    batch_size: int = 64,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Draw one image per seed with DDIM (η = 0).
 
-    Every image has a generator of its own, so it does not depend on which others are drawn with it.
+    Every image starts from noise of a CPU generator of its own, so it does not depend on which
+    others are drawn with it (up to rounding: a batch of another size may be multiplied otherwise),
+    nor on the device or the dtype of the model.
 
     Args:
-        model: the model, on its device.
+        model: the model, on its device, in evaluation mode.
         seeds: M seeds.
-        num_inference_steps: DDIM steps.
+        num_inference_steps: DDIM steps, in ``[1, T]``.
         batch_size: images drawn at a time.
+        progress: called with (DDIM steps done, DDIM steps), summed over batches, after every step.
 
     Returns:
         ``[M, C, H, W]`` float32 in [-1, 1], on the CPU.
 
     Raises:
-        ValueError: the model drew a non-finite image (which seed).
+        ValueError: the number of steps or the batch size is out of range, the model does not say
+            the size of its images, or it drew a non-finite image (from which seed).
 
     Source:
-        Song et al. 2021 (arXiv:2010.02502); one generator per image as in D-TRAK's gen_unconditional.py.
+        Song et al. 2021 (arXiv:2010.02502); one generator per image as in D-TRAK's
+        gen_unconditional.py at e2a0c2e.
     """
-    pipeline = DDIMPipeline(
-        unet=model.unet, scheduler=DDIMScheduler.from_config(model.scheduler.config)
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    images = []
-    for first in range(0, len(seeds), batch_size):
+    if not 1 <= num_inference_steps <= model.num_train_timesteps:
+        raise ValueError(
+            f"num_inference_steps must be in [1, {model.num_train_timesteps}], got "
+            f"{num_inference_steps}"
+        )
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if model.size is None:
+        raise ValueError("the model must have a sample_size to draw from it, got None")
+    height, width = (model.size, model.size) if isinstance(model.size, int) else model.size
+    shape = (model.channels, height, width)
+    parameter = next(model.unet.parameters())
+    scheduler = DDIMScheduler.from_config(model.scheduler.config)
+    scheduler.set_timesteps(num_inference_steps)
+    images = torch.empty(len(seeds), *shape)
+    firsts = range(0, len(seeds), batch_size)
+    done, total = 0, len(firsts) * num_inference_steps
+    for first in firsts:
         chosen = seeds[first : first + batch_size]
-        drawn = pipeline(
-            batch_size=len(chosen),
-            generator=[torch.Generator().manual_seed(seed) for seed in chosen],
-            num_inference_steps=num_inference_steps,
-            output_type="np",
-        ).images
-        batch = torch.from_numpy(drawn).permute(0, 3, 1, 2) * 2 - 1
-        for seed, image in zip(chosen, batch, strict=True):
+        generators = [torch.Generator().manual_seed(seed) for seed in chosen]
+        sample = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(parameter)
+        for timestep in scheduler.timesteps:
+            prediction = model.unet(sample, timestep).sample
+            sample = scheduler.step(prediction, timestep, sample, eta=0.0).prev_sample
+            done += 1
+            if progress is not None:
+                progress(done, total)
+        for seed, image in zip(chosen, sample, strict=True):
             if not torch.isfinite(image).all():
                 raise ValueError(f"the model drew a non-finite image from seed {seed}")
-        images.append(batch)
-    return torch.cat(images) if images else torch.empty(0, model.channels, 0, 0)
+        images[first : first + batch_size] = sample.float().clamp(-1, 1).cpu()
+    return images

@@ -71,65 +71,93 @@ class StageClock:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Measure the block as the stage ``name``; nothing is noted when it raises."""
+        self._synchronise()
         _reset_peak(self.device)
         start = time.perf_counter()
         yield
+        self._synchronise()
+        self.stages.append(Stage(name, time.perf_counter() - start, _peak(self.device)))
+
+    def _synchronise(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.stages.append(Stage(name, time.perf_counter() - start, _peak(self.device)))
 
 
 class TensorMeter(TorchDispatchMode):
-    """Counts the bytes of the tensors that live within it, exactly and on any device.
+    """Counts the bytes of the tensors created within it, exactly and on any device.
 
-    Scratch memory inside an operation is not seen.
+    Memory counts once, however many views look at it, until the last of them is gone, in forward,
+    backward and under functorch's transforms. Not seen: scratch memory inside an operation, and
+    memory that torch did not allocate (NumPy arrays).
 
     Attributes:
         live_bytes: of tensors created within it that still exist.
         peak_bytes: highest ``live_bytes``.
-        largest_bytes: of the largest single tensor created within it.
+        largest_bytes: of the largest single allocation made within it.
 
     Args:
-        known: tensors that exist already (weights, inputs) and do not count.
+        known: tensors that exist already (weights, inputs). Whatever an operation takes that no
+            operation within made is recognised as such without being listed.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.live_bytes = self.peak_bytes = self.largest_bytes = 0
-        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self._sizes: dict[int, int] = {}
+        # weak: an address that is freed may come back as new memory
+        self._known: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        for tensor in known:
+            self._recognise(tensor)
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        # torch.tensor() shows up as this no-op on memory it has just allocated
+        if func is not torch.ops.aten.lift_fresh.default:
+            for leaf in tree_leaves((args, kwargs)):
+                if isinstance(leaf, Tensor):
+                    self._recognise(leaf)
+        out = func(*args, **kwargs)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._track(leaf)
         return out
+
+    def _recognise(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._sizes:
+            self._known[storage._cdata] = storage
 
     def _track(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._known:
             return
-        self._known.add(key)
-        self.live_bytes += size
+        if key not in self._sizes:
+            self._sizes[key] = 0
+            weakref.finalize(storage, self._forget, key).atexit = False
+        # an operation may have grown memory it got as out=
+        self.live_bytes += size - self._sizes[key]
+        self._sizes[key] = size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
         self.largest_bytes = max(self.largest_bytes, size)
-        weakref.finalize(storage, self._forget, key, size)
 
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live_bytes -= size
+    def _forget(self, key: int) -> None:
+        self.live_bytes -= self._sizes.pop(key)
 
 
 def format_bytes(size: int) -> str:
-    """Bytes for a reader: ``12.3 MB`` (1 MB = 1e6 bytes)."""
+    """Bytes for a reader, three digits: ``12.3 MB`` (1 MB = 1e6 bytes)."""
     value, units = float(size), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 1000 and len(units) > 1:
+    while value >= 999.5 and len(units) > 1:
         value /= 1000
         units.pop(0)
-    return f"{value:.3g} {units[0]}"
+    return f"{value:.0f} {units[0]}" if value >= 99.95 else f"{value:.3g} {units[0]}"
 
 
 def available_bytes(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""Model output functions f: what a feature is the gradient of. One scalar per sample and timestep."""
+"""Model output functions f: what a feature is the gradient of, one scalar per row."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Iterable
 
 import torch
-from diffusers import SchedulerMixin
+from diffusers import DDPMScheduler
 from torch import Tensor
 
 # (prediction, target, weight) -> [R]; prediction and target are flattened, [R, D] float
@@ -27,7 +27,8 @@ OUTPUT_FUNCTIONS: dict[str, OutputFunction] = {
     "mean_squared_l2_norm": lambda u, target, weight: u.square().mean(1),
     "mean": lambda u, target, weight: u.mean(1),
     "l1_norm": lambda u, target, weight: u.abs().sum(1),
-    "l2_norm": lambda u, target, weight: u.square().sum(1).sqrt(),
+    # not sqrt of a sum: its gradient at an output of zero is zero, not NaN
+    "l2_norm": lambda u, target, weight: torch.linalg.vector_norm(u, dim=1),
     "linf_norm": lambda u, target, weight: u.abs().amax(1),
     "weighted_mse": _weighted_mse,
 }
@@ -44,17 +45,19 @@ def check_choice(option: str, value: str, valid: Iterable[str]) -> str:
     valid = list(valid)
     if value in valid:
         return value
-    close = difflib.get_close_matches(value.replace("-", "_"), valid, n=1, cutoff=0.3)
+    close = difflib.get_close_matches(value.lower().replace("-", "_"), valid, n=1, cutoff=0.3)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise ValueError(f"{option} must be one of {', '.join(valid)}, got {value!r}{hint}")
 
 
-def select_timesteps(num_timesteps: int, strategy: str, num_train_timesteps: int = 1000) -> list[int]:
+def select_timesteps(
+    num_timesteps: int, strategy: str, num_train_timesteps: int = 1000
+) -> list[int]:
     """The S timestep indices a feature averages over.
 
     Args:
         num_timesteps: ``S``, in ``[1, num_train_timesteps]``.
-        strategy: ``"uniform"``: 0, ⌊T/S⌋, 2⌊T/S⌋, …; ``"cumulative"``: 0 to S - 1, the least noisy ones.
+        strategy: ``"uniform"``: 0, ⌊T/S⌋, 2⌊T/S⌋, …; ``"cumulative"``: 0 to S - 1, the least noisy.
         num_train_timesteps: ``T``.
 
     Raises:
@@ -73,31 +76,59 @@ def select_timesteps(num_timesteps: int, strategy: str, num_train_timesteps: int
     return [step * stride for step in range(num_timesteps)]
 
 
-def training_target(scheduler: SchedulerMixin, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+def training_target(
+    scheduler: DDPMScheduler, images: Tensor, noise: Tensor, timesteps: Tensor
+) -> Tensor:
     """What the model was trained to predict, by the scheduler's ``prediction_type``.
+
+    Args:
+        scheduler: the training schedule.
+        images: ``[R, C, H, W]`` clean.
+        noise: ``[R, C, H, W]``.
+        timesteps: ``[R]`` timestep indices.
+
+    Returns:
+        ``[R, C, H, W]``: the noise ε, the image x, or the velocity ``√ᾱ_t ε - √(1 - ᾱ_t) x``.
 
     Raises:
         ValueError: the prediction type is not epsilon, sample or v_prediction.
     """
-    kind = scheduler.config.prediction_type
+    kind = scheduler.config["prediction_type"]
     if kind == "epsilon":
         return noise
     if kind == "sample":
         return images
     if kind == "v_prediction":
-        return scheduler.get_velocity(images, noise, timesteps)
+        velocity: Tensor = scheduler.get_velocity(images, noise, timesteps)
+        return velocity
     raise ValueError(f"prediction_type must be epsilon, sample or v_prediction, got {kind!r}")
 
 
-def elbo_weights(scheduler: SchedulerMixin, timesteps: Tensor) -> Tensor:
-    """Weights of the variational bound, ``β_t / (2 α_t (1 - ᾱ_t))``, ``[R]``."""
-    cumulative = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
-    betas = scheduler.betas.to(timesteps.device)[timesteps]
-    return betas / (2 * (1 - betas) * (1 - cumulative))
+def elbo_weights(scheduler: DDPMScheduler, timesteps: Tensor) -> Tensor:
+    """Weights of the variational bound, ``w_t = β_t / (2 α_t (1 - ᾱ_t))``.
+
+    At t = 0 the factor ``β_0 / (1 - ᾱ_0)`` is 1 whatever β_0, so the weight is ``1 / (2 α_0)`` even
+    for a schedule that starts at β_0 = 0. Infinite where α_t = 0 (the last timestep of a schedule with
+    zero terminal SNR).
+
+    Args:
+        scheduler: the training schedule.
+        timesteps: ``[R]`` timestep indices.
+
+    Returns:
+        ``[R]`` float32.
+    """
+    # in float32, 1 - ᾱ_t keeps only three digits at the least noisy steps
+    betas = scheduler.betas.double().cpu()
+    alphas = 1 - betas
+    ratio = betas / (1 - alphas.cumprod(0))
+    ratio[0] = 1
+    table = (ratio / (2 * alphas)).float()
+    return table.to(timesteps.device)[timesteps]
 
 
 def evaluate_output(
-    name: str, prediction: Tensor, target: Tensor, scheduler: SchedulerMixin, timesteps: Tensor
+    name: str, prediction: Tensor, target: Tensor, scheduler: DDPMScheduler, timesteps: Tensor
 ) -> Tensor:
     """The output function ``name``, one scalar per row.
 

@@ -1,4 +1,4 @@
-"""The published way, kept as an honest comparison: `vmap(grad)`, gradients in memory, TRAK's projector."""
+"""The published way, to compare with: `vmap(grad)`, gradients in memory, TRAK's projector."""
 
 from __future__ import annotations
 
@@ -10,13 +10,20 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor
-from dtrak_kernels import Projection, project
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
+from dtrak_kernels import Projection, project
+
 from .data import ImageData
 from .diffusion import DiffusionModel
-from .features import FeatureSettings, FusedExtractor, check_prediction, noisy_rows
+from .features import (
+    FeatureSettings,
+    FusedExtractor,
+    check_prediction,
+    move_model,
+    noisy_rows,
+)
 from .measure import TensorMeter
 from .outputs import evaluate_output
 
@@ -25,7 +32,7 @@ PUBLISHED_BATCH_SIZE = 52
 
 
 def _plain_attention(model: DiffusionModel) -> DiffusionModel:
-    """A copy whose attention is written out, because fused attention has no batching rule under vmap."""
+    """A copy whose attention is written out: the fused one has no batching rule under vmap."""
     unet = copy.deepcopy(model.unet)
     for module in unet.modules():
         if hasattr(module, "set_processor"):
@@ -48,7 +55,9 @@ def make_trak_projector(grad_dim: int, projection: Projection, device: torch.dev
             "--no-fused and --compare need TRAK's projector: pip install 'dtrak[trak]'"
         ) from error
     if projection.kind == "none":
-        raise ValueError("projection must be rademacher, normal or sjlt for TRAK's projector, got 'none'")
+        raise ValueError(
+            "projection must be rademacher, normal or sjlt for TRAK's projector, got 'none'"
+        )
     kind = ProjectionType.rademacher if projection.kind == "rademacher" else ProjectionType.normal
     common = {
         "grad_dim": grad_dim,
@@ -82,12 +91,16 @@ class PublishedExtractor:
 
     method = "published"
 
-    def __init__(self, model: DiffusionModel, settings: FeatureSettings, device: torch.device) -> None:
+    def __init__(
+        self, model: DiffusionModel, settings: FeatureSettings, device: torch.device
+    ) -> None:
         if settings.dtype not in ("float32", "float64"):
-            raise ValueError(f"dtype must be float32 or float64 for --no-fused, got {settings.dtype!r}")
+            raise ValueError(
+                f"dtype must be float32 or float64 for --no-fused, got {settings.dtype!r}"
+            )
         self.dtype = torch.float64 if settings.dtype == "float64" else torch.float32
         self.model = _plain_attention(model)
-        self.model.unet.to(device=device, dtype=self.dtype)
+        move_model(self.model, device, settings.dtype)
         self.settings, self.device = settings, device
         self.parameters = {name: p.detach() for name, p in self.model.unet.named_parameters()}
         self.grad_dim = sum(p.numel() for p in self.parameters.values())
@@ -103,7 +116,9 @@ class PublishedExtractor:
         def output(
             parameters: dict[str, Tensor], noisy: Tensor, target: Tensor, timestep: Tensor
         ) -> tuple[Tensor, Tensor]:
-            prediction = functional_call(self.model.unet, parameters, (noisy[None], timestep)).sample
+            prediction = functional_call(
+                self.model.unet, parameters, (noisy[None], timestep)
+            ).sample
             f = evaluate_output(
                 self.settings.output_function,
                 prediction,
@@ -146,9 +161,10 @@ class Comparison:
         fused_peak_bytes: peak of live tensors of the fused way, in bytes.
         published_peak_bytes: of the published way.
         fused_largest_bytes: largest tensor of the fused way.
-        gradient_error: relative error of the fused features against the same projection applied to the
-            gradients of `vmap(grad)`.
-        gram_correlation: Pearson correlation of the inner products ``⟨φ_i, φ_j⟩``, i < j, of the two.
+        gradient_error: relative error of the fused features against the same projection applied to
+            the gradients of `vmap(grad)`.
+        gram_correlation: Pearson correlation of the inner products ``⟨φ_i, φ_j⟩``, i < j, of the
+            two.
     """
 
     samples: int
@@ -170,9 +186,11 @@ class Comparison:
 def compare(
     fused: FusedExtractor, published: PublishedExtractor, data: ImageData, fused_batch_size: int
 ) -> Comparison:
-    """Run both ways on all of ``data``: the published one in one batch, the fused one in its own batches.
+    """Run both ways on all of ``data``: the published one in one batch, the fused one in its own
+    batches.
 
-    Times are of a second run each, after a warm-up on one sample; memory is counted in a run of its own.
+    Times are of a second run each, after a warm-up on one sample; memory is counted in a run of its
+    own.
     """
     batches = [
         slice(first, min(first + fused_batch_size, len(data)))
@@ -209,7 +227,7 @@ def compare(
     del grads, ours, theirs, features, grams
     with TensorMeter(known=fused.model.unet.state_dict().values()) as fused_meter:
         run_fused()
-    # the projector's matrix block is made when the projector is, so it is counted as live from the start
+    # the projector holds a block of its matrix from the start, so that block counts as live
     projector = published.projector
     matrix = getattr(projector, "proj_matrix", None)
     known = [*published.model.unet.state_dict().values(), *([] if matrix is None else [matrix])]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .diffusion import DiffusionModel
+from .diffusion import DiffusionModel, hash_model, hash_tensors
 from .outputs import training_target
 
 Progress = Callable[[int, int], None]
@@ -21,21 +24,21 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained; equal recipes and data give equal weights on one device.
+    """How a model is trained: with equal data and initial weights, it decides every bit on a device.
 
     Attributes:
         steps: optimiser steps.
         batch_size: images per step.
-        learning_rate: peak of AdamW's learning rate; linear warm-up over the first tenth, cosine to 0.
+        learning_rate: peak of AdamW's learning rate; see `learning_rate_factor` for its course.
         betas: AdamW's decay rates.
         weight_decay: AdamW's weight decay.
         max_grad_norm: gradients are clipped to this norm.
-        seed: of the initial weights, the order of the data, the timesteps and the noise.
+        seed: of the order of the data, the timesteps, the noise and dropout.
     """
 
     steps: int = 1200
     batch_size: int = 64
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     betas: tuple[float, float] = (0.95, 0.999)
     weight_decay: float = 1e-6
     max_grad_norm: float = 1.0
@@ -46,27 +49,50 @@ class Recipe:
         return asdict(self) | {"betas": list(self.betas)}
 
 
-def _generator(*key: int) -> torch.Generator:
-    """A generator that depends on the key alone, so that no state need be saved to resume."""
-    seed = 0
-    for part in key:
-        seed = (seed * 1_000_003 + part + 1) % 2**63
-    return torch.Generator().manual_seed(seed)
+def _derive_seed(*key: int | str) -> int:
+    """A seed that depends on the key alone, so that no random state need be saved to resume."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _generator(*key: int | str) -> torch.Generator:
+    return torch.Generator().manual_seed(_derive_seed(*key))
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """The global random state of the CPU and ``device`` seeded within, restored after (dropout)."""
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if cuda else []):
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def batch_indices(step: int, size: int, recipe: Recipe) -> Tensor:
-    """Which images step ``step`` sees, ``[batch_size]``: epochs are permutations, batches never short."""
+    """Which images a step sees: epochs are permutations laid end to end, and no batch is short.
+
+    Args:
+        step: index of the step, from 0.
+        size: ``N``, images in the data set.
+        recipe: gives the batch size and the seed.
+
+    Returns:
+        ``[batch_size]`` int64; a batch across the end of an epoch may hold an image twice.
+    """
     first = step * recipe.batch_size
-    positions = range(first, first + recipe.batch_size)
-    epochs = {
-        epoch: torch.randperm(size, generator=_generator(recipe.seed, 1, epoch))
-        for epoch in range(positions[0] // size, positions[-1] // size + 1)
-    }
-    return torch.stack([epochs[position // size][position % size] for position in positions])
+    last = first + recipe.batch_size
+    epochs = range(first // size, (last - 1) // size + 1)
+    order = torch.cat(
+        [torch.randperm(size, generator=_generator(recipe.seed, "order", e)) for e in epochs]
+    )
+    return order[first - epochs[0] * size :][: recipe.batch_size]
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
-    """Linear warm-up over a tenth of the steps, then half a cosine to 0, in [0, 1]."""
+    """Linear warm-up over a tenth of the steps, then half a cosine to 0; in (0, 1]."""
     warm_up = math.ceil(steps / 10)
     if step < warm_up:
         return (step + 1) / warm_up
@@ -74,8 +100,8 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 
 def save_atomically(state: Any, path: Path) -> None:
-    """``torch.save`` to a temporary file, then rename: a reader sees the old file or the new one."""
-    temporary = path.with_suffix(".partial")
+    """``torch.save`` to a temporary file, then rename: a reader sees the old file or the new."""
+    temporary = path.with_name(path.name + ".partial")
     try:
         with temporary.open("wb") as file:
             torch.save(state, file)
@@ -84,6 +110,37 @@ def save_atomically(state: Any, path: Path) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _identity(model: DiffusionModel, images: Tensor, recipe: Recipe) -> dict[str, Any]:
+    """Everything that decides the trained weights."""
+    schedule = hash_tensors({"betas": model.scheduler.betas})
+    return recipe.to_dict() | {
+        "images": hash_tensors({"images": images}),
+        "initial weights": hash_model(model.unet),
+        "noise schedule": f"{schedule} {model.scheduler.config['prediction_type']}",
+    }
+
+
+def _read_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        found = state["identity"]
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"checkpoint {path} is damaged, or not of this version: delete it to train anew"
+        ) from error
+    differing = [
+        f"{key} ({found.get(key)} there, {value} here)" if key in asdict(Recipe()) else key
+        for key, value in identity.items()
+        if found.get(key) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"checkpoint {path} is of another training, which differs in {', '.join(differing)}: "
+            "delete it to train anew"
+        )
+    return state
 
 
 def train(
@@ -97,12 +154,16 @@ def train(
 ) -> DiffusionModel:
     """Train ``model`` in place on the plain denoising loss.
 
+    The global random state is neither used nor changed. A checkpoint of another training (recipe,
+    images, initial weights or noise schedule) is refused rather than continued or overwritten.
+
     Args:
         model: a freshly initialised model, already on its device.
         images: ``[N, C, H, W]`` float32 in [-1, 1].
         recipe: how.
-        checkpoint: where the state is kept while training, so that an interrupted run goes on where it
-            stopped, with the same bits; removed by the caller when the model is saved.
+        checkpoint: where the state is kept while training, so that an interrupted run, called again
+            with the same arguments, goes on where it stopped, with the same bits; the caller
+            removes it when the model is saved.
         checkpoint_every: steps between checkpoints.
         progress: called with (steps done, steps) after every step.
 
@@ -110,7 +171,8 @@ def train(
         The same model, in evaluation mode.
 
     Raises:
-        ValueError: there are no images, or the loss is not finite (which step).
+        ValueError: there are no images or they are not finite; the loss or its gradient is not
+            finite (at which step); the checkpoint is damaged or of another training (what differs).
 
     Source:
         Ho et al. 2020 (arXiv:2006.11239), algorithm 1; schedule and optimiser as D-TRAK trains
@@ -118,55 +180,60 @@ def train(
     """
     if not len(images):
         raise ValueError("images must hold at least one image to train on, got 0")
+    if not torch.isfinite(images).all():
+        raise ValueError("images must be finite, got NaN or infinity")
     unet, scheduler = model.unet, model.scheduler
     device = next(unet.parameters()).device
     optimiser = torch.optim.AdamW(
-        unet.parameters(),
-        lr=recipe.learning_rate,
-        betas=recipe.betas,
-        weight_decay=recipe.weight_decay,
+        unet.parameters(), betas=recipe.betas, weight_decay=recipe.weight_decay
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: learning_rate_factor(step, recipe.steps)
-    )
-    start = 0
-    if checkpoint is not None and checkpoint.is_file():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        if state["recipe"] == recipe.to_dict():
+    start, identity = 0, {}
+    if checkpoint is not None:
+        identity = _identity(model, images, recipe)
+        if checkpoint.is_file():
+            state = _read_checkpoint(checkpoint, identity)
             unet.load_state_dict(state["model"])
             optimiser.load_state_dict(state["optimiser"])
-            schedule.load_state_dict(state["schedule"])
             start = state["step"]
     unet.train()
-    for step in range(start, recipe.steps):
-        batch = images[batch_indices(step, len(images), recipe)].to(device)
-        generator = _generator(recipe.seed, 2, step)
-        timesteps = torch.randint(
-            scheduler.config.num_train_timesteps, (len(batch),), generator=generator
-        ).to(device)
-        noise = torch.randn(batch.shape, generator=generator).to(device)
-        prediction = unet(scheduler.add_noise(batch, noise, timesteps), timesteps).sample
-        loss = F.mse_loss(prediction, training_target(scheduler, batch, noise, timesteps))
-        if not torch.isfinite(loss):
-            raise ValueError(f"the training loss is not finite at step {step}: lower the learning rate")
+    try:
+        for step in range(start, recipe.steps):
+            batch = images[batch_indices(step, len(images), recipe)].to(device)
+            generator = _generator(recipe.seed, "noise", step)
+            timesteps = torch.randint(
+                model.num_train_timesteps, (len(batch),), generator=generator
+            ).to(device)
+            noise = torch.randn(batch.shape, generator=generator).to(device)
+            noisy = scheduler.add_noise(batch, noise, timesteps)
+            with _seeded(device, _derive_seed(recipe.seed, "dropout", step)):
+                prediction = unet(noisy, timesteps).sample
+            loss = F.mse_loss(prediction, training_target(scheduler, batch, noise, timesteps))
+            optimiser.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), recipe.max_grad_norm)
+            if not torch.isfinite(loss) or not torch.isfinite(norm):
+                raise ValueError(
+                    f"the training loss must stay finite, got {loss.item()} with gradient norm "
+                    f"{norm.item()} at step {step + 1} of {recipe.steps}: try a learning rate "
+                    f"below {recipe.learning_rate}"
+                )
+            for group in optimiser.param_groups:
+                group["lr"] = recipe.learning_rate * learning_rate_factor(step, recipe.steps)
+            optimiser.step()
+            done = step + 1
+            if checkpoint is not None and done % checkpoint_every == 0 and done < recipe.steps:
+                save_atomically(
+                    {
+                        "identity": identity,
+                        "step": done,
+                        "model": unet.state_dict(),
+                        "optimiser": optimiser.state_dict(),
+                    },
+                    checkpoint,
+                )
+            if progress is not None:
+                progress(done, recipe.steps)
+    finally:
         optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), recipe.max_grad_norm)
-        optimiser.step()
-        schedule.step()
-        done = step + 1
-        if checkpoint is not None and done % checkpoint_every == 0 and done < recipe.steps:
-            save_atomically(
-                {
-                    "recipe": recipe.to_dict(),
-                    "step": done,
-                    "model": unet.state_dict(),
-                    "optimiser": optimiser.state_dict(),
-                    "schedule": schedule.state_dict(),
-                },
-                checkpoint,
-            )
-        if progress is not None:
-            progress(done, recipe.steps)
-    unet.eval()
+        unet.eval()
     return model

@@ -1,4 +1,4 @@
-"""Lanes: without a CUDA device every Triton kernel runs in the interpreter, and `gpu` tests are skipped."""
+"""Lanes: without a CUDA device Triton kernels are interpreted, and `gpu` tests are skipped."""
 
 import os
 

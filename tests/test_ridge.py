@@ -64,13 +64,14 @@ class Store:
         return self.features[part].numpy()
 
 
-@pytest.mark.parametrize("damping", [1e-6, 1e-2, 1.0, 1e4])
-@pytest.mark.parametrize("method", [*METHODS, None])
+# conjugate gradients promise a residual, which says little where λ is tiny
+@pytest.mark.parametrize(
+    "method, damping",
+    [(m, d) for m in (*METHODS, None) for d in (1e-6, 1e-2, 1.0, 1e4) if m != "cg" or d > 1e-6],
+)
 @pytest.mark.parametrize("N, K", SHAPES)
 def test_every_method_gives_the_50_digit_scores(N, K, method, damping):
     features, queries = rows(N, K), rows(4, K, seed=1)
-    if method == "cg" and damping < 1e-2:
-        pytest.skip("below what a residual tolerance can promise; see the error's own test")
     expected = oracle(features, queries, damping)
     solver = RidgeSolver(features, method=method)
     actual = solver.scores(queries, damping)
@@ -239,6 +240,19 @@ def test_top_k_breaks_ties_by_row_number():
     assert best.opponents.tolist() == [[3, 5, 0, 4]]
     assert best.proponent_scores.tolist() == [[3.0, 3.0, 3.0, 1.0]]
     assert best.opponent_scores.tolist() == [[0.0, 0.0, 1.0, 1.0]]
+
+
+def test_top_k_of_wide_rows_is_a_stable_sort():
+    scores = rows(3, 200)
+    tied = (2 * scores).round() / 2
+    for matrix in (scores, tied):
+        best = top_k(matrix, 6)
+        for query in range(3):
+            high = sorted(range(200), key=lambda i: (-float(matrix[query, i]), i))[:6]
+            low = sorted(range(200), key=lambda i: (float(matrix[query, i]), i))[:6]
+            assert best.proponents[query].tolist() == high
+            assert best.opponents[query].tolist() == low
+            assert torch.equal(best.proponent_scores[query], matrix[query, high])
 
 
 def test_top_k_never_holds_the_score_matrix():
@@ -474,14 +488,14 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"scores must be \[M, N\], got shape \(3,\)"):
         top_k(torch.ones(3), 1)
     conjugate = RidgeSolver(rows(6, 3), method="cg")
-    with pytest.raises(ValueError, match="damping must be positive for method 'cg', got 0.0"):
+    with pytest.raises(ValueError, match="damping must be positive for method 'cg'"):
         conjugate.scores(rows(1, 3), 0.0)
     for what, call in (
         ("leverages", lambda: conjugate.leverages(1.0)),
         ("preconditioned norms", lambda: conjugate.preconditioned_norms(1.0)),
         ("the rank", conjugate.rank),
     ):
-        with pytest.raises(ValueError, match=rf"{what} must come from a factorisation"):
+        with pytest.raises(ValueError, match=f"{what} must come from a factorisation"):
             call()
 
 

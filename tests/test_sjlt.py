@@ -2,6 +2,8 @@ import math
 
 import pytest
 import torch
+from numerics import relative_error
+
 from dtrak_kernels.reference_sjlt import sjlt_matrix
 from dtrak_kernels.sjlt import (
     ParameterSketch,
@@ -9,7 +11,6 @@ from dtrak_kernels.sjlt import (
     from_matrix,
     project_sjlt,
 )
-from numerics import relative_error
 
 # a thin convolution, matrices of two tiles down and two across, a vector, a scalar, a single row
 SHAPES = [(5, 3, 3, 3), (131, 17), (4, 139), (33,), (), (1, 20)]

@@ -1,4 +1,4 @@
-"""Where per-sample gradients of one parameter end: added to the features of a batch, then forgotten."""
+"""Where per-sample gradients of one parameter end: added to the features, then forgotten."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .ops import Projection, project_
+from .ops import Projection, check_sjlt_implementation, project_
 from .sjlt import ParameterSketch, as_matrix, from_matrix, matrix_shape, sketch_parameters
 
 
@@ -16,7 +16,8 @@ class Accumulator:
 
     Attributes:
         shapes: shapes of the P parameters, in the order of the flattened gradient.
-        all_samples: whether it wants all samples of a batch at once (few rows of a weight at a time).
+        all_samples: whether it wants all samples of a batch at once (few rows of a weight at a
+            time).
     """
 
     all_samples = False
@@ -30,7 +31,9 @@ class Accumulator:
         """Slices of rows of parameter ``index`` must begin at multiples of this."""
         return 1
 
-    def add(self, index: int, grads: Tensor, out: Tensor, samples: slice, first_row: int = 0) -> None:
+    def add(
+        self, index: int, grads: Tensor, out: Tensor, samples: slice, first_row: int = 0
+    ) -> None:
         """Add ``grads [b, o, C]`` (rows from ``first_row``, columns as `as_matrix`) or ``[b, n]``.
 
         Args:
@@ -61,7 +64,9 @@ class DenseAccumulator(Accumulator):
         super().__init__(shapes)
         self.projection, self.implementation = projection, implementation
 
-    def add(self, index: int, grads: Tensor, out: Tensor, samples: slice, first_row: int = 0) -> None:
+    def add(
+        self, index: int, grads: Tensor, out: Tensor, samples: slice, first_row: int = 0
+    ) -> None:
         """See `Accumulator.add`."""
         offset = self.offsets[index]
         if grads.ndim == 3:
@@ -89,7 +94,9 @@ class SjltAccumulator(Accumulator):
         """A slice is whole rows of tiles."""
         return self.sketches[index].tile[0] if matrix_shape(self.shapes[index]) else 1
 
-    def add(self, index: int, grads: Tensor, out: Tensor, samples: slice, first_row: int = 0) -> None:
+    def add(
+        self, index: int, grads: Tensor, out: Tensor, samples: slice, first_row: int = 0
+    ) -> None:
         """See `Accumulator.add`."""
         sketch = self.sketches[index]
         if grads.ndim == 3:
@@ -101,7 +108,9 @@ class SjltAccumulator(Accumulator):
 class ExactAccumulator(Accumulator):
     """No projection: features are the flattened gradients ``[B, P]``."""
 
-    def add(self, index: int, grads: Tensor, out: Tensor, samples: slice, first_row: int = 0) -> None:
+    def add(
+        self, index: int, grads: Tensor, out: Tensor, samples: slice, first_row: int = 0
+    ) -> None:
         """See `Accumulator.add`."""
         offset = self.offsets[index]
         if grads.ndim == 3:
@@ -116,6 +125,7 @@ def make_accumulator(
 ) -> Accumulator:
     """The accumulator of a projection for parameters of these shapes."""
     if projection.kind == "sjlt":
+        check_sjlt_implementation(implementation)
         return SjltAccumulator(shapes, projection)
     if projection.kind == "none":
         return ExactAccumulator(shapes)

@@ -5,9 +5,8 @@
 Rademacher signs are never expanded. Eight bits of a stream word select one of the 256 signed sums
 of eight gradient entries, so a byte of randomness is one table row to add ("four Russians"): for
 each block of parameters, a table ``[256, groups, B]`` of signed sums, then ``embedding_bag`` over
-the stream's bytes. Normal entries are made in float32, a tile at a time, and multiplied by
-``addmm``. No buffer here exceeds `WORKSPACE_BYTES`. Blocks are added up in float64, in a fixed
-order.
+the stream's bytes. Normal entries are made in float32, a tile at a time, and multiplied. Beside the
+float64 sums ``[32, K]`` no buffer exceeds `WORKSPACE_BYTES`. Blocks are added up in a fixed order.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from .streams import Stream, box_muller
 if TYPE_CHECKING:
     from .ops import Projection
 
-WORKSPACE_BYTES = 16 * 2**20
+WORKSPACE_BYTES = 4 * 2**20
 
 # samples per table: a table row is then a few cache lines
 _MAX_ROWS = 32
-# one table of signed sums stays in a core's second-level cache
+# a block of gradients, and the table of its signed sums, stay in a core's second-level cache
 _TABLE_BYTES = 2**20
-# Philox calls in flight, in six int64 buffers
+# Philox calls in flight, in six int64 buffers; two threads' worth of elementwise work
 _CALLS = 65536
 
 _MASK = 0xFFFFFFFF
@@ -78,7 +77,7 @@ def _aligned_blocks(
 
 
 class _Philox:
-    """Philox-4x32-10 over a ``[columns, parameter coordinates]`` grid of calls, in reused buffers."""
+    """Philox-4x32-10 over a grid of columns and parameter coordinates, in reused buffers."""
 
     def __init__(self, seed: int, stream: Stream) -> None:
         self.keys = [
@@ -156,7 +155,7 @@ def _add_rademacher_(
     B, K, device = len(grads), projection.proj_dim, grads.device
     pairs = 8 * -(-K // 16)
     chunk = min(pairs, _CALLS // 4)
-    blocks = _CALLS // (4 * chunk)
+    blocks = max(1, min(_CALLS // (4 * chunk), _TABLE_BYTES // (256 * B * dtype.itemsize)))
     span = max(1, _TABLE_BYTES // (256 * 32 * B * dtype.itemsize))
     philox = _Philox(projection.seed, Stream.RADEMACHER)
     calls = torch.arange(4, device=device)
@@ -189,7 +188,7 @@ def _add_rademacher_(
 
 
 def _normal_pairs(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Box-Muller on words in the low 32 bits of int64, accurate to 1e-6 also when made in float32."""
+    """Box-Muller on words in the low 32 bits of int64, within 1e-6 also in float32."""
     if dtype == torch.float64:
         return box_muller(a & _MASK, b & _MASK)
     # float64 for the logarithm alone: near 1 and near 0 it needs digits float32 does not have
@@ -208,7 +207,7 @@ def _add_normal_(grads: Tensor, projection: Projection, offset: int, dtype: torc
     """``grads @ normals``, ``[B, K]`` float64, for at most `_MAX_ROWS` samples."""
     B, K, device = len(grads), projection.proj_dim, grads.device
     chunk = min(K, _CALLS // 4)
-    units = max(1, _CALLS // (4 * chunk))
+    units = max(1, min(_CALLS // (4 * chunk), _TABLE_BYTES // (16 * B * dtype.itemsize)))
     philox = _Philox(projection.seed, Stream.NORMAL)
     sums = torch.zeros(B, K, dtype=torch.float64, device=device)
     for first, block in _aligned_blocks(grads, offset, 16, 16 * units, dtype):

@@ -1,4 +1,4 @@
-"""What is accepted: the public operations, validated. The implementation is chosen by the tensor's device."""
+"""What is accepted: the public operations, validated; the device chooses the implementation."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .sjlt import MIN_PROJ_DIM, project_sjlt
 from .streams import MAX_SEED
 
 DENSE_KINDS = ("rademacher", "normal")
@@ -50,6 +51,11 @@ class Projection:
             raise ValueError(f"proj_dim must be 0 for kind 'none', got {self.proj_dim}")
         if self.kind != "none" and self.proj_dim <= 0:
             raise ValueError(f"proj_dim must be at least 1, got {self.proj_dim}")
+        if self.kind == "sjlt" and self.proj_dim < MIN_PROJ_DIM:
+            raise ValueError(
+                f"proj_dim must be at least {MIN_PROJ_DIM} for kind 'sjlt', got {self.proj_dim}: "
+                "use 'rademacher' for a smaller one"
+            )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed must be an int, got {type(self.seed).__name__}")
         if not 0 <= self.seed <= MAX_SEED:
@@ -111,10 +117,7 @@ def project(
         raise ValueError("shapes must be given for kind 'sjlt', got None")
     if sum(math.prod(shape) for shape in shapes) != P:
         raise ValueError(f"shapes must add up to P = {P}, got {[tuple(s) for s in shapes]}")
-    if implementation is not None:
-        _choose(grads, implementation)
-    from .sjlt import project_sjlt
-
+    check_sjlt_implementation(implementation)
     return project_sjlt(grads, projection.proj_dim, projection.seed, shapes, out)
 
 
@@ -216,6 +219,18 @@ def check_features(features: Tensor, name: str = "features") -> Tensor:
             f"({len(bad)} of {len(features)} rows are bad)"
         )
     return features
+
+
+def check_sjlt_implementation(implementation: str | None) -> None:
+    """Kind ``"sjlt"`` runs in torch on every device so far.
+
+    Raises:
+        ValueError: ``implementation`` is something else.
+    """
+    if implementation not in (None, "torch"):
+        raise ValueError(
+            f"implementation must be 'torch' or None for kind 'sjlt', got {implementation!r}"
+        )
 
 
 def _feature_dtype(grads: Tensor) -> torch.dtype:

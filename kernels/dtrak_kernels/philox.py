@@ -1,14 +1,14 @@
-"""The counter-based random stream as Triton device functions; `reference` says what they must give."""
+"""The counter-based random stream as Triton device functions; `reference` is its definition."""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def philox_4x32(c0, c1, c2, c3, seed):
-    """Four uint32 words of Philox-4x32-10 per counter; counters uint32 blocks, ``seed`` an int64 scalar."""
-    k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
-    k1 = (seed >> 32).to(tl.uint32)
+def philox_4x32(c0, c1, c2, c3, key_low, key_high):  # type: ignore[no-untyped-def]
+    """Four uint32 words of Philox-4x32-10 per uint32 counter; the key is two integer scalars."""
+    k0 = key_low.to(tl.uint32)
+    k1 = key_high.to(tl.uint32)
     for _ in tl.static_range(10):
         # 32x32-bit products in 64 bits: one wide multiply each
         a = c0.to(tl.uint64) * 0xD2511F53
@@ -23,7 +23,7 @@ def philox_4x32(c0, c1, c2, c3, seed):
 
 
 @triton.jit
-def box_muller(a, b):
+def box_muller(a, b):  # type: ignore[no-untyped-def]
     """Two float32 standard normals per pair of uint32 words, within 1e-6 of exact arithmetic.
 
     The library's ``log``, ``cos`` and ``sin`` are either not accurate enough or branch into local

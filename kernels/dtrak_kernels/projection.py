@@ -1,8 +1,8 @@
 """Dense random projection on an accelerator, the matrix regenerated inside the matrix product.
 
-    grads [B, C]  --pack-->  values [R, 256 n] fp16 or bf16  (rows padded to the matrix's
-    256-blocks) values  x  R[offset : offset + C] (made in registers)  -->  partial [S, R, K]
-    float32 partial  --reduce in a fixed order-->  added to out [B, K] float32
+    grads [B, C]  --pack-->  values [R, 256 n] fp16 or bf16, on the matrix's grid of 256-blocks
+    values  x  R[offset : offset + C] (made in registers)  -->  partial [S, R, K] float32
+    partial  --reduce in a fixed order-->  added to out [B, K] float32
 
 Neither the matrix nor a float32 copy of the gradients is stored. One program of the product owns
 BLOCK_K columns of the matrix for BLOCK_B rows and one of S spans of the parameters. The matrix is
@@ -46,7 +46,7 @@ NORMAL_STREAM = tl.constexpr(int(Stream.NORMAL))
 
 
 @triton.jit
-def _pack_kernel(
+def _pack_kernel(  # type: ignore[no-untyped-def]
     grads_ptr,  # [B, C]
     scale_ptr,  # [B] float32
     values_ptr,  # [B or 2B, width] fp16 or bf16
@@ -77,7 +77,9 @@ def _pack_kernel(
 
 
 @triton.jit
-def _sign_tile(words, q: tl.constexpr, dtype: tl.constexpr, BLOCK_K: tl.constexpr):
+def _sign_tile(  # type: ignore[no-untyped-def]
+    words, q: tl.constexpr, dtype: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """Quarter ``q`` of a 256-block of signs, ``[BLOCK_K, 64]`` in a 16-bit ``dtype``.
 
     ``words [BLOCK_K / 16, 8, 4, 2, 2]``: columns above bit 3, column bits 0-2, parameter bits 1-2,
@@ -95,15 +97,16 @@ def _sign_tile(words, q: tl.constexpr, dtype: tl.constexpr, BLOCK_K: tl.constexp
     return tl.reshape(tl.permute(sign, (0, 3, 1, 5, 4, 2, 6)), (BLOCK_K, 64))
 
 
-@triton.jit(do_not_specialize=["first", "seed"])
-def _rademacher_partial_kernel(
+@triton.jit(do_not_specialize=["first", "key_low", "key_high"])
+def _rademacher_partial_kernel(  # type: ignore[no-untyped-def]
     values_ptr,  # [rows, 256 * blocks] fp16 or bf16
     partial_ptr,  # [S, rows, K] float32
     rows,
     blocks,
     K,
     first,
-    seed,
+    key_low,
+    key_high,
     stride_vb,
     stride_ps,
     BLOCK_B: tl.constexpr,
@@ -125,7 +128,6 @@ def _rademacher_partial_kernel(
     pair = pair + tl.arange(0, 8)[None, :, None]
     c0 = (pair * 4 + tl.arange(0, 4)[None, None, :]).to(tl.uint32)
     zero = c0 * 0
-    seed = seed.to(tl.int64)
     block = first.to(tl.int64) + start
     # int64 before the product with a stride: a row of values may exceed 2**31 elements
     v_ptrs = values_ptr + start.to(tl.int64) * 256 + offs_b[None, :].to(tl.int64) * stride_vb
@@ -135,7 +137,7 @@ def _rademacher_partial_kernel(
     for _ in range(start, stop):
         c1 = zero + (block & 0xFFFFFFFF).to(tl.uint32)
         c2 = zero + (block >> 32).to(tl.uint32)
-        w0, w1, w2, w3 = philox_4x32(c0, c1, c2, zero + RADEMACHER_STREAM, seed)
+        w0, w1, w2, w3 = philox_4x32(c0, c1, c2, zero + RADEMACHER_STREAM, key_low, key_high)
         # [BLOCK_K / 16, 8, 4, column bit 3, parameter bit 3]
         words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
         for q in tl.static_range(4):
@@ -152,15 +154,16 @@ def _rademacher_partial_kernel(
     tl.store(p_ptrs, acc, mask=mask_b & (offs_k < K)[:, None])
 
 
-@triton.jit(do_not_specialize=["first", "seed"])
-def _normal_partial_kernel(
+@triton.jit(do_not_specialize=["first", "key_low", "key_high"])
+def _normal_partial_kernel(  # type: ignore[no-untyped-def]
     values_ptr,  # [rows, 256 * blocks] float16
     partial_ptr,  # [S, rows, K] float32
     rows,
     blocks,
     K,
     first,
-    seed,
+    key_low,
+    key_high,
     stride_vb,
     stride_ps,
     BLOCK_B: tl.constexpr,
@@ -187,7 +190,6 @@ def _normal_partial_kernel(
     c0 = (k[:, :, :, None, None] + 8 * bit3 + 0 * j).to(tl.uint32)
     quad = (call[:, :, :, None, None] + 4 * j + 0 * bit3).to(tl.uint32)
     zero = c0 * 0
-    seed = seed.to(tl.int64)
     # 16 quads per step, so adding a quad to the low word never carries
     step = 4 * first.to(tl.int64) + start
     v_ptrs = values_ptr + start.to(tl.int64) * 64 + offs_b[None, :].to(tl.int64) * stride_vb
@@ -199,7 +201,7 @@ def _normal_partial_kernel(
         v = tl.load(v_ptrs, mask=mask_b, other=0.0)
         c1 = quad + ((step * 16) & 0xFFFFFFFF).to(tl.uint32)
         c2 = zero + ((step * 16) >> 32).to(tl.uint32)
-        w0, w1, w2, w3 = philox_4x32(c0, c1, c2, zero + NORMAL_STREAM, seed)
+        w0, w1, w2, w3 = philox_4x32(c0, c1, c2, zero + NORMAL_STREAM, key_low, key_high)
         x0, y0 = box_muller(w0, w1)
         x1, y1 = box_muller(w2, w3)
         # [..., column bit 3, parameter bits 4-5, parameter bit 3, parameter bit 0]
@@ -219,7 +221,7 @@ def _normal_partial_kernel(
 
 
 @triton.jit
-def _reduce_kernel(
+def _reduce_kernel(  # type: ignore[no-untyped-def]
     partial_ptr,  # [S, B or 2B, K] float32
     factor_ptr,  # [B] float32
     out_ptr,  # [B, K] float32
@@ -239,10 +241,12 @@ def _reduce_kernel(
     # [BLOCK_K]
     acc = tl.zeros((BLOCK_K,), dtype=tl.float32)
     p_ptrs = partial_ptr + b * K + offs_k
+    # from the row of a sample's high part to that of its low part, in int64
+    low = (b + B) * K - b * K
     for _ in range(0, splits):
         part = tl.load(p_ptrs, mask=mask, other=0.0)
         if IS_SPLIT:
-            part += tl.load(p_ptrs + B.to(tl.int64) * K, mask=mask, other=0.0)
+            part += tl.load(p_ptrs + low, mask=mask, other=0.0)
         acc += part
         p_ptrs += stride_ps
     o_ptrs = out_ptr + b * stride_ob + offs_k
@@ -285,7 +289,7 @@ def default_config(arch: int | str) -> Config:
 
 def _config(kind: str, grads: Tensor, proj_dim: int) -> Config:
     if grads.device.type != "cuda":
-        return Config(block_b=16, block_k=32, splits=2)
+        return Config(block_b=128, block_k=64, splits=2)
     properties = torch.cuda.get_device_properties(grads.device)
     arch = properties.gcnArchName if torch.version.hip else 10 * properties.major + properties.minor
     sizes = {"B": len(grads), "P": grads.shape[1], "K": proj_dim}
@@ -325,7 +329,8 @@ def _accumulate(
         blocks=blocks,
         K=K,
         first=first,
-        seed=projection.seed,
+        key_low=projection.seed & 0xFFFFFFFF,
+        key_high=projection.seed >> 32,
         stride_vb=values.stride(0),
         stride_ps=partial.stride(0),
         BLOCK_B=block_b,
@@ -349,7 +354,7 @@ def _accumulate(
 
 
 def _row_scale(grads: Tensor) -> Tensor:
-    """A power of two per sample that brings its largest entry to [2**14, 2**15), ``[B]`` float32."""
+    """A power of two per sample that brings its largest entry to [2**14, 2**15), ``[B]``."""
     largest = torch.linalg.vector_norm(grads, ord=float("inf"), dim=1, dtype=torch.float32)
     _, exponent = torch.frexp(torch.where(largest.isfinite(), largest, torch.ones_like(largest)))
     return torch.ldexp(torch.ones_like(largest), (15 - exponent).clamp(-126, 126))
@@ -364,7 +369,7 @@ def _project_packed(
     dtype: torch.dtype,
     config: Config,
 ) -> None:
-    """Copy columns into whole aligned 256-blocks of ``dtype``, a workspace at a time, and multiply."""
+    """Copy columns into whole 256-blocks of ``dtype``, a workspace at a time, and multiply."""
     B, C = grads.shape
     is_split = grads.dtype == torch.float32
     rows = 2 * B if is_split else B

@@ -109,8 +109,7 @@ def rademacher_matrix(grad_dim: int, proj_dim: int, seed: int, *, offset: int = 
 
 
 def normal_matrix(grad_dim: int, proj_dim: int, seed: int, *, offset: int = 0) -> Tensor:
-    """Rows ``offset`` to ``offset + P`` of the unscaled normal matrix; arguments as
-    `rademacher_matrix`.
+    """Rows ``offset`` to ``offset + P`` of the unscaled normal matrix, as `rademacher_matrix`.
 
     Returns:
         ``[P, K]`` float64 of N(0, 1), on the CPU. Kernels make them in float32, within 1e-6.

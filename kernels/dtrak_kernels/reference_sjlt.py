@@ -1,7 +1,7 @@
 """Plain definition of the tile-chained sparse sketch, the judge of `sjlt` and of any fused kernel.
 
-Walks the chain of `sjlt`'s specification literally, one accumulator entry at a time, with the Philox of
-`reference`. Quadratic in patience: for tests only.
+Walks the chain of `sjlt`'s specification literally, one accumulator entry at a time, with the
+Philox of `reference`. Quadratic in patience: for tests only.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _vector_entries(size: int, offset: int, proj_dim: int, seed: int) -> list[tu
 
 
 def sjlt_matrix(shapes: Sequence[Sequence[int]], proj_dim: int, seed: int) -> Tensor:
-    """The matrix of the sketch for parameters of these shapes, ``[P, K]`` float64, one ±1 per row."""
+    """The sketch of parameters of these shapes as ``[P, K]`` float64, one ±1 per row."""
     matrix = torch.zeros(sum(math.prod(shape) for shape in shapes), proj_dim, dtype=torch.float64)
     offset = 0
     for shape in shapes:

@@ -41,7 +41,7 @@ METHODS = ("primal", "dual", "svd", "cg")
 _TRUST = 2.0**-26
 _EPS = torch.finfo(torch.float64).eps
 # bytes of float64 rows held at once while streaming
-_BLOCK_BYTES = 64 * 2**20
+_BLOCK_BYTES = 32 * 2**20
 _MEMORY_BUDGET = 8 * 2**30
 # auto_damping looks between these multiples of the largest eigenvalue
 _LOWEST, _HIGHEST = 1e-10, 10.0
@@ -167,8 +167,8 @@ def plan_ridge(
         "dual": float(K) * N * N + factorise(N) + 2.0 * M * N * K + L * 4.0 * M * N * N,
         "cg": L * (100 * 4.0 + 2.0) * M * N * K,
     }
-    # rows in float64: one block, and for the dual the block it is multiplied with
-    block = min(2 * _BLOCK_BYTES, 16 * N * K)
+    # one block as read, as a mask and in float64, and what is made of it before it is cut down
+    block = min(6 * _BLOCK_BYTES, 48 * N * max(K, M))
     peak_bytes = {
         # the Gram, its factor and the library's workspace; queries in float64, before and after
         "primal": 4 * 8 * K * K + block + 16 * M * K,
@@ -276,12 +276,16 @@ class RidgeSolver:
             raise ValueError(f"features must be finite, got NaN or infinity in row {row}")
         return block.to(torch.float64)
 
-    def _block_rows(self) -> int:
-        return max(1, min(_BLOCK_BYTES, self.memory_budget // 8) // (8 * self.num_features))
+    def _block_rows(self, width: int = 1) -> int:
+        width = max(width, self.num_features)
+        return max(1, min(_BLOCK_BYTES, self.memory_budget // 8) // (8 * width))
 
-    def _blocks(self) -> Iterator[tuple[int, int, Tensor]]:
-        """``(start, stop, rows [B, K] float64)`` over all rows, each read once."""
-        size = self._block_rows()
+    def _blocks(self, width: int = 1) -> Iterator[tuple[int, int, Tensor]]:
+        """``(start, stop, rows [B, K] float64)`` over all rows, each read once.
+
+        ``width`` is how many values per row the caller makes of them, if more than K.
+        """
+        size = self._block_rows(width)
         for start in range(0, self.num_samples, size):
             stop = min(start + size, self.num_samples)
             yield start, stop, self._rows(start, stop)
@@ -428,7 +432,7 @@ class RidgeSolver:
                 out[start:stop] = scores
         else:
             preconditioned = self._precondition(queries, damping)
-            for start, stop, rows in self._blocks():
+            for start, stop, rows in self._blocks(width=queries.shape[0]):
                 out[:, start:stop] = preconditioned @ rows.T
         return out
 
@@ -463,19 +467,23 @@ class RidgeSolver:
             )
         preconditioned = self._precondition(queries, damping)
         best: list[tuple[Tensor, Tensor]] = []
-        for start, stop, rows in self._blocks():
+        for start, stop, rows in self._blocks(width=queries.shape[0]):
             scores = (preconditioned @ rows.T).float()
             numbers = torch.arange(start, stop, device=scores.device).expand(scores.shape)
-            candidates = [(scores, numbers)] * 2
-            if best:
-                candidates = [
-                    (torch.cat([kept, scores], dim=1), torch.cat([rows_kept, numbers], dim=1))
-                    for kept, rows_kept in best
-                ]
-            best = [
-                _keep(values, indices, k, descending=descending)
-                for (values, indices), descending in zip(candidates, (True, False), strict=True)
+            found = [
+                _keep(scores, numbers, k, descending=descending) for descending in (True, False)
             ]
+            if best:
+                # earlier rows first, so that of equal scores they stay first
+                merged = [
+                    (torch.cat([old[0], new[0]], dim=1), torch.cat([old[1], new[1]], dim=1))
+                    for old, new in zip(best, found, strict=True)
+                ]
+                found = [
+                    _keep(*pair, k, descending=descending)
+                    for pair, descending in zip(merged, (True, False), strict=True)
+                ]
+            best = found
         (high, proponents), (low, opponents) = best
         return TopK(proponents, high, opponents, low)
 
@@ -901,6 +909,14 @@ def top_k(scores: Tensor, k: int) -> TopK:
 
 def _keep(values: Tensor, indices: Tensor, k: int, *, descending: bool) -> tuple[Tensor, Tensor]:
     """The first ``k`` columns in order of value; stable, so ties keep the order they come in."""
+    if values.shape[1] > 8 * k:
+        chosen, order = torch.topk(values, k, dim=1, largest=descending)
+        last = chosen[:, -1:]
+        beyond = values >= last if descending else values <= last
+        # the library picks any of several equal values: sort everything where a tie is cut
+        if int(beyond.sum()) == chosen.numel():
+            order = order.sort(dim=1).values
+            values, indices = values.gather(1, order), indices.gather(1, order)
     ordered, order = torch.sort(values, dim=1, descending=descending, stable=True)
     return ordered[:, :k].contiguous(), indices.gather(1, order[:, :k])
 

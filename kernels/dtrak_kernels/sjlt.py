@@ -1,30 +1,34 @@
 """Tile-chained sparse Johnson-Lindenstrauss sketch: the sketch that costs next to nothing.
 
-    per-sample gradient of one parameter [B, O, C]  ->  features [B, K], every entry added once, signed
+    per-sample gradient of one parameter [B, O, C]  ->  features [B, K], every entry added once,
+    signed
 
-Specification. A parameter with two or more dimensions is a matrix: rows are its first dimension O, columns
-its other dimensions with the second one last (a convolution's ``[O, I, kh, kw]`` is ``[O, kh·kw·I]``, the
-order in which an implicit im2col meets channels-last activations). Any other parameter is a vector.
+Specification. A parameter with two or more dimensions is a matrix: rows are its first dimension O,
+columns its other dimensions with the second one last (a convolution's ``[O, I, kh, kw]`` is ``[O,
+kh·kw·I]``, the order in which an implicit im2col meets channels-last activations). Any other
+parameter is a vector.
 
-* Tiles. A matrix is cut into ``BM x BN`` tiles, BM the smallest power of two in [16, 128] that is at least
-  O (128 if none), BN likewise for C; while ``m = BM·BN`` exceeds K, the longer side (columns, where they
-  are equal) is halved, so K must be at least 256. Tiles are numbered row by row.
-* Blocks. The ``ceil(K/m)`` sketch blocks of a parameter are windows of m positions: block b begins at
-  ``base + b·m``, positions are taken modulo K, and K should be a multiple of 16,384 or a power of two.
-  Tiles are ranked by a random 64-bit key and dealt to the blocks in turn from a random first one: the
-  blocks' loads differ by at most one.
-* Placement. Inside its block a tile is shifted cyclically by a random amount in each direction, in steps
-  of one: a hot channel sits at the same place of every tile it crosses, and shifts in whole groups of 8
-  would let it meet itself eight times too often.
-* Signs. One program owns (sample, block) and walks its tiles in increasing number with one accumulator,
-  adding a tile and then flipping the sign of *every* entry of the accumulator with an independent fair
-  bit, after the last tile too. A tile's sign pattern is the product of its own and all later flips of its
-  block, hence independent and uniform over entries and tiles.
+* Tiles. A matrix is cut into ``BM x BN`` tiles, BM the smallest power of two in [16, 128] that is
+  at least O (128 if none), BN likewise for C; while ``m = BM·BN`` exceeds K, the longer side
+  (columns, where they are equal) is halved, so K must be at least 256. Tiles are numbered row by
+  row.
+* Blocks. The ``ceil(K/m)`` sketch blocks of a parameter are windows of m positions: block b begins
+  at ``base + b·m``, positions are taken modulo K, and K should be a multiple of 16,384 or a power
+  of two. Tiles are ranked by a random 64-bit key and dealt to the blocks in turn from a random
+  first one: the blocks' loads differ by at most one.
+* Placement. Inside its block a tile is shifted cyclically by a random amount in each direction, in
+  steps of one: a hot channel sits at the same place of every tile it crosses, and shifts in whole
+  groups of 8 would let it meet itself eight times too often.
+* Signs. One program owns (sample, block) and walks its tiles in increasing number with one
+  accumulator, adding a tile and then flipping the sign of *every* entry of the accumulator with an
+  independent fair bit, after the last tile too. A tile's sign pattern is the product of its own and
+  all later flips of its block, hence independent and uniform over entries and tiles.
 * A vector's entry e sits at ``base + e`` modulo K with an independent fair sign.
 
-All random choices are Philox words of (seed, offset of the parameter in the flattened gradient, tile,
-entry): never of the batch, the device or the order of evaluation. Entries of one tile never collide,
-entries of two tiles collide with probability about 1/K, and signs are pairwise independent, so
+All random choices are Philox words of (seed, offset of the parameter in the flattened gradient,
+tile, entry): never of the batch, the device or the order of evaluation. Entries of one tile never
+collide, entries of two tiles collide with probability about 1/K, and signs are pairwise
+independent, so
 
     E⟨φ(x), φ(y)⟩ = ⟨x, y⟩   and   Var <= (‖x‖²‖y‖² + ⟨x, y⟩²) / K,
 
@@ -57,12 +61,12 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int] | None:
 
 
 def as_matrix(grads: Tensor) -> Tensor:
-    """Per-sample gradients ``[B, O, I, *kernel]`` of a parameter as ``[B, O, C]``, channels last."""
+    """Per-sample gradients ``[B, O, I, *kernel]`` as ``[B, O, C]``, channels last."""
     return grads.movedim(2, -1).flatten(2)
 
 
 def from_matrix(grads: Tensor, shape: Sequence[int]) -> Tensor:
-    """The inverse of `as_matrix`: ``[B, O, C]`` to ``[B, O, I, *kernel]`` (O may be a slice of rows)."""
+    """Undo `as_matrix`, also for a slice of rows: ``[B, o, C]`` to ``[B, o, I, *kernel]``."""
     return grads.unflatten(2, (*shape[2:], shape[1])).movedim(-1, 2) if len(shape) > 2 else grads
 
 
@@ -141,8 +145,9 @@ class ParameterSketch:
     def flips(self, tile: int) -> Tensor:
         """The flip bits applied after ``tile``, bool ``[BM, BN]`` at accumulator positions.
 
-        The call and bit of position (i, j) follow the accumulator layout of the tensor cores' m64nN and
-        m16n8 instructions, so that a thread which holds 128 entries of a 128 x 128 tile needs one call.
+        The call and bit of position (i, j) follow the accumulator layout of the tensor cores' m64nN
+        and m16n8 instructions, so that a thread which holds 128 entries of a 128 x 128 tile needs
+        one call.
         """
         tile_rows, tile_columns = self.tile
         i, j = torch.arange(tile_rows)[:, None], torch.arange(tile_columns)[None, :]
@@ -154,10 +159,12 @@ class ParameterSketch:
 
     @cached_property
     def signs(self) -> Tensor:
-        """Sign of every entry, int8: ``[tiles, BM, BN]`` at accumulator positions, or ``[n]`` for a vector."""
+        """Signs, int8: ``[tiles, BM, BN]`` at accumulator positions, or ``[n]`` for a vector."""
         if matrix_shape(self.shape) is None:
             size = math.prod(self.shape)
-            words = torch.stack(self._words(torch.arange(-(-size // 128)), Stream.SJLT_VECTOR), dim=1)
+            words = torch.stack(
+                self._words(torch.arange(-(-size // 128)), Stream.SJLT_VECTOR), dim=1
+            )
             bits = words[:, :, None] >> torch.arange(32) & 1
             return (1 - 2 * bits).flatten()[:size].to(torch.int8)
         blocks, _, _ = self.placement
@@ -171,7 +178,7 @@ class ParameterSketch:
         return signs
 
     def add_vector(self, grads: Tensor, out: Tensor) -> None:
-        """Sketch per-sample gradients ``[B, n]`` of a vector parameter into ``out [B, K]``, in place."""
+        """Sketch per-sample gradients ``[B, n]`` of a vector into ``out [B, K]``, in place."""
         signed = grads * self.signs.to(grads.device)
         start, done = self.base, 0
         while done < signed.shape[1]:
@@ -183,7 +190,8 @@ class ParameterSketch:
         """Sketch per-sample gradients of rows of a matrix parameter into ``out``, in place.
 
         Args:
-            grads: ``[B, R, C]``: rows ``first_row`` to ``first_row + R`` as `as_matrix` orders them.
+            grads: ``[B, R, C]``: rows ``first_row`` to ``first_row + R`` as `as_matrix` orders
+            them.
             out: ``[B, K]`` features, same dtype and device.
             first_row: a multiple of BM.
         """
@@ -203,10 +211,15 @@ class ParameterSketch:
                     else out.new_zeros(len(out), *self.tile)
                 )
                 signs = self.signs[tile].to(out.device)
-                for source_rows, target_rows in _shifted(entries.shape[1], row_shifts[tile], tile_rows):
-                    for source, target in _shifted(entries.shape[2], column_shifts[tile], tile_columns):
+                for source_rows, target_rows in _shifted(
+                    entries.shape[1], row_shifts[tile], tile_rows
+                ):
+                    for source, target in _shifted(
+                        entries.shape[2], column_shifts[tile], tile_columns
+                    ):
                         block[:, target_rows, target].addcmul_(
-                            entries[:, source_rows, source], signs[target_rows, target].to(out.dtype)
+                            entries[:, source_rows, source],
+                            signs[target_rows, target].to(out.dtype),
                         )
                 if not inside:
                     _add_modulo(block.flatten(1), start, out)
@@ -229,7 +242,9 @@ def _add_modulo(block: Tensor, start: int, out: Tensor) -> None:
         start, done = 0, done + size
 
 
-def sketch_parameters(shapes: Sequence[Sequence[int]], proj_dim: int, seed: int) -> list[ParameterSketch]:
+def sketch_parameters(
+    shapes: Sequence[Sequence[int]], proj_dim: int, seed: int
+) -> list[ParameterSketch]:
     """The sketch of every parameter of a gradient flattened in the order of ``shapes``."""
     sketches, offset = [], 0
     for shape in shapes:
@@ -241,7 +256,7 @@ def sketch_parameters(shapes: Sequence[Sequence[int]], proj_dim: int, seed: int)
 def project_sjlt(
     grads: Tensor, proj_dim: int, seed: int, shapes: Sequence[Sequence[int]], out: Tensor
 ) -> Tensor:
-    """Sketch dense per-sample gradients ``[B, P]`` into ``out [B, K]``, in place; see the module."""
+    """Sketch dense per-sample gradients ``[B, P]`` into ``out [B, K]``, in place."""
     for sketch in sketch_parameters(shapes, proj_dim, seed):
         size = math.prod(sketch.shape)
         part = grads[:, sketch.offset : sketch.offset + size].to(out.dtype)

@@ -5,10 +5,10 @@
         f.sum().backward()
     # features[b] = Rᵀ ∇_θ Σ_{rows of b} f
 
-Forward hooks keep each layer's input, hooks on its output receive the output gradient, and the layer's
-per-sample weight gradient is formed in slices, projected and dropped. Autograd computes no weight gradient:
-a module's parameters are frozen while its forward runs. Contributions are summed, so a module used twice
-or a weight shared by two modules is right without being a special case.
+Forward hooks keep each layer's input, hooks on its output receive the output gradient, and the
+layer's per-sample weight gradient is formed in slices, projected and dropped. Autograd computes no
+weight gradient: a module's parameters are frozen while its forward runs. Contributions are summed,
+so a module used twice or a weight shared by two modules is right without being a special case.
 """
 
 from __future__ import annotations
@@ -64,24 +64,25 @@ class _Batch:
 
 
 class GradientSketcher:
-    """Turns forward and backward of a batch into projected per-sample gradients, never storing them.
+    """Turns forward and backward of a batch into projected per-sample gradients, never storing
+    them.
 
     For every kind of projection, the features of a batch equal
     ``project(flattened per-sample gradients, projection)`` to rounding, the parameters flattened in
     ``named_parameters()`` order.
 
-    Linear, Conv2d (any stride, padding, dilation and groups), GroupNorm and LayerNorm have rules of their
-    own. Any other module that owns parameters is recomputed sample by sample in the backward, which is
-    exact when it treats the rows of its batch independently and returns one tensor. Everything else is
-    refused by name, never skipped.
+    Linear, Conv2d (any stride, padding, dilation and groups), GroupNorm and LayerNorm have rules of
+    their own. Any other module that owns parameters is recomputed sample by sample in the backward,
+    which is exact when it treats the rows of its batch independently and returns one tensor.
+    Everything else is refused by name, never skipped.
 
     Args:
         model: the module whose parameters are differentiated. It is not modified outside `batch`.
         projection: the random matrix.
-        parameters: names, or a predicate ``(name, parameter) -> bool``; by default every parameter that
-            requires a gradient.
-        rows_per_sample: S, consecutive rows of the forward batch that belong to one sample (timesteps,
-            tokens); their gradients are summed.
+        parameters: names, or a predicate ``(name, parameter) -> bool``; by default every parameter
+            that requires a gradient.
+        rows_per_sample: S, consecutive rows of the forward batch that belong to one sample
+            (timesteps, tokens); their gradients are summed.
         implementation: implementation of the dense kinds, see `project_`.
 
     Attributes:
@@ -91,8 +92,8 @@ class GradientSketcher:
         proj_dim: ``K``, the width of the features.
 
     Raises:
-        ValueError: no parameter is chosen, a name is unknown, ``rows_per_sample`` is not positive, the
-            model is compiled, or it mixes samples (batch normalisation on batch statistics).
+        ValueError: no parameter is chosen, a name is unknown, ``rows_per_sample`` is not positive,
+            the model is compiled, or it mixes samples (batch normalisation on batch statistics).
     """
 
     def __init__(
@@ -165,7 +166,9 @@ class GradientSketcher:
             f = outputs()
             rows = num_samples * self.rows_per_sample
             if f.shape != (rows,):
-                raise ValueError(f"outputs must return one scalar per row, [{rows}], got {list(f.shape)}")
+                raise ValueError(
+                    f"outputs must return one scalar per row, [{rows}], got {list(f.shape)}"
+                )
             if rows:
                 f.sum().backward()
         return features
@@ -181,9 +184,9 @@ class GradientSketcher:
             ``[B, K]``, zeros at first, complete when the block ends.
 
         Raises:
-            RuntimeError: a module saw another number of rows, its input was changed in place after its
-                forward, it ran without gradient, it returned something other than one tensor, or a
-                parameter was used outside the module that owns it. The message names it.
+            RuntimeError: a module saw another number of rows, its input was changed in place after
+                its forward, it ran without gradient, it returned something other than one tensor,
+                or a parameter was used outside the module that owns it. The message names it.
         """
         if self._batch is not None:
             raise RuntimeError("a batch of this sketcher is open already")
@@ -230,8 +233,9 @@ class GradientSketcher:
                 module.training or not module.track_running_stats
             ):
                 raise ValueError(
-                    f"module {name!r} ({type(module).__name__}) normalises over the batch, so samples "
-                    "have no gradient of their own: put the model in eval mode or replace the module"
+                    f"module {name!r} ({type(module).__name__}) normalises over the batch, so "
+                    "samples have no gradient of their own: put the model in eval mode or replace "
+                    "the module"
                 )
 
     def _before(self, layer: _Layer) -> Callable[..., None]:
@@ -261,17 +265,18 @@ class GradientSketcher:
             batch.seen.add(layer.name)
             if not isinstance(output, Tensor):
                 raise RuntimeError(
-                    f"module {layer.name!r} ({type(module).__name__}) must return one tensor for its "
-                    f"parameters {', '.join(layer.owned)} to be attributed, got {type(output).__name__}"
+                    f"module {layer.name!r} ({type(module).__name__}) must return one tensor for "
+                    f"its parameters {', '.join(layer.owned)} to be attributed, got "
+                    f"{type(output).__name__}"
                 )
             inputs = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
             rows = output.shape[0] if output.ndim else 0
             if not inputs or rows != batch.rows or not any(_has_rows(x, rows) for x in inputs):
                 raise RuntimeError(
                     f"module {layer.name!r} ({type(module).__name__}) must see and return "
-                    f"{batch.rows} rows (samples x rows_per_sample), got output {list(output.shape)} "
-                    f"from inputs {[list(x.shape) for x in inputs]}: work shared between samples has "
-                    "no per-sample gradient"
+                    f"{batch.rows} rows (samples x rows_per_sample), got output "
+                    f"{list(output.shape)} from inputs {[list(x.shape) for x in inputs]}: work "
+                    "shared between samples has no per-sample gradient"
                 )
             if not output.requires_grad:
                 # nothing upstream needs a gradient, yet this layer's output gradient must be seen
@@ -298,7 +303,9 @@ class GradientSketcher:
         batch = self._batch
         if batch is None:
             raise RuntimeError("backward must run inside the batch its forward ran in")
-        inputs = [leaf for leaf in tree_flatten((call.args, call.kwargs))[0] if isinstance(leaf, Tensor)]
+        inputs = [
+            leaf for leaf in tree_flatten((call.args, call.kwargs))[0] if isinstance(leaf, Tensor)
+        ]
         if [x._version for x in inputs] != call.versions:
             raise RuntimeError(
                 f"an input of module {layer.name!r} ({type(layer.module).__name__}) was changed in "
@@ -310,8 +317,7 @@ class GradientSketcher:
             self._recompute(layer, call, output_grads, batch)
             return
         x = call.args[0]
-        if rule is _affine_grads:
-            assert isinstance(module, nn.Linear | nn.Conv2d)
+        if isinstance(module, nn.Linear | nn.Conv2d):
             self._add_weight(layer, module, x, output_grads, batch)
         whole = slice(0, len(batch.features))
         for attribute, grads in rule(module, x, output_grads.to(self.dtype), batch.rows_per_sample):
@@ -357,7 +363,8 @@ class GradientSketcher:
             for sample in range(len(batch.features)):
                 rows = slice(sample * batch.rows_per_sample, (sample + 1) * batch.rows_per_sample)
                 args, kwargs = tree_unflatten(
-                    [leaf[rows] if _has_rows(leaf, batch.rows) else leaf for leaf in leaves], structure
+                    [leaf[rows] if _has_rows(leaf, batch.rows) else leaf for leaf in leaves],
+                    structure,
                 )
                 with torch.enable_grad(), torch.autocast(device_type, dtype, enabled=enabled):
                     values = {
@@ -437,7 +444,9 @@ def _affine_grads(
 ) -> Iterator[tuple[str, Tensor]]:
     """The bias; the weight is streamed by `weight_grads`."""
     if module.bias is not None:
-        channels_first = output_grads if isinstance(module, nn.Conv2d) else output_grads.movedim(-1, 1)
+        channels_first = (
+            output_grads if isinstance(module, nn.Conv2d) else output_grads.movedim(-1, 1)
+        )
         yield "bias", _per_sample(_over_positions(channels_first), rows_per_sample)
 
 
@@ -478,6 +487,10 @@ _RULES: dict[type[nn.Module], Rule] = {
 def _rule(module: nn.Module) -> Rule | None:
     """The module's own rule, if its forward is the one the rule was written for."""
     for kind, rule in _RULES.items():
-        if isinstance(module, kind) and type(module).forward is kind.forward and "forward" not in vars(module):
+        if (
+            isinstance(module, kind)
+            and type(module).forward is kind.forward
+            and "forward" not in vars(module)
+        ):
             return rule
     return None

@@ -1,8 +1,8 @@
 """Counter-based random words in eager torch: the bits every implementation must reproduce.
 
-Philox-4x32-10: 128 bits per call, a pure function of a 64-bit key (the seed) and four 32-bit counters.
-Counters are *coordinates* (which column, which block of parameters), never a flattened index that wraps.
-The last counter is a `Stream`, so that two uses of one seed share no bits.
+Philox-4x32-10: 128 bits per call, a pure function of a 64-bit key (the seed) and four 32-bit
+counters. Counters are *coordinates* (which column, which block of parameters), never a flattened
+index that wraps. The last counter is a `Stream`, so that two uses of one seed share no bits.
 """
 
 from __future__ import annotations
@@ -53,10 +53,13 @@ def philox_words(
         Four int64 tensors of the broadcast shape with values in ``[0, 2**32)``.
 
     Source:
-        Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Random123), Philox-4x32-10.
+        Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Random123),
+        Philox-4x32-10.
     """
     device = next((c.device for c in (c0, c1, c2, c3) if isinstance(c, Tensor)), device)
-    x0, x1, x2, x3 = (torch.as_tensor(c, dtype=torch.int64, device=device) for c in (c0, c1, c2, c3))
+    x0, x1, x2, x3 = (
+        torch.as_tensor(c, dtype=torch.int64, device=device) for c in (c0, c1, c2, c3)
+    )
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
         # the int64 product wraps modulo 2**64, which keeps both halves right
@@ -68,7 +71,7 @@ def philox_words(
             a & _MASK,
         )
         k0, k1 = (k0 + _KEY_A) & _MASK, (k1 + _KEY_B) & _MASK
-    return tuple(torch.broadcast_tensors(x0, x1, x2, x3))  # type: ignore[return-value]
+    return tuple(torch.broadcast_tensors(x0, x1, x2, x3))
 
 
 def box_muller(word_a: Tensor, word_b: Tensor) -> tuple[Tensor, Tensor]:

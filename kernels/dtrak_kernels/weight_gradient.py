@@ -1,11 +1,13 @@
 """Per-sample weight gradients of one layer at a time, from what its forward and backward saw.
 
-    activations [B, T, I]  x  output_grads [B, T, O]  ->  gradients [b, o, C] of a slice of samples and rows
+    activations [B, T, I]  x  output_grads [B, T, O]  ->  gradients [b, o, C] of a slice of samples
+    and rows
 
-A layer's rows of the forward batch belong to samples in groups of ``rows_per_sample``; positions and rows of
-one sample are one reduction axis T, so several timesteps or tokens cost no extra gradient. Slices are
-chosen so that neither they nor the patches of a convolution exceed `WORKSPACE_BYTES`, except where a single
-row of the batch or a single row of the weight already does.
+A layer's rows of the forward batch belong to samples in groups of ``rows_per_sample``; positions
+and rows of one sample are one reduction axis T, so several timesteps or tokens cost no extra
+gradient. Slices are chosen so that neither they nor the patches of a convolution exceed the
+device's `WORKSPACE_BYTES` (what its cache holds), except where a single row of the batch or a
+single row of the weight already does.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-WORKSPACE_BYTES = 16 * 2**20
+WORKSPACE_BYTES = {"cpu": 2 * 2**20, "cuda": 16 * 2**20}
 
 
 @dataclass(frozen=True)
@@ -111,13 +113,14 @@ def weight_grads(
         return part.unsqueeze(2)
 
     per_weight_row = max(columns * dtype.itemsize, 1)
-    fitting = max(WORKSPACE_BYTES // per_weight_row, 1)
+    workspace = WORKSPACE_BYTES.get(deltas.device.type, WORKSPACE_BYTES["cuda"])
+    fitting = max(workspace // per_weight_row, 1)
     if all_samples:
         sample_step, row_step = max(samples, 1), fitting // max(samples, 1)
     else:
         sample_step, row_step = max(fitting // out_rows, 1), fitting
     row_step = max(row_step // row_multiple, 1) * row_multiple
-    fitting_rows = max(WORKSPACE_BYTES // max(row_bytes, 1), 1)
+    fitting_rows = max(workspace // max(row_bytes, 1), 1)
     per_group = out_rows // groups
     for weight_rows in _slices(0, out_rows, row_step):
         for chosen in _slices(0, samples, sample_step):
@@ -146,7 +149,7 @@ def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
 
 
 def _batch_rows(chosen: slice, rows_per_sample: int, most: int) -> Iterator[tuple[slice, int, int]]:
-    """Samples and the batch rows of them, at most ``most`` at a time: whole samples where they fit."""
+    """Samples and their batch rows, at most ``most`` at a time: whole samples where they fit."""
     if most >= rows_per_sample:
         for part in _slices(chosen.start, chosen.stop, most // rows_per_sample):
             yield part, part.start * rows_per_sample, part.stop * rows_per_sample

@@ -1,0 +1,47 @@
+# Two commands on a fresh machine: `make run` does the main job, `make test` runs the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+OUT ?= out
+
+.PHONY: help run test lint compile smoke bench gpu clean
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 run"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable '.[trak]'
+	@touch $(READY)
+
+run: $(READY) ## set everything up and attribute the embedded digits
+	$(BIN)/python -m dtrak.attribute --fused
+
+test: $(READY) ## set everything up and run the tests
+	$(BIN)/python -m pytest
+
+lint: $(READY) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+compile: $(READY) ## compile every kernel for sm_80, sm_90, sm_100 and gfx942; no GPU needed
+	$(BIN)/python tests/compile_all.py
+
+smoke: $(READY) ## run every benchmark once on tiny sizes
+	$(BIN)/python -m pytest benchmarks --benchmark-only --smoke
+
+bench: $(READY) ## time everything on this machine and append rows to benchmarks/results
+	$(BIN)/python -m pytest benchmarks --benchmark-only --record
+
+gpu: ## on a machine with a GPU and torch: the gpu tests, then the benchmarks; results also under OUT
+	mkdir -p $(OUT)
+	PYTHONPATH=.:kernels $(PYTHON) -m pytest tests -m gpu --junitxml=$(OUT)/tests.xml; \
+	PYTHONPATH=.:kernels $(PYTHON) -m pytest benchmarks --benchmark-only --record --rows=$(OUT)
+
+clean: ## remove the environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,0 +1,70 @@
+"""What can be known about the kernels without a GPU: that they compile, fit, and how long they are."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SHARED_LIMITS = {  # bytes per program
+    "sm_80": 163 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "gfx942": 64 * 1024,
+}
+TENSOR_MEMORY_COLUMNS = 512
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = Path(__file__).parent / "compile_all.py"
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+def test_every_kernel_compiles_for_every_target(compiled):
+    for arch in SHARED_LIMITS:
+        kernels = {case["kernel"] for case in compiled if case["arch"] == arch}
+        assert kernels >= {"rademacher", "normal", "pack", "reduce"}
+
+
+def test_memory_fits(compiled):
+    for case in compiled:
+        assert case["shared"] <= SHARED_LIMITS[case["arch"]], case
+        # beyond the last column Triton emits a trap in place of the kernel
+        assert case["tensor_memory"] <= TENSOR_MEMORY_COLUMNS, case
+        assert case["traps"] == 0, case
+
+
+def test_nothing_spills(compiled):
+    for case in compiled:
+        assert case["stack"] == 0, case
+
+
+def test_products_use_matrix_instructions(compiled):
+    for case in compiled:
+        if case["kernel"] in ("rademacher", "normal"):
+            assert case["matrix"] > 0, case
+
+
+def test_signs_cost_at_most_400_instructions_per_128(compiled):
+    cases = [c for c in compiled if c["kernel"] == "rademacher" and c["arch"] == "sm_90"]
+    assert cases
+    for case in cases:
+        signs = case["block_k"] * 256 / (32 * case["num_warps"])
+        # less than one operation per two signs means the generator was folded away
+        assert 64 <= case["loop"] * 128 / signs <= 400, case
+
+
+def test_normals_cost_at_most_48_instructions_each(compiled):
+    cases = [c for c in compiled if c["kernel"] == "normal" and c["arch"] == "sm_90"]
+    assert cases
+    for case in cases:
+        entries = case["block_k"] * 64 / (32 * case["num_warps"])
+        assert 16 <= case["loop"] / entries <= 48, case

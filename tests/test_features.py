@@ -1,0 +1,221 @@
+import json
+
+import pytest
+import torch
+from numerics import relative_error
+from test_sketcher import small_unet
+
+from dtrak.data import ImageData
+from dtrak.diffusion import DiffusionModel, linear_schedule
+from dtrak.features import (
+    FeatureSettings,
+    FeatureStore,
+    FusedExtractor,
+    StoreError,
+    check_prediction,
+    deciding_settings,
+    describe_differences,
+    fill_store,
+    fitting_batch_size,
+    write_atomically,
+)
+from dtrak_kernels import Projection
+
+CPU = torch.device("cpu")
+SETTINGS = FeatureSettings("mean_squared_l2_norm", (0, 500), 0, Projection("sjlt", 512))
+
+
+def make_model():
+    return DiffusionModel(small_unet().float(), linear_schedule())
+
+
+def make_data(count=10):
+    torch.manual_seed(4)
+    images = torch.rand(count, 1, 8, 8) * 2 - 1
+    return ImageData(images, [f"image/{i}" for i in range(count)], None, "test")
+
+
+class Counting:
+    """An extractor whose features are the images' first pixels; fails after some batches."""
+
+    method, grad_dim, proj_dim = "counting", 64, 3
+
+    def __init__(self, batches=10**9):
+        self.left = batches
+
+    def extract(self, images, ids):
+        if not self.left:
+            raise KeyboardInterrupt
+        self.left -= 1
+        return images.flatten(1)[:, :3]
+
+
+def make_store(folder, data, batch_size=4, **changes):
+    return FeatureStore.open(
+        folder, {"a": 1, "nested": {"b": 2}} | changes, data.ids, 3, batch_size
+    )
+
+
+def test_an_interrupted_store_resumes_with_the_same_rows(tmp_path):
+    data = make_data(150)
+    store = make_store(tmp_path / "broken", data)
+    with pytest.raises(KeyboardInterrupt):
+        fill_store(store, Counting(batches=20), data)
+    assert store.missing() == [1, 2]
+    seen = []
+    # another batch size was asked for: the store keeps the one its rows were computed with
+    store = make_store(tmp_path / "broken", data, batch_size=7)
+    assert store.batch_size == 4
+    counting = Counting()
+    fill_store(store, counting, data, progress=lambda done, total: seen.append((done, total)))
+    assert seen[0] == (64, 150)
+    assert seen[-1] == (150, 150)
+    assert 10**9 - counting.left == 16 + 6
+    assert torch.equal(store.load(), data.images.flatten(1)[:, :3])
+    assert store.missing() == []
+
+
+@pytest.mark.parametrize("rows", [(0, 150), (3, 5), (60, 130), (64, 128), (149, 200), (20, 20)])
+def test_slices(rows, tmp_path):
+    data = make_data(150)
+    store = make_store(tmp_path, data)
+    fill_store(store, Counting(), data)
+    expected = data.images.flatten(1)[:, :3][slice(*rows)]
+    assert torch.equal(store[slice(*rows)], expected)
+    assert (len(store), store.shape) == (150, (150, 3))
+
+
+def test_refuses_other_settings_by_name(tmp_path):
+    data = make_data()
+    make_store(tmp_path, data)
+    with pytest.raises(StoreError, match=r"a is 1 there and 5 here; nested\.b is 2 there and 7"):
+        make_store(tmp_path, data, a=5, nested={"b": 7})
+    with pytest.raises(StoreError, match="extra is null there and true here"):
+        make_store(tmp_path, data, extra=True)
+
+
+def test_refuses_a_damaged_manifest(tmp_path):
+    data = make_data()
+    make_store(tmp_path, data)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(StoreError, match="must be the manifest of a feature store"):
+        make_store(tmp_path, data)
+
+
+def test_refuses_an_incomplete_or_damaged_shard(tmp_path):
+    data = make_data()
+    store = make_store(tmp_path, data)
+    with pytest.raises(StoreError, match=r"000000\.safetensors is missing"):
+        store.load()
+    fill_store(store, Counting(), data)
+    file = tmp_path / "000000.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(StoreError, match=r"000000\.safetensors is damaged"):
+        store.load()
+    store.write(0, torch.zeros(9, 3))
+    with pytest.raises(StoreError, match=r"must hold features \(10, 3\), got \(9, 3\)"):
+        store.load()
+    with pytest.raises(IndexError, match="contiguous"):
+        store[::2]
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
+    import os
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(tmp_path / "file", b"content")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_deciding_setting_is_in_the_manifest():
+    model, data = make_model(), make_data()
+    base = deciding_settings(model, SETTINGS, data, "fused")
+    json.dumps(base)
+
+    def differs(settings=SETTINGS, model=model, data=data, method="fused"):
+        return describe_differences(base, deciding_settings(model, settings, data, method))
+
+    other = {
+        "output_function": FeatureSettings("loss", (0, 500), 0, SETTINGS.projection),
+        "timesteps": FeatureSettings("mean_squared_l2_norm", (0, 501), 0, SETTINGS.projection),
+        "noise_seed": FeatureSettings("mean_squared_l2_norm", (0, 500), 1, SETTINGS.projection),
+        "projection.seed": FeatureSettings(
+            "mean_squared_l2_norm", (0, 500), 0, Projection("sjlt", 512, 1)
+        ),
+        "projection.proj_dim": FeatureSettings(
+            "mean_squared_l2_norm", (0, 500), 0, Projection("sjlt", 513)
+        ),
+        "dtype": FeatureSettings(
+            "mean_squared_l2_norm", (0, 500), 0, SETTINGS.projection, "float64"
+        ),
+    }
+    for key, settings in other.items():
+        assert differs(settings).startswith(f"{key} is"), key
+    assert differs() == ""
+    assert differs(method="published").startswith("method is")
+    assert differs(data=data.select([1, 0])).startswith("data is")
+    changed = make_model()
+    with torch.no_grad():
+        changed.unet.conv_in.weight[0, 0, 0, 0] += 1e-6
+    assert differs(model=changed).startswith("model is")
+    changed = make_model()
+    changed.scheduler.register_to_config(beta_end=0.03)
+    assert differs(model=changed).startswith("schedule.beta_end is")
+
+
+def test_features_do_not_depend_on_batch_or_order():
+    data = make_data(6)
+    extractor = FusedExtractor(make_model(), SETTINGS, CPU)
+    whole = extractor.extract(data.images, data.ids)
+    order = [4, 2, 0, 5, 1, 3]
+    shuffled = data.select(order)
+    parts = [
+        extractor.extract(shuffled.images[i : i + 2], shuffled.ids[i : i + 2]) for i in (0, 2, 4)
+    ]
+    assert relative_error(torch.cat(parts), whole[order]) < 1e-6
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-5), ("bfloat16", 0.1)])
+def test_dtypes(dtype, tolerance):
+    data = make_data(3)
+    expected = FusedExtractor(make_model(), SETTINGS, CPU).extract(data.images, data.ids)
+    settings = FeatureSettings(
+        SETTINGS.output_function, SETTINGS.timesteps, 0, SETTINGS.projection, dtype
+    )
+    features = FusedExtractor(make_model(), settings, CPU).extract(data.images, data.ids)
+    assert features.dtype == (torch.float64 if dtype == "float64" else torch.float32)
+    assert relative_error(features, expected) < tolerance
+
+
+def test_a_model_that_breaks_is_refused_by_sample_and_timestep():
+    prediction = torch.zeros(6, 1, 2, 2)
+    prediction[3, 0, 1, 1] = float("nan")
+    with pytest.raises(
+        ValueError, match=r"not finite for sample 'b' at timestep 900 \(1 of 6 rows"
+    ):
+        check_prediction(prediction, ["a", "b", "c"], torch.tensor([0, 900] * 3))
+    model = make_model()
+    with torch.no_grad():
+        model.unet.conv_out.bias.fill_(float("nan"))
+    data = make_data(2)
+    with pytest.raises(ValueError, match="not finite for sample 'image/0' at timestep 0"):
+        FusedExtractor(model, SETTINGS, CPU).extract(data.images, data.ids)
+
+
+def test_a_zero_feature_is_refused(tmp_path):
+    data = make_data()
+    data.images[3] = 0
+    store = make_store(tmp_path, data)
+    with pytest.raises(ValueError, match="features of samples 'image/0' to 'image/3'"):
+        fill_store(store, Counting(), data)
+
+
+def test_the_default_batch_fits(tmp_path):
+    data = make_data(40)
+    extractor = FusedExtractor(make_model(), SETTINGS, CPU)
+    assert 1 <= fitting_batch_size(extractor, data) <= 40
+    assert fitting_batch_size(extractor, make_data(2)) <= 2

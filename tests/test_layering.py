@@ -1,0 +1,110 @@
+"""The architecture as tests: arrows point one way, and importing the kernels is light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ALLOWED = {
+    "kernels/dtrak_kernels": {"torch", "triton"},
+    "dtrak": {
+        "datasets",
+        "diffusers",
+        "dtrak",
+        "dtrak_kernels",
+        "matplotlib",
+        "numpy",
+        "PIL",
+        "pyarrow",
+        "rich",
+        "safetensors",
+        "scipy",
+        "sklearn",
+        "torch",
+        "trak",
+        "typer",
+    },
+}
+# the adapters are what other libraries' users import, so they may know those libraries
+ADAPTERS = {"trak.py": {"trak"}, "trak_scores.py": {"trak"}}
+# a kernel file may import triton when it is loaded; nothing else may
+KERNEL_FILES = {"gram_kernel.py", "philox.py", "projection.py", "xorwow.py"}
+DIFFUSION_WORDS = ("diffusion", "diffusers", "timestep", "unet", "noise schedule")
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module.split(".")[0])
+    return found - set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_imports_point_one_way(room):
+    files = list((ROOT / room).rglob("*.py"))
+    assert files
+    for path in files:
+        extra = ADAPTERS.get(path.name, set()) if room.startswith("kernels") else set()
+        assert imports(path) <= ALLOWED[room] | extra, path
+
+
+def test_only_kernel_files_import_triton():
+    for path in (ROOT / "kernels/dtrak_kernels").rglob("*.py"):
+        assert ("triton" in imports(path)) == (path.name in KERNEL_FILES), path
+
+
+def test_the_reference_and_the_kernels_do_not_know_each_other():
+    folder = ROOT / "kernels/dtrak_kernels"
+    for path in folder.glob("*.py"):
+        relative = {
+            node.module or alias.name
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom) and node.level == 1
+            for alias in node.names
+        }
+        if path.name.startswith("reference"):
+            assert relative <= {"reference", "streams"}, path
+        else:
+            assert not any(name.startswith("reference") for name in relative), path
+
+
+def test_no_diffusion_word_in_the_kernels():
+    for path in (ROOT / "kernels").rglob("*.py"):
+        text = path.read_text().lower()
+        # sketcher.py gives timesteps as an example of rows
+        words = [word for word in DIFFUSION_WORDS if word in text and word != "timestep"]
+        assert not words, f"{path}: {words}"
+
+
+def test_kernels_folder_is_not_a_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists(), "it would shadow PyPI's `kernels`"
+
+
+def test_importing_the_kernels_is_light():
+    code = "import sys, dtrak_kernels; print({'triton', 'diffusers', 'trak'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_no_submodule_hides_a_public_name():
+    import dtrak_kernels
+
+    files = {path.stem for path in (ROOT / "kernels/dtrak_kernels").glob("*.py")}
+    assert not files & set(dtrak_kernels.__all__)
+
+
+def test_the_environment_resolves_only_the_two_packages():
+    code = (
+        "import importlib.util as u; "
+        "print([n for n in ('benchmarks', 'tests') if u.find_spec(n) is not None])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd="/"
+    )
+    assert done.stdout.strip() == "[]"
