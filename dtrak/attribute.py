@@ -39,7 +39,7 @@ from dtrak_kernels.ops import KINDS
 from dtrak_kernels.ridge import RidgeSolver
 
 from . import __version__
-from .data import ImageData, load_data, save_images
+from .data import ImageData, encode_png, load_data, to_uint8
 from .diffusion import DiffusionModel, digits_model, hash_model, load_model
 from .features import (
     DTYPES,
@@ -229,7 +229,7 @@ def _load_model_and_data(run: _Run) -> tuple[DiffusionModel, ImageData]:
     recipe = Recipe()
     run.claim_output(
         {
-            "data": {"source": data.source, "fingerprint": data.fingerprint, "rows": len(data)},
+            "data": {"fingerprint": data.fingerprint, "rows": len(data)},
             "model": {"recipe": recipe.to_dict()}
             if options.model is None
             else {"hash": hash_model(model.unet)},
@@ -266,16 +266,18 @@ def _load_queries(run: _Run, model: DiffusionModel) -> ImageData:
     if options.queries != "generated":
         return load_data(options.queries, **arguments)
     folder = plan.output / "generated"
-    drawn = sorted(folder.glob("*.png")) if folder.is_dir() else []
-    if len(drawn) != options.num_queries:
-        with run.stage("generate the queries"):
+    # picture i depends on its seed i alone, so pictures are added to those drawn before
+    wanted = [folder / f"{seed:05d}.png" for seed in range(options.num_queries)]
+    missing = [seed for seed, file in enumerate(wanted) if not file.is_file()]
+    if missing:
+        with run.stage("generate the queries") as progress:
             model.unet.to(plan.device)
-            images = generate(model, list(range(options.num_queries)))
-        for file in drawn:
-            file.unlink()
-        save_images(images, folder)
+            images = generate(model, missing, progress=progress)
+        folder.mkdir(exist_ok=True)
+        for seed, image in zip(missing, images, strict=True):
+            write_atomically(folder / f"{seed:05d}.png", encode_png(to_uint8(image)))
     # the query is the picture as saved, 8 bits a channel
-    return load_data(str(folder), channels=model.channels, size=None)
+    return load_data(folder, channels=model.channels, limit=options.num_queries)
 
 
 def _make_extractor(run: _Run, model: DiffusionModel) -> Extractor:
@@ -364,8 +366,9 @@ def run_attribution(options: Options, console: Console) -> Path:
     train_store = _compute_features(
         run, model, extractor, data, "train", "features of training images"
     )
+    # sets of queries live side by side, each under the first digits of its fingerprint
     query_store = _compute_features(
-        run, model, extractor, queries, "queries", "features of queries"
+        run, model, extractor, queries, f"queries-{queries.fingerprint[:12]}", "features of queries"
     )
     tensors = _measure_tensors(extractor, data, train_store.batch_size)
     with run.stage("kernel inverse and scores"):
@@ -401,14 +404,14 @@ def run_attribution(options: Options, console: Console) -> Path:
     if not options.fused:
         del facts["gradients never stored"]
     with run.stage("report"):
-        _write_results(run, model, data, queries, scores, settings, facts)
+        _write_results(run, data, queries, scores, settings, facts)
+    _write_manifest(run, model, data, settings, facts)
     _print_summary(run, facts)
     return plan.output
 
 
 def _write_results(
     run: _Run,
-    model: DiffusionModel,
     data: ImageData,
     queries: ImageData,
     scores: Tensor,
@@ -446,8 +449,18 @@ def _write_results(
         train_labels=data.labels,
         query_kind="generated picture" if plan.options.queries == "generated" else "picture",
     )
+
+
+def _write_manifest(
+    run: _Run,
+    model: DiffusionModel,
+    data: ImageData,
+    settings: dict[str, Any],
+    facts: dict[str, str],
+) -> None:
+    plan = run.plan
     write_atomically(
-        output / "manifest.json",
+        plan.output / "manifest.json",
         json.dumps(
             {
                 "settings": settings,

@@ -112,7 +112,7 @@ def load_model(folder: str | Path) -> DiffusionModel:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"model must be a folder that Diffusers wrote, got {folder}")
+        raise FileNotFoundError(f"model must be an existing folder that Diffusers wrote, got {folder}")
     unet_folder = next(
         (f for f in (folder / "unet", folder) if (f / "config.json").is_file()), None
     )
@@ -202,6 +202,10 @@ def _load_schedule(folder: Path) -> DDPMScheduler:
             raise ModelError(f"{folder} is a pipeline and must hold {files[0].relative_to(folder)}")
         return linear_schedule()
     config = _read_json(file)
+    if config.get("trained_betas") is None and "beta_start" not in config:
+        raise ModelError(
+            f"{file} must describe a schedule of betas, got {config.get('_class_name')!r}"
+        )
     try:
         # any scheduler's betas and prediction type, read as the training schedule they come from
         return DDPMScheduler.from_config(config)

@@ -172,9 +172,11 @@ class FusedExtractor:
                 timesteps,
             )
             # the gradient is averaged over timesteps, then projected once
-            return f / len(self.settings.timesteps)
+            return f * (scale / len(self.settings.timesteps))
 
-        return self.sketcher.sketch(outputs, len(images))
+        # features are linear in f: scaling it keeps half-precision gradients out of the subnormals
+        scale = 1024.0 if self.settings.dtype == "float16" else 1.0
+        return self.sketcher.sketch(outputs, len(images)) / scale
 
 
 def autocast(device: torch.device, dtype: str) -> Any:

@@ -108,8 +108,8 @@ def elbo_weights(scheduler: DDPMScheduler, timesteps: Tensor) -> Tensor:
     """Weights of the variational bound, ``w_t = β_t / (2 α_t (1 - ᾱ_t))``.
 
     At t = 0 the factor ``β_0 / (1 - ᾱ_0)`` is 1 whatever β_0, so the weight is ``1 / (2 α_0)`` even
-    for a schedule that starts at β_0 = 0. Infinite where α_t = 0 (the last timestep of a schedule with
-    zero terminal SNR).
+    for a schedule that starts at β_0 = 0. Infinite where α_t = 0 (the last timestep of a schedule
+    with zero terminal SNR).
 
     Args:
         scheduler: the training schedule.

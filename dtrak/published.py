@@ -186,11 +186,10 @@ class Comparison:
 def compare(
     fused: FusedExtractor, published: PublishedExtractor, data: ImageData, fused_batch_size: int
 ) -> Comparison:
-    """Run both ways on all of ``data``: the published one in one batch, the fused one in its own
-    batches.
+    """Run both ways on all of ``data``.
 
-    Times are of a second run each, after a warm-up on one sample; memory is counted in a run of its
-    own.
+    The published one takes it as one batch, the fused one in its own batches. Times are taken after
+    a warm-up on one sample; memory is counted in a run of its own.
     """
     batches = [
         slice(first, min(first + fused_batch_size, len(data)))

@@ -24,7 +24,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained: with equal data and initial weights, it decides every bit on a device.
+    """How a model is trained: with the data and the initial weights it decides every bit.
 
     Attributes:
         steps: optimiser steps.

@@ -24,18 +24,21 @@ SHAPES = [
 ]
 KINDS = ["rademacher", "normal"]
 IMPLEMENTATIONS = ["torch", "triton"]
-DTYPES = [
-    torch.float32,
-    torch.float16,
-    # the interpreter's bfloat16 tl.dot is silently wrong: silicon only
-    pytest.param(torch.bfloat16, marks=pytest.mark.gpu),
-]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 MATRICES = {"rademacher": reference.rademacher_matrix, "normal": reference.normal_matrix}
 # tilings, spans and depths; none is a default
 CONFIGS = [
     Config(block_b=16, block_k=16, splits=1),
     Config(block_b=32, block_k=64, num_warps=4, splits=3),
     Config(block_b=16, block_k=128, num_stages=3, splits=5),
+]
+
+# the interpreter's bfloat16 tl.dot is silently wrong, and only signs meet bfloat16: silicon only
+PRODUCTS = [
+    pytest.param(*case, marks=pytest.mark.gpu)
+    if case == ("triton", "rademacher", torch.bfloat16)
+    else case
+    for case in itertools.product(IMPLEMENTATIONS, KINDS, DTYPES)
 ]
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -52,11 +55,9 @@ def gaussian(*shape, device="cpu", seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
-@each_kind
-@each_implementation
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("implementation, kind, dtype", PRODUCTS)
 @pytest.mark.parametrize("B, C, K, offset", SHAPES)
-def test_matches_oracle(B, C, K, offset, dtype, implementation, kind, device):
+def test_matches_oracle(B, C, K, offset, implementation, kind, dtype, device):
     projection = Projection(kind, K, seed=2**40 + 7)
     grads = moat(gaussian(B, C, device=device).to(dtype))
     out = torch.zeros(B, K, device=device)
@@ -293,6 +294,8 @@ def test_float32_accuracy_at_any_scale(scale, implementation, device):
         assert relative_error(out[row], oracle[row]) < (1e-6 if scale > 1e-37 else 1e-5)
 
 
+# numpy warns where the interpreter meets the infinities put there on purpose
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 @each_implementation
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -357,7 +357,9 @@ def _row_scale(grads: Tensor) -> Tensor:
     """A power of two per sample that brings its largest entry to [2**14, 2**15), ``[B]``."""
     largest = torch.linalg.vector_norm(grads, ord=float("inf"), dim=1, dtype=torch.float32)
     _, exponent = torch.frexp(torch.where(largest.isfinite(), largest, torch.ones_like(largest)))
-    return torch.ldexp(torch.ones_like(largest), (15 - exponent).clamp(-126, 126))
+    # the bits of a float32 power of two: its exponent, biased
+    biased = (15 - exponent).clamp(-126, 126) + 127
+    return (biased.to(torch.int32) << 23).view(torch.float32)
 
 
 def _project_packed(

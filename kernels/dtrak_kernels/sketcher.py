@@ -64,8 +64,7 @@ class _Batch:
 
 
 class GradientSketcher:
-    """Turns forward and backward of a batch into projected per-sample gradients, never storing
-    them.
+    """Projects the per-sample gradients of a batch as its backward produces them.
 
     For every kind of projection, the features of a batch equal
     ``project(flattened per-sample gradients, projection)`` to rounding, the parameters flattened in

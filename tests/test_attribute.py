@@ -1,0 +1,317 @@
+"""The main job and every way its command can be misused."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from diffusers import DDPMPipeline
+from dtrak.attribute import app
+from dtrak.data import encode_png, load_data, to_uint8
+from dtrak.diffusion import DiffusionModel, linear_schedule
+from dtrak.features import FeatureSettings, FusedExtractor
+from dtrak_kernels import Projection, RidgeSolver
+from numerics import relative_error
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_sketcher import small_unet
+from typer.testing import CliRunner
+
+SMALL = ["--timesteps", "2", "--proj-dim", "512", "--num-queries", "3"]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline") / "tiny"
+    DiffusionModel(small_unet().float(), linear_schedule()).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images") / "data"
+    folder.mkdir()
+    for index, image in enumerate(load_data("digits", channels=1, size=8, limit=150).images):
+        (folder / f"{index:03d}.png").write_bytes(encode_png(to_uint8(image)))
+    return folder
+
+
+@pytest.fixture
+def run(model_folder, images_folder, tmp_path):
+    """Run the command on a tiny model; gives (exit code, everything printed)."""
+
+    def run(*arguments, model=model_folder, data=images_folder, output=tmp_path / "run"):
+        fixed = [] if model is None else ["--model", str(model)]
+        fixed += ["--data", str(data), "--output", str(output), *SMALL]
+        result = CliRunner().invoke(app, [*fixed, *map(str, arguments)])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, " ".join(result.output.split())
+
+    return run
+
+
+def read_scores(folder):
+    with safe_open(folder / "scores.safetensors", "pt") as file:
+        metadata = {key: value for key, value in file.metadata().items()}
+        return file.get_tensor("scores"), metadata
+
+
+def test_end_to_end(run, tmp_path, model_folder, images_folder):
+    code, output = run("--damping", "0.5")
+    assert code == 0, output
+    folder = tmp_path / "run"
+    scores, metadata = read_scores(folder)
+    data = load_data(images_folder)
+    assert json.loads(metadata["columns"]) == data.ids
+    assert json.loads(metadata["rows"]) == ["00000.png", "00001.png", "00002.png"]
+    assert json.loads(metadata["settings"])["damping"] == "0.5"
+
+    # the scores are those of dense algebra in float64 on features computed apart
+    settings = FeatureSettings("mean_squared_l2_norm", (0, 500), 0, Projection("sjlt", 512))
+    model = DiffusionModel(small_unet().float(), linear_schedule())
+    extractor = FusedExtractor(model, settings, torch.device("cpu"))
+    queries = load_data(folder / "generated", channels=1)
+    phi, psi = (extractor.extract(d.images, d.ids).double() for d in (data, queries))
+    expected = psi @ torch.linalg.inv(phi.T @ phi + 0.5 * torch.eye(512).double()) @ phi.T
+    assert relative_error(scores, expected) < 1e-4
+
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert [stage["name"] for stage in manifest["stages"]] == [
+        "generate the queries",
+        "features of training images",
+        "features of queries",
+        "kernel inverse and scores",
+        "report",
+    ]
+    for fact in ("parameters", "largest tensor", "features"):
+        assert fact in manifest["facts"]
+        assert fact in output
+    assert "<html" in (folder / "report.html").read_text()
+    assert Image.open(folder / "report.png").size[0] > 1000
+    # the pictures are drawn from their seeds
+    assert len(list((folder / "generated").glob("*.png"))) == 3
+    assert not list(folder.rglob("*.partial"))
+
+
+def test_a_second_run_reuses_everything_and_other_queries_join(run, tmp_path):
+    assert run()[0] == 0
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "features").rglob("*")}
+    drawn = (tmp_path / "run" / "generated" / "00000.png").stat().st_mtime_ns
+    assert run("--damping", "1", "--top-k", "2")[0] == 0
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "features").rglob("*")} == before
+    code, output = run("--num-queries", "4")
+    assert code == 0, output
+    assert (tmp_path / "run" / "generated" / "00000.png").stat().st_mtime_ns == drawn
+    assert read_scores(tmp_path / "run")[0].shape == (4, 150)
+    code, output = run("--queries", tmp_path / "run" / "generated")
+    assert code == 0, output
+    assert "features of training images" not in output
+
+
+def test_killed_runs_resume_with_the_same_bits(run, tmp_path, model_folder, images_folder):
+    """kill -9 while the features are computed, then the same command again."""
+    broken = tmp_path / "broken"
+    command = [
+        sys.executable, "-m", "dtrak.attribute", "--model", str(model_folder),
+        "--data", str(images_folder), "--output", str(broken), "--batch-size", "4", *SMALL,
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = broken / "features" / "train" / "000000.safetensors"
+    deadline = time.monotonic() + 240
+    while not first.is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert first.is_file()
+    assert not (broken / "scores.safetensors").exists()
+    assert not (broken / "features" / "train" / "000002.safetensors").exists()
+    kept = first.stat().st_mtime_ns
+
+    code, output = run(output=broken)
+    assert code == 0, output
+    assert first.stat().st_mtime_ns == kept
+    code, output = run("--batch-size", "4", output=tmp_path / "whole")
+    assert code == 0, output
+    assert torch.equal(read_scores(broken)[0], read_scores(tmp_path / "whole")[0])
+    for shard in range(3):
+        name = f"features/train/{shard:06d}.safetensors"
+        assert (broken / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_no_fused_agrees_with_fused(run, tmp_path, images_folder):
+    pytest.importorskip("trak", reason="TRAK is not installed")
+    few = tmp_path / "few"
+    few.mkdir()
+    for index in range(30):
+        (few / f"{index}.png").write_bytes((images_folder / f"{index:03d}.png").read_bytes())
+    # so strongly damped that scores are inner products, which both projections preserve
+    wide = ["--proj-dim", "4096", "--damping", "1e6", "--projection", "rademacher"]
+    assert run(*wide, data=few)[0] == 0
+    fused = read_scores(tmp_path / "run")[0]
+    code, output = run("--no-fused", *wide, data=few)
+    assert code == 0, output
+    published = read_scores(tmp_path / "run")[0]
+    pair = torch.stack([fused.flatten(), published.flatten()])
+    assert torch.corrcoef(pair)[0, 1] > 0.9
+
+
+def test_compare_prints_agreement_times_and_memory(run):
+    pytest.importorskip("trak", reason="TRAK is not installed")
+    code, output = run("--compare", "--batch-size", "6")
+    assert code == 0, output
+    for text in ("fused", "published", "live tensors at the peak", "relative error", "correlation"):
+        assert text in output
+
+
+@pytest.mark.parametrize(
+    "option, value, message",
+    [
+        ("--output-function", "mean-squared-l2-norm", "did you mean 'mean_squared_l2_norm'?"),
+        ("--output-function", "los", "did you mean 'loss'?"),
+        ("--timestep-strategy", "unifrom", "did you mean 'uniform'?"),
+        ("--projection", "rademacer", "did you mean 'rademacher'?"),
+        ("--dtype", "float", "did you mean 'float"),
+        ("--timesteps", "0", "timesteps must be in [1, 1000]"),
+        ("--timesteps", "1001", "timesteps must be in [1, 1000]"),
+        ("--proj-dim", "0", "proj_dim must be at least 1, got 0"),
+        ("--proj-dim", "-5", "proj_dim must be at least 1, got -5"),
+        ("--proj-dim", "100", "proj_dim must be at least 256 for kind 'sjlt', got 100"),
+        ("--seed", "-1", "seed must be in [0, 2**63), got -1"),
+        ("--noise-seed", "-1", "--noise-seed must be in [0, 2**63), got -1"),
+        ("--damping", "much", "--damping must be 'auto' or a finite number of at least 0"),
+        ("--damping", "-1", "--damping must be 'auto' or a finite number of at least 0"),
+        ("--damping", "nan", "--damping must be 'auto' or a finite number of at least 0"),
+        ("--top-k", "0", "--top-k must be at least 1, got 0"),
+        ("--batch-size", "0", "--batch-size must be at least 1, got 0"),
+        ("--num-queries", "0", "--num-queries must be at least 1, got 0"),
+        ("--device", "gpu", "--device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
+        ("--device", "cuda:99", "--device must name a device that is there"),
+        ("--model", "nowhere", "nowhere"),
+        ("--data", "nowhere/at/all", "nowhere/at/all"),
+        ("--queries", "nowhere/at/all", "nowhere/at/all"),
+    ],
+)
+def test_bad_values_give_one_clear_line(option, value, message, run, tmp_path):
+    code, output = run(option, value)
+    assert code == 2
+    assert output.startswith("error: ") or "error: " in output
+    assert message in output, output
+    assert "Traceback" not in output
+    assert not (tmp_path / "run" / "scores.safetensors").exists()
+
+
+def test_unknown_options_name_the_closest(run):
+    code, output = run("--projecton", "sjlt")
+    assert code == 2
+    assert "--projection" in output
+
+
+def failing(run, message, *arguments, **folders):
+    code, output = run(*arguments, **folders)
+    assert code == 2, output
+    assert "error: " in output
+    assert message in output, output
+
+
+def test_data_that_does_not_fit(run, tmp_path, images_folder):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    failing(run, "empty", data=empty)
+    failing(run, "--model must name a Diffusers folder", data=images_folder, model=None)
+    large = tmp_path / "large"
+    large.mkdir()
+    Image.new("L", (9, 8)).save(large / "wide.png")
+    failing(run, "wide.png", data=large)
+    code, output = run("--resize", data=large, output=tmp_path / "resized")
+    assert "wide.png" not in output
+
+
+def test_corrupt_images(run, tmp_path, images_folder):
+    folder = tmp_path / "corrupt"
+    folder.mkdir()
+    for name in ("000.png", "001.png", "002.png", "003.png"):
+        (folder / name).write_bytes((images_folder / name).read_bytes())
+    (folder / "bad.png").write_bytes((images_folder / "004.png").read_bytes()[:40])
+    failing(run, "bad.png", data=folder)
+    with pytest.warns(UserWarning, match=r"bad\.png"):
+        code, output = run("--skip-corrupt", data=folder)
+    assert code == 0, output
+    assert read_scores(tmp_path / "run")[0].shape == (3, 4)
+
+
+def test_a_checkpoint_that_does_not_match(run, tmp_path, model_folder):
+    folder = tmp_path / "broken"
+    DDPMPipeline.from_pretrained(model_folder).save_pretrained(folder)
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    del weights["conv_in.weight"]
+    save_file(weights, file)
+    failing(run, "conv_in.weight", model=folder)
+
+
+def test_a_model_whose_output_is_not_finite(run, tmp_path, images_folder):
+    model = DiffusionModel(small_unet().float(), linear_schedule())
+    with torch.no_grad():
+        model.unet.conv_out.bias.fill_(float("nan"))
+    model.save(tmp_path / "broken")
+    failing(
+        run,
+        "not finite for sample '000.png' at timestep 0",
+        "--queries",
+        images_folder,
+        model=tmp_path / "broken",
+    )
+
+
+def test_folders_of_another_run(run, tmp_path, images_folder):
+    assert run()[0] == 0
+    failing(run, "projection.seed is 0 there and 7 here", "--seed", "7")
+    failing(run, 'output_function is "mean_squared_l2_norm" there', "--output-function", "loss")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "a.png").write_bytes((images_folder / "000.png").read_bytes())
+    failing(run, "holds another run: data.fingerprint is", data=other)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "holiday.jpg").touch()
+    failing(run, "not empty and holds no run of dtrak", output=tmp_path / "photos")
+    failing(run, "--output must be a folder", output=images_folder / "000.png")
+    # nothing was lost by asking
+    assert run()[0] == 0
+
+
+def test_no_space_left(run, tmp_path, monkeypatch):
+    real, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 8:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    failing(run, "no space left on the device: free some and run the same command again")
+    assert not list((tmp_path / "run").rglob("*.partial"))
+    monkeypatch.setattr(os, "fsync", real)
+    code, output = run()
+    assert code == 0, output
+
+
+def test_control_c_says_how_to_resume(run, tmp_path, monkeypatch):
+    from dtrak import features
+
+    def interrupt(self, images, ids):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(features.FusedExtractor, "extract", interrupt)
+        code, output = run("--batch-size", "4")
+    assert code == 130
+    assert "interrupted: run the same command again, it resumes where it stopped" in output
+    assert run("--batch-size", "4")[0] == 0

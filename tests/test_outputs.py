@@ -1,0 +1,197 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from numerics import assert_as_good_as, relative_error
+from torch.func import vmap
+
+from dtrak.diffusion import linear_schedule
+from dtrak.outputs import (
+    OUTPUT_FUNCTIONS,
+    check_choice,
+    elbo_weights,
+    evaluate_output,
+    select_timesteps,
+    training_target,
+)
+
+TIMESTEPS = [0, 1, 100, 999]
+BETAS = np.linspace(1e-4, 0.02, 1000)
+
+
+def oracle_weights(timesteps, betas=BETAS):
+    alphas = 1 - betas
+    bars = np.array([np.prod(alphas[: t + 1]) for t in timesteps])
+    return betas[timesteps] / (2 * alphas[timesteps] * (1 - bars))
+
+
+# float64 numpy, one row at a time: u the prediction, e the target, w the weight
+ORACLES = {
+    "loss": lambda u, e, w: np.sum((u - e) ** 2) / u.size,
+    "mean_squared_l2_norm": lambda u, e, w: np.sum(u**2) / u.size,
+    "mean": lambda u, e, w: np.sum(u) / u.size,
+    "l1_norm": lambda u, e, w: np.sum(np.abs(u)),
+    "l2_norm": lambda u, e, w: math.sqrt(np.sum(u**2)),
+    "linf_norm": lambda u, e, w: max(abs(v) for v in u.ravel()),
+    "weighted_mse": lambda u, e, w: w * np.sum((u - e) ** 2) / u.size,
+}
+
+
+def rows(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    shape = (len(TIMESTEPS), 3, 5, 7)
+    prediction = torch.randn(shape, generator=generator, dtype=torch.float64) - 0.3
+    target = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return prediction.to(dtype), target.to(dtype), torch.tensor(TIMESTEPS)
+
+
+def oracle_output(name, prediction, target):
+    weights = oracle_weights(TIMESTEPS)
+    values = [
+        ORACLES[name](u, e, w)
+        for u, e, w in zip(
+            prediction.double().numpy(), target.double().numpy(), weights, strict=True
+        )
+    ]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_every_output_function_has_an_oracle():
+    assert OUTPUT_FUNCTIONS.keys() == ORACLES.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ORACLES)
+def test_matches_oracle(name, dtype):
+    prediction, target, timesteps = rows(dtype)
+    values = evaluate_output(name, prediction, target, linear_schedule(), timesteps)
+    assert values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    # the oracle sees what the 16-bit model returned: the reduction itself is never 16-bit;
+    # the weights come from the scheduler's float32 betas
+    tight = dtype == torch.float64 and name != "weighted_mse"
+    expected = oracle_output(name, prediction, target)
+    assert relative_error(values, expected) < (1e-14 if tight else 3e-7)
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_is_the_same_under_vmap(name):
+    prediction, target, timesteps = rows()
+    scheduler = linear_schedule()
+    together = evaluate_output(name, prediction, target, scheduler, timesteps)
+    apart = vmap(lambda u, e, t: evaluate_output(name, u[None], e[None], scheduler, t[None])[0])(
+        prediction, target, timesteps
+    )
+    assert relative_error(apart, together) < 1e-14
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_gradient_at_an_output_of_zero_is_finite(name):
+    prediction = torch.zeros(2, 1, 2, 2, requires_grad=True)
+    target, timesteps = torch.ones(2, 1, 2, 2), torch.tensor([0, 5])
+    evaluate_output(name, prediction, target, linear_schedule(), timesteps).sum().backward()
+    assert prediction.grad is not None
+    assert prediction.grad.isfinite().all()
+
+
+def test_weights_are_right_at_every_timestep():
+    timesteps = list(range(1000))
+    weights = elbo_weights(linear_schedule(), torch.tensor(timesteps))
+    oracle = torch.from_numpy(oracle_weights(timesteps))
+    # the scheduler's betas are float32; a float32 1 - ᾱ would be off by 4e-4 at t = 0
+    assert (weights.double() / oracle - 1).abs().max() < 1e-6
+    assert weights[0].item() == pytest.approx(0.5 / (1 - 1e-4), rel=1e-6)
+
+
+def test_weight_of_a_first_step_without_noise_is_its_limit():
+    scheduler = DDPMScheduler(num_train_timesteps=4, trained_betas=[0.0, 0.1, 0.2, 0.5])
+    weights = elbo_weights(scheduler, torch.tensor([0, 1, 3]))
+    bar = 0.9 * 0.8 * 0.5
+    expected = [0.5, 0.1 / (2 * 0.9 * 0.1), 0.5 / (2 * 0.5 * (1 - bar))]
+    assert relative_error(weights, torch.tensor(expected)) < 1e-6
+
+
+def test_weight_of_a_last_step_without_signal_is_infinite():
+    scheduler = DDPMScheduler(rescale_betas_zero_snr=True)
+    weights = elbo_weights(scheduler, torch.tensor([998, 999]))
+    assert weights[0].isfinite()
+    assert weights[1] == math.inf
+    # and does not reach output functions that take no weight
+    prediction, target, timesteps = rows()
+    loss = evaluate_output("loss", prediction, target, scheduler, timesteps)
+    assert torch.equal(loss, evaluate_output("loss", prediction, target, linear_schedule(), timesteps))
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_training_target(kind):
+    images, noise, timesteps = rows()
+    scheduler = DDPMScheduler(beta_start=1e-4, beta_end=0.02, prediction_type=kind)
+    target = training_target(scheduler, images.float(), noise.float(), timesteps)
+    bars = np.array([np.prod(1 - BETAS[: t + 1]) for t in TIMESTEPS])
+    bars = torch.from_numpy(bars)[:, None, None, None]
+    oracle = {
+        "epsilon": noise,
+        "sample": images,
+        "v_prediction": bars.sqrt() * noise - (1 - bars).sqrt() * images,
+    }[kind]
+    # the scheduler keeps its products in float32
+    eager = (bars.float().sqrt() * noise.float()) - (1 - bars.float()).sqrt() * images.float()
+    assert_as_good_as(target, eager if kind == "v_prediction" else oracle.float(), oracle)
+
+
+def test_unknown_prediction_type_is_refused():
+    images, noise, timesteps = rows()
+    scheduler = DDPMScheduler(prediction_type="flow")
+    with pytest.raises(ValueError, match=r"must be epsilon, sample or v_prediction, got 'flow'"):
+        training_target(scheduler, images, noise, timesteps)
+
+
+def test_uniform_timesteps():
+    assert select_timesteps(10, "uniform") == list(range(0, 1000, 100))
+    assert select_timesteps(3, "uniform") == [0, 333, 666]
+    assert select_timesteps(600, "uniform") == list(range(600))
+    assert select_timesteps(1, "uniform") == [0]
+    assert select_timesteps(1000, "uniform") == list(range(1000))
+    assert select_timesteps(7, "uniform", 50) == [0, 7, 14, 21, 28, 35, 42]
+
+
+def test_cumulative_timesteps():
+    assert select_timesteps(4, "cumulative") == [0, 1, 2, 3]
+    assert select_timesteps(50, "cumulative", 50) == list(range(50))
+
+
+@pytest.mark.parametrize("count", [0, -1, 1001])
+def test_number_of_timesteps_out_of_range_is_refused(count):
+    with pytest.raises(ValueError, match=rf"timesteps must be in \[1, 1000\].*got {count}"):
+        select_timesteps(count, "uniform")
+    with pytest.raises(ValueError, match=r"timesteps must be in \[1, 20\].*got 21"):
+        select_timesteps(21, "cumulative", 20)
+
+
+def test_unknown_strategy_is_refused():
+    with pytest.raises(ValueError, match=r"must be one of uniform, cumulative, got 'unform'.*'uniform'"):
+        select_timesteps(10, "unform")
+
+
+@pytest.mark.parametrize(
+    "value, closest",
+    [
+        ("mean-squared-l2-norm", "mean_squared_l2_norm"),
+        ("l2-norm", "l2_norm"),
+        ("linf", "linf_norm"),
+        ("weighted-mse", "weighted_mse"),
+        ("LOSS", "loss"),
+        ("los", "loss"),
+    ],
+)
+def test_unknown_output_function_names_the_closest(value, closest):
+    prediction, target, timesteps = rows()
+    with pytest.raises(ValueError, match=f"got '{value}'; did you mean '{closest}'\\?"):
+        evaluate_output(value, prediction, target, linear_schedule(), timesteps)
+
+
+def test_choice_like_no_other_gets_no_suggestion():
+    assert check_choice("--x", "loss", OUTPUT_FUNCTIONS) == "loss"
+    with pytest.raises(ValueError, match=r"--x must be one of loss, mean_.*got '%%%'$"):
+        check_choice("--x", "%%%", OUTPUT_FUNCTIONS)

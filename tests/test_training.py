@@ -1,0 +1,435 @@
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from diffusers import DDPMScheduler
+from numerics import relative_error
+from tiny import tiny_model
+
+from dtrak.diffusion import hash_model, load_model
+from dtrak.training import Recipe, batch_indices, learning_rate_factor, save_atomically, train
+
+IMAGES = torch.rand(10, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+RECIPE = Recipe(steps=7, batch_size=4, seed=3)
+
+
+class StopError(Exception):
+    pass
+
+
+def stop_after(steps):
+    def progress(done, total):
+        if done == steps:
+            raise StopError
+
+    return progress
+
+
+def train_tiny(recipe=RECIPE, images=IMAGES, model=None, **options):
+    return train(model or tiny_model(), images, recipe, **options)
+
+
+@pytest.fixture(scope="module")
+def unbroken():
+    return hash_model(train_tiny().unet)
+
+
+def test_default_recipe():
+    recipe = Recipe()
+    assert (recipe.steps, recipe.batch_size, recipe.learning_rate) == (1200, 64, 4e-3)
+    assert recipe.to_dict() == {
+        "steps": 1200,
+        "batch_size": 64,
+        "learning_rate": 4e-3,
+        "betas": [0.95, 0.999],
+        "weight_decay": 1e-6,
+        "max_grad_norm": 1.0,
+        "seed": 0,
+    }
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("stop", range(1, 8))
+def test_resumes_bit_for_bit(tmp_path, unbroken, stop, every):
+    checkpoint = tmp_path / "training.pt"
+    options = {"checkpoint": checkpoint, "checkpoint_every": every}
+    with pytest.raises(StopError):
+        train_tiny(progress=stop_after(stop), **options)
+    # a checkpoint is written before the step is reported, and none after the last step
+    saved = min(stop, RECIPE.steps - 1) // every * every
+    assert checkpoint.is_file() == (saved > 0)
+    steps = []
+    model = train_tiny(progress=lambda done, total: steps.append((done, total)), **options)
+    assert steps == [(done, 7) for done in range(saved + 1, 8)]
+    assert hash_model(model.unet) == unbroken
+    assert [f.name for f in tmp_path.iterdir()] == (["training.pt"] if every < 7 else [])
+
+
+def test_resumes_bit_for_bit_after_many_interruptions(tmp_path, unbroken):
+    options = {"checkpoint": tmp_path / "training.pt", "checkpoint_every": 1}
+    for stop in range(1, 8):
+        with pytest.raises(StopError):
+            train_tiny(progress=stop_after(stop), **options)
+    assert hash_model(train_tiny(**options).unet) == unbroken
+
+
+def test_resumes_bit_for_bit_with_dropout(tmp_path):
+    options = {"checkpoint": tmp_path / "training.pt", "checkpoint_every": 2}
+    whole = train_tiny(model=tiny_model(dropout=0.5))
+    with pytest.raises(StopError):
+        train_tiny(model=tiny_model(dropout=0.5), progress=stop_after(3), **options)
+    torch.manual_seed(99)
+    resumed = train_tiny(model=tiny_model(dropout=0.5), **options)
+    assert hash_model(resumed.unet) == hash_model(whole.unet)
+
+
+def test_dropout_differs_from_step_to_step():
+    masks = []
+
+    def note(module, args, output):
+        masks.append((output == 0).detach().clone())
+
+    model = tiny_model(dropout=0.5)
+    dropouts = [m for m in model.unet.modules() if isinstance(m, torch.nn.Dropout)]
+    dropouts[0].register_forward_hook(note)
+    train_tiny(model=model)
+    assert len(masks) == RECIPE.steps
+    rates = torch.stack([mask.double().mean() for mask in masks])
+    assert (rates - 0.5).abs().max() < 0.1
+    for previous, current in zip(masks, masks[1:], strict=False):
+        assert (previous != current).double().mean() > 0.4
+
+
+def test_global_random_state_is_neither_used_nor_changed(unbroken):
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    model = train_tiny(model=tiny_model(dropout=0.1))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(6)
+    again = train_tiny(model=tiny_model(dropout=0.1))
+    assert hash_model(model.unet) == hash_model(again.unet)
+
+
+def test_checkpointing_does_not_change_the_result(tmp_path, unbroken):
+    model = train_tiny(checkpoint=tmp_path / "training.pt", checkpoint_every=2)
+    assert hash_model(model.unet) == unbroken
+
+
+def test_every_field_of_the_recipe_matters(unbroken):
+    changes = {
+        "steps": 8,
+        "batch_size": 5,
+        "learning_rate": 1e-3,
+        "betas": (0.9, 0.999),
+        "weight_decay": 0.5,
+        "max_grad_norm": 0.1,
+        "seed": 4,
+    }
+    assert changes.keys() == RECIPE.to_dict().keys()
+    hashes = {
+        hash_model(train_tiny(replace(RECIPE, **{name: value})).unet)
+        for name, value in changes.items()
+    }
+    assert len(hashes | {unbroken}) == len(changes) + 1
+
+
+@pytest.fixture
+def interrupted(tmp_path):
+    checkpoint = tmp_path / "training.pt"
+    with pytest.raises(StopError):
+        train_tiny(progress=stop_after(3), checkpoint=checkpoint, checkpoint_every=1)
+    return checkpoint
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"recipe": replace(RECIPE, steps=9, learning_rate=1e-3)},
+            r"differs in steps \(7 there, 9 here\), learning_rate \(0.004 there, 0.001 here\): del",
+        ),
+        ({"images": IMAGES.flip(0)}, "differs in images: delete it"),
+        ({"model": tiny_model(1)}, "differs in initial weights: delete it"),
+        (
+            {"model": tiny_model(scheduler=DDPMScheduler(beta_end=0.1))},
+            "differs in noise schedule: delete it",
+        ),
+        (
+            {"model": tiny_model(scheduler=DDPMScheduler(prediction_type="sample"))},
+            "differs in noise schedule: delete it",
+        ),
+        ({"model": tiny_model(layers_per_block=2)}, "differs in initial weights: delete it"),
+    ],
+)
+def test_checkpoint_of_another_training_is_refused_and_kept(interrupted, change, message):
+    content = interrupted.read_bytes()
+    with pytest.raises(ValueError, match=r"checkpoint .*training.pt is of another.*" + message):
+        train_tiny(checkpoint=interrupted, **change)
+    assert interrupted.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda b: b[:-500], lambda b: b[:10], lambda b: b"", lambda b: b"no checkpoint at all"],
+)
+def test_damaged_checkpoint_is_refused(interrupted, damage):
+    interrupted.write_bytes(damage(interrupted.read_bytes()))
+    with pytest.raises(ValueError, match=r"checkpoint .*training.pt is damaged.*delete it"):
+        train_tiny(checkpoint=interrupted)
+
+
+def test_checkpoint_of_something_else_is_refused(tmp_path):
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "training.pt")
+    with pytest.raises(ValueError, match=r"is damaged, or not of this version"):
+        train_tiny(checkpoint=tmp_path / "training.pt")
+
+
+def test_failed_save_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / "state.pt"
+    save_atomically({"step": 1}, path)
+
+    class Unpicklable:
+        def __reduce__(self):
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save_atomically({"step": torch.zeros(1000), "x": Unpicklable()}, path)
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_loss_goes_down():
+    """One image to learn by heart: the denoising loss on fresh noise must fall far below 1."""
+    images = IMAGES[:1].sign().expand(4, -1, -1, -1)
+    noise = torch.randn(256, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    timesteps = torch.arange(256) * 999 // 255
+    model = tiny_model()
+
+    def loss():
+        noisy = model.scheduler.add_noise(images[:1].expand_as(noise), noise, timesteps)
+        with torch.no_grad():
+            return (model.unet(noisy, timesteps).sample - noise).square().mean().item()
+
+    before = loss()
+    train(model, images, Recipe(steps=150, batch_size=32, learning_rate=1e-2))
+    assert before > 0.9
+    assert loss() < 0.35 * before
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_trains_on_what_the_scheduler_predicts(monkeypatch, kind):
+    """Loss, inputs and targets of every step against float64 formulas on the spied tensors."""
+    model = tiny_model(
+        scheduler=DDPMScheduler(beta_start=1e-4, beta_end=0.02, prediction_type=kind)
+    )
+    bars = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    clean, inputs, losses = [], [], []
+    add_noise = model.scheduler.add_noise
+    mse_loss = torch.nn.functional.mse_loss
+
+    def spy_noise(batch, noise, timesteps):
+        clean.append((batch, noise, timesteps))
+        return add_noise(batch, noise, timesteps)
+
+    def spy_loss(prediction, target):
+        losses.append((prediction.detach(), target))
+        return mse_loss(prediction, target)
+
+    monkeypatch.setattr(model.scheduler, "add_noise", spy_noise)
+    monkeypatch.setattr("dtrak.training.F.mse_loss", spy_loss)
+    model.unet.register_forward_pre_hook(lambda module, args: inputs.append(args))
+    train_tiny(model=model)
+    for step, ((batch, noise, timesteps), (noisy, given), (_, target)) in enumerate(
+        zip(clean, inputs, losses, strict=True)
+    ):
+        assert torch.equal(batch, IMAGES[batch_indices(step, len(IMAGES), RECIPE)])
+        assert torch.equal(given, timesteps)
+        bar = torch.from_numpy(bars[timesteps.numpy()])[:, None, None, None]
+        x, e = batch.double(), noise.double()
+        assert relative_error(noisy, bar.sqrt() * x + (1 - bar).sqrt() * e) < 1e-6
+        oracle = {
+            "epsilon": e,
+            "sample": x,
+            "v_prediction": bar.sqrt() * e - (1 - bar).sqrt() * x,
+        }[kind]
+        assert relative_error(target, oracle) < 1e-6
+
+
+def test_noise_and_timesteps_are_fresh_at_every_step(monkeypatch):
+    model = tiny_model()
+    noises, timesteps = [], []
+    add_noise = model.scheduler.add_noise
+
+    def spy(batch, noise, steps):
+        noises.append(noise)
+        timesteps.append(steps)
+        return add_noise(batch, noise, steps)
+
+    monkeypatch.setattr(model.scheduler, "add_noise", spy)
+    train_tiny(replace(RECIPE, steps=20, batch_size=32), model=model)
+    noise, steps = torch.stack(noises).double(), torch.cat(timesteps).double()
+    assert scipy.stats.kstest(noise.flatten().numpy(), "norm").pvalue > 1e-3
+    assert scipy.stats.kstest(steps.numpy(), "randint", args=(0, 1000)).pvalue > 1e-3
+    correlations = torch.corrcoef(noise.flatten(1)) - torch.eye(20)
+    assert correlations.abs().max() < 5 / math.sqrt(noise[0].numel())
+
+
+def test_first_steps_match_adamw_by_hand():
+    """Two steps of AdamW in float64 numpy from the gradients it was given."""
+    recipe = replace(RECIPE, steps=2, learning_rate=1e-2, weight_decay=0.1, max_grad_norm=0.05)
+    model = tiny_model()
+    name = "conv_in.weight"
+    parameter = model.unet.get_parameter(name)
+    start = parameter.detach().double().numpy().copy()
+    raw, values = [], []
+    model.unet.register_forward_pre_hook(
+        lambda *_: values.append(parameter.detach().double().numpy().copy())
+    )
+    accumulated = {}
+
+    def keep(key):
+        def hook(p):
+            accumulated.setdefault(key, []).append(p.grad.double().clone())
+
+        return hook
+
+    for key, p in model.unet.named_parameters():
+        p.register_post_accumulate_grad_hook(keep(key))
+    train_tiny(recipe, model=model)
+    values.append(parameter.detach().double().numpy())
+    w, m, v = start, 0.0, 0.0
+    # a tenth of two steps, rounded up, warms up: factors 1 and 1
+    for step, rate in ((1, 1e-2), (2, 1e-2)):
+        raw = {key: grads[step - 1] for key, grads in accumulated.items()}
+        norm = math.sqrt(sum(float((g**2).sum()) for g in raw.values()))
+        assert norm > 0.05
+        g = raw[name].numpy() * 0.05 / norm
+        m = 0.95 * m + 0.05 * g
+        v = 0.999 * v + 0.001 * g**2
+        w = w * (1 - rate * 0.1)
+        w = w - rate * (m / (1 - 0.95**step)) / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)
+        moved = torch.from_numpy(values[step] - start)
+        assert relative_error(moved, torch.from_numpy(w - start)) < 1e-4
+
+
+@pytest.mark.parametrize("size, batch_size", [(10, 4), (10, 10), (3, 7), (1, 2), (7, 7)])
+def test_epochs_are_permutations(size, batch_size):
+    recipe = Recipe(batch_size=batch_size, seed=1)
+    epochs = 6
+    steps = epochs * size // math.gcd(size, batch_size)
+    stream = torch.cat([batch_indices(step, size, recipe) for step in range(steps)])
+    assert len(stream) == steps * batch_size
+    orders = stream[: epochs * size].reshape(epochs, size)
+    for order in orders:
+        assert sorted(order.tolist()) == list(range(size))
+    if size >= 7:
+        assert len({tuple(order.tolist()) for order in orders}) == epochs
+
+
+def test_order_depends_on_the_seed():
+    orders = {tuple(batch_indices(0, 50, Recipe(seed=s)).tolist()) for s in (0, 1, 2**31, -1)}
+    assert len(orders) == 4
+
+
+def test_learning_rate_factor():
+    factors = [learning_rate_factor(step, 20) for step in range(20)]
+    assert factors[:3] == [0.5, 1.0, 1.0]
+    oracle = 0.5 + 0.5 * np.cos(np.pi * np.arange(18) / 18)
+    assert relative_error(torch.tensor(factors[2:]).double(), torch.from_numpy(oracle)) < 1e-6
+    assert 0 < factors[-1] < 0.01
+    assert learning_rate_factor(0, 1) == 1.0
+    assert learning_rate_factor(119, 1200) == 1.0
+    assert learning_rate_factor(660, 1200) == pytest.approx(0.5)
+
+
+def test_learning_rate_follows_the_factor(monkeypatch):
+    rates = []
+    step = torch.optim.AdamW.step
+
+    def spy(self, *args):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    train_tiny(replace(RECIPE, steps=12))
+    assert rates == [RECIPE.learning_rate * learning_rate_factor(s, 12) for s in range(12)]
+
+
+def poison(model, call):
+    """NaN comes out of the ``call``-th forward pass, counted from 1."""
+    calls = []
+
+    def hook(module, args, output):
+        calls.append(1)
+        if len(calls) == call:
+            output.sample = output.sample * float("nan")
+        return output
+
+    model.unet.register_forward_hook(hook)
+    return model
+
+
+def test_loss_that_is_not_finite_names_the_step():
+    model = poison(tiny_model(), 5)
+    with pytest.raises(ValueError, match=r"must stay finite, got nan .* at step 5 of 7: try .*0.004"):
+        train_tiny(model=model)
+    # what was trained before is left as it was
+    assert all(p.isfinite().all() for p in model.unet.parameters())
+    assert not model.unet.training
+
+
+def test_gradient_that_is_not_finite_names_the_step():
+    model = tiny_model()
+    with torch.no_grad():
+        model.unet.conv_out.weight.fill_(1e30)
+    # predictions of 1e30 are finite and their squared error is not, or its gradient is not
+    with pytest.raises(ValueError, match=r"must stay finite, .* at step 1 of 7"):
+        train_tiny(model=model)
+
+
+def test_failed_step_is_not_checkpointed(tmp_path, unbroken):
+    options = {"checkpoint": tmp_path / "training.pt", "checkpoint_every": 1}
+    with pytest.raises(ValueError, match="at step 4 of 7"):
+        train_tiny(model=poison(tiny_model(), 4), **options)
+    assert hash_model(train_tiny(**options).unet) == unbroken
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_images_that_are_not_finite_are_refused(bad):
+    images = IMAGES.clone()
+    images[7, 0, 3, 3] = bad
+    with pytest.raises(ValueError, match="images must be finite, got NaN or infinity"):
+        train_tiny(images=images)
+
+
+def test_no_images_are_refused():
+    with pytest.raises(ValueError, match="images must hold at least one image to train on, got 0"):
+        train_tiny(images=IMAGES[:0])
+
+
+def test_trained_model_is_ready_to_use(tmp_path, unbroken):
+    model = tiny_model()
+    assert train_tiny(model=model) is model
+    assert not model.unet.training
+    assert all(p.grad is None for p in model.unet.parameters())
+    model.save(tmp_path)
+    assert hash_model(load_model(tmp_path).unet) == unbroken
+
+
+@pytest.mark.gpu
+def test_resumes_bit_for_bit_on_a_gpu(tmp_path):
+    def model():
+        fresh = tiny_model(dropout=0.1)
+        fresh.unet.cuda()
+        return fresh
+
+    state = torch.cuda.get_rng_state()
+    options = {"checkpoint": tmp_path / "training.pt", "checkpoint_every": 2}
+    whole = hash_model(train_tiny(model=model()).unet)
+    with pytest.raises(StopError):
+        train_tiny(model=model(), progress=stop_after(5), **options)
+    assert hash_model(train_tiny(model=model(), **options).unet) == whole
+    assert torch.equal(torch.cuda.get_rng_state(), state)
