@@ -582,8 +582,8 @@ def attribute(
     damping: Annotated[
         str,
         typer.Option(
-            help="λ in units of the Gram matrix ΦᵀΦ, or 'auto' (cross-validated on the training "
-            "features)."
+            help="λ in units of the Gram matrix ΦᵀΦ, or 'auto' (leave-one-out likelihood of the "
+            "training features)."
         ),
     ] = "auto",
     top_k: Annotated[int, typer.Option(help="Proponents shown per query.")] = 5,

@@ -112,7 +112,9 @@ def load_model(folder: str | Path) -> DiffusionModel:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"model must be an existing folder that Diffusers wrote, got {folder}")
+        raise FileNotFoundError(
+            f"model must be an existing folder that Diffusers wrote, got {folder}"
+        )
     unet_folder = next(
         (f for f in (folder / "unet", folder) if (f / "config.json").is_file()), None
     )

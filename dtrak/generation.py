@@ -28,7 +28,7 @@ def generate(
 
     Args:
         model: the model, on its device, in evaluation mode.
-        seeds: M seeds.
+        seeds: M seeds in ``[0, 2**32)``.
         num_inference_steps: DDIM steps, in ``[1, T]``.
         batch_size: images drawn at a time.
         progress: called with (DDIM steps done, DDIM steps), summed over batches, after every step.
@@ -37,8 +37,8 @@ def generate(
         ``[M, C, H, W]`` float32 in [-1, 1], on the CPU.
 
     Raises:
-        ValueError: the number of steps or the batch size is out of range, the model does not say
-            the size of its images, or it drew a non-finite image (from which seed).
+        ValueError: the number of steps, the batch size or a seed is out of range, the model does
+            not say the size of its images, or it drew a non-finite image (from which seed).
 
     Source:
         Song et al. 2021 (arXiv:2010.02502); one generator per image as in D-TRAK's
@@ -51,6 +51,10 @@ def generate(
         )
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    for seed in seeds:
+        # torch's CPU generator ignores higher bits: two seeds would draw one image
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seeds must be in [0, 2**32), got {seed}")
     if model.size is None:
         raise ValueError("the model must have a sample_size to draw from it, got None")
     height, width = (model.size, model.size) if isinstance(model.size, int) else model.size

@@ -87,8 +87,7 @@ class TensorMeter(TorchDispatchMode):
     """Counts the bytes of the tensors created within it, exactly and on any device.
 
     Memory counts once, however many views look at it, until the last of them is gone, in forward,
-    backward and under functorch's transforms. Not seen: scratch memory inside an operation, and
-    memory that torch did not allocate (NumPy arrays).
+    backward and under functorch's transforms. Scratch memory inside an operation is not seen.
 
     Attributes:
         live_bytes: of tensors created within it that still exist.

@@ -1,7 +1,7 @@
 """Compile every dense projection kernel for every target, and report what came out as JSON.
 
-Not a test file: an interpreted kernel cannot be compiled, so `test_compile.py` runs this in a process
-without TRITON_INTERPRET. No GPU is needed; ptxas, cuobjdump and nvdisasm come with Triton.
+Not a test file: an interpreted kernel cannot be compiled, so `test_compile.py` runs this in a
+process without TRITON_INTERPRET. No GPU is needed; ptxas, cuobjdump and nvdisasm come with Triton.
 """
 
 import json

@@ -11,17 +11,18 @@ import time
 import pytest
 import torch
 from diffusers import DDPMPipeline
-from dtrak.attribute import app
-from dtrak.data import encode_png, load_data, to_uint8
-from dtrak.diffusion import DiffusionModel, linear_schedule
-from dtrak.features import FeatureSettings, FusedExtractor
-from dtrak_kernels import Projection, RidgeSolver
 from numerics import relative_error
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_sketcher import small_unet
 from typer.testing import CliRunner
+
+from dtrak.attribute import app
+from dtrak.data import encode_png, load_data, to_uint8
+from dtrak.diffusion import DiffusionModel, linear_schedule
+from dtrak.features import FeatureSettings, FusedExtractor
+from dtrak_kernels import Projection
 
 SMALL = ["--timesteps", "2", "--proj-dim", "512", "--num-queries", "3"]
 
@@ -59,8 +60,7 @@ def run(model_folder, images_folder, tmp_path):
 
 def read_scores(folder):
     with safe_open(folder / "scores.safetensors", "pt") as file:
-        metadata = {key: value for key, value in file.metadata().items()}
-        return file.get_tensor("scores"), metadata
+        return file.get_tensor("scores"), dict(file.metadata())
 
 
 def test_end_to_end(run, tmp_path, model_folder, images_folder):
@@ -229,7 +229,7 @@ def test_data_that_does_not_fit(run, tmp_path, images_folder):
     large.mkdir()
     Image.new("L", (9, 8)).save(large / "wide.png")
     failing(run, "wide.png", data=large)
-    code, output = run("--resize", data=large, output=tmp_path / "resized")
+    _, output = run("--resize", data=large, output=tmp_path / "resized")
     assert "wide.png" not in output
 
 

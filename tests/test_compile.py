@@ -1,4 +1,4 @@
-"""What can be known about the kernels without a GPU: that they compile, fit, and how long they are."""
+"""What can be known of the kernels without a GPU: that they compile, fit, and how long they are."""
 
 import json
 import os

@@ -203,8 +203,10 @@ def test_configuration_that_is_not_json(bare, content, message):
             "conv_in.bias is missing; conv_inn.bias is unknown$",
         ),
         (
-            lambda s: [s.pop(f"conv_{x}.{y}") for x in ("in", "out") for y in ("bias", "weight")]
-            + [s.update({"z": torch.zeros(1), "conv_norm_out.bias": torch.zeros(3, 2)})],
+            lambda s: (
+                [s.pop(f"conv_{x}.{y}") for x in ("in", "out") for y in ("bias", "weight")]
+                + [s.update({"z": torch.zeros(1), "conv_norm_out.bias": torch.zeros(3, 2)})]
+            ),
             "conv_in.bias is missing; conv_in.weight is missing; conv_out.bias is missing; "
             "conv_out.weight is missing; and 2 more$",
         ),
@@ -391,4 +393,6 @@ def test_hash_does_not_depend_on_the_device():
 def test_sizes_in_every_spelling():
     assert tiny_model(sample_size=[4, 8]).size == (4, 8)
     assert tiny_model(sample_size=None).size is None
-    assert DiffusionModel(tiny_unet(), DDPMScheduler(num_train_timesteps=7)).num_train_timesteps == 7
+    assert (
+        DiffusionModel(tiny_unet(), DDPMScheduler(num_train_timesteps=7)).num_train_timesteps == 7
+    )

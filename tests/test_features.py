@@ -119,6 +119,17 @@ def test_refuses_an_incomplete_or_damaged_shard(tmp_path):
         store[::2]
 
 
+def test_a_file_changes_only_when_it_is_whole(tmp_path, monkeypatch):
+    import os
+
+    file, seen = tmp_path / "file", []
+    write_atomically(file, b"old")
+    monkeypatch.setattr(os, "fsync", lambda descriptor: seen.append(file.read_bytes()))
+    write_atomically(file, b"new")
+    assert seen == [b"old"]
+    assert file.read_bytes() == b"new"
+
+
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     import os
 

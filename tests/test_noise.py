@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from dtrak_kernels import reference
 from numerics import relative_error
 
 import dtrak.noise
 from dtrak.noise import sample_noise
+from dtrak_kernels import reference
 
 NOISE_STREAM = 5
 
@@ -93,7 +93,9 @@ def test_is_standard_normal():
 
 def test_distinct_keys_are_uncorrelated():
     ids = ["a", "b", "aa", "a ", "0", "1", "00"]
-    blocks = [sample_noise(ids, [0, 1, 2, 999], (4099,), seed=s).flatten(0, 1) for s in (0, 1, 2**32)]
+    blocks = [
+        sample_noise(ids, [0, 1, 2, 999], (4099,), seed=s).flatten(0, 1) for s in (0, 1, 2**32)
+    ]
     rows = torch.cat(blocks).double()
     correlations = torch.corrcoef(rows)[*torch.triu_indices(len(rows), len(rows), 1)]
     # 3,486 pairs: a normal deviate above 5.5 is one chance in ten thousand

@@ -120,7 +120,9 @@ def test_weight_of_a_last_step_without_signal_is_infinite():
     # and does not reach output functions that take no weight
     prediction, target, timesteps = rows()
     loss = evaluate_output("loss", prediction, target, scheduler, timesteps)
-    assert torch.equal(loss, evaluate_output("loss", prediction, target, linear_schedule(), timesteps))
+    assert torch.equal(
+        loss, evaluate_output("loss", prediction, target, linear_schedule(), timesteps)
+    )
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
@@ -170,7 +172,9 @@ def test_number_of_timesteps_out_of_range_is_refused(count):
 
 
 def test_unknown_strategy_is_refused():
-    with pytest.raises(ValueError, match=r"must be one of uniform, cumulative, got 'unform'.*'uniform'"):
+    with pytest.raises(
+        ValueError, match=r"must be one of uniform, cumulative, got 'unform'.*'uniform'"
+    ):
         select_timesteps(10, "unform")
 
 

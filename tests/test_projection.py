@@ -1,6 +1,8 @@
 """Dense projections: torch and Triton against the reference, and what must not matter."""
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -269,6 +271,36 @@ def test_rows_may_start_anywhere(device):
             grads.cpu().float(), reference.rademacher_matrix(1300, 64, 8, offset=200)
         )
         assert torch.equal(out.cpu(), expected)
+
+
+# rows beyond the batch only reach outputs that are not stored, so no value can show that they were
+# read: values end at a page nobody may touch
+_GUARDED = """
+import ctypes, mmap, sys
+import torch
+from dtrak_kernels.ops import Projection
+from dtrak_kernels.projection import Config, _accumulate
+
+page, rows = mmap.PAGESIZE, 3
+memory = mmap.mmap(-1, 17 * page)
+address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + page), 16 * page, 0) == 0
+values = torch.frombuffer(memory, dtype=torch.float16, count=page // 2)
+values = values[page // 2 - rows * 256 :].view(rows, 256)
+values.fill_(1)
+for kind in ("rademacher", "normal"):
+    out = torch.zeros(rows, 32)
+    _accumulate(values, torch.ones(rows), out, Projection(kind, 32), 0, Config(16, 32, splits=1))
+    assert out.isfinite().all() and (out != 0).any()
+print("untouched")
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="guards the interpreter's memory")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs mprotect")
+def test_rows_beyond_the_batch_are_not_read():
+    done = subprocess.run([sys.executable, "-c", _GUARDED], capture_output=True, text=True)
+    assert done.stdout == "untouched\n", (done.returncode, done.stderr[-2000:])
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Every Philox in the package against the published known answers, and the words' use as normals."""
+"""Every Philox in the package against the published known answers, and words made into normals."""
 
 import pytest
 import torch

@@ -1,3 +1,4 @@
+import itertools
 import math
 from dataclasses import replace
 
@@ -65,7 +66,7 @@ def test_resumes_bit_for_bit(tmp_path, unbroken, stop, every):
     model = train_tiny(progress=lambda done, total: steps.append((done, total)), **options)
     assert steps == [(done, 7) for done in range(saved + 1, 8)]
     assert hash_model(model.unet) == unbroken
-    assert [f.name for f in tmp_path.iterdir()] == (["training.pt"] if every < 7 else [])
+    assert [f.name for f in tmp_path.iterdir()] == ["training.pt"]
 
 
 def test_resumes_bit_for_bit_after_many_interruptions(tmp_path, unbroken):
@@ -99,7 +100,7 @@ def test_dropout_differs_from_step_to_step():
     assert len(masks) == RECIPE.steps
     rates = torch.stack([mask.double().mean() for mask in masks])
     assert (rates - 0.5).abs().max() < 0.1
-    for previous, current in zip(masks, masks[1:], strict=False):
+    for previous, current in itertools.pairwise(masks):
         assert (previous != current).double().mean() > 0.4
 
 
@@ -284,7 +285,7 @@ def test_first_steps_match_adamw_by_hand():
     name = "conv_in.weight"
     parameter = model.unet.get_parameter(name)
     start = parameter.detach().double().numpy().copy()
-    raw, values = [], []
+    values = []
     model.unet.register_forward_pre_hook(
         lambda *_: values.append(parameter.detach().double().numpy().copy())
     )
@@ -374,7 +375,9 @@ def poison(model, call):
 
 def test_loss_that_is_not_finite_names_the_step():
     model = poison(tiny_model(), 5)
-    with pytest.raises(ValueError, match=r"must stay finite, got nan .* at step 5 of 7: try .*0.004"):
+    with pytest.raises(
+        ValueError, match=r"must stay finite, got nan .* at step 5 of 7: try .*0.004"
+    ):
         train_tiny(model=model)
     # what was trained before is left as it was
     assert all(p.isfinite().all() for p in model.unet.parameters())
@@ -384,9 +387,9 @@ def test_loss_that_is_not_finite_names_the_step():
 def test_gradient_that_is_not_finite_names_the_step():
     model = tiny_model()
     with torch.no_grad():
-        model.unet.conv_out.weight.fill_(1e30)
-    # predictions of 1e30 are finite and their squared error is not, or its gradient is not
-    with pytest.raises(ValueError, match=r"must stay finite, .* at step 1 of 7"):
+        model.unet.conv_out.weight.fill_(1e15)
+    # the squared error fits float32, the squared gradient does not
+    with pytest.raises(ValueError, match=r"got \d.*e\+3\d with gradient norm inf at step 1 of 7"):
         train_tiny(model=model)
 
 

@@ -26,7 +26,5 @@ def tiny_unet(seed: int = 0, **options) -> UNet2DModel:
         ).eval()
 
 
-def tiny_model(
-    seed: int = 0, scheduler: DDPMScheduler | None = None, **options
-) -> DiffusionModel:
+def tiny_model(seed: int = 0, scheduler: DDPMScheduler | None = None, **options) -> DiffusionModel:
     return DiffusionModel(tiny_unet(seed, **options), scheduler or linear_schedule())

@@ -1,0 +1,96 @@
+"""What the README tells a stranger to do, done."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dtrak.data import encode_png, load_data, to_uint8
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def test_it_is_short_enough():
+    assert len(README.splitlines()) <= 130
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_blocks_run(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_targets_exist():
+    targets = re.findall(r"make (\w+)", " ".join(commands()))
+    assert {"run", "test"} <= set(targets)
+    for target in targets:
+        done = subprocess.run(
+            ["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_commands_run(tmp_path):
+    """Every dtrak command of the README, in order, as a user would type them."""
+    lines = [line for line in commands() if line.startswith("python -m dtrak")]
+    assert len(lines) >= 4
+    digits = load_data("digits", channels=1, size=8)
+    for folder, rows in (("my_images", range(40)), ("my_pictures", range(40, 43))):
+        (tmp_path / folder).mkdir()
+        for row in rows:
+            png = encode_png(to_uint8(digits.images[row]))
+            (tmp_path / folder / f"{row}.png").write_bytes(png)
+    for line in lines:
+        done = subprocess.run(
+            [sys.executable, *line.split()[1:]],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"COLUMNS": "200"},
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        assert "warning" not in done.stderr.lower(), f"{line}\n{done.stderr}"
+    for name in ("digits", "mine"):
+        for file in ("scores.safetensors", "manifest.json", "report.html", "report.png"):
+            assert (tmp_path / "runs" / name / file).is_file()
+
+
+def test_the_table_is_the_newest_row():
+    done = subprocess.run(
+        [sys.executable, "benchmarks/report.py", "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_nothing_names_this_machine():
+    """No absolute paths of a developer's machine in what is committed."""
+    try:
+        listed = subprocess.run(
+            ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    needles = [str(ROOT) + "/", "/home/", "/" + "work/", "/root/"]
+    for name in listed.stdout.split():
+        file = ROOT / name
+        if file.is_file() and file.suffix not in (".npz", ".png"):
+            text = file.read_text(errors="ignore")
+            assert not [n for n in needles if n in text and file != Path(__file__)], name
