@@ -62,6 +62,7 @@ from .training import Recipe, train
 
 DEFAULT_PROJ_DIM = {"sjlt": 8192, "rademacher": 2048, "normal": 2048, "none": 0}
 _OPPONENTS = 3
+_TRAINING, _GENERATION = "train the model", "generate the queries"
 
 
 class OutputError(ValueError):
@@ -163,11 +164,12 @@ def _damping(text: str) -> float | None:
 
 
 class _Run:
-    """One run: its folder, its console, and the stages done so far."""
+    """One run: its folder, its console, the stages timed so far and those that were reused."""
 
     def __init__(self, plan: _Plan, console: Console) -> None:
         self.plan, self.console = plan, console
         self.clock = StageClock(plan.device)
+        self.reused: list[str] = []
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Callable[[int, int], None]]:
@@ -239,9 +241,10 @@ def _load_model_and_data(run: _Run) -> tuple[DiffusionModel, ImageData]:
         return model, data
     folder = plan.output / "model"
     if (folder / "model_index.json").is_file():
+        run.reused.append(_TRAINING)
         return load_model(folder), data
     checkpoint = plan.output / "training.pt"
-    with run.stage("train the model") as progress:
+    with run.stage(_TRAINING) as progress:
         model.unet.to(plan.device)
         train(model, data.images, recipe, checkpoint=checkpoint, progress=progress)
     # written beside, then renamed: a killed run leaves no half model that passes for a whole one
@@ -269,8 +272,10 @@ def _load_queries(run: _Run, model: DiffusionModel) -> ImageData:
     # picture i depends on its seed i alone, so pictures are added to those drawn before
     wanted = [folder / f"{seed:05d}.png" for seed in range(options.num_queries)]
     missing = [seed for seed, file in enumerate(wanted) if not file.is_file()]
-    if missing:
-        with run.stage("generate the queries") as progress:
+    if not missing:
+        run.reused.append(_GENERATION)
+    else:
+        with run.stage(_GENERATION) as progress:
             model.unet.to(plan.device)
             images = generate(model, missing, progress=progress)
         folder.mkdir(exist_ok=True)
@@ -314,7 +319,9 @@ def _compute_features(
         extractor.proj_dim,
         1 if known else _batch_size(run, extractor, data),
     )
-    if store.missing():
+    if not store.missing():
+        run.reused.append(label)
+    else:
         with run.stage(label) as progress:
             fill_store(
                 store, extractor, data, batch_size=plan.options.batch_size, progress=progress
@@ -482,6 +489,8 @@ def _print_summary(run: _Run, facts: dict[str, str]) -> None:
     table.add_column("stage")
     table.add_column("seconds", justify="right")
     table.add_column("peak memory", justify="right")
+    for name in run.reused:
+        table.add_row(name, "reused", "", style="dim")
     for stage in run.clock.stages:
         table.add_row(stage.name, f"{stage.seconds:.1f}", format_bytes(stage.peak_bytes))
     total = sum(stage.seconds for stage in run.clock.stages)
