@@ -31,6 +31,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
@@ -62,6 +63,7 @@ from .training import Recipe, train
 
 DEFAULT_PROJ_DIM = {"sjlt": 8192, "rademacher": 2048, "normal": 2048, "none": 0}
 _OPPONENTS = 3
+_NO_SPACE = "no space left on the device: free some and run the same command again; what was finished is kept"
 _TRAINING, _GENERATION = "train the model", "generate the queries"
 
 
@@ -663,20 +665,13 @@ def attribute(
     except KeyboardInterrupt:
         console.print("interrupted: run the same command again, it resumes where it stopped")
         raise typer.Exit(130) from None
-    except OSError as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if traceback:
             raise
-        if error.errno == errno.ENOSPC:
-            _fail(
-                console,
-                "no space left on the device: free some and run the same command again; what was "
-                "finished is kept",
-            )
-        _fail(console, " ".join(str(error).split()))
-    except (ValueError, RuntimeError) as error:
-        if traceback:
-            raise
-        _fail(console, " ".join(str(error).split()))
+        message = " ".join(str(error).split())
+        # Diffusers' writer wraps the operating system's error
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in message
+        _fail(console, _NO_SPACE if full else message)
 
 
 def _fail(console: Console, message: str) -> None:
