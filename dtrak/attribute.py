@@ -63,7 +63,10 @@ from .training import Recipe, train
 
 DEFAULT_PROJ_DIM = {"sjlt": 8192, "rademacher": 2048, "normal": 2048, "none": 0}
 _OPPONENTS = 3
-_NO_SPACE = "no space left on the device: free some and run the same command again; what was finished is kept"
+_NO_SPACE = (
+    "no space left on the device: free some and run the same command again; "
+    "what was finished is kept"
+)
 _TRAINING, _GENERATION = "train the model", "generate the queries"
 
 
