@@ -8,14 +8,23 @@ interrupted goes on.
 
 from __future__ import annotations
 
+import os
+import signal
+
+if __name__ == "__main__":
+    # the imports below take seconds, in which Ctrl-C would end in a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import difflib
 import errno
 import json
 import math
 import platform
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,13 +65,14 @@ from .features import (
 )
 from .generation import generate
 from .measure import StageClock, TensorMeter, available_bytes, format_bytes
+from .noise import MAX_TIMESTEPS
 from .outputs import OUTPUT_FUNCTIONS, TIMESTEP_STRATEGIES, check_choice, select_timesteps
 from .report import write_report
 from .scores import top_k
 from .training import Recipe, train
 
 DEFAULT_PROJ_DIM = {"sjlt": 8192, "rademacher": 2048, "normal": 2048, "none": 0}
-_OPPONENTS = 3
+_OPPONENTS, _INFERENCE_STEPS = 3, 50
 _NO_SPACE = (
     "no space left on the device: free some and run the same command again; "
     "what was finished is kept"
@@ -111,13 +121,13 @@ class _Plan:
     output: Path
 
 
-def _plan(options: Options, num_train_timesteps: int = 1000) -> _Plan:
-    """Validate every option that needs neither model nor data."""
+def _plan(options: Options) -> _Plan:
+    """Validate every option that needs neither model nor data; the timesteps wait for the model."""
     check_choice("--output-function", options.output_function, OUTPUT_FUNCTIONS)
     check_choice("--timestep-strategy", options.timestep_strategy, TIMESTEP_STRATEGIES)
     check_choice("--projection", options.projection, KINDS)
     check_choice("--dtype", options.dtype, DTYPES)
-    for name in ("num_queries", "top_k", "batch_size"):
+    for name in ("num_queries", "top_k", "batch_size", "timesteps"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -126,10 +136,9 @@ def _plan(options: Options, num_train_timesteps: int = 1000) -> _Plan:
     proj_dim = (
         DEFAULT_PROJ_DIM[options.projection] if options.proj_dim is None else options.proj_dim
     )
-    timesteps = select_timesteps(options.timesteps, options.timestep_strategy, num_train_timesteps)
     settings = FeatureSettings(
         options.output_function,
-        tuple(timesteps),
+        (),
         options.noise_seed,
         Projection(options.projection, proj_dim, options.seed),
         options.dtype,
@@ -137,6 +146,19 @@ def _plan(options: Options, num_train_timesteps: int = 1000) -> _Plan:
     stem = Path(options.model or options.data).stem or "run"
     output = Path(options.output) if options.output else Path("runs") / stem
     return _Plan(options, _device(options.device), settings, _damping(options.damping), output)
+
+
+def _with_timesteps(plan: _Plan, model: DiffusionModel) -> _Plan:
+    """The plan for a model, whose number of training timesteps bounds ``--timesteps``."""
+    if model.num_train_timesteps > MAX_TIMESTEPS:
+        raise ValueError(
+            f"the model must have at most {MAX_TIMESTEPS} training timesteps, got "
+            f"{model.num_train_timesteps}"
+        )
+    timesteps = select_timesteps(
+        plan.options.timesteps, plan.options.timestep_strategy, model.num_train_timesteps
+    )
+    return replace(plan, settings=replace(plan.settings, timesteps=tuple(timesteps)))
 
 
 def _device(name: str) -> torch.device:
@@ -196,6 +218,13 @@ class _Run:
         folder, file = self.plan.output, self.plan.output / "run.json"
         if folder.exists() and not folder.is_dir():
             raise OutputError(f"--output must be a folder, got the file {folder}")
+        for name in ("data", "queries"):
+            given = Path(getattr(self.plan.options, name))
+            if given.is_dir() and folder.resolve().is_relative_to(given.resolve()):
+                raise OutputError(
+                    f"--output must not lie in the folder of --{name}, whose images it would join: "
+                    f"got {folder} in {given}"
+                )
         if file.is_file():
             try:
                 found = json.loads(file.read_text())
@@ -209,7 +238,7 @@ class _Run:
                     f"{folder} holds another run: {differing}. Choose another --output, or "
                     "delete it"
                 )
-        elif folder.exists() and any(folder.iterdir()):
+        elif folder.exists() and any(p.suffix != ".partial" for p in folder.iterdir()):
             raise OutputError(
                 f"{folder} is not empty and holds no run of dtrak: choose another --output"
             )
@@ -225,6 +254,7 @@ def _load_model_and_data(run: _Run) -> tuple[DiffusionModel, ImageData]:
             "--model must name a Diffusers folder for --data other than 'digits', which has a "
             "small model that is trained on the spot"
         )
+    _check_source("--data", options.data, ["digits"])
     model = digits_model() if options.model is None else load_model(options.model)
     data = load_data(
         options.data,
@@ -240,14 +270,20 @@ def _load_model_and_data(run: _Run) -> tuple[DiffusionModel, ImageData]:
             "model": {"recipe": recipe.to_dict()}
             if options.model is None
             else {"hash": hash_model(model.unet)},
+            "schedule": model.schedule,
         }
     )
+    run.plan = _with_timesteps(plan, model)
     if options.model is not None:
         return model, data
     folder = plan.output / "model"
     if (folder / "model_index.json").is_file():
         run.reused.append(_TRAINING)
         return load_model(folder), data
+    if folder.exists():
+        raise OutputError(
+            f"{folder} must hold model_index.json, got a folder without it: delete it to train anew"
+        )
     checkpoint = plan.output / "training.pt"
     with run.stage(_TRAINING) as progress:
         model.unet.to(plan.device)
@@ -260,6 +296,13 @@ def _load_model_and_data(run: _Run) -> tuple[DiffusionModel, ImageData]:
     return load_model(folder), data
 
 
+def _check_source(option: str, value: str, names: list[str]) -> None:
+    """Refuse a misspelt name before a hub is asked for it."""
+    close = difflib.get_close_matches(value, names, n=1, cutoff=0.7)
+    if close and close[0] != value and not Path(value).exists():
+        raise ValueError(f"{option} {value!r} does not exist; did you mean {close[0]!r}?")
+
+
 def _load_queries(run: _Run, model: DiffusionModel) -> ImageData:
     """The images to explain."""
     options, plan = run.plan.options, run.plan
@@ -270,8 +313,14 @@ def _load_queries(run: _Run, model: DiffusionModel) -> ImageData:
         "resize": options.resize,
     }
     if options.queries == "validation":
+        if Path(options.data).exists() and not (Path(options.data) / "dataset_dict.json").exists():
+            raise ValueError(
+                "--queries must be 'generated' or a folder of images where --data has no "
+                f"validation part, got 'validation' with {options.data}"
+            )
         return load_data(options.data, split="validation", limit=options.num_queries, **arguments)
     if options.queries != "generated":
+        _check_source("--queries", options.queries, ["generated", "validation", "digits"])
         return load_data(options.queries, **arguments)
     folder = plan.output / "generated"
     # picture i depends on its seed i alone, so pictures are added to those drawn before
@@ -282,7 +331,8 @@ def _load_queries(run: _Run, model: DiffusionModel) -> ImageData:
     else:
         with run.stage(_GENERATION) as progress:
             model.unet.to(plan.device)
-            images = generate(model, missing, progress=progress)
+            steps = min(_INFERENCE_STEPS, model.num_train_timesteps)
+            images = generate(model, missing, num_inference_steps=steps, progress=progress)
         folder.mkdir(exist_ok=True)
         for seed, image in zip(missing, images, strict=True):
             write_atomically(folder / f"{seed:05d}.png", encode_png(to_uint8(image)))
@@ -312,14 +362,17 @@ def _batch_size(run: _Run, extractor: Extractor, data: ImageData) -> int:
 
 
 def _compute_features(
-    run: _Run, model: DiffusionModel, extractor: Extractor, data: ImageData, name: str, label: str
+    run: _Run, model: DiffusionModel, extractor: Extractor, data: ImageData, role: str
 ) -> FeatureStore:
     plan = run.plan
+    label = {"train": "features of training images", "query": "features of queries"}[role]
+    # sets of queries live side by side, each under the first digits of its fingerprint
+    name = role if role == "train" else f"{role}-{data.fingerprint[:12]}"
     folder = plan.output / ("features" if plan.options.fused else "features-published") / name
     known = (folder / "manifest.json").is_file()
     store = FeatureStore.open(
         folder,
-        deciding_settings(model, plan.settings, data, extractor.method),
+        {**deciding_settings(model, plan.settings, data, extractor.method), "role": role},
         data.ids,
         extractor.proj_dim,
         1 if known else _batch_size(run, extractor, data),
@@ -329,7 +382,12 @@ def _compute_features(
     else:
         with run.stage(label) as progress:
             fill_store(
-                store, extractor, data, batch_size=plan.options.batch_size, progress=progress
+                store,
+                extractor,
+                data,
+                role=f"{role}/",
+                batch_size=plan.options.batch_size,
+                progress=progress,
             )
     return store
 
@@ -369,19 +427,12 @@ def run_attribution(options: Options, console: Console) -> Path:
         FileNotFoundError: a path does not exist.
     """
     run = _Run(_plan(options), console)
-    plan = run.plan
     model, data = _load_model_and_data(run)
-    if model.num_train_timesteps != 1000:
-        plan = run.plan = _plan(options, model.num_train_timesteps)
+    plan = run.plan
     queries = _load_queries(run, model)
     extractor = _make_extractor(run, model)
-    train_store = _compute_features(
-        run, model, extractor, data, "train", "features of training images"
-    )
-    # sets of queries live side by side, each under the first digits of its fingerprint
-    query_store = _compute_features(
-        run, model, extractor, queries, f"queries-{queries.fingerprint[:12]}", "features of queries"
-    )
+    train_store = _compute_features(run, model, extractor, data, "train")
+    query_store = _compute_features(run, model, extractor, queries, "query")
     tensors = _measure_tensors(extractor, data, train_store.batch_size)
     with run.stage("kernel inverse and scores"):
         features = (
@@ -395,7 +446,7 @@ def run_attribution(options: Options, console: Console) -> Path:
     settings = {
         "data": data.source,
         "model": options.model or "trained on the spot",
-        "queries": queries.source,
+        "queries": options.queries,
         "method": extractor.method,
         "output function": options.output_function,
         "timesteps": f"{options.timesteps} {options.timestep_strategy}",
@@ -500,13 +551,14 @@ def _print_summary(run: _Run, facts: dict[str, str]) -> None:
         table.add_row(stage.name, f"{stage.seconds:.1f}", format_bytes(stage.peak_bytes))
     total = sum(stage.seconds for stage in run.clock.stages)
     table.add_row("total", f"{total:.1f}", "", style="bold")
-    run.console.print(table)
+    console = Console()
+    console.print(table)
     grid = Table.grid(padding=(0, 2))
     for name, value in facts.items():
         grid.add_row(name, value)
-    run.console.print(grid)
+    console.print(grid)
     output = run.plan.output
-    run.console.print(f"scores: {output / 'scores.safetensors'}\nreport: {output / 'report.html'}")
+    console.print(f"scores: {output / 'scores.safetensors'}\nreport: {output / 'report.html'}")
 
 
 def run_comparison(options: Options, console: Console) -> Path:
@@ -539,6 +591,7 @@ def run_comparison(options: Options, console: Console) -> Path:
         f"{result.published_peak_bytes / result.fused_peak_bytes:.1f}x",
         style="bold",
     )
+    console = Console()
     console.print(table)
     console.print(
         "agreement: features against the same projection of vmap(grad)'s gradients: relative error "
@@ -664,7 +717,8 @@ def attribute(
     console = Console(stderr=True)
     job = run_comparison if compare else run_attribution
     try:
-        job(options, console)
+        with _warnings_on(console):
+            job(options, console)
     except KeyboardInterrupt:
         console.print("interrupted: run the same command again, it resumes where it stopped")
         raise typer.Exit(130) from None
@@ -677,6 +731,22 @@ def attribute(
         _fail(console, _NO_SPACE if full else message)
 
 
+@contextmanager
+def _warnings_on(console: Console) -> Iterator[None]:
+    """Print this package's own warnings as one line each."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def one_line(message: Any, category: type[Warning], filename: str, *rest: Any) -> None:
+            if Path(filename).parent == Path(__file__).parent:
+                console.print(f"warning: {message}", style="yellow", highlight=False, markup=False)
+            else:
+                show(message, category, filename, *rest)
+
+        warnings.showwarning = one_line  # type: ignore[assignment]
+        yield
+
+
 def _fail(console: Console, message: str) -> None:
     console.print(f"error: {message}", style="red", soft_wrap=True, highlight=False, markup=False)
     raise typer.Exit(2)
@@ -684,6 +754,7 @@ def _fail(console: Console, message: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``python -m dtrak.attribute``."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     app(
         args=list(arguments) if arguments is not None else sys.argv[1:],
         prog_name="python -m dtrak.attribute",

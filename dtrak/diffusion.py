@@ -45,6 +45,16 @@ class DiffusionModel:
         return size if size is None or isinstance(size, int) else (int(size[0]), int(size[1]))
 
     @property
+    def schedule(self) -> dict[str, Any]:
+        """Everything about the noise schedule that decides numbers, JSON-serialisable."""
+        config = {
+            key: value
+            for key, value in sorted(dict(self.scheduler.config).items())
+            if not key.startswith("_") and key != "trained_betas"
+        }
+        return config | {"betas": hash_tensors({"betas": self.scheduler.betas})}
+
+    @property
     def num_train_timesteps(self) -> int:
         """``T``."""
         return int(self.scheduler.config["num_train_timesteps"])

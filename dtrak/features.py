@@ -372,17 +372,11 @@ def deciding_settings(
     model: DiffusionModel, settings: FeatureSettings, data: ImageData, method: str
 ) -> dict[str, Any]:
     """Everything that decides the features of ``data``, for the manifest of their store."""
-    schedule = {
-        key: value
-        for key, value in sorted(dict(model.scheduler.config).items())
-        if key
-        in ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
-    }
     return {
         "version": __version__,
         "method": method,
         "model": hash_model(model.unet),
-        "schedule": schedule,
+        "schedule": model.schedule,
         "data": data.fingerprint,
         **settings.to_dict(),
     }
@@ -393,6 +387,7 @@ def fill_store(
     extractor: Extractor,
     data: ImageData,
     *,
+    role: str = "",
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
@@ -402,6 +397,8 @@ def fill_store(
         store: whose ids are those of ``data``.
         extractor: computes the features.
         data: the images.
+        role: goes before the ids that decide the noise, so that a query and a training image of one
+            name share none (shared noise looks like attribution).
         batch_size: samples per batch; by default the store's.
         progress: called with (rows done, rows) at the start and after every batch.
 
@@ -420,7 +417,7 @@ def fill_store(
         parts = []
         for first in range(rows.start, rows.stop, step):
             last = min(first + step, rows.stop)
-            ids = data.ids[first:last]
+            ids = [role + name for name in data.ids[first:last]]
             features = extractor.extract(data.images[first:last], ids)
             check_features(features, f"features of samples {ids[0]!r} to {ids[-1]!r}")
             parts.append(features.cpu())

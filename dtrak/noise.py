@@ -19,7 +19,7 @@ from dtrak_kernels.streams import MAX_SEED, Stream, box_muller, philox_words
 # a counter holds the timestep above the index of a group of four elements
 _GROUP_BITS = 20
 _MAX_ELEMENTS = 4 * 2**_GROUP_BITS
-_MAX_TIMESTEPS = 2 ** (32 - _GROUP_BITS)
+MAX_TIMESTEPS = 2 ** (32 - _GROUP_BITS)
 
 
 def _id_words(ids: Sequence[str]) -> Tensor:
@@ -65,8 +65,8 @@ def sample_noise(
     groups = -(-size // 4)
     if size > _MAX_ELEMENTS:
         raise ValueError(f"shape must have at most {_MAX_ELEMENTS} elements, got {size}")
-    if timesteps and not 0 <= min(timesteps) <= max(timesteps) < _MAX_TIMESTEPS:
-        raise ValueError(f"timesteps must be in [0, {_MAX_TIMESTEPS}), got {list(timesteps)}")
+    if timesteps and not 0 <= min(timesteps) <= max(timesteps) < MAX_TIMESTEPS:
+        raise ValueError(f"timesteps must be in [0, {MAX_TIMESTEPS}), got {list(timesteps)}")
     if not 0 <= seed <= MAX_SEED:
         raise ValueError(f"noise seed must be in [0, 2**63), got {seed}")
     words = _id_words(ids).to(device)

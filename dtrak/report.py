@@ -64,8 +64,10 @@ def write_report(
         path_png: the picture.
         queries: [M, C, H, W] in [-1, 1], C 1 or 3.
         train: the training images; ``train[i]`` is [C, H, W] in [-1, 1].
-        proponents: positions [M, R] in ``train`` and their scores [M, R], strongest first.
-        opponents: the same for the lowest scores, [M, Q] and [M, Q], lowest first.
+        proponents: positions [M, R] in ``train`` and their scores [M, R], strongest first; those
+            whose score is not positive are left out, for they are no proponents.
+        opponents: the same for the lowest scores, [M, Q] and [M, Q], lowest first; those whose
+            score is not negative are left out.
         train_ids: names of the training images.
         query_ids: names of the M queries.
         settings: what decided the numbers, as name and value.
@@ -97,7 +99,7 @@ class _Match:
 
 @dataclass(frozen=True)
 class _Row:
-    """A query, pixels [C, H, W] uint8, and its matches per heading."""
+    """A query, pixels [C, H, W] uint8, and its matches per heading that was asked for."""
 
     pixels: Tensor
     id: str
@@ -147,8 +149,11 @@ def _gather(
                     share=abs(score) / strongest if strongest else 0.0,
                 )
                 for index, score in zip(indices[m].tolist(), scores[m].tolist(), strict=True)
+                # the lowest of all-positive scores is no opponent
+                if (score > 0 if kind == "proponents" else score < 0)
             ]
             for kind, (indices, scores) in ranked.items()
+            if indices.shape[1]
         }
         rows.append(_Row(quantised[m], name, matches))
     return rows
@@ -313,9 +318,10 @@ size of a score against the strongest in its row.{unit}</p>
 def _render_query(row: _Row, exponent: int, query_kind: str) -> str:
     sides = []
     for kind, heading, meaning in HEADINGS:
-        if not row.matches[kind]:
+        if kind not in row.matches:
             continue
         items = "\n".join(_render_match(match, exponent) for match in row.matches[kind])
+        items = items or '<li class="soft">none</li>'
         sides.append(
             f'<div class="side {kind}">\n<h3>{heading} <span>{meaning}</span></h3>\n'
             f'<ol class="strip">\n{items}\n</ol>\n</div>'
@@ -332,7 +338,6 @@ def _render_query(row: _Row, exponent: int, query_kind: str) -> str:
 def _render_match(match: _Match, exponent: int) -> str:
     shown = _format_score(match.score, exponent)
     label = "" if match.label is None else f'<span class="soft">label {match.label}</span>'
-    # an opponent of a query that has none is merely its weakest proponent: the colour says so
     colour = "minus" if match.score < 0 else "plus"
     return (
         f"<li><figure>{_render_image(match.pixels, f'training image {match.id}, score {shown}')}"
@@ -484,10 +489,11 @@ def _draw(rows: Sequence[_Row], query_kind: str) -> _Canvas:
     cell = max((_fit(match.pixels, CELL) for match in matches), default=CELL)
     subject = max((_fit(row.pixels, SUBJECT) for row in shown), default=SUBJECT)
     widths = {
-        kind: max((len(row.matches[kind]) for row in shown), default=0) * (cell + GAP) - GAP
+        # room for the word "none" where there is no match at all
+        kind: max(1, *(len(row.matches[kind]) for row in shown)) * (cell + GAP) - GAP
         for kind, _, _ in HEADINGS
+        if shown and kind in shown[0].matches
     }
-    widths = {kind: width for kind, width in widths.items() if width > 0}
     starts, x = {}, MARGIN + subject + 2 * GAP
     for kind, width in widths.items():
         starts[kind] = x
@@ -514,6 +520,8 @@ def _draw(rows: Sequence[_Row], query_kind: str) -> _Canvas:
         if len(widths) == 2:
             canvas.fill(starts["opponents"] - 1.5 * GAP - 1, y, 2, pitch - 2 * GAP, LINE)
         for kind in widths:
+            if not row.matches[kind]:
+                canvas.write(starts[kind], y, "none", pixels=20, width=cell, colour=SOFT)
             for place, match in enumerate(row.matches[kind]):
                 _draw_match(canvas, starts[kind] + place * (cell + GAP), y, match, cell, exponent)
     unit = f" Scores in units of 1e{exponent}." if exponent else ""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import os
-import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -103,8 +103,11 @@ def save_atomically(state: Any, path: Path) -> None:
     """``torch.save`` to a temporary file, then rename: a reader sees the old file or the new."""
     temporary = path.with_name(path.name + ".partial")
     try:
+        # serialised in memory first: torch's own writer hides a full disk behind another error
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
         with temporary.open("wb") as file:
-            torch.save(state, file)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -126,7 +129,8 @@ def _read_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         found = state["identity"]
-    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError) as error:
+    # a damaged pickle raises whatever its bytes happen to ask for
+    except Exception as error:
         raise ValueError(
             f"checkpoint {path} is damaged, or not of this version: delete it to train anew"
         ) from error

@@ -1,4 +1,4 @@
-"""Compile every dense projection kernel for every target, and report what came out as JSON.
+"""Compile the dense projection and the fused sketch for every target; report the code as JSON.
 
 Not a test file: an interpreted kernel cannot be compiled, so `test_compile.py` runs this in a
 process without TRITON_INTERPRET. No GPU is needed; ptxas, cuobjdump and nvdisasm come with Triton.
@@ -11,11 +11,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dtrak_kernels import projection
+from dtrak_kernels import projection, sketch_kernel
 
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -39,7 +40,52 @@ REDUCE += "stride_ps:i64 stride_ob:i64"
 DIVISIBLE = {"values_ptr", "partial_ptr", "grads_ptr", "out_ptr", "stride_vb", "stride_ps", "K"}
 
 
-def compile_kernel(kernel, types, constexprs, target, *, ones=False, num_warps=4, num_stages=2):
+SKETCH = (
+    "x_ptr:*{dtype} d_ptr:*{dtype} blocks_ptr:*i32 tiles_ptr:*i32 out_ptr:*fp32 blocks:i32 "
+    "rows_per_sample:i32 O:i32 C:i32 I:i32 H:i32 W:i32 KW:i32 K:i32 low:i64 high:i32 key_low:i64 "
+    "key_high:i64 stride_h:i32 stride_w:i32 pad_h:i32 pad_w:i32 dilation_h:i32 dilation_w:i32 "
+    "rows_per_group:i32 stride_xr:i32 stride_xc:i32 stride_xh:i32 stride_xw:i32 stride_dr:i32 "
+    "stride_dc:i32 stride_dh:i32 stride_dw:i32 stride_ob:i32"
+)
+SKETCH_DIVISIBLE = {"x_ptr", "d_ptr", "out_ptr", "O", "C", "I", "K", "stride_ob"}
+SKETCH_DIVISIBLE |= {"stride_xr", "stride_xh", "stride_xw", "stride_dr", "stride_dh", "stride_dw"}
+CHANNELS_LAST = {"stride_xc": 1, "stride_dc": 1}
+UNIT_STEPS = {"stride_h": 1, "stride_w": 1, "dilation_h": 1, "dilation_w": 1, "rows_per_group": 1}
+# a linear layer, or a 1 x 1 convolution: rows and positions are one axis
+ONE_AXIS = {"HO": 1, "WO": 1, "H": 1, "W": 1, "KW": 1, "pad_h": 0, "pad_w": 0, "IS_PADDED": False}
+ONE_AXIS |= {"stride_xh": 0, "stride_xw": 0, "stride_dh": 0, "stride_dw": 0}
+THREE_CHANNELS = {"IS_ONE_TAP": False, "I": 3, "C": 27}
+
+# name: (dtype, tile, arguments and flags that differ from an ordinary 3 x 3 convolution)
+SKETCHES = {
+    "3x3": ("bf16", (128, 128), CHANNELS_LAST | UNIT_STEPS),
+    "3x3, no flip": ("bf16", (128, 128), CHANNELS_LAST | UNIT_STEPS | {"IS_FLIPPED": False}),
+    "strided": ("fp16", (128, 64), CHANNELS_LAST),
+    "few channels": ("bf16", (128, 32), CHANNELS_LAST | UNIT_STEPS | THREE_CHANNELS),
+    "few positions": ("bf16", (128, 128), CHANNELS_LAST | UNIT_STEPS | {"HO": 2, "WO": 2}),
+    "NCHW": ("fp16", (128, 128), UNIT_STEPS),
+    "linear": ("bf16", (128, 128), CHANNELS_LAST | UNIT_STEPS | ONE_AXIS),
+    "linear, float32": ("fp32", (128, 128), CHANNELS_LAST | UNIT_STEPS | ONE_AXIS),
+    "smallest tile": ("bf16", (16, 16), CHANNELS_LAST | UNIT_STEPS),
+    "groups, wide": (
+        "fp16",
+        (128, 128),
+        {"IS_GROUPED": True, "IS_ONE_TAP": False, "IS_WIDE": True},
+    ),
+}
+
+
+def compile_kernel(
+    kernel,
+    types,
+    constexprs,
+    target,
+    *,
+    ones=False,
+    num_warps=4,
+    num_stages=2,
+    divisible=DIVISIBLE,
+):
     """One kernel for one target; with ``ones``, every size and stride is the constant 1.
 
     Triton turns an argument that equals 1 into a constant, which lacks a tensor's methods.
@@ -47,13 +93,13 @@ def compile_kernel(kernel, types, constexprs, target, *, ones=False, num_warps=4
     signature = dict(item.split(":") for item in types.split())
     constants = dict(constexprs)
     if ones:
-        kept = {"first", "key_low", "key_high"}
+        kept = {"first", "low", "high", "key_low", "key_high"}
         constants |= {n: 1 for n, t in signature.items() if t[0] == "i" and n not in kept}
     signature |= dict.fromkeys(constants, "constexpr")
     names = list(kernel.arg_names)
     attrs = {
         (names.index(name),): [["tt.divisibility", 16]]
-        for name in DIVISIBLE & set(names)
+        for name in divisible & set(names)
         if name not in constants
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
@@ -104,6 +150,55 @@ def report(built):
         facts["traps"] = len(re.findall(r"\bs_trap\b", code))
         facts["matrix"] = len(re.findall(r"\bv_mfma", code))
     return facts
+
+
+def sketch_cases(arch):
+    """The fused sketch, in the forms that layers of a U-Net take."""
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    for name, (dtype, tile, changes) in SKETCHES.items():
+        flags = {
+            "HO": 16,
+            "WO": 16,
+            "IS_ONE_TAP": True,
+            "IS_PADDED": True,
+            "IS_GROUPED": False,
+            "IS_WIDE": False,
+            "IS_FLIPPED": True,
+        } | changes
+        config = sketch_kernel.default_config(
+            TARGETS[arch].arch,
+            tile,
+            dtypes[dtype],
+            16 if "few positions" in name else 4096,
+            is_one_tap=flags["IS_ONE_TAP"],
+            is_wide=flags["IS_WIDE"],
+            is_channels_last="stride_xc" in flags,
+        )
+        flags |= {
+            "IS_ROLLED": config.is_rolled,
+            "INPUT_PRECISION": config.input_precision,
+            "BM": tile[0],
+            "BN": tile[1],
+            "BLOCK_T": config.block_t,
+        }
+        for ones in (False, True) if name == "smallest tile" and arch == "sm_80" else (False,):
+            yield {
+                "kernel": "sketch",
+                "form": f"{name}, every size 1" if ones else name,
+                "dtype": dtype,
+                "build": lambda target, dtype=dtype, flags=flags, config=config, ones=ones: (
+                    compile_kernel(
+                        sketch_kernel._sketch_kernel,
+                        SKETCH.format(dtype=dtype),
+                        flags,
+                        target,
+                        ones=ones,
+                        num_warps=config.num_warps,
+                        num_stages=config.num_stages,
+                        divisible=SKETCH_DIVISIBLE,
+                    )
+                ),
+            }
 
 
 def cases(arch):
@@ -166,7 +261,7 @@ def cases(arch):
 def main():
     results = []
     for arch, target in TARGETS.items():
-        for case in cases(arch):
+        for case in (*cases(arch), *sketch_cases(arch)):
             build = case.pop("build")
             results.append(case | {"arch": arch} | report(build(target)))
     json.dump(results, sys.stdout, indent=1)

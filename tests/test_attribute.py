@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from diffusers import DDPMPipeline
+from diffusers import DDPMPipeline, DDPMScheduler
 from numerics import relative_error
 from PIL import Image
 from safetensors import safe_open
@@ -79,7 +79,11 @@ def test_end_to_end(run, tmp_path, model_folder, images_folder):
     model = DiffusionModel(small_unet().float(), linear_schedule())
     extractor = FusedExtractor(model, settings, torch.device("cpu"))
     queries = load_data(folder / "generated", channels=1)
-    phi, psi = (extractor.extract(d.images, d.ids).double() for d in (data, queries))
+    # a query and a training image of one name have noise of their own
+    phi, psi = (
+        extractor.extract(d.images, [f"{role}/{name}" for name in d.ids]).double()
+        for role, d in (("train", data), ("query", queries))
+    )
     expected = psi @ torch.linalg.inv(phi.T @ phi + 0.5 * torch.eye(512).double()) @ phi.T
     assert relative_error(scores, expected) < 1e-4
 
@@ -179,7 +183,7 @@ def test_compare_prints_agreement_times_and_memory(run):
         ("--timestep-strategy", "unifrom", "did you mean 'uniform'?"),
         ("--projection", "rademacer", "did you mean 'rademacher'?"),
         ("--dtype", "float", "did you mean 'float"),
-        ("--timesteps", "0", "timesteps must be in [1, 1000]"),
+        ("--timesteps", "0", "--timesteps must be at least 1, got 0"),
         ("--timesteps", "1001", "timesteps must be in [1, 1000]"),
         ("--proj-dim", "0", "proj_dim must be at least 1, got 0"),
         ("--proj-dim", "-5", "proj_dim must be at least 1, got -5"),
@@ -197,6 +201,9 @@ def test_compare_prints_agreement_times_and_memory(run):
         ("--model", "nowhere", "nowhere"),
         ("--data", "nowhere/at/all", "nowhere/at/all"),
         ("--queries", "nowhere/at/all", "nowhere/at/all"),
+        ("--queries", "genrated", "did you mean 'generated'?"),
+        ("--data", "digit", "did you mean 'digits'?"),
+        ("--queries", "validation", "--queries must be 'generated' or a folder of images"),
     ],
 )
 def test_bad_values_give_one_clear_line(option, value, message, run, tmp_path):
@@ -241,9 +248,9 @@ def test_corrupt_images(run, tmp_path, images_folder):
         (folder / name).write_bytes((images_folder / name).read_bytes())
     (folder / "bad.png").write_bytes((images_folder / "004.png").read_bytes()[:40])
     failing(run, "bad.png", data=folder)
-    with pytest.warns(UserWarning, match=r"bad\.png"):
-        code, output = run("--skip-corrupt", data=folder)
+    code, output = run("--skip-corrupt", data=folder)
     assert code == 0, output
+    assert re.search(r"warning: .*bad\.png", output)
     assert read_scores(tmp_path / "run")[0].shape == (3, 4)
 
 
@@ -285,6 +292,78 @@ def test_folders_of_another_run(run, tmp_path, images_folder):
     failing(run, "--output must be a folder", output=images_folder / "000.png")
     # nothing was lost by asking
     assert run()[0] == 0
+
+
+def test_a_query_named_like_a_training_image_is_not_its_proponent(run, tmp_path, images_folder):
+    """Noise that both shared would look like attribution."""
+    queries = tmp_path / "queries"
+    queries.mkdir()
+    digits = load_data("digits", channels=1, size=8, split="validation", limit=12)
+    for index, image in enumerate(digits.images):
+        (queries / f"{index:03d}.png").write_bytes(encode_png(to_uint8(image)))
+    code, output = run("--queries", queries, "--proj-dim", "4096")
+    assert code == 0, output
+    scores = read_scores(tmp_path / "run")[0]
+    ranks = (scores > scores[:, :12].diagonal()[:, None]).sum(1)
+    # by chance the same number is among the first 15 of 150 for 1.2 of the 12
+    assert int((ranks < 15).sum()) <= 5, ranks
+
+
+def test_another_noise_schedule_is_another_model(run, tmp_path):
+    model = DiffusionModel(small_unet().float(), linear_schedule())
+    model.save(tmp_path / "model")
+    assert run(model=tmp_path / "model")[0] == 0
+    file = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"trained_betas": [1e-3] * 1000}))
+    failing(run, "schedule.betas is", model=tmp_path / "model")
+
+
+@pytest.mark.parametrize("steps", [20, 5000])
+def test_models_with_other_numbers_of_timesteps(run, tmp_path, steps):
+    scheduler = DDPMScheduler(num_train_timesteps=steps)
+    DiffusionModel(small_unet().float(), scheduler).save(tmp_path / "model")
+    if steps > 4096:
+        failing(run, "at most 4096 training timesteps, got 5000", model=tmp_path / "model")
+        return
+    code, output = run("--timesteps", "10", model=tmp_path / "model")
+    assert code == 0, output
+    failing(run, "timesteps must be in [1, 20]", "--timesteps", "21", model=tmp_path / "model")
+    pytest.importorskip("trak", reason="TRAK is not installed")
+    compared = ["--compare", "--timesteps", "10", "--batch-size", "3"]
+    code, output = run(*compared, model=tmp_path / "model")
+    assert code == 0, output
+
+
+def test_an_output_folder_among_the_images(run, tmp_path, images_folder):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "a.png").write_bytes((images_folder / "000.png").read_bytes())
+    failing(
+        run, "--output must not lie in the folder of --data", data=folder, output=folder / "run"
+    )
+
+
+def test_a_damaged_training(tmp_path, monkeypatch):
+    """A half-deleted model or a broken checkpoint is said before anything is trained."""
+    from dtrak import training
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    command = ["--output", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "batch_indices", interrupt)
+        assert CliRunner().invoke(app, command).exit_code == 130
+    (tmp_path / "run" / "training.pt").write_bytes(b"junk")
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2
+    assert "training.pt is damaged" in " ".join(result.output.split())
+    (tmp_path / "run" / "training.pt").unlink()
+    (tmp_path / "run" / "model").mkdir()
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2
+    assert "must hold model_index.json" in " ".join(result.output.split())
 
 
 def test_no_space_left(run, tmp_path, monkeypatch):

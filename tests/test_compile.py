@@ -31,7 +31,7 @@ def compiled() -> list[dict]:
 def test_every_kernel_compiles_for_every_target(compiled):
     for arch in SHARED_LIMITS:
         kernels = {case["kernel"] for case in compiled if case["arch"] == arch}
-        assert kernels >= {"rademacher", "normal", "pack", "reduce"}
+        assert kernels >= {"rademacher", "normal", "pack", "reduce", "sketch"}
 
 
 def test_memory_fits(compiled):
@@ -68,3 +68,19 @@ def test_normals_cost_at_most_48_instructions_each(compiled):
     for case in cases:
         entries = case["block_k"] * 64 / (32 * case["num_warps"])
         assert 16 <= case["loop"] / entries <= 48, case
+
+
+def test_sketches_use_matrix_instructions(compiled):
+    cases = [c for c in compiled if c["kernel"] == "sketch" and c["dtype"] != "fp32"]
+    assert cases
+    for case in cases:
+        assert case["matrix"] > 0, case
+
+
+def test_a_flip_costs_at_most_400_instructions(compiled):
+    for arch in ("sm_80", "sm_90"):
+        loop = {
+            c["form"]: c["loop"] for c in compiled if c["kernel"] == "sketch" and c["arch"] == arch
+        }
+        # less than one operation per entry means the generator was folded away
+        assert 64 <= loop["3x3"] - loop["3x3, no flip"] <= 400, (arch, loop)

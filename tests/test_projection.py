@@ -382,7 +382,7 @@ def test_kind_sjlt_sketches_parameter_by_parameter():
 def test_custom_op_contract(kind, implementation, device):
     grads, out = gaussian(3, 40, device=device), torch.zeros(3, 16, device=device)
     op = torch.ops.dtrak_kernels.project_.default
-    torch.library.opcheck(op, (grads, out, kind, 16, 1, 0, implementation))
+    torch.library.opcheck(op, (grads, out, kind, 16, 1, 0, 0.25, implementation))
 
 
 class _LargestTensor(TorchDispatchMode):
@@ -456,6 +456,11 @@ def _refused(**changes):
             ValueError,
             r"at most grad_dim = 16, got 10 \+ 10",
         ),
+        (
+            _refused(projection=Projection("none", 0), scale=1.0),
+            ValueError,
+            "scale must be None for kind 'none', got 1.0",
+        ),
     ],
 )
 def test_project_in_place_refuses(case, error, match):
@@ -473,6 +478,11 @@ def test_project_in_place_refuses(case, error, match):
             {"projection": Projection("sjlt", 512), "shapes": [(2, 4), (3,)]},
             ValueError,
             r"shapes must add up to P = 10, got \[\(2, 4\), \(3,\)\]",
+        ),
+        (
+            {"projection": Projection("sjlt", 512), "shapes": [(10,)], "scale": 1.0},
+            ValueError,
+            "scale must be None for kind 'sjlt', got 1.0",
         ),
         ({"implementation": "numpy"}, ValueError, "implementation must be 'torch' or 'triton'"),
     ],

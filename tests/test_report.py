@@ -61,7 +61,9 @@ def case(M=3, N=12, C=3, size=8, best=5, worst=3, scale=1.0):
     generator = torch.Generator().manual_seed(M + 10 * C + size)
     queries = torch.rand(M, C, size, size, generator=generator) * 2.2 - 1.1
     train = torch.rand(N, C, size, size, generator=generator) * 2 - 1
-    scores = torch.randn(M, N, generator=generator, dtype=torch.float64) * scale
+    scores = torch.randn(M, N, generator=generator, dtype=torch.float64).abs() * scale
+    # half of the images speak for a query and half against it
+    scores *= torch.where(torch.rand(M, N, generator=generator).argsort(1) % 2 == 0, 1, -1)
     proponents, opponents = ranking(scores, best, worst)
     return {
         "queries": queries,
@@ -164,7 +166,19 @@ def test_scores_that_are_all_zero(tmp_path):
     for kind in ("proponents", "opponents"):
         options[kind] = (options[kind][0], torch.zeros_like(options[kind][1]))
     page, _ = write(tmp_path, options)
-    assert {e["style"] for e in page.all("i")} == {"width:0.0%"}
+    assert not page.all("i")
+    assert [e["text"] for e in page.all("li", section=0)] == ["none", "none"]
+
+
+def test_the_least_of_the_proponents_is_no_opponent(tmp_path):
+    options = case()
+    indices, scores = options["opponents"]
+    scores = scores.clone()
+    scores[0] = torch.tensor([-0.5, 0.25, 0.5])
+    page, _ = write(tmp_path, options | {"opponents": (indices, scores)})
+    shown = [float(e["value"]) for e in page.all("data", section=0)]
+    assert sum(value < 0 for value in shown) == 1
+    assert len(shown) == options["proponents"][0].shape[1] + 1
 
 
 def test_page_is_self_contained_and_needs_no_script(tmp_path):

@@ -510,6 +510,74 @@ def test_refuses_layers_that_ran_without_gradient():
         GradientSketcher(model, EXACT).sketch(lambda: flat_output(model, x), 4)
 
 
+class Weighted(nn.Module):
+    """A parameter of its own and some function of it."""
+
+    def __init__(self, function, dtype=None):
+        super().__init__()
+        self.weight, self.function = nn.Parameter(torch.ones(5, dtype=dtype)), function
+
+    def forward(self, x):
+        return self.function(x, self.weight)
+
+
+def test_refuses_modules_that_cannot_be_recomputed():
+    for function, message in (
+        (
+            lambda x, w: (x.mul_(2) * w).tanh(),
+            r"'layers.1' \(Weighted\) changes its input in place",
+        ),
+        (
+            lambda x, w: nn.functional.dropout(x * w, 0.5),
+            "gives another output when it is recomputed",
+        ),
+        (lambda x, w: x * w - (x * w).mean(0), "gives another output when it is recomputed"),
+    ):
+        model, x = model_with(Weighted(function))
+        with pytest.raises(RuntimeError, match=message):
+            GradientSketcher(model, EXACT).sketch(lambda m=model, x=x: flat_output(m, x), 4)
+
+
+def test_refuses_complex_parameters():
+    model = Flat(Weighted(lambda x, w: (x * w).real, torch.complex64))
+    with pytest.raises(ValueError, match=r"got 'layers.0.weight' of torch\.complex64"):
+        GradientSketcher(model, EXACT)
+
+
+def test_a_weight_of_a_parent_and_its_child():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.child = nn.Linear(5, 5)
+            self.weight = self.child.weight
+
+        def forward(self, x):
+            return self.child(x).tanh() @ self.weight
+
+    torch.manual_seed(2)
+    check_module(Model(), torch.randn(6, 5), 2)
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS, ids=lambda p: p.kind)
+def test_mixed_precision_parameters(projection):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(5, 5), nn.Linear(5, 5).double()
+
+        def forward(self, x):
+            return self.second(self.first(x).double())
+
+    torch.manual_seed(2)
+    model, x = Model(), torch.randn(4, 5)
+    sketcher = GradientSketcher(model, projection)
+    features = sketcher.sketch(lambda: flat_output(model, x), 4)
+    expected = project(
+        looped_gradients(model, flat_output, (x,), 1), projection, shapes=sketcher.shapes
+    )
+    assert relative_error(features, expected) < 1e-6
+
+
 def test_refuses_dropout_in_a_recomputed_module():
     class Dropped(Scaled):
         def forward(self, x):

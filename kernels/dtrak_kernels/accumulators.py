@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from .ops import Projection, check_sjlt_implementation, project_
+from .ops import IMPLEMENTATIONS, Projection, choose_implementation, project_
 from .sjlt import ParameterSketch, as_matrix, from_matrix, matrix_shape, sketch_parameters
+from .weight_gradient import weight_grads
 
 
 class Accumulator:
@@ -45,6 +46,35 @@ class Accumulator:
         """
         raise NotImplementedError
 
+    def add_weight(
+        self,
+        index: int,
+        module: nn.Linear | nn.Conv2d,
+        x: Tensor,
+        output_grads: Tensor,
+        out: Tensor,
+        rows_per_sample: int,
+    ) -> None:
+        """Add the per-sample gradients of a layer's weight, slice by slice.
+
+        Args:
+            index: which parameter the weight is.
+            module: the layer.
+            x: its input, see `weight_grads`.
+            output_grads: gradient with respect to its output.
+            out: ``[B, K]`` features.
+            rows_per_sample: consecutive rows that make up one sample.
+        """
+        for part in weight_grads(
+            module,
+            x,
+            output_grads,
+            rows_per_sample,
+            all_samples=self.all_samples,
+            row_multiple=self.row_multiple(index),
+        ):
+            self.add(index, part.grads, out, part.samples, part.rows.start)
+
     def add_whole(self, index: int, grads: Tensor, out: Tensor, samples: slice) -> None:
         """Add ``grads [b, *shape]``, the gradient of a whole parameter."""
         if matrix_shape(self.shapes[index]) is None:
@@ -63,6 +93,7 @@ class DenseAccumulator(Accumulator):
     ) -> None:
         super().__init__(shapes)
         self.projection, self.implementation = projection, implementation
+        self.grad_dim = sum(math.prod(shape) for shape in self.shapes)
 
     def add(
         self, index: int, grads: Tensor, out: Tensor, samples: slice, first_row: int = 0
@@ -73,19 +104,28 @@ class DenseAccumulator(Accumulator):
             offset += first_row * grads.shape[2]
             grads = from_matrix(grads, self.shapes[index])
         project_(
-            grads.reshape(len(grads), -1).contiguous(),
+            grads.reshape(len(grads), -1).to(out.dtype).contiguous(),
             self.projection,
             offset=offset,
             out=out[samples],
+            grad_dim=self.grad_dim,
             implementation=self.implementation,
         )
 
 
 class SjltAccumulator(Accumulator):
-    """The tile-chained sparse sketch: each slice of rows is placed with its signs."""
+    """The tile-chained sparse sketch: each slice of rows is placed with its signs.
 
-    def __init__(self, shapes: Sequence[Sequence[int]], projection: Projection) -> None:
+    With Triton a layer's gradient and its sketch are one kernel, and no slice is ever formed.
+    """
+
+    def __init__(
+        self, shapes: Sequence[Sequence[int]], projection: Projection, implementation: str | None
+    ) -> None:
         super().__init__(shapes)
+        if implementation not in (None, *IMPLEMENTATIONS):
+            raise ValueError(f"implementation must be 'torch' or 'triton', got {implementation!r}")
+        self.implementation = implementation
         self.sketches: list[ParameterSketch] = sketch_parameters(
             self.shapes, projection.proj_dim, projection.seed
         )
@@ -93,6 +133,23 @@ class SjltAccumulator(Accumulator):
     def row_multiple(self, index: int) -> int:
         """A slice is whole rows of tiles."""
         return self.sketches[index].tile[0] if matrix_shape(self.shapes[index]) else 1
+
+    def add_weight(
+        self,
+        index: int,
+        module: nn.Linear | nn.Conv2d,
+        x: Tensor,
+        output_grads: Tensor,
+        out: Tensor,
+        rows_per_sample: int,
+    ) -> None:
+        """See `Accumulator.add_weight`."""
+        if choose_implementation(output_grads, self.implementation) == "torch":
+            super().add_weight(index, module, x, output_grads, out, rows_per_sample)
+            return
+        from .sketch_kernel import launch_sketch
+
+        launch_sketch(module, x, output_grads, self.sketches[index], out, rows_per_sample)
 
     def add(
         self, index: int, grads: Tensor, out: Tensor, samples: slice, first_row: int = 0
@@ -125,8 +182,7 @@ def make_accumulator(
 ) -> Accumulator:
     """The accumulator of a projection for parameters of these shapes."""
     if projection.kind == "sjlt":
-        check_sjlt_implementation(implementation)
-        return SjltAccumulator(shapes, projection)
+        return SjltAccumulator(shapes, projection, implementation)
     if projection.kind == "none":
         return ExactAccumulator(shapes)
     return DenseAccumulator(shapes, projection, implementation)

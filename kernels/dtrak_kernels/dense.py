@@ -30,13 +30,19 @@ WORKSPACE_BYTES = 4 * 2**20
 _MAX_ROWS = 32
 # a block of gradients, and the table of its signed sums, stay in a core's second-level cache
 _TABLE_BYTES = 2**20
-# Philox calls in flight, in six int64 buffers; two threads' worth of elementwise work
+# Philox calls in flight, four words each in int64; two threads' worth of elementwise work
 _CALLS = 65536
 
 _MASK = 0xFFFFFFFF
 
 
-def project_dense_(grads: Tensor, projection: Projection, offset: int, out: Tensor) -> Tensor:
+def project_dense_(
+    grads: Tensor,
+    projection: Projection,
+    offset: int,
+    out: Tensor,
+    scale: float | None = None,
+) -> Tensor:
     """Add ``grads @ R[offset : offset + C]`` to ``out``, R being the scaled projection matrix.
 
     Args:
@@ -45,16 +51,18 @@ def project_dense_(grads: Tensor, projection: Projection, offset: int, out: Tens
         projection: kind ``"rademacher"`` or ``"normal"``, generator ``"philox"``.
         offset: parameter index of the first column, any non-negative int.
         out: ``[B, K]`` float64 if ``grads`` is float64, else float32. Added to.
+        scale: factor on the entries, ``K**-0.5`` if ``None``.
 
     Returns:
         ``out``.
     """
+    scale = projection.proj_dim**-0.5 if scale is None else scale
     if grads.numel() == 0 or out.numel() == 0:
         return out
     add = _add_rademacher_ if projection.kind == "rademacher" else _add_normal_
     for rows in range(0, len(grads), _MAX_ROWS):
         sums = add(grads[rows : rows + _MAX_ROWS], projection, offset, out.dtype)
-        out[rows : rows + _MAX_ROWS].add_(sums, alpha=projection.proj_dim**-0.5)
+        out[rows : rows + _MAX_ROWS].add_(sums, alpha=scale)
     return out
 
 
@@ -77,18 +85,28 @@ def _aligned_blocks(
 
 
 class _Philox:
-    """Philox-4x32-10 over a grid of columns and parameter coordinates, in reused buffers."""
+    """Philox-4x32-10 over a grid of columns and parameter coordinates, in reused buffers.
 
-    def __init__(self, seed: int, stream: Stream) -> None:
+    Words 0 and 2 are the rows of one buffer, words 1 and 3 of another: half the operations, which
+    for blocks that stay in a cache cost as much to start as to run.
+    """
+
+    def __init__(self, seed: int, stream: Stream, device: torch.device) -> None:
         self.keys = [
             ((seed + n * 0x9E3779B9) & _MASK, ((seed >> 32) + n * 0xBB67AE85) & _MASK)
             for n in range(10)
         ]
         self.stream = int(stream)
+        # a round swaps the rows, so every other one finds its constants swapped
+        factors = torch.tensor([0xD2511F53, 0xCD9E8D57], device=device)
+        keys = torch.tensor(self.keys[2:], device=device).flip(1)
+        self.rounds = [
+            (factors.roll(n % 2), keys[n].roll(n % 2)) for n in range(len(self.keys) - 2)
+        ]
         self._shape: torch.Size | None = None
         self._buffers: list[Tensor] = []
 
-    def __call__(self, c0: Tensor, index: Tensor) -> list[Tensor]:
+    def __call__(self, c0: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Four words for every ``(c0, index)``.
 
         Args:
@@ -96,39 +114,56 @@ class _Philox:
             index: int64 coordinate of the parameters: its two halves are the counters c1 and c2.
 
         Returns:
-            Four int64 tensors of the broadcast shape whose low 32 bits are the words; the next call
-            overwrites them.
+            Words 0 and 2, and words 1 and 3: int64 ``[2, *the broadcast shape]`` whose low 32 bits
+            are the words; the next call overwrites them.
         """
         shape = torch.broadcast_shapes(c0.shape, index.shape)
         if shape != self._shape:
             self._shape = shape
-            self._buffers = [c0.new_empty(shape) for _ in range(6)]
-        x0, x1, x2, x3, a, b = self._buffers
-        # the first two rounds see the counters one axis at a time: they cost nothing
-        s0, s1, s2, s3 = c0, index & _MASK, index >> 32, torch.full_like(c0, self.stream)
-        for k0, k1 in self.keys[:2]:
-            product, other = s0 * 0xD2511F53, s2 * 0xCD9E8D57
-            s0, s1 = (((other >> 32) ^ s1) & _MASK) ^ k0, other & _MASK
-            s2, s3 = (((product >> 32) ^ s3) & _MASK) ^ k1, product & _MASK
-        for x, s in zip((x0, x1, x2, x3), (s0, s1, s2, s3), strict=True):
-            x.copy_(s.expand(shape))
-        for k0, k1 in self.keys[2:]:
+            self._buffers = [c0.new_empty(2, *shape) for _ in range(3)]
+        even, odd, product = self._buffers
+        # the first round, and the products of the second, see the counters one axis at a time
+        (k0, k1), (k2, k3) = self.keys[:2]
+        one, two = c0 * 0xD2511F53, (index >> 32) * 0xCD9E8D57
+        s0 = ((two >> 32) & _MASK) ^ (index & _MASK) ^ k0
+        s2 = ((one >> 32) & _MASK) ^ self.stream ^ k1
+        s1, s3 = two & _MASK, one & _MASK
+        one, two = s0 * 0xD2511F53, s2 * 0xCD9E8D57
+        torch.bitwise_xor(((two >> 32) & _MASK) ^ k2, s1, out=even[0])
+        torch.bitwise_xor(((one >> 32) & _MASK) ^ k3, s3, out=even[1])
+        ones = (1,) * len(shape)
+        last = (two, one)
+        for factors, keys in self.rounds:
             # int64 products wrap modulo 2**64, which keeps both halves right
-            torch.mul(x0, 0xD2511F53, out=a)
-            torch.mul(x2, 0xCD9E8D57, out=b)
-            torch.bitwise_right_shift(b, 32, out=x0)
-            x0.bitwise_xor_(x1).bitwise_xor_(k0).bitwise_and_(_MASK)
-            torch.bitwise_right_shift(a, 32, out=x2)
-            x2.bitwise_xor_(x3).bitwise_xor_(k1).bitwise_and_(_MASK)
-            # the low halves need no mask: only their low 32 bits are ever used
-            x1, b = b, x1
-            x3, a = a, x3
-        self._buffers = [x0, x1, x2, x3, a, b]
-        return [x0, x1, x2, x3]
+            torch.mul(even, factors.view(2, *ones), out=product)
+            torch.bitwise_right_shift(product, 32, out=even)
+            # the low halves are not masked: only their low 32 bits are ever used
+            even[0].bitwise_xor_(last[1])
+            even[1].bitwise_xor_(last[0])
+            even.bitwise_xor_(keys.view(2, *ones)).bitwise_and_(_MASK)
+            last = (product[0], product[1])
+            odd, product = product, odd
+        self._buffers = [even, odd, product]
+        return even, odd
+
+
+def byte_sums(x: Tensor) -> Tensor:
+    """All 256 signed sums of groups of eight entries: what a byte of signs can select.
+
+    Args:
+        x: ``[8, groups, B]``, entries in the order of the bits.
+
+    Returns:
+        ``[256, groups, B]``; a set bit of the byte subtracts its entry.
+    """
+    nibble = torch.arange(16, device=x.device)[:, None]
+    signs = 1 - 2 * ((nibble >> torch.arange(4, device=x.device)) & 1)
+    low, high = signs.to(x.dtype) @ x.reshape(2, 4, -1)
+    return (high[:, None] + low).reshape(256, *x.shape[1:])
 
 
 def _signed_sums(block: Tensor) -> Tensor:
-    """All 256 signed sums of each group of eight entries that one byte of the stream decides.
+    """The sums that the bytes of the stream select.
 
     Args:
         block: ``[B, 256 n]``, aligned to 256 parameters.
@@ -137,15 +172,11 @@ def _signed_sums(block: Tensor) -> Tensor:
         ``[256, 2, 16 n, B]``: byte value; parameter bit 3, which selects the word; bytes of that
         word's position in stream order (block, call, byte). Indexing follows `reference`.
     """
-    B, device = len(block), block.device
     # parameter = 256 block + 16 j + 8 half + 2 call + p0, and byte i of a word holds p0 = i // 2
     # and j = 15 - 8 (i % 2) - bit
-    x = block.reshape(B, -1, 2, 8, 2, 4, 2).flip(2, 3)
-    x = x.permute(3, 4, 1, 5, 6, 2, 0).reshape(2, 4, -1)
-    nibble = torch.arange(16, device=device)[:, None]
-    signs = 1 - 2 * ((nibble >> torch.arange(4, device=device)) & 1)
-    low, high = signs.to(block.dtype) @ x
-    return (high[:, None] + low).reshape(256, 2, -1, B)
+    x = block.reshape(len(block), -1, 2, 8, 2, 4, 2).flip(2, 3)
+    x = x.permute(3, 4, 1, 5, 6, 2, 0)
+    return byte_sums(x.reshape(8, -1, len(block))).reshape(256, 2, -1, len(block))
 
 
 def _add_rademacher_(
@@ -157,7 +188,7 @@ def _add_rademacher_(
     chunk = min(pairs, _CALLS // 4)
     blocks = max(1, min(_CALLS // (4 * chunk), _TABLE_BYTES // (256 * B * dtype.itemsize)))
     span = max(1, _TABLE_BYTES // (256 * 32 * B * dtype.itemsize))
-    philox = _Philox(projection.seed, Stream.RADEMACHER)
+    philox = _Philox(projection.seed, Stream.RADEMACHER, device)
     calls = torch.arange(4, device=device)
     # [columns in groups of 16, column bit 3, column bits 0-2, B]
     sums = torch.zeros(pairs // 8, 2, 8, B, dtype=torch.float64, device=device)
@@ -166,9 +197,10 @@ def _add_rademacher_(
         for start in range(0, pairs, chunk):
             pair = torch.arange(start, min(start + chunk, pairs), device=device)
             # [pairs, blocks * calls * bytes]: little-endian, the order of the table's groups
+            words = philox(4 * pair[:, None, None] + calls, index)
             values = [
-                word.to(torch.int32).view(torch.uint8).reshape(len(pair), -1)
-                for word in philox(4 * pair[:, None, None] + calls, index)
+                words[word % 2][word // 2].to(torch.int32).view(torch.uint8).reshape(len(pair), -1)
+                for word in range(4)
             ]
             target = sums[start // 8 : start // 8 + len(pair) // 8]
             for sub in range(0, len(index), span):
@@ -191,16 +223,20 @@ def _normal_pairs(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
     """Box-Muller on words in the low 32 bits of int64, within 1e-6 also in float32."""
     if dtype == torch.float64:
         return box_muller(a & _MASK, b & _MASK)
-    # float64 for the logarithm alone: near 1 and near 0 it needs digits float32 does not have
-    log = ((a & _MASK).double() + 1).mul_(2.0**-32).log_()
-    radius = log.mul_(-2).sqrt_().float()
+    # u = (a + 1) / 2**32 as a float32 and what that leaves out, which near 1 decides the logarithm
+    signed = a.to(torch.int32)
+    turn = (signed >> 31).float()
+    part = signed.float().mul_(2.0**-32).add_(2.0**-32)
+    u = part - turn
+    rest = part.sub_(turn.add_(u)).div_(u)
+    radius = u.log_().add_(rest).mul_(-2).sqrt_()
     # half a turn is a sign bit; the angle left, below a quarter turn, keeps more digits
     b = b.to(torch.int32)
     double = b << 1
-    sign = (b ^ double).bitwise_and_(-(2**31))
+    sign = b.bitwise_xor_(double).bitwise_and_(-(2**31))
     radius.view(torch.int32).bitwise_xor_(sign)
     angle = double.float().mul_(math.pi * 2.0**-32)
-    return radius * angle.cos(), radius * angle.sin()
+    return angle.cos().mul_(radius), angle.sin_().mul_(radius)
 
 
 def _add_normal_(grads: Tensor, projection: Projection, offset: int, dtype: torch.dtype) -> Tensor:
@@ -208,17 +244,15 @@ def _add_normal_(grads: Tensor, projection: Projection, offset: int, dtype: torc
     B, K, device = len(grads), projection.proj_dim, grads.device
     chunk = min(K, _CALLS // 4)
     units = max(1, min(_CALLS // (4 * chunk), _TABLE_BYTES // (16 * B * dtype.itemsize)))
-    philox = _Philox(projection.seed, Stream.NORMAL)
+    philox = _Philox(projection.seed, Stream.NORMAL, device)
     sums = torch.zeros(B, K, dtype=torch.float64, device=device)
     for first, block in _aligned_blocks(grads, offset, 16, 16 * units, dtype):
-        # parameter = 16 unit + 8 half + 2 call + p0: [half, p0, B, calls]
-        x = block.reshape(B, -1, 2, 4, 2).permute(2, 4, 0, 1, 3).reshape(2, 2, B, -1)
-        index = 4 * first + torch.arange(x.shape[3], device=device)[:, None]
+        # parameter = 16 unit + 8 half + 2 call + p0: [p0, B, half and call]
+        x = block.reshape(B, -1, 2, 4, 2).permute(4, 0, 2, 1, 3).reshape(2, B, -1)
+        index = 4 * first + torch.arange(x.shape[2] // 2, device=device)[:, None]
         for start in range(0, K, chunk):
             columns = torch.arange(start, min(start + chunk, K), device=device)
-            words = philox(columns, index)
-            target = sums[:, start : start + len(columns)]
-            for half in (0, 1):
-                even, odd = _normal_pairs(words[2 * half], words[2 * half + 1], dtype)
-                target += torch.addmm(x[half, 0] @ even, x[half, 1], odd)
+            pairs = _normal_pairs(*philox(columns, index), dtype)
+            even, odd = (entries.view(-1, len(columns)) for entries in pairs)
+            sums[:, start : start + len(columns)] += torch.addmm(x[0] @ even, x[1], odd)
     return sums

@@ -12,10 +12,15 @@ from torch import Tensor
 
 from .sjlt import MIN_PROJ_DIM, project_sjlt
 from .streams import MAX_SEED
+from .xorwow import GROUP, project_fast_jl_
 
 DENSE_KINDS = ("rademacher", "normal")
 KINDS = (*DENSE_KINDS, "sjlt", "none")
 IMPLEMENTATIONS = ("torch", "triton")
+GENERATORS = ("philox", "fast_jl")
+
+# streaming multiprocessors of the cards TRAK's features are made on
+NUM_SMS = {"v100": 80, "a6000": 84, "a100": 108, "4090": 128, "h100": 132, "h200": 132, "l40s": 142}
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # column coordinates of the stream: see the specification in `reference`
@@ -34,13 +39,24 @@ class Projection:
             ``"none"``, the identity (features are the gradients themselves: small models only).
         proj_dim: ``K``, a positive integer; 0 for ``"none"``, whose K is the number of parameters.
         seed: key of the random stream, in ``[0, 2**63)``.
-        generator: random stream of the dense kinds; ``"philox"``.
+        generator: random stream of the dense kinds: ``"philox"``, or ``"fast_jl"``, TRAK's CUDA
+            projector bit for bit on any device. That matrix depends on P and on the card it is made
+            on, its K is a multiple of 32 and its seed below 2**32, and it is statistically poor for
+            small P (several times the theoretical error at P = 1,000): it is here to continue
+            features made elsewhere.
+        num_sms: for ``"fast_jl"`` only, and then required: streaming multiprocessors of the card to
+            imitate, a number or one of ``"v100"``, ``"a6000"``, ``"a100"``, ``"4090"``,
+            ``"h100"``, ``"h200"``, ``"l40s"``; kept as the number.
+        half_inputs: for ``"fast_jl"`` only: round gradients, and normal entries, to float16 as
+            TRAK's kernel does. Entries beyond 65504 become infinite, those below 3e-8 zero.
     """
 
     kind: str
     proj_dim: int
     seed: int = 0
     generator: str = "philox"
+    num_sms: int | str | None = None
+    half_inputs: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -60,8 +76,38 @@ class Projection:
             raise TypeError(f"seed must be an int, got {type(self.seed).__name__}")
         if not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"seed must be in [0, 2**63), got {self.seed}")
-        if self.generator != "philox":
-            raise ValueError(f"generator must be 'philox', got {self.generator!r}")
+        if self.generator not in GENERATORS:
+            raise ValueError(f"generator must be 'philox' or 'fast_jl', got {self.generator!r}")
+        if self.generator == "fast_jl":
+            self._check_fast_jl()
+        elif self.num_sms is not None:
+            raise ValueError(
+                f"num_sms must be None for generator 'philox', got {self.num_sms!r}: its matrix "
+                "does not depend on the card"
+            )
+        elif self.half_inputs:
+            raise ValueError("half_inputs must be False for generator 'philox', got True")
+
+    def _check_fast_jl(self) -> None:
+        if self.kind not in DENSE_KINDS:
+            raise ValueError(
+                f"kind must be 'rademacher' or 'normal' for generator 'fast_jl', got {self.kind!r}"
+            )
+        if self.proj_dim % GROUP:
+            raise ValueError(
+                f"proj_dim must be a multiple of {GROUP} for generator 'fast_jl', "
+                f"got {self.proj_dim}"
+            )
+        if self.seed >= 2**32:
+            raise ValueError(f"seed must be below 2**32 for generator 'fast_jl', got {self.seed}")
+        num_sms = NUM_SMS.get(self.num_sms) if isinstance(self.num_sms, str) else self.num_sms
+        if isinstance(num_sms, bool) or not isinstance(num_sms, int) or num_sms < 1:
+            raise ValueError(
+                f"num_sms must be a positive int or one of {', '.join(NUM_SMS)} for generator "
+                f"'fast_jl', got {self.num_sms!r}"
+            )
+        # the value is the number: a card's name means nothing to the matrix
+        object.__setattr__(self, "num_sms", num_sms)
 
     def num_features(self, grad_dim: int) -> int:
         """``K`` for a gradient of ``grad_dim`` parameters."""
@@ -77,6 +123,7 @@ def project(
     projection: Projection,
     *,
     shapes: Sequence[Sequence[int]] | None = None,
+    scale: float | None = None,
     implementation: str | None = None,
 ) -> Tensor:
     r"""Random projection of per-sample gradients, the matrix never stored.
@@ -88,12 +135,14 @@ def project(
     Args:
         grads: ``[B, P]`` float32, float16, bfloat16 or float64, last dimension contiguous. Inputs
             are not rounded: float32 gradients keep float32 accuracy on every implementation.
-        projection: the random matrix, scaled by ``K**-0.5`` for the dense kinds. TRAK's own
-            projectors leave that factor out.
+        projection: the random matrix.
         shapes: shapes of the parameters whose flattened gradients make up a row, in order. Required
             by kind ``"sjlt"``, which sketches parameter by parameter; ignored by the others.
+        scale: factor on the entries (±1 or N(0, 1)) of a dense kind, ``K**-0.5`` if ``None``.
+            TRAK's own projectors have 1.
         implementation: ``"torch"``, ``"triton"``, or ``None`` for Triton on a GPU and torch
             elsewhere. ``"triton"`` never falls back. Both give the same features to rounding.
+            Generator ``"fast_jl"`` runs in torch on every device.
 
     Returns:
         ``[B, K]`` features, float32 (float64 for float64 ``grads``, which only torch takes). A
@@ -102,7 +151,8 @@ def project(
     Raises:
         TypeError: ``grads`` is not floating, or is float64 and ``implementation`` is ``"triton"``.
         ValueError: ``grads`` is not ``[B, P]`` with contiguous rows, ``shapes`` is missing or does
-            not add up to P, or ``implementation`` is unknown or cannot run on the device.
+            not add up to P, ``scale`` is given for a kind that has none, or ``implementation`` is
+            unknown or cannot run on the device.
 
     Source:
         TRAK, Park et al. 2023 (arXiv:2303.14186), section 3; ±1 entries after Achlioptas 2003.
@@ -112,7 +162,11 @@ def project(
     K = projection.num_features(P)
     out = grads.new_zeros(B, K, dtype=_feature_dtype(grads))
     if projection.kind != "sjlt":
-        return project_(grads, projection, out=out, grad_dim=P, implementation=implementation)
+        return project_(
+            grads, projection, out=out, grad_dim=P, scale=scale, implementation=implementation
+        )
+    if scale is not None:
+        raise ValueError(f"scale must be None for kind 'sjlt', got {scale}")
     if shapes is None:
         raise ValueError("shapes must be given for kind 'sjlt', got None")
     if sum(math.prod(shape) for shape in shapes) != P:
@@ -128,6 +182,7 @@ def project_(
     offset: int = 0,
     out: Tensor,
     grad_dim: int | None = None,
+    scale: float | None = None,
     implementation: str | None = None,
 ) -> Tensor:
     """Add the features of some columns of the gradients: ``out += grads @ R[offset : offset + C]``.
@@ -142,7 +197,9 @@ def project_(
         offset: parameter index of the first column.
         out: ``[B, K]`` features, last dimension contiguous; float64 if ``grads`` is, else float32.
             ``[B, P]`` for kind ``"none"``, which adds to the columns themselves.
-        grad_dim: ``P``; if given, ``offset + C`` must not exceed it.
+        grad_dim: ``P``; if given, ``offset + C`` must not exceed it. Required by generator
+            ``"fast_jl"``, whose matrix depends on it.
+        scale: see `project`.
         implementation: see `project`.
 
     Returns:
@@ -150,8 +207,8 @@ def project_(
 
     Raises:
         TypeError: a dtype is not one of the above.
-        ValueError: a shape, a stride, ``offset``, the kind or ``implementation`` is not as above,
-            or the tensors are on different devices.
+        ValueError: a shape, a stride, ``offset``, ``grad_dim``, the kind, ``scale`` or
+            ``implementation`` is not as above, or the tensors are on different devices.
     """
     _check_grads(grads)
     (B, C), K = grads.shape, projection.proj_dim
@@ -180,11 +237,31 @@ def project_(
         )
     if out.device != grads.device:
         raise ValueError(f"out must be on the device of grads, {grads.device}, got {out.device}")
-    implementation = _choose(grads, implementation)
+    if projection.kind == "none" and scale is not None:
+        raise ValueError(f"scale must be None for kind 'none', got {scale}")
+    if projection.generator == "fast_jl":
+        check_torch_only(implementation, "generator 'fast_jl'")
+        if grad_dim is None:
+            raise ValueError("grad_dim must be given for generator 'fast_jl', got None")
+    implementation = choose_implementation(grads, implementation)
     if projection.kind == "none":
         out[:, offset : offset + C] += grads
+        return out
+    factor = K**-0.5 if scale is None else float(scale)
+    if projection.generator == "fast_jl":
+        _project_fast_jl_(
+            grads,
+            out,
+            projection.kind == "normal",
+            projection.seed,
+            projection.num_sms,
+            offset,
+            grad_dim,
+            projection.half_inputs,
+            factor,
+        )
     else:
-        _project_(grads, out, projection.kind, K, projection.seed, offset, implementation)
+        _project_(grads, out, projection.kind, K, projection.seed, offset, factor, implementation)
     return out
 
 
@@ -221,16 +298,28 @@ def check_features(features: Tensor, name: str = "features") -> Tensor:
     return features
 
 
-def check_sjlt_implementation(implementation: str | None) -> None:
-    """Kind ``"sjlt"`` runs in torch on every device so far.
+def check_torch_only(implementation: str | None, what: str) -> None:
+    """Some maps run in torch on every device.
+
+    Args:
+        implementation: what was asked for.
+        what: the map, for the error.
 
     Raises:
         ValueError: ``implementation`` is something else.
     """
     if implementation not in (None, "torch"):
         raise ValueError(
-            f"implementation must be 'torch' or None for kind 'sjlt', got {implementation!r}"
+            f"implementation must be 'torch' or None for {what}, got {implementation!r}"
         )
+
+
+def check_sjlt_implementation(implementation: str | None) -> None:
+    """Dense gradients are sketched in torch: the Triton kernel of ``"sjlt"`` never forms any.
+
+    `GradientSketcher` launches it inside the backward. See `check_torch_only` for what is raised.
+    """
+    check_torch_only(implementation, "kind 'sjlt'")
 
 
 def _feature_dtype(grads: Tensor) -> torch.dtype:
@@ -248,7 +337,7 @@ def _check_grads(grads: Tensor) -> None:
         )
 
 
-def _choose(grads: Tensor, implementation: str | None) -> str:
+def choose_implementation(grads: Tensor, implementation: str | None) -> str:
     """The implementation for a tensor, or why it cannot be the one asked for."""
     if implementation is None:
         on_gpu = grads.device.type == "cuda" and grads.dtype != torch.float64
@@ -277,17 +366,18 @@ def _project_(
     proj_dim: int,
     seed: int,
     offset: int,
+    scale: float,
     implementation: str,
 ) -> None:
     projection = Projection(kind, proj_dim, seed)
     if implementation == "triton":
         from .projection import launch_project
 
-        launch_project(grads, projection, offset, out)
+        launch_project(grads, projection, offset, out, scale=scale)
     else:
         from .dense import project_dense_
 
-        project_dense_(grads, projection, offset, out)
+        project_dense_(grads, projection, offset, out, scale)
 
 
 @_project_.register_fake
@@ -298,6 +388,37 @@ def _(
     proj_dim: int,
     seed: int,
     offset: int,
+    scale: float,
     implementation: str,
+) -> None:
+    return None
+
+
+@torch.library.custom_op("dtrak_kernels::project_fast_jl_", mutates_args={"out"})
+def _project_fast_jl_(
+    grads: Tensor,
+    out: Tensor,
+    is_normal: bool,
+    seed: int,
+    num_sms: int,
+    offset: int,
+    grad_dim: int,
+    half_inputs: bool,
+    scale: float,
+) -> None:
+    project_fast_jl_(grads, out, is_normal, seed, num_sms, offset, grad_dim, half_inputs, scale)
+
+
+@_project_fast_jl_.register_fake
+def _(
+    grads: Tensor,
+    out: Tensor,
+    is_normal: bool,
+    seed: int,
+    num_sms: int,
+    offset: int,
+    grad_dim: int,
+    half_inputs: bool,
+    scale: float,
 ) -> None:
     return None

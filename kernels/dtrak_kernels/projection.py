@@ -364,10 +364,11 @@ def _row_scale(grads: Tensor) -> Tensor:
 
 def _project_packed(
     grads: Tensor,
-    scale: Tensor,
+    row_scale: Tensor,
     out: Tensor,
     projection: Projection,
     offset: int,
+    scale: float,
     dtype: torch.dtype,
     config: Config,
 ) -> None:
@@ -375,7 +376,7 @@ def _project_packed(
     B, C = grads.shape
     is_split = grads.dtype == torch.float32
     rows = 2 * B if is_split else B
-    factor = projection.proj_dim**-0.5 / scale
+    factor = scale / row_scale
     blocks = max(1, _PACK_BYTES // (512 * rows))
     end = triton.cdiv(offset + C, 256)
     for first in range(offset // 256, end, blocks):
@@ -383,7 +384,7 @@ def _project_packed(
         values = torch.empty(rows, 256 * count, dtype=dtype, device=grads.device)
         _pack_kernel[(triton.cdiv(256 * count, 1024), B)](
             grads_ptr=grads,
-            scale_ptr=scale,
+            scale_ptr=row_scale,
             values_ptr=values,
             B=B,
             C=C,
@@ -397,28 +398,35 @@ def _project_packed(
 
 
 def _project_rows(
-    grads: Tensor, projection: Projection, offset: int, out: Tensor, config: Config
+    grads: Tensor,
+    projection: Projection,
+    offset: int,
+    out: Tensor,
+    scale: float,
+    config: Config,
 ) -> None:
     B, C = grads.shape
+
+    def packed(start: int, stop: int, row_scale: Tensor, dtype: torch.dtype) -> None:
+        part = grads[:, start:stop]
+        _project_packed(part, row_scale, out, projection, offset + start, scale, dtype, config)
+
     if grads.dtype == torch.float32 or projection.kind == "normal":
-        _project_packed(grads, _row_scale(grads), out, projection, offset, torch.float16, config)
+        packed(0, C, _row_scale(grads), torch.float16)
         return
     ones = torch.ones(B, dtype=torch.float32, device=grads.device)
     head = min(-offset % 256, C)
     body = grads[:, head : C - (offset + C) % 256]
     is_aligned = grads.stride(0) % 16 == 0 and body.data_ptr() % 16 == 0
     if body.shape[1] < 256 or not is_aligned:
-        _project_packed(grads, ones, out, projection, offset, grads.dtype, config)
+        packed(0, C, ones, grads.dtype)
         return
     # whole aligned blocks are read where they lie
     tail = head + body.shape[1]
-    factor = projection.proj_dim**-0.5 * ones
-    _accumulate(body, factor, out, projection, (offset + head) // 256, config)
+    _accumulate(body, scale * ones, out, projection, (offset + head) // 256, config)
     for start, stop in ((0, head), (tail, C)):
         if start < stop:
-            _project_packed(
-                grads[:, start:stop], ones, out, projection, offset + start, grads.dtype, config
-            )
+            packed(start, stop, ones, grads.dtype)
 
 
 def launch_project(
@@ -427,6 +435,8 @@ def launch_project(
     offset: int,
     out: Tensor,
     config: Config | None = None,
+    *,
+    scale: float | None = None,
 ) -> Tensor:
     """Add ``grads @ R[offset : offset + C]`` to ``out``, R being the scaled projection matrix.
 
@@ -436,6 +446,7 @@ def launch_project(
         offset: parameter index of the first column.
         out: ``[B, K]`` float32, last dimension contiguous. Added to.
         config: launch configuration; the tuned or default one of the device if ``None``.
+        scale: factor on the entries, ``K**-0.5`` if ``None``.
 
     Returns:
         ``out``. The same inputs on the same device give the same bits.
@@ -443,8 +454,10 @@ def launch_project(
     if grads.numel() == 0:
         return out
     config = config or _config(projection.kind, grads, projection.proj_dim)
+    scale = projection.proj_dim**-0.5 if scale is None else scale
     # a batch so large that one span of partial sums would not fit is cut
     step = max(config.block_b, min(32768, _PARTIAL_BYTES // (8 * projection.proj_dim)))
     for row in range(0, len(grads), step):
-        _project_rows(grads[row : row + step], projection, offset, out[row : row + step], config)
+        rows = slice(row, row + step)
+        _project_rows(grads[rows], projection, offset, out[rows], scale, config)
     return out

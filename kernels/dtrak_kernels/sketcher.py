@@ -26,7 +26,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .accumulators import make_accumulator
 from .ops import Projection
-from .weight_gradient import weight_grads
 
 ParameterChoice = Iterable[str] | Callable[[str, nn.Parameter], bool] | None
 
@@ -38,7 +37,8 @@ class _Layer:
     name: str
     module: nn.Module
     owned: dict[str, int]
-    depth: int = 0
+    # versions of the inputs of the forwards that are running, innermost last
+    versions: list[list[int]] = field(default_factory=list)
 
 
 @dataclass
@@ -49,6 +49,8 @@ class _Call:
     kwargs: dict[str, Any]
     versions: list[int]
     autocast: tuple[str, bool, torch.dtype]
+    # only for modules without a rule, which are recomputed
+    output: Tensor | None
 
 
 @dataclass
@@ -71,9 +73,14 @@ class GradientSketcher:
     ``named_parameters()`` order.
 
     Linear, Conv2d (any stride, padding, dilation and groups), GroupNorm and LayerNorm have rules of
-    their own. Any other module that owns parameters is recomputed sample by sample in the backward,
-    which is exact when it treats the rows of its batch independently and returns one tensor.
-    Everything else is refused by name, never skipped.
+    their own. Any other module that owns parameters is recomputed sample by sample in the backward:
+    exact when it is deterministic, treats the rows of its batch independently and returns one
+    tensor. Everything else is refused by name, never skipped.
+
+    Rows are told by their number: a first dimension of ``B · rows_per_sample`` is taken for the
+    batch. A tensor that is shared by all samples is therefore mistaken for one if its first
+    dimension happens to have that size (a table of positions as long as the batch is large):
+    give such tensors a leading dimension of their own, or leave their parameters out.
 
     Args:
         model: the module whose parameters are differentiated. It is not modified outside `batch`.
@@ -82,7 +89,9 @@ class GradientSketcher:
             that requires a gradient.
         rows_per_sample: S, consecutive rows of the forward batch that belong to one sample
             (timesteps, tokens); their gradients are summed.
-        implementation: implementation of the dense kinds, see `project_`.
+        implementation: ``"torch"``, ``"triton"``, or ``None`` for Triton on a GPU and torch
+            elsewhere; ``"triton"`` never falls back. Kind ``"sjlt"`` with Triton makes the gradient
+            of a linear or convolution weight and its sketch in one kernel.
 
     Attributes:
         parameter_names: names of the chosen parameters, in flattening order.
@@ -91,8 +100,9 @@ class GradientSketcher:
         proj_dim: ``K``, the width of the features.
 
     Raises:
-        ValueError: no parameter is chosen, a name is unknown, ``rows_per_sample`` is not positive,
-            the model is compiled, or it mixes samples (batch normalisation on batch statistics).
+        ValueError: no parameter is chosen or one is not real, a name is unknown,
+            ``rows_per_sample`` is not positive, the model is compiled, it mixes samples (batch
+            normalisation on batch statistics), or ``implementation`` is unknown.
     """
 
     def __init__(
@@ -133,6 +143,7 @@ class GradientSketcher:
         self._refuse_mixing()
         self._accumulator = make_accumulator(self.shapes, projection, implementation)
         self._batch: _Batch | None = None
+        self._frozen = [0] * len(self._parameters)
         self._recomputing = False
 
     @property
@@ -199,13 +210,14 @@ class GradientSketcher:
         chosen = {id(parameter) for parameter in self._parameters}
         before = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         handles: list[Any] = []
+        self._frozen = [0] * len(self._parameters)
         try:
             for parameter, _ in before:
                 parameter.requires_grad_(id(parameter) in chosen)
             for name, parameter in zip(self.parameter_names, self._parameters, strict=True):
                 handles.append(parameter.register_hook(_refuse_functional_use(name)))
             for layer in self._layers:
-                layer.depth = 0
+                layer.versions.clear()
                 handles.append(
                     layer.module.register_forward_pre_hook(self._before(layer), with_kwargs=True)
                 )
@@ -241,8 +253,9 @@ class GradientSketcher:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._recomputing:
                 return
-            layer.depth += 1
-            for attribute in layer.owned:
+            layer.versions.append([x._version for x in _tensors((args, kwargs))])
+            for attribute, index in layer.owned.items():
+                self._frozen[index] += 1
                 getattr(module, attribute).requires_grad_(False)
 
         return hook
@@ -254,9 +267,11 @@ class GradientSketcher:
             batch = self._batch
             if self._recomputing or batch is None:
                 return None
-            layer.depth -= 1
-            if layer.depth == 0:
-                for attribute in layer.owned:
+            before = layer.versions.pop()
+            for attribute, index in layer.owned.items():
+                self._frozen[index] -= 1
+                # a parent that owns the same parameter may still be running
+                if self._frozen[index] == 0:
                     getattr(module, attribute).requires_grad_(True)
             if not torch.is_grad_enabled():
                 batch.without_grad.add(layer.name)
@@ -268,7 +283,12 @@ class GradientSketcher:
                     f"its parameters {', '.join(layer.owned)} to be attributed, got "
                     f"{type(output).__name__}"
                 )
-            inputs = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+            inputs = _tensors((args, kwargs))
+            if [x._version for x in inputs] != before:
+                raise RuntimeError(
+                    f"module {layer.name!r} ({type(module).__name__}) changes its input in place: "
+                    "its gradient cannot be recomputed"
+                )
             rows = output.shape[0] if output.ndim else 0
             if not inputs or rows != batch.rows or not any(_has_rows(x, rows) for x in inputs):
                 raise RuntimeError(
@@ -277,6 +297,7 @@ class GradientSketcher:
                     f"{list(output.shape)} from inputs {[list(x.shape) for x in inputs]}: work "
                     "shared between samples has no per-sample gradient"
                 )
+            rule = _rule(module, args, kwargs)
             if not output.requires_grad:
                 # nothing upstream needs a gradient, yet this layer's output gradient must be seen
                 output = output + batch.anchor.to(output.dtype)
@@ -291,6 +312,7 @@ class GradientSketcher:
                     torch.is_autocast_enabled(device_type),
                     torch.get_autocast_dtype(device_type),
                 ),
+                None if rule else output.detach().clone(),
             )
             output.register_hook(lambda grads: self._receive(layer, call, grads))
             return output
@@ -302,17 +324,14 @@ class GradientSketcher:
         batch = self._batch
         if batch is None:
             raise RuntimeError("backward must run inside the batch its forward ran in")
-        inputs = [
-            leaf for leaf in tree_flatten((call.args, call.kwargs))[0] if isinstance(leaf, Tensor)
-        ]
-        if [x._version for x in inputs] != call.versions:
+        if [x._version for x in _tensors((call.args, call.kwargs))] != call.versions:
             raise RuntimeError(
                 f"an input of module {layer.name!r} ({type(layer.module).__name__}) was changed in "
                 "place after its forward: its gradient would be wrong"
             )
         module = layer.module
-        rule = _rule(module)
-        if rule is None or len(call.args) != 1 or call.kwargs:
+        rule = _rule(module, call.args, call.kwargs)
+        if rule is None:
             self._recompute(layer, call, output_grads, batch)
             return
         x = call.args[0]
@@ -334,16 +353,15 @@ class GradientSketcher:
         index = layer.owned.get("weight")
         if index is None:
             return
-        accumulator = self._accumulator
-        for part in weight_grads(
+        self._accumulator.add_weight(
+            index,
             module,
-            x,
+            # what the layer multiplied, where autocast rounded its input
+            x.to(output_grads.dtype),
             output_grads,
+            batch.features,
             batch.rows_per_sample,
-            all_samples=accumulator.all_samples,
-            row_multiple=accumulator.row_multiple(index),
-        ):
-            accumulator.add(index, part.grads, batch.features, part.samples, part.rows.start)
+        )
 
     def _recompute(self, layer: _Layer, call: _Call, output_grads: Tensor, batch: _Batch) -> None:
         """The fallback: differentiate the module again, one sample at a time."""
@@ -370,7 +388,10 @@ class GradientSketcher:
                         attribute: parameter.detach().requires_grad_()
                         for attribute, parameter in parameters.items()
                     }
-                    output = torch.func.functional_call(module, values, args, kwargs)
+                    output = torch.func.functional_call(
+                        module, values, args, kwargs, tie_weights=False
+                    )
+                    _check_recomputed(layer, output, call, rows)
                     grads = torch.autograd.grad(
                         output, list(values.values()), output_grads[rows], allow_unused=True
                     )
@@ -386,6 +407,22 @@ class GradientSketcher:
             self._recomputing = False
 
 
+def _check_recomputed(layer: _Layer, output: Tensor, call: _Call, rows: slice) -> None:
+    """Refuse a module that does not give the same output twice, or alone as in its batch."""
+    assert call.output is not None
+    original = call.output[rows]
+    difference = (output.detach() - original).norm()
+    if not difference <= torch.finfo(original.dtype).eps ** 0.5 * original.norm():
+        raise RuntimeError(
+            f"module {layer.name!r} ({type(layer.module).__name__}) gives another output when it "
+            "is recomputed for one sample: it is random, has a state, or mixes samples"
+        )
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
 def _choose_parameters(model: nn.Module, choice: ParameterChoice) -> dict[str, nn.Parameter]:
     named = dict(model.named_parameters())
     if choice is None:
@@ -399,6 +436,11 @@ def _choose_parameters(model: nn.Module, choice: ParameterChoice) -> dict[str, n
             hint = f"; the closest is {close[0]!r}" if close else ""
             raise ValueError(f"parameters must name parameters of the model, got {name!r}{hint}")
         chosen = {name: parameter for name, parameter in named.items() if name in names}
+    for name, parameter in chosen.items():
+        if not parameter.is_floating_point():
+            raise ValueError(
+                f"parameters must be real floating numbers, got {name!r} of {parameter.dtype}"
+            )
     if not chosen:
         raise ValueError("parameters must choose at least one parameter that requires a gradient")
     return chosen
@@ -483,8 +525,10 @@ _RULES: dict[type[nn.Module], Rule] = {
 }
 
 
-def _rule(module: nn.Module) -> Rule | None:
-    """The module's own rule, if its forward is the one the rule was written for."""
+def _rule(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rule | None:
+    """The module's own rule, if its forward and its input are what the rule was written for."""
+    if len(args) != 1 or kwargs or (isinstance(module, nn.Conv2d) and args[0].ndim != 4):
+        return None
     for kind, rule in _RULES.items():
         if (
             isinstance(module, kind)

@@ -1,0 +1,104 @@
+"""A projector for the dattri library, on any device, its matrix never stored.
+
+    from dattri.func import projection
+    projection.BasicProjector = projection.CudaProjector = DattriProjector
+
+dattri looks its classes up in that module when it needs one, so every attributor that projects
+then uses this one. It is not a subclass of dattri's ``AbstractProjector``: it has its attributes
+and methods, and dattri need not be installed.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapters import keyed_seed, kind_of, project_any
+from .ops import Projection
+
+
+class DattriProjector:
+    """dattri's ``AbstractProjector``: features divided by √K, in the dtype of the gradients.
+
+    Members of an ensemble have matrices of their own: the key of the random stream is two words,
+    ``seed`` and ``ensemble_id``.
+
+    Args:
+        feature_dim: ``P``.
+        proj_dim: ``K``.
+        seed: in ``[0, 2**32)``.
+        proj_type: ``"rademacher"``, ``"normal"``, or ``"sjlt"``, which needs a dictionary; a string
+            or a member of dattri's enumeration. dattri's other kinds are refused.
+        device: where to project; gradients are moved there.
+        dtype: accepted for dattri's sake.
+        grass_multiplier: accepted for dattri's sake.
+        implementation: see `project`.
+
+    Raises:
+        ValueError: ``proj_type`` is none of the above, or see `Projection`.
+
+    Source:
+        ``dattri/func/projection.py``, ``AbstractProjector`` and ``make_random_projector``.
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        proj_dim: int,
+        seed: int,
+        proj_type: Any,
+        device: torch.device | str,
+        *,
+        dtype: torch.dtype | None = None,
+        grass_multiplier: int | None = None,
+        implementation: str | None = None,
+    ) -> None:
+        self.feature_dim = operator.index(feature_dim)
+        self.proj_dim = operator.index(proj_dim)
+        self.seed = operator.index(seed)
+        self.kind = kind_of(proj_type, ("rademacher", "normal", "sjlt"))
+        self.proj_type = proj_type
+        self.device = device
+        self.implementation = implementation
+        self.projection(0)
+
+    def projection(self, ensemble_id: int) -> Projection:
+        """The random matrix of a member of the ensemble.
+
+        Raises:
+            ValueError: ``ensemble_id`` is not in ``[0, 2**31)``.
+        """
+        seed = keyed_seed(self.seed, operator.index(ensemble_id), "ensemble_id")
+        return Projection(self.kind, self.proj_dim, seed)
+
+    def project(self, features: Mapping[str, Tensor] | Tensor, ensemble_id: int) -> Tensor:
+        """Project a batch.
+
+        Args:
+            features: ``{name: [B, *shape]}`` or ``[B, P]``, floating.
+            ensemble_id: the member of the ensemble.
+
+        Returns:
+            ``[B, K]`` on this projector's device, in the dtype of ``features``.
+
+        Raises:
+            TypeError: ``features`` is not floating.
+            ValueError: they do not have ``feature_dim`` columns.
+        """
+        projected = project_any(
+            features,
+            self.projection(ensemble_id),
+            self.feature_dim,
+            self.device,
+            scale=None,
+            implementation=self.implementation,
+        )
+        first = next(iter(features.values())) if isinstance(features, Mapping) else features
+        return projected.to(first.dtype)
+
+    def free_memory(self) -> None:
+        """Nothing to free: the matrix is never stored."""
