@@ -9,6 +9,7 @@ import io
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -417,7 +418,8 @@ def _hub_records(name: str, split: str) -> Iterator[_Record]:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(name, split=split)
+        with _offline_without_a_hub(name):
+            loaded = datasets.load_dataset(name, split=split)
     # the library raises some ten unrelated types here: no such name, no network, no such split, …
     except Exception as error:
         raise DataError(
@@ -425,6 +427,32 @@ def _hub_records(name: str, split: str) -> Iterator[_Record]:
             f"failed ({type(error).__name__}: {_first_line(error)}); data must be {KINDS}"
         ) from error
     yield from _dataset_records(loaded, f"{name}/{split}")
+
+
+@contextmanager
+def _offline_without_a_hub(name: str) -> Iterator[None]:
+    """Load from the cache alone where the hub cannot be reached, instead of half a minute later."""
+    import datasets
+    import huggingface_hub
+
+    modules: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    try:
+        huggingface_hub.HfApi().dataset_info(name, timeout=10)
+        offline = False
+    except huggingface_hub.errors.HfHubHTTPError:
+        # it answered, if only that there is no such data set
+        offline = False
+    # whatever the client raises when there is no connection: it differs between its versions
+    except Exception:
+        offline = True
+    try:
+        for module in modules:
+            module.HF_HUB_OFFLINE = module.HF_HUB_OFFLINE or offline
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = value
 
 
 def _dataset_records(dataset: Any, name: str) -> Iterator[_Record]:

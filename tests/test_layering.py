@@ -15,6 +15,7 @@ ALLOWED = {
         "diffusers",
         "dtrak",
         "dtrak_kernels",
+        "huggingface_hub",
         "matplotlib",
         "numpy",
         "PIL",
@@ -31,7 +32,7 @@ ALLOWED = {
 # the adapters are what other libraries' users import, so they may know those libraries
 ADAPTERS = {"trak.py": {"trak"}, "trak_scores.py": {"trak"}}
 # a kernel file may import triton when it is loaded; nothing else may
-KERNEL_FILES = {"gram_kernel.py", "philox.py", "projection.py", "sketch_kernel.py", "xorwow.py"}
+KERNEL_FILES = {"gram_kernel.py", "philox.py", "projection.py", "sketch_kernel.py"}
 DIFFUSION_WORDS = ("diffusion", "diffusers", "timestep", "unet", "noise schedule")
 
 
