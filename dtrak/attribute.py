@@ -285,7 +285,7 @@ def _load_model_and_data(run: _Run) -> tuple[DiffusionModel, ImageData]:
             f"{folder} must hold model_index.json, got a folder without it: delete it to train anew"
         )
     checkpoint = plan.output / "training.pt"
-    with run.stage(_TRAINING) as progress:
+    with run.stage(_TRAINING) as progress, _one_thread():
         model.unet.to(plan.device)
         train(model, data.images, recipe, checkpoint=checkpoint, progress=progress)
     # written beside, then renamed: a killed run leaves no half model that passes for a whole one
@@ -294,6 +294,21 @@ def _load_model_and_data(run: _Run) -> tuple[DiffusionModel, ImageData]:
     partial.rename(folder)
     checkpoint.unlink(missing_ok=True)
     return load_model(folder), data
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Run on one CPU thread: layers this small gain a quarter from a second one on an idle machine.
+
+    On a busy one its threads wait for each other at every layer, and training takes ten times as
+    long.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _check_source(option: str, value: str, names: list[str]) -> None:

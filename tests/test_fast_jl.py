@@ -99,7 +99,7 @@ def test_uniform_numbers_are_rounded_to_float32_as_curand_does():
     # near 1 that decides the radius: rarely, so no golden entry shows it
     words = torch.tensor([0, 1, 2**31 - 1, 2**31, 2**32 - 200, 2**32 - 100, 2**32 - 1])
     found = _uniform((words - 2**32 * (words >= 2**31)).to(torch.int32), 2.0**-32)
-    rounded = np.array(words, np.uint32).astype(np.float32) * np.float32(2.0**-32)
+    rounded = words.numpy().astype(np.uint32).astype(np.float32) * np.float32(2.0**-32)
     assert found.dtype == torch.float32
     assert np.array_equal(found.numpy(), rounded + np.float32(2.0**-33))
     assert found[-1] == 1
