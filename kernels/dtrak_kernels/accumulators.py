@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from .sjlt import ParameterSketch, as_matrix, from_matrix, matrix_shape, sketch_
 from .weight_gradient import weight_grads
 
 
-class Accumulator:
+class Accumulator(ABC):
     """Adds per-sample gradients of single parameters to features ``[B, K]``.
 
     Attributes:
@@ -32,6 +33,7 @@ class Accumulator:
         """Slices of rows of parameter ``index`` must begin at multiples of this."""
         return 1
 
+    @abstractmethod
     def add(
         self, index: int, grads: Tensor, out: Tensor, samples: slice, first_row: int = 0
     ) -> None:
@@ -44,7 +46,6 @@ class Accumulator:
             samples: the rows of ``out`` that ``grads`` belongs to.
             first_row: first row of the parameter's matrix.
         """
-        raise NotImplementedError
 
     def add_weight(
         self,
