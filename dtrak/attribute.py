@@ -61,8 +61,8 @@ from .features import (
     describe_differences,
     fill_store,
     fitting_batch_size,
-    write_atomically,
 )
+from .files import write_atomically
 from .generation import generate
 from .measure import StageClock, TensorMeter, available_bytes, format_bytes
 from .noise import MAX_TIMESTEPS

@@ -19,6 +19,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .files import write_atomically
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMN = "label"
@@ -222,10 +224,7 @@ def save_images(images: Tensor, folder: str | os.PathLike[str], prefix: str = ""
     paths = []
     for index, pixels in enumerate(to_uint8(images)):
         path = folder / f"{prefix}{index:05d}.png"
-        # a killed run must not leave half an image that looks like a finished one
-        partial = path.with_suffix(".partial")
-        partial.write_bytes(encode_png(pixels))
-        partial.replace(path)
+        write_atomically(path, encode_png(pixels))
         paths.append(path)
     return paths
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from dtrak_kernels import GradientSketcher, Projection, check_features
 from . import __version__
 from .data import ImageData
 from .diffusion import DiffusionModel, hash_model
+from .files import write_atomically
 from .measure import TensorMeter, available_bytes
 from .noise import sample_noise
 from .outputs import evaluate_output, training_target
@@ -353,19 +353,6 @@ def describe_differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:18]}…{text[-18:]}"
-
-
-def write_atomically(file: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new one."""
-    temporary = file.with_name(file.name + ".partial")
-    try:
-        with temporary.open("wb") as opened:
-            opened.write(content)
-            opened.flush()
-            os.fsync(opened.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def deciding_settings(

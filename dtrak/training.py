@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .diffusion import DiffusionModel, hash_model, hash_tensors
+from .files import write_atomically
 from .outputs import training_target
 
 Progress = Callable[[int, int], None]
@@ -100,19 +100,11 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 
 def save_atomically(state: Any, path: Path) -> None:
-    """``torch.save`` to a temporary file, then rename: a reader sees the old file or the new."""
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        # serialised in memory first: torch's own writer hides a full disk behind another error
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        with temporary.open("wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """``torch.save`` through `write_atomically`."""
+    # serialised in memory first: torch's own writer hides a full disk behind another error
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getbuffer())
 
 
 def _identity(model: DiffusionModel, images: Tensor, recipe: Recipe) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from dtrak.features import (
     describe_differences,
     fill_store,
     fitting_batch_size,
-    write_atomically,
 )
+from dtrak.files import write_atomically
 from dtrak_kernels import Projection
 
 CPU = torch.device("cpu")
