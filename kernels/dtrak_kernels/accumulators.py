@@ -8,9 +8,16 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .ops import IMPLEMENTATIONS, Projection, choose_implementation, project_
+from .kronecker import TwoSidedSketch, two_sided_parameters
+from .ops import (
+    IMPLEMENTATIONS,
+    Projection,
+    check_sketch_implementation,
+    choose_implementation,
+    project_,
+)
 from .sjlt import ParameterSketch, as_matrix, from_matrix, matrix_shape, sketch_parameters
-from .weight_gradient import weight_grads
+from .weight_gradient import WeightModule, weight_grads
 
 
 class Accumulator(ABC):
@@ -33,6 +40,10 @@ class Accumulator(ABC):
         """Slices of rows of parameter ``index`` must begin at multiples of this."""
         return 1
 
+    def forms_slices(self, module: nn.Module, output_grads: Tensor) -> bool:
+        """Whether `add_weight` forms the layer's gradient in slices and hands them to `add`."""
+        return True
+
     @abstractmethod
     def add(
         self, index: int, grads: Tensor, out: Tensor, samples: slice, first_row: int = 0
@@ -50,7 +61,7 @@ class Accumulator(ABC):
     def add_weight(
         self,
         index: int,
-        module: nn.Linear | nn.Conv2d,
+        module: WeightModule,
         x: Tensor,
         output_grads: Tensor,
         out: Tensor,
@@ -131,6 +142,12 @@ class SjltAccumulator(Accumulator):
             self.shapes, projection.proj_dim, projection.seed
         )
 
+    def forms_slices(self, module: nn.Module, output_grads: Tensor) -> bool:
+        """See `Accumulator.forms_slices`."""
+        if choose_implementation(output_grads, self.implementation) == "torch":
+            return True
+        return not isinstance(module, nn.Linear | nn.Conv2d)
+
     def row_multiple(self, index: int) -> int:
         """A slice is whole rows of tiles."""
         return self.sketches[index].tile[0] if matrix_shape(self.shapes[index]) else 1
@@ -138,18 +155,19 @@ class SjltAccumulator(Accumulator):
     def add_weight(
         self,
         index: int,
-        module: nn.Linear | nn.Conv2d,
+        module: WeightModule,
         x: Tensor,
         output_grads: Tensor,
         out: Tensor,
         rows_per_sample: int,
     ) -> None:
         """See `Accumulator.add_weight`."""
-        if choose_implementation(output_grads, self.implementation) == "torch":
+        if self.forms_slices(module, output_grads):
             super().add_weight(index, module, x, output_grads, out, rows_per_sample)
             return
         from .sketch_kernel import launch_sketch
 
+        assert isinstance(module, nn.Linear | nn.Conv2d)
         launch_sketch(module, x, output_grads, self.sketches[index], out, rows_per_sample)
 
     def add(
@@ -158,6 +176,51 @@ class SjltAccumulator(Accumulator):
         """See `Accumulator.add`."""
         sketch = self.sketches[index]
         if grads.ndim == 3:
+            sketch.add_matrix(grads, out[samples], first_row)
+        else:
+            sketch.add_vector(grads, out[samples])
+
+
+class KroneckerAccumulator(Accumulator):
+    """Two-sided: the factors of a layer's gradient are projected, then multiplied."""
+
+    def __init__(
+        self, shapes: Sequence[Sequence[int]], projection: Projection, implementation: str | None
+    ) -> None:
+        super().__init__(shapes)
+        check_sketch_implementation(implementation, projection.kind)
+        assert projection.factor_dim is not None
+        self.sketches = two_sided_parameters(
+            self.shapes, projection.proj_dim, projection.factor_dim, projection.seed
+        )
+
+    def forms_slices(self, module: nn.Module, output_grads: Tensor) -> bool:
+        """See `Accumulator.forms_slices`."""
+        return isinstance(module, nn.Embedding)
+
+    def add_weight(
+        self,
+        index: int,
+        module: WeightModule,
+        x: Tensor,
+        output_grads: Tensor,
+        out: Tensor,
+        rows_per_sample: int,
+    ) -> None:
+        """See `Accumulator.add_weight`."""
+        sketch = self.sketches[index]
+        if isinstance(module, nn.Embedding):
+            super().add_weight(index, module, x, output_grads, out, rows_per_sample)
+            return
+        assert isinstance(sketch, TwoSidedSketch)
+        sketch.add_product(module, x, output_grads, out, rows_per_sample)
+
+    def add(
+        self, index: int, grads: Tensor, out: Tensor, samples: slice, first_row: int = 0
+    ) -> None:
+        """See `Accumulator.add`."""
+        sketch = self.sketches[index]
+        if isinstance(sketch, TwoSidedSketch):
             sketch.add_matrix(grads, out[samples], first_row)
         else:
             sketch.add_vector(grads, out[samples])
@@ -184,6 +247,8 @@ def make_accumulator(
     """The accumulator of a projection for parameters of these shapes."""
     if projection.kind == "sjlt":
         return SjltAccumulator(shapes, projection, implementation)
+    if projection.kind == "kronecker":
+        return KroneckerAccumulator(shapes, projection, implementation)
     if projection.kind == "none":
         return ExactAccumulator(shapes)
     return DenseAccumulator(shapes, projection, implementation)

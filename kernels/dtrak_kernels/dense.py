@@ -5,21 +5,22 @@
 Rademacher signs are never expanded. Eight bits of a stream word select one of the 256 signed sums
 of eight gradient entries, so a byte of randomness is one table row to add ("four Russians"): for
 each block of parameters, a table ``[256, groups, B]`` of signed sums, then ``embedding_bag`` over
-the stream's bytes. Normal entries are made in float32, a tile at a time, and multiplied. Beside the
-float64 sums ``[32, K]`` no buffer exceeds `WORKSPACE_BYTES`. Blocks are added up in a fixed order.
+the stream's bytes. Normal entries are made in float32, a tile at a time, and multiplied (see
+`normals`). Beside the float64 sums ``[rows, K]`` no buffer exceeds `WORKSPACE_BYTES`. Blocks are
+added up in a fixed order.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .streams import Stream, box_muller
+from .normals import COMPILE_ENTRIES, TILE, compiled_tile, normal_pairs, round_keys
+from .streams import Stream
 
 if TYPE_CHECKING:
     from .ops import Projection
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 WORKSPACE_BYTES = 4 * 2**20
 
 # samples per table: a table row is then a few cache lines
-_MAX_ROWS = 32
+_TABLE_ROWS = 32
+# samples that share an entry once it is made
+_NORMAL_ROWS = 256
 # a block of gradients, and the table of its signed sums, stay in a core's second-level cache
 _TABLE_BYTES = 2**20
 # Philox calls in flight, four words each in int64; two threads' worth of elementwise work
@@ -59,10 +62,11 @@ def project_dense_(
     scale = projection.proj_dim**-0.5 if scale is None else scale
     if grads.numel() == 0 or out.numel() == 0:
         return out
-    add = _add_rademacher_ if projection.kind == "rademacher" else _add_normal_
-    for rows in range(0, len(grads), _MAX_ROWS):
-        sums = add(grads[rows : rows + _MAX_ROWS], projection, offset, out.dtype)
-        out[rows : rows + _MAX_ROWS].add_(sums, alpha=scale)
+    is_sign = projection.kind == "rademacher"
+    add, step = (_add_rademacher_, _TABLE_ROWS) if is_sign else (_add_normal_, _NORMAL_ROWS)
+    for rows in range(0, len(grads), step):
+        sums = add(grads[rows : rows + step], projection, offset, out.dtype)
+        out[rows : rows + step].add_(sums, alpha=scale)
     return out
 
 
@@ -182,7 +186,7 @@ def _signed_sums(block: Tensor) -> Tensor:
 def _add_rademacher_(
     grads: Tensor, projection: Projection, offset: int, dtype: torch.dtype
 ) -> Tensor:
-    """``grads @ signs``, ``[B, K]`` float64, for at most `_MAX_ROWS` samples."""
+    """``grads @ signs``, ``[B, K]`` float64, for at most `_TABLE_ROWS` samples."""
     B, K, device = len(grads), projection.proj_dim, grads.device
     pairs = 8 * -(-K // 16)
     chunk = min(pairs, _CALLS // 4)
@@ -219,40 +223,47 @@ def _add_rademacher_(
     return sums.reshape(-1, B)[:K].T
 
 
-def _normal_pairs(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Box-Muller on words in the low 32 bits of int64, within 1e-6 also in float32."""
-    if dtype == torch.float64:
-        return box_muller(a & _MASK, b & _MASK)
-    # u = (a + 1) / 2**32 as a float32 and what that leaves out, which near 1 decides the logarithm
-    signed = a.to(torch.int32)
-    turn = (signed >> 31).float()
-    part = signed.float().mul_(2.0**-32).add_(2.0**-32)
-    u = part - turn
-    rest = part.sub_(turn.add_(u)).div_(u)
-    radius = u.log_().add_(rest).mul_(-2).sqrt_()
-    # half a turn is a sign bit; the angle left, below a quarter turn, keeps more digits
-    b = b.to(torch.int32)
-    double = b << 1
-    sign = b.bitwise_xor_(double).bitwise_and_(-(2**31))
-    radius.view(torch.int32).bitwise_xor_(sign)
-    angle = double.float().mul_(math.pi * 2.0**-32)
-    return angle.cos().mul_(radius), angle.sin_().mul_(radius)
-
-
 def _add_normal_(grads: Tensor, projection: Projection, offset: int, dtype: torch.dtype) -> Tensor:
-    """``grads @ normals``, ``[B, K]`` float64, for at most `_MAX_ROWS` samples."""
+    """``grads @ normals``, ``[B, K]`` float64, for at most `_NORMAL_ROWS` samples."""
     B, K, device = len(grads), projection.proj_dim, grads.device
-    chunk = min(K, _CALLS // 4)
+    sums = torch.zeros(B, K, dtype=torch.float64, device=device)
+    if grads.shape[1] * K >= COMPILE_ENTRIES and device.type == "cpu" and dtype == torch.float32:
+        tile = compiled_tile()
+        if tile is not None:
+            return _add_compiled_(sums, tile, grads, projection.seed, offset)
+    chunk = min(K, _CALLS // 4, max(1, WORKSPACE_BYTES // (dtype.itemsize * B)))
     units = max(1, min(_CALLS // (4 * chunk), _TABLE_BYTES // (16 * B * dtype.itemsize)))
     philox = _Philox(projection.seed, Stream.NORMAL, device)
-    sums = torch.zeros(B, K, dtype=torch.float64, device=device)
     for first, block in _aligned_blocks(grads, offset, 16, 16 * units, dtype):
         # parameter = 16 unit + 8 half + 2 call + p0: [p0, B, half and call]
         x = block.reshape(B, -1, 2, 4, 2).permute(4, 0, 2, 1, 3).reshape(2, B, -1)
         index = 4 * first + torch.arange(x.shape[2] // 2, device=device)[:, None]
         for start in range(0, K, chunk):
             columns = torch.arange(start, min(start + chunk, K), device=device)
-            pairs = _normal_pairs(*philox(columns, index), dtype)
+            pairs = normal_pairs(*philox(columns, index), dtype)
             even, odd = (entries.view(-1, len(columns)) for entries in pairs)
             sums[:, start : start + len(columns)] += torch.addmm(x[0] @ even, x[1], odd)
+    return sums
+
+
+def _add_compiled_(
+    sums: Tensor,
+    tile: Callable[[Tensor, Tensor, Tensor], Tensor],
+    grads: Tensor,
+    seed: int,
+    offset: int,
+) -> Tensor:
+    """``sums += grads @ normals`` with the entries of `compiled_tile`, whose shape is fixed."""
+    B, K = sums.shape
+    keys = round_keys(seed)
+    with torch.no_grad():
+        for first, block in _aligned_blocks(grads, offset, 16, 4 * TILE, torch.float32):
+            # [B, half, p0, unit and call], the order of the tile; entries beyond meet zeros
+            x = F.pad(block, (0, 4 * TILE - block.shape[1])).reshape(B, -1, 2, 4, 2)
+            x = x.permute(0, 2, 4, 1, 3).reshape(B, -1)
+            index = 4 * first + torch.arange(TILE)[:, None]
+            for start in range(0, K, TILE):
+                columns = (start + torch.arange(TILE))[None, :]
+                part = x @ tile(columns, index, keys).view(4 * TILE, TILE)
+                sums[:, start : start + TILE] += part[:, : K - start]
     return sums

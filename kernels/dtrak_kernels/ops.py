@@ -10,17 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kronecker import project_kronecker
 from .sjlt import MIN_PROJ_DIM, project_sjlt
 from .streams import MAX_SEED
 from .xorwow import GROUP, project_fast_jl_
 
 DENSE_KINDS = ("rademacher", "normal")
-KINDS = (*DENSE_KINDS, "sjlt", "none")
+SKETCH_KINDS = ("sjlt", "kronecker")
+KINDS = (*DENSE_KINDS, *SKETCH_KINDS, "none")
 IMPLEMENTATIONS = ("torch", "triton")
 GENERATORS = ("philox", "fast_jl")
 
 # streaming multiprocessors of the cards TRAK's features are made on
 NUM_SMS = {"v100": 80, "a6000": 84, "a100": 108, "4090": 128, "h100": 132, "h200": 132, "l40s": 142}
+
+# r of kind "kronecker"
+DEFAULT_FACTOR_DIM = 16
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # column coordinates of the stream: see the specification in `reference`
@@ -36,7 +41,9 @@ class Projection:
     Attributes:
         kind: ``"rademacher"`` (±1/√K) or ``"normal"`` (N(0, 1/K)), dense as in TRAK; ``"sjlt"``,
             the tile-chained sparse Johnson-Lindenstrauss sketch, which costs next to nothing;
-            ``"none"``, the identity (features are the gradients themselves: small models only).
+            ``"kronecker"``, two-sided as in LoGra, the cheapest and the least accurate (see
+            `kronecker`); ``"none"``, the identity (features are the gradients themselves: small
+            models only).
         proj_dim: ``K``, a positive integer; 0 for ``"none"``, whose K is the number of parameters.
         seed: key of the random stream, in ``[0, 2**63)``.
         generator: random stream of the dense kinds: ``"philox"``, or ``"fast_jl"``, TRAK's CUDA
@@ -49,6 +56,8 @@ class Projection:
             ``"h100"``, ``"h200"``, ``"l40s"``; kept as the number.
         half_inputs: for ``"fast_jl"`` only: round gradients, and normal entries, to float16 as
             TRAK's kernel does. Entries beyond 65504 become infinite, those below 3e-8 zero.
+        factor_dim: for ``"kronecker"`` only: r, to which a layer's input and output features are
+            projected; 16 if ``None``.
     """
 
     kind: str
@@ -57,6 +66,7 @@ class Projection:
     generator: str = "philox"
     num_sms: int | str | None = None
     half_inputs: bool = False
+    factor_dim: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -78,6 +88,7 @@ class Projection:
             raise ValueError(f"seed must be in [0, 2**63), got {self.seed}")
         if self.generator not in GENERATORS:
             raise ValueError(f"generator must be 'philox' or 'fast_jl', got {self.generator!r}")
+        self._check_factor_dim()
         if self.generator == "fast_jl":
             self._check_fast_jl()
         elif self.num_sms is not None:
@@ -87,6 +98,18 @@ class Projection:
             )
         elif self.half_inputs:
             raise ValueError("half_inputs must be False for generator 'philox', got True")
+
+    def _check_factor_dim(self) -> None:
+        if self.kind != "kronecker":
+            if self.factor_dim is not None:
+                raise ValueError(
+                    f"factor_dim must be None for kind {self.kind!r}, got {self.factor_dim!r}"
+                )
+            return
+        factor_dim = DEFAULT_FACTOR_DIM if self.factor_dim is None else self.factor_dim
+        if isinstance(factor_dim, bool) or not isinstance(factor_dim, int) or factor_dim < 1:
+            raise ValueError(f"factor_dim must be a positive int, got {factor_dim!r}")
+        object.__setattr__(self, "factor_dim", factor_dim)
 
     def _check_fast_jl(self) -> None:
         if self.kind not in DENSE_KINDS:
@@ -137,7 +160,8 @@ def project(
             are not rounded: float32 gradients keep float32 accuracy on every implementation.
         projection: the random matrix.
         shapes: shapes of the parameters whose flattened gradients make up a row, in order. Required
-            by kind ``"sjlt"``, which sketches parameter by parameter; ignored by the others.
+            by kinds ``"sjlt"`` and ``"kronecker"``, which sketch parameter by parameter; ignored by
+            the others.
         scale: factor on the entries (±1 or N(0, 1)) of a dense kind, ``K**-0.5`` if ``None``.
             TRAK's own projectors have 1.
         implementation: ``"torch"``, ``"triton"``, or ``None`` for Triton on a GPU and torch
@@ -161,18 +185,23 @@ def project(
     B, P = grads.shape
     K = projection.num_features(P)
     out = grads.new_zeros(B, K, dtype=_feature_dtype(grads))
-    if projection.kind != "sjlt":
+    if projection.kind not in SKETCH_KINDS:
         return project_(
             grads, projection, out=out, grad_dim=P, scale=scale, implementation=implementation
         )
     if scale is not None:
-        raise ValueError(f"scale must be None for kind 'sjlt', got {scale}")
+        raise ValueError(f"scale must be None for kind {projection.kind!r}, got {scale}")
     if shapes is None:
-        raise ValueError("shapes must be given for kind 'sjlt', got None")
+        raise ValueError(f"shapes must be given for kind {projection.kind!r}, got None")
     if sum(math.prod(shape) for shape in shapes) != P:
         raise ValueError(f"shapes must add up to P = {P}, got {[tuple(s) for s in shapes]}")
-    check_sjlt_implementation(implementation)
-    return project_sjlt(grads, projection.proj_dim, projection.seed, shapes, out)
+    check_sketch_implementation(implementation, projection.kind)
+    if projection.kind == "sjlt":
+        return project_sjlt(grads, projection.proj_dim, projection.seed, shapes, out)
+    assert projection.factor_dim is not None
+    return project_kronecker(
+        grads, projection.proj_dim, projection.factor_dim, projection.seed, shapes, out
+    )
 
 
 def project_(
@@ -193,7 +222,7 @@ def project_(
     Args:
         grads: ``[B, C]``, columns ``offset`` to ``offset + C`` of the gradients; dtypes as
             `project`.
-        projection: of any kind but ``"sjlt"``, which needs whole parameters.
+        projection: of any kind but ``"sjlt"`` and ``"kronecker"``, which need whole parameters.
         offset: parameter index of the first column.
         out: ``[B, K]`` features, last dimension contiguous; float64 if ``grads`` is, else float32.
             ``[B, P]`` for kind ``"none"``, which adds to the columns themselves.
@@ -212,8 +241,10 @@ def project_(
     """
     _check_grads(grads)
     (B, C), K = grads.shape, projection.proj_dim
-    if projection.kind == "sjlt":
-        raise ValueError("kind must be 'rademacher', 'normal' or 'none' for project_, got 'sjlt'")
+    if projection.kind in SKETCH_KINDS:
+        raise ValueError(
+            f"kind must be 'rademacher', 'normal' or 'none' for project_, got {projection.kind!r}"
+        )
     if K > _MAX_PROJ_DIM:
         raise ValueError(f"proj_dim must be at most 2**30, got {K}")
     if isinstance(offset, bool) or not isinstance(offset, int):
@@ -314,12 +345,12 @@ def check_torch_only(implementation: str | None, what: str) -> None:
         )
 
 
-def check_sjlt_implementation(implementation: str | None) -> None:
+def check_sketch_implementation(implementation: str | None, kind: str) -> None:
     """Dense gradients are sketched in torch: the Triton kernel of ``"sjlt"`` never forms any.
 
     `GradientSketcher` launches it inside the backward. See `check_torch_only` for what is raised.
     """
-    check_torch_only(implementation, "kind 'sjlt'")
+    check_torch_only(implementation, f"kind {kind!r}")
 
 
 def _feature_dtype(grads: Tensor) -> torch.dtype:

@@ -177,9 +177,19 @@ class ParameterSketch:
             signs[tile] = state[block]
         return signs
 
+    @cached_property
+    def _signs_by_device(self) -> dict[torch.device, Tensor]:
+        return {}
+
+    def signs_on(self, device: torch.device) -> Tensor:
+        """`signs` on a device, copied there once."""
+        if device not in self._signs_by_device:
+            self._signs_by_device[device] = self.signs.to(device)
+        return self._signs_by_device[device]
+
     def add_vector(self, grads: Tensor, out: Tensor) -> None:
         """Sketch per-sample gradients ``[B, n]`` of a vector into ``out [B, K]``, in place."""
-        signed = grads * self.signs.to(grads.device)
+        signed = grads * self.signs_on(grads.device)
         start, done = self.base, 0
         while done < signed.shape[1]:
             size = min(signed.shape[1] - done, self.proj_dim - start)
@@ -210,7 +220,7 @@ class ParameterSketch:
                     if inside
                     else out.new_zeros(len(out), *self.tile)
                 )
-                signs = self.signs[tile].to(out.device)
+                signs = self.signs_on(out.device)[tile]
                 for source_rows, target_rows in _shifted(
                     entries.shape[1], row_shifts[tile], tile_rows
                 ):

@@ -29,6 +29,7 @@ class Stream(IntEnum):
     SJLT_PLACE = 3
     SJLT_VECTOR = 4
     NOISE = 5
+    KRONECKER = 6
 
 
 def philox_words(

@@ -12,7 +12,7 @@ single row of the weight already does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,14 @@ from torch import Tensor, nn
 
 WORKSPACE_BYTES = {"cpu": 2 * 2**20, "cuda": 16 * 2**20}
 
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+Convolution = (
+    nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+)
+WeightModule = nn.Linear | nn.Embedding | Convolution
+WEIGHT_MODULES = (nn.Linear, nn.Embedding, *CONVOLUTIONS)
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -28,7 +36,7 @@ class Slice:
 
     Attributes:
         samples: which samples of the batch.
-        rows: which rows (output features or channels) of the weight.
+        rows: which rows (first dimension) of the weight.
         grads: ``[b, o, C]``, columns ordered as in `sjlt.as_matrix`.
     """
 
@@ -42,34 +50,101 @@ def linear_rows(x: Tensor, rows: int) -> Tensor:
     return x.reshape(rows, -1, x.shape[-1])
 
 
-def conv2d_patches(x: Tensor, conv: nn.Conv2d, out_size: tuple[int, int]) -> Tensor:
-    """The input patches of a convolution, channels last.
+def pad_input(x: Tensor, conv: Convolution) -> Tensor:
+    """``[R, I, *spatial]`` with the convolution's padding, of whatever mode, put on."""
+    padding = conv._reversed_padding_repeated_twice
+    if not any(padding):
+        return x
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    return F.pad(x, padding, mode=mode)
+
+
+def conv_patches(x: Tensor, conv: Convolution, out_size: tuple[int, ...]) -> Tensor:
+    """The patches a convolution multiplies its weight with, channels last.
 
     Args:
-        x: ``[R, I, H, W]`` input rows.
+        x: ``[R, I, *spatial]`` rows of its input (of its output, for a transposed convolution).
         conv: the module; its stride, padding (also asymmetric "same"), dilation and groups count.
-        out_size: ``(Ho, Wo)``.
+        out_size: the positions of the patches, per spatial dimension.
 
     Returns:
-        ``[R, Ho·Wo, groups, kh·kw·I/groups]``, contiguous.
+        ``[R, positions, groups, taps·I/groups]``, contiguous.
     """
-    if any(conv._reversed_padding_repeated_twice):
-        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-        x = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
-    x = x.permute(0, 2, 3, 1).contiguous()
-    rows, _, width, channels = x.shape
-    (high, wide), (kh, kw) = out_size, conv.kernel_size
-    (sh, sw), (dh, dw) = conv.stride, conv.dilation
-    line, groups = width * channels, conv.groups
+    x = pad_input(x, conv).movedim(1, -1).contiguous()
+    channels, steps = x.shape[-1], x.stride()[1:-1]
     patches = x.as_strided(
-        (rows, high, wide, groups, kh, kw, channels // groups),
-        (x.stride(0), sh * line, sw * channels, channels // groups, dh * line, dw * channels, 1),
+        (len(x), *out_size, conv.groups, *conv.kernel_size, channels // conv.groups),
+        (
+            x.stride(0),
+            *(stride * step for stride, step in zip(conv.stride, steps, strict=True)),
+            channels // conv.groups,
+            *(dilation * step for dilation, step in zip(conv.dilation, steps, strict=True)),
+            1,
+        ),
     )
-    return patches.reshape(rows, high * wide, groups, kh * kw * (channels // groups))
+    columns = conv.weight.shape[1] * conv.weight[0, 0].numel()
+    return patches.reshape(len(x), -1, conv.groups, columns)
+
+
+@dataclass(frozen=True)
+class LayerProduct:
+    """A weight gradient as a sum over positions of (delta, patch) outer products.
+
+    Attributes:
+        deltas: ``[R, T, O]``, what the rows of the weight are multiplied with.
+        patches: of batch rows first to last: ``[r, T, groups, C]``.
+        columns: ``C``.
+        row_bytes: size of one row's patches.
+        groups: the weight's rows in group g see the patches of group g.
+    """
+
+    deltas: Tensor
+    patches: Callable[[int, int], Tensor]
+    columns: int
+    row_bytes: int
+    groups: int
+
+
+def layer_product(
+    module: nn.Linear | Convolution, x: Tensor, output_grads: Tensor, dtype: torch.dtype
+) -> LayerProduct:
+    """What the gradient of a layer's weight is the product of, patches in ``dtype``."""
+    rows = len(x)
+    if isinstance(module, nn.Linear):
+        flat = linear_rows(x, rows)
+        return LayerProduct(
+            linear_rows(output_grads, rows),
+            lambda first, last: flat[first:last].to(dtype).unsqueeze(2),
+            module.in_features,
+            flat.shape[1] * module.in_features * dtype.itemsize,
+            1,
+        )
+    # a transposed convolution is the adjoint of a convolution: input and output trade places
+    source, seen = (output_grads, x) if isinstance(module, TRANSPOSED) else (x, output_grads)
+    positions = tuple(seen.shape[2:])
+    columns = module.weight[0].numel()
+    deltas = seen.flatten(2).transpose(1, 2)
+    return LayerProduct(
+        deltas,
+        lambda first, last: conv_patches(source[first:last].to(dtype), module, positions),
+        columns,
+        deltas.shape[1] * columns * module.groups * dtype.itemsize,
+        module.groups,
+    )
+
+
+def accumulation_dtype(output_grads: Tensor) -> torch.dtype:
+    """Dtype of gradients: float64 for a float64 model, else float32."""
+    return torch.float64 if output_grads.dtype == torch.float64 else torch.float32
+
+
+def workspace_bytes(device: torch.device) -> int:
+    """`WORKSPACE_BYTES` of a device."""
+    return WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cuda"])
 
 
 def weight_grads(
-    module: nn.Linear | nn.Conv2d,
+    module: WeightModule,
     x: Tensor,
     output_grads: Tensor,
     rows_per_sample: int,
@@ -77,56 +152,43 @@ def weight_grads(
     all_samples: bool,
     row_multiple: int = 1,
 ) -> Iterator[Slice]:
-    """Per-sample gradients of the weight of a linear or 2-D convolution layer, slice by slice.
+    """Per-sample gradients of the weight of a layer, slice by slice.
 
     Args:
-        module: the layer.
-        x: its input, ``[R, ..., I]`` or ``[R, I, H, W]``, with ``R = B · rows_per_sample``.
-        output_grads: gradient with respect to its output, ``[R, ..., O]`` or ``[R, O, Ho, Wo]``.
+        module: a linear layer, an embedding, or a convolution of one to three dimensions,
+            transposed or not.
+        x: its input, ``[R, ..., I]`` or ``[R, I, *spatial]`` (token numbers ``[R, ...]`` of an
+            embedding), with ``R = B · rows_per_sample``.
+        output_grads: gradient with respect to its output, ``[R, ..., O]`` or ``[R, O, *spatial]``.
         rows_per_sample: consecutive rows of the batch that make up one sample; they are summed.
         all_samples: every slice holds all samples (few rows), as a dense projection wants it;
             otherwise all rows (few samples) where they fit.
         row_multiple: slices of rows begin at multiples of this.
 
     Yields:
-        Slices that cover the batch and the weight once, float32 (float64 for a float64 model).
+        Slices float32 (float64 for a float64 model), each entry at most once; entries in no slice
+        are zero, which only an embedding has.
     """
-    dtype = torch.float64 if output_grads.dtype == torch.float64 else torch.float32
-    rows = len(x)
-    samples = rows // rows_per_sample
-    groups = module.groups if isinstance(module, nn.Conv2d) else 1
-    if isinstance(module, nn.Conv2d):
-        out_size = (output_grads.shape[2], output_grads.shape[3])
-        deltas = output_grads.flatten(2).transpose(1, 2)
-        columns = module.weight[0].numel()
-        row_bytes = out_size[0] * out_size[1] * columns * groups * dtype.itemsize
-    else:
-        deltas = linear_rows(output_grads, rows)
-        x = linear_rows(x, rows)
-        columns, row_bytes = module.in_features, x.shape[1] * module.in_features * dtype.itemsize
+    dtype = accumulation_dtype(output_grads)
+    samples = len(x) // rows_per_sample
+    if isinstance(module, nn.Embedding):
+        yield from _embedding_grads(
+            module, x.reshape(samples, -1), output_grads.to(dtype), all_samples, row_multiple
+        )
+        return
+    product = layer_product(module, x, output_grads, dtype)
+    deltas, columns, groups = product.deltas, product.columns, product.groups
     out_rows = deltas.shape[2]
-
-    def patches(first: int, last: int) -> Tensor:
-        part = x[first:last].to(dtype)
-        if isinstance(module, nn.Conv2d):
-            return conv2d_patches(part, module, out_size)
-        return part.unsqueeze(2)
-
-    per_weight_row = max(columns * dtype.itemsize, 1)
-    workspace = WORKSPACE_BYTES.get(deltas.device.type, WORKSPACE_BYTES["cuda"])
-    fitting = max(workspace // per_weight_row, 1)
-    if all_samples:
-        sample_step, row_step = max(samples, 1), fitting // max(samples, 1)
-    else:
-        sample_step, row_step = max(fitting // out_rows, 1), fitting
-    row_step = max(row_step // row_multiple, 1) * row_multiple
-    fitting_rows = max(workspace // max(row_bytes, 1), 1)
+    weight_steps, sample_step = _steps(
+        out_rows, samples, columns * dtype.itemsize, deltas.device, all_samples, row_multiple
+    )
+    fitting_rows = max(workspace_bytes(deltas.device) // max(product.row_bytes, 1), 1)
     per_group = out_rows // groups
-    for weight_rows in _slices(0, out_rows, row_step):
+    for weight_rows in weight_steps:
         for chosen in _slices(0, samples, sample_step):
             grads = deltas.new_zeros(_length(chosen), _length(weight_rows), columns, dtype=dtype)
             for part, begin, end in _batch_rows(chosen, rows_per_sample, fitting_rows):
-                a = patches(begin, end)
+                a = product.patches(begin, end)
                 a = a.reshape(_length(part), -1, groups, a.shape[-1])
                 d = deltas[begin:end, :, weight_rows].to(dtype)
                 d = d.reshape(_length(part), -1, _length(weight_rows)).transpose(1, 2)
@@ -137,6 +199,55 @@ def weight_grads(
                     if low < high:
                         target[:, low:high].baddbmm_(d[:, low:high], a[:, :, group])
             yield Slice(chosen, weight_rows, grads)
+
+
+def _embedding_grads(
+    module: nn.Embedding,
+    tokens: Tensor,
+    output_grads: Tensor,
+    all_samples: bool,
+    row_multiple: int,
+) -> Iterator[Slice]:
+    """Slices of rows that some token of the batch has; the others' gradients are zero."""
+    (samples, _), columns = tokens.shape, module.embedding_dim
+    deltas = output_grads.reshape(*tokens.shape, columns)
+    used = tokens != (-1 if module.padding_idx is None else module.padding_idx)
+    weight_steps, sample_step = _steps(
+        module.num_embeddings,
+        samples,
+        columns * deltas.dtype.itemsize,
+        deltas.device,
+        all_samples,
+        row_multiple,
+    )
+    for weight_rows in weight_steps:
+        for chosen in _slices(0, samples, sample_step):
+            row = tokens[chosen] - weight_rows.start
+            hit = used[chosen] & (row >= 0) & (row < _length(weight_rows))
+            if not hit.any():
+                continue
+            grads = deltas.new_zeros(_length(chosen) * _length(weight_rows), columns)
+            first = torch.arange(_length(chosen), device=row.device) * _length(weight_rows)
+            grads.index_add_(0, (row + first[:, None])[hit], deltas[chosen][hit])
+            yield Slice(chosen, weight_rows, grads.unflatten(0, (_length(chosen), -1)))
+
+
+def _steps(
+    out_rows: int,
+    samples: int,
+    row_bytes: int,
+    device: torch.device,
+    all_samples: bool,
+    row_multiple: int,
+) -> tuple[list[slice], int]:
+    """Slices of the weight's rows, and how many samples go with each: what the workspace holds."""
+    fitting = max(workspace_bytes(device) // max(row_bytes, 1), 1)
+    if all_samples:
+        sample_step, row_step = max(samples, 1), fitting // max(samples, 1)
+    else:
+        sample_step, row_step = max(fitting // out_rows, 1), fitting
+    row_step = max(row_step // row_multiple, 1) * row_multiple
+    return list(_slices(0, out_rows, row_step)), sample_step
 
 
 def _length(part: slice) -> int:

@@ -1,0 +1,114 @@
+"""Exact per-sample gradients of the parameters of common layers, from a forward and a backward.
+
+A rule gives the small parameters (biases, norm weights) whole; the weight of a `WeightModule` is
+streamed by `weight_gradient.weight_grads` instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .weight_gradient import CONVOLUTIONS, Convolution
+
+# (module, input, output gradient in the features' dtype, rows per sample) -> (attribute, [B, n])
+Rule = Callable[[Any, Tensor, Tensor, int], Iterator[tuple[str, Tensor]]]
+
+
+def _per_sample(rows: Tensor, rows_per_sample: int) -> Tensor:
+    """``[B · rows_per_sample, n]`` summed over the rows of each sample."""
+    return rows.unflatten(0, (-1, rows_per_sample)).sum(1)
+
+
+def _over_positions(rows: Tensor) -> Tensor:
+    """``[R, O, ...]`` summed over all but rows and channels."""
+    return rows.reshape(*rows.shape[:2], -1).sum(2)
+
+
+def _affine_grads(
+    module: nn.Linear | Convolution, x: Tensor, output_grads: Tensor, rows_per_sample: int
+) -> Iterator[tuple[str, Tensor]]:
+    if module.bias is not None:
+        channels_first = (
+            output_grads.movedim(-1, 1) if isinstance(module, nn.Linear) else output_grads
+        )
+        yield "bias", _per_sample(_over_positions(channels_first), rows_per_sample)
+
+
+def _embedding_grads(
+    module: nn.Embedding, x: Tensor, output_grads: Tensor, rows_per_sample: int
+) -> Iterator[tuple[str, Tensor]]:
+    return iter(())
+
+
+def _group_norm_grads(
+    module: nn.GroupNorm, x: Tensor, output_grads: Tensor, rows_per_sample: int
+) -> Iterator[tuple[str, Tensor]]:
+    if module.affine:
+        normalised = F.group_norm(x.to(output_grads.dtype), module.num_groups, eps=module.eps)
+        yield "weight", _per_sample(_over_positions(output_grads * normalised), rows_per_sample)
+        yield "bias", _per_sample(_over_positions(output_grads), rows_per_sample)
+
+
+def _over_leading(grads: Tensor, normalized_shape: tuple[int, ...], rows_per_sample: int) -> Tensor:
+    """``[R, ..., *normalized_shape]`` summed over all that is not a sample or normalised."""
+    return grads.reshape(len(grads) // rows_per_sample, -1, *normalized_shape).sum(1)
+
+
+def _layer_norm_grads(
+    module: nn.LayerNorm, x: Tensor, output_grads: Tensor, rows_per_sample: int
+) -> Iterator[tuple[str, Tensor]]:
+    shape = tuple(module.normalized_shape)
+    if module.weight is None:
+        return
+    normalised = F.layer_norm(x.to(output_grads.dtype), shape, eps=module.eps)
+    yield "weight", _over_leading(output_grads * normalised, shape, rows_per_sample)
+    if module.bias is not None:
+        yield "bias", _over_leading(output_grads, shape, rows_per_sample)
+
+
+def _rms_norm_grads(
+    module: nn.RMSNorm, x: Tensor, output_grads: Tensor, rows_per_sample: int
+) -> Iterator[tuple[str, Tensor]]:
+    if module.weight is None:
+        return
+    shape = tuple(module.normalized_shape)
+    # the default depends on the dtype the module saw, not on the one computed in here
+    eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
+    normalised = F.rms_norm(x.to(output_grads.dtype), list(shape), eps=eps)
+    yield "weight", _over_leading(output_grads * normalised, shape, rows_per_sample)
+
+
+_RULES: dict[type[nn.Module], Rule] = {
+    nn.Linear: _affine_grads,
+    nn.Embedding: _embedding_grads,
+    nn.GroupNorm: _group_norm_grads,
+    nn.LayerNorm: _layer_norm_grads,
+    nn.RMSNorm: _rms_norm_grads,
+    **dict.fromkeys(CONVOLUTIONS, _affine_grads),
+}
+
+
+def find_rule(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rule | None:
+    """The module's own rule, if its forward and its input are what the rule was written for."""
+    if len(args) != 1 or kwargs:
+        return None
+    # unbatched images, whose first dimension is not the batch
+    if isinstance(module, CONVOLUTIONS) and args[0].ndim != len(module.kernel_size) + 2:
+        return None
+    if isinstance(module, nn.Embedding) and (
+        module.max_norm is not None or module.scale_grad_by_freq or module.sparse
+    ):
+        return None
+    for kind, rule in _RULES.items():
+        if (
+            isinstance(module, kind)
+            and type(module).forward is kind.forward
+            and "forward" not in vars(module)
+        ):
+            return rule
+    return None
