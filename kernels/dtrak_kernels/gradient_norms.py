@@ -93,7 +93,7 @@ class NormingAccumulator(Accumulator):
     def __init__(self, accumulator: Accumulator, names: Sequence[str]) -> None:
         super().__init__(accumulator.shapes)
         self.all_samples = accumulator.all_samples
-        self._accumulator, self._names = accumulator, names
+        self.accumulator, self._names = accumulator, names
         self._uses: Counter[int] = Counter()
         self._streamed: set[int] = set()
         self._held: dict[int, Tensor] = {}
@@ -131,17 +131,17 @@ class NormingAccumulator(Accumulator):
 
     def row_multiple(self, index: int) -> int:
         """See `Accumulator.row_multiple`."""
-        return self._accumulator.row_multiple(index)
+        return self.accumulator.row_multiple(index)
 
     def forms_slices(self, module: nn.Module, output_grads: Tensor) -> bool:
         """See `Accumulator.forms_slices`."""
-        return self._accumulator.forms_slices(module, output_grads)
+        return self.accumulator.forms_slices(module, output_grads)
 
     def add(
         self, index: int, grads: Tensor, out: Tensor, samples: slice, first_row: int = 0
     ) -> None:
         """See `Accumulator.add`."""
-        self._accumulator.add(index, grads, out, samples, first_row)
+        self.accumulator.add(index, grads, out, samples, first_row)
         self._observe(index, grads, samples, first_row)
 
     def add_weight(
@@ -157,7 +157,7 @@ class NormingAccumulator(Accumulator):
         if self.forms_slices(module, output_grads):
             super().add_weight(index, module, x, output_grads, out, rows_per_sample)
             return
-        self._accumulator.add_weight(index, module, x, output_grads, out, rows_per_sample)
+        self.accumulator.add_weight(index, module, x, output_grads, out, rows_per_sample)
         if index in self._streamed:
             self._squares += weight_norms(module, x, output_grads, rows_per_sample)
             return

@@ -18,8 +18,9 @@ from .streams import Stream, box_muller, philox_words
 
 # coordinates and columns of a compiled tile: its float32 entries fill a second-level cache
 TILE = 256
-# compiling takes seconds, once per machine and process: what eager torch needs for 2**31 entries
-COMPILE_ENTRIES = 2**31
+# compiling takes a quarter of a minute once per machine, then seconds per process: about what eager
+# torch needs for so many entries, and projections come in many batches
+COMPILE_ENTRIES = 2**29
 
 _MASK = 0xFFFFFFFF
 

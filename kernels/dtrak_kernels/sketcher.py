@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from .accumulators import make_accumulator
+from .accumulators import Accumulator, make_accumulator
 from .gradient_norms import NormingAccumulator
 from .layer_rules import Rule, find_rule
 from .ops import Projection
+from .planning import Plan, make_plan
 from .weight_gradient import WEIGHT_MODULES
 
 ParameterChoice = Iterable[str] | Callable[[str, nn.Parameter], bool] | None
@@ -188,7 +189,7 @@ class GradientSketcher:
         self._refuse_mixing()
         accumulator = make_accumulator(self.shapes, projection, implementation)
         self._norms = NormingAccumulator(accumulator, self.parameter_names) if norms else None
-        self._accumulator = self._norms or accumulator
+        self._accumulator: Accumulator = self._norms or accumulator
         self._batch: _Batch | None = None
         self._last_norms: Tensor | None = None
         self._frozen = [0] * len(self._parameters)
@@ -243,6 +244,47 @@ class GradientSketcher:
             if rows:
                 f.sum().backward()
         return features
+
+    def plan(
+        self,
+        outputs: Callable[[], Any],
+        num_samples: int,
+        *,
+        memory_budget: int | None = None,
+    ) -> Plan:
+        """What `sketch` would do for such a batch: print it.
+
+        Runs the forward once, without gradients.
+
+        Args:
+            outputs: as `sketch`; what it returns is not looked at.
+            num_samples: ``B``.
+            memory_budget: bytes that inputs, features and workspace have to fit in; the plan says
+                what does not, and the largest batch that does.
+
+        Returns:
+            A `Plan`: per layer its kind, shapes, FLOP, bytes and kernel. ``str`` makes a table.
+
+        Raises:
+            ValueError: the budget is not positive.
+        """
+        if memory_budget is not None and memory_budget < 1:
+            raise ValueError(f"memory_budget must be at least 1 byte, got {memory_budget}")
+        accumulator = self._accumulator
+        if isinstance(accumulator, NormingAccumulator):
+            accumulator = accumulator.accumulator
+        return make_plan(
+            [(layer.name, layer.module, layer.owned) for layer in self._layers],
+            self.parameter_names,
+            accumulator,
+            self.projection,
+            outputs,
+            num_samples,
+            self.rows_per_sample,
+            self.proj_dim,
+            num_samples * self.proj_dim * self.dtype.itemsize,
+            memory_budget,
+        )
 
     @contextmanager
     def batch(self, num_samples: int) -> Iterator[Tensor]:
