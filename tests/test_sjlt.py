@@ -4,6 +4,7 @@ import pytest
 import torch
 from numerics import relative_error
 
+from dtrak_kernels import GradientSketcher, Projection, project
 from dtrak_kernels.reference_sjlt import sjlt_matrix
 from dtrak_kernels.sjlt import (
     ParameterSketch,
@@ -198,3 +199,31 @@ def test_distinct_seeds_and_offsets_are_unrelated():
     for other in (places[1], shifted):
         # under independence about size / 4096 entries agree in place
         assert int(((places[0] * other) != 0).sum()) < 60
+
+
+def test_real_gradients_are_within_the_bound():
+    """Of a trained U-Net: hot channels, rank-one layers and a common direction at once."""
+    from dtrak.data import load_data
+    from dtrak.diffusion import digits_model
+    from dtrak.training import Recipe, train
+
+    data = load_data("digits")
+    model = digits_model()
+    train(model, data.images, Recipe(steps=60, batch_size=32))
+    exact = GradientSketcher(model.unet, Projection("none", 0), rows_per_sample=2)
+    torch.manual_seed(0)
+    x = data.images[:6].repeat_interleave(2, 0) * 0.7 + 0.3 * torch.randn(12, 1, 8, 8)
+    t = torch.tensor([100, 600]).repeat(6)
+    grads = exact.sketch(lambda: model.unet(x, t).sample.square().flatten(1).mean(1), 6).double()
+    grads /= grads.norm(dim=1, keepdim=True)
+    gram, draws, K = grads @ grads.T, 40, 4096
+    # a common direction is what makes them hard
+    assert gram.mean() > 0.3
+    errors = []
+    for seed in range(draws):
+        features = project(grads, Projection("sjlt", K, seed=seed), shapes=exact.shapes)
+        errors.append(features @ features.T - gram)
+    errors = torch.stack(errors)
+    bound = (1 + gram.square()) / K
+    assert (errors.mean(0) / (errors.std(0) / draws**0.5)).abs().max() < 4.5
+    assert errors.square().mean() / bound.mean() < 1.15
