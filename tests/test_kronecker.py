@@ -1,5 +1,6 @@
 """The two-sided sketch against its plain definition, its statistics, and the layers it fuses."""
 
+import copy
 import math
 
 import pytest
@@ -211,3 +212,19 @@ def test_fields():
         GradientSketcher(nn.Linear(2, 2), Projection("kronecker", 9), implementation="triton")
     with pytest.raises(ValueError, match="shapes must be given for kind 'kronecker', got None"):
         project(torch.randn(2, 6), Projection("kronecker", 9))
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if "PReLU" not in name])
+def test_float32_layers(name):
+    """Also the grouped convolution of a CPU, which float64 does not take."""
+    layer, shape = LAYERS[name]
+    torch.manual_seed(0)
+    layer, x = layer.double(), torch.randn(*shape, dtype=torch.float64)
+    projection = Projection("kronecker", 300, seed=4, factor_dim=4)
+    exact = GradientSketcher(layer, projection, rows_per_sample=2)
+    expected = exact.sketch(lambda: _output(layer, x), len(x) // 2)
+    single = copy.deepcopy(layer).float()
+    sketcher = GradientSketcher(single, projection, rows_per_sample=2)
+    features = sketcher.sketch(lambda: _output(single, x.float()), len(x) // 2)
+    assert features.dtype == torch.float32
+    assert relative_error(features, expected) < 2e-6

@@ -1,11 +1,11 @@
 """A projector for the dattri library, on any device, its matrix never stored.
 
-    from dattri.func import projection
-    projection.BasicProjector = projection.CudaProjector = DattriProjector
+    dtrak_kernels.dattri.install()
+    TRAKAttributor(task, ..., projector_kwargs={"proj_dim": 2048, "proj_type": "rademacher", ...})
 
-dattri looks its classes up in that module when it needs one, so every attributor that projects
-then uses this one. It is not a subclass of dattri's ``AbstractProjector``: it has its attributes
-and methods, and dattri need not be installed.
+dattri looks its classes up in one module when it needs one, so after `install` every attributor
+projects with this one. It is not a subclass of dattri's ``AbstractProjector``, only registered as
+one: dattri need not be installed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,46 @@ import torch
 from torch import Tensor
 
 from .adapters import keyed_seed, kind_of, project_any
-from .ops import Projection
+from .ops import DENSE_KINDS, Projection
+
+_REPLACED = ("BasicProjector", "CudaProjector")
+
+
+def install() -> None:
+    """Make dattri use `DattriProjector` for Rademacher and normal projections, in this process.
+
+    dattri's own classes go on to serve its other kinds. Attributors made before keep theirs.
+    Calling it again changes nothing.
+
+    Raises:
+        ImportError: dattri is not installed.
+    """
+    from dattri.func import projection
+
+    for name in _REPLACED:
+        original = getattr(projection, name)
+        if not issubclass(original, _Choice):
+            setattr(projection, name, type(name, (_Choice, original), {"original": original}))
+
+
+class _Choice:
+    """Made in place of dattri's class ``original``: ours for dense kinds, dattri's for others."""
+
+    original: type
+
+    def __new__(
+        cls,
+        feature_dim: int,
+        proj_dim: int,
+        seed: int,
+        proj_type: Any,
+        device: torch.device | str,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if getattr(proj_type, "value", proj_type) in DENSE_KINDS:
+            return DattriProjector(feature_dim, proj_dim, seed, proj_type, device)
+        return cls.original(feature_dim, proj_dim, seed, proj_type, device, *args, **kwargs)
 
 
 class DattriProjector:
@@ -42,7 +81,8 @@ class DattriProjector:
         ValueError: ``proj_type`` is none of the above, or see `Projection`.
 
     Source:
-        ``dattri/func/projection.py``, ``AbstractProjector`` and ``make_random_projector``.
+        ``dattri/func/projection.py`` of dattri 0.3.0, ``AbstractProjector`` and
+        ``make_random_projector``.
     """
 
     def __init__(
@@ -102,3 +142,11 @@ class DattriProjector:
 
     def free_memory(self) -> None:
         """Nothing to free: the matrix is never stored."""
+
+
+try:
+    from dattri.func.projection import AbstractProjector
+except ImportError:
+    pass
+else:
+    AbstractProjector.register(DattriProjector)

@@ -42,7 +42,14 @@ from torch import Tensor, nn
 
 from .sjlt import ParameterSketch, as_matrix, matrix_shape
 from .streams import Stream, philox_words
-from .weight_gradient import TRANSPOSED, Convolution, linear_rows, pad_input
+from .weight_gradient import (
+    TRANSPOSED,
+    Convolution,
+    grouped_grads,
+    linear_rows,
+    pad_input,
+    prefers_grouped,
+)
 
 _OUTPUT_SIDE, _INPUT_SIDE = 0, 1
 
@@ -211,10 +218,11 @@ class TwoSidedSketch:
         # a transposed convolution is the adjoint of a convolution: input and output trade places
         source, seen = (output_grads, x) if isinstance(conv, TRANSPOSED) else (x, output_grads)
         samples = len(x) // rows_per_sample
-        a = _padded_channels_last(
-            self._project_channels(source, self.input_factor, conv.groups).to(out.dtype), conv
-        )
+        a = self._project_channels(source, self.input_factor, conv.groups).to(out.dtype)
         d = self._project_rows(seen, conv.groups).to(out.dtype)
+        if prefers_grouped(conv, a, d, rows_per_sample):
+            return grouped_grads(conv, a, d, samples)
+        a = _padded_channels_last(a, conv)
         size = a.shape[1:-1]
         if all(stride == 1 for stride in conv.stride):
             # on a grid as wide as the padded input a tap is a shift of the flattened positions

@@ -189,19 +189,19 @@ def weight_grads(
         for chosen in _slices(0, samples, sample_step):
             if grouped:
                 assert isinstance(module, nn.Conv1d | nn.Conv2d)
-                yield Slice(
-                    chosen,
-                    weight_rows,
-                    _grouped_grads(module, x, output_grads, rows_per_sample, chosen, weight_rows),
+                part = slice(chosen.start * rows_per_sample, chosen.stop * rows_per_sample)
+                grads = grouped_grads(
+                    module, x[part], output_grads[part, weight_rows], _length(chosen)
                 )
+                yield Slice(chosen, weight_rows, grads.flatten(2))
                 continue
             grads = deltas.new_zeros(_length(chosen), _length(weight_rows), columns, dtype=dtype)
-            for part, begin, end in _batch_rows(chosen, rows_per_sample, fitting_rows):
+            for inside, begin, end in _batch_rows(chosen, rows_per_sample, fitting_rows):
                 a = product.patches(begin, end)
-                a = a.reshape(_length(part), -1, groups, a.shape[-1])
+                a = a.reshape(_length(inside), -1, groups, a.shape[-1])
                 d = deltas[begin:end, :, weight_rows].to(dtype)
-                d = d.reshape(_length(part), -1, _length(weight_rows)).transpose(1, 2)
-                target = grads[part.start - chosen.start : part.stop - chosen.start]
+                d = d.reshape(_length(inside), -1, _length(weight_rows)).transpose(1, 2)
+                target = grads[inside.start - chosen.start : inside.stop - chosen.start]
                 for group in range(groups):
                     low = max(group * per_group - weight_rows.start, 0)
                     high = min((group + 1) * per_group, weight_rows.stop) - weight_rows.start
@@ -211,49 +211,55 @@ def weight_grads(
 
 
 def prefers_grouped(
-    module: WeightModule, x: Tensor, output_grads: Tensor, rows_per_sample: int
+    module: nn.Module, x: Tensor, output_grads: Tensor, rows_per_sample: int
 ) -> bool:
     """Whether one convolution with a group per sample beats patches and a matrix product.
 
     On a CPU in float32, where the gradient kernel of the convolution library copies no patches and
     there are enough positions for it: twice to four times as fast there, slower elsewhere.
+
+    Args:
+        module: the layer.
+        x: its input, or what its channels were projected to.
+        output_grads: gradient with respect to its output, likewise.
+        rows_per_sample: consecutive rows that make up one sample.
     """
-    if not isinstance(module, nn.Conv1d | nn.Conv2d) or module.groups != 1:
+    if not isinstance(module, nn.Conv1d | nn.Conv2d) or module.groups != 1 or not len(x):
         return False
     if output_grads.device.type != "cpu" or output_grads.dtype != torch.float32:
         return False
-    positions = output_grads[0, 0].numel() * rows_per_sample if len(output_grads) else 0
-    return positions >= 2 * max(module.in_channels, module.out_channels)
+    positions = output_grads[0, 0].numel() * rows_per_sample
+    return positions >= 2 * max(x.shape[1], output_grads.shape[1])
 
 
-def _grouped_grads(
-    conv: nn.Conv1d | nn.Conv2d,
-    x: Tensor,
-    output_grads: Tensor,
-    rows_per_sample: int,
-    samples: slice,
-    rows: slice,
-) -> Tensor:
-    """``[b, o, C]`` for some samples and rows of the weight, the samples as groups."""
-    count, channels = _length(samples), _length(rows)
-    batch = slice(samples.start * rows_per_sample, samples.stop * rows_per_sample)
+def grouped_grads(conv: Convolution, x: Tensor, output_grads: Tensor, samples: int) -> Tensor:
+    """Gradients of a convolution's weight, the samples as groups of one convolution.
+
+    Args:
+        conv: its geometry; its numbers of channels do not matter.
+        x: ``[B · S, I, *spatial]``.
+        output_grads: ``[B · S, O, *spatial]``.
+        samples: ``B``.
+
+    Returns:
+        ``[B, O, taps, I]``.
+    """
 
     def grouped(t: Tensor) -> Tensor:
-        # [b · S, c, *spatial] -> [S, b · c, *spatial]
-        t = t.to(torch.float32).unflatten(0, (count, rows_per_sample))
-        return t.transpose(0, 1).flatten(1, 2)
+        # [B · S, c, *spatial] -> [S, B · c, *spatial]
+        return t.to(torch.float32).unflatten(0, (samples, -1)).transpose(0, 1).flatten(1, 2)
 
     ends = conv._reversed_padding_repeated_twice
     padding = list(ends[::2][::-1])
-    part = x[batch]
     if conv.padding_mode != "zeros" or ends[::2] != ends[1::2]:
-        part, padding = pad_input(part, conv), [0] * len(padding)
-    weight = conv.weight.new_empty(1, dtype=torch.float32).expand(
-        count * channels, *conv.weight.shape[1:]
+        x, padding = pad_input(x, conv), [0] * len(padding)
+    inputs, outputs = x.shape[1], output_grads.shape[1]
+    weight = x.new_empty(1, dtype=torch.float32).expand(
+        samples * outputs, inputs, *conv.kernel_size
     )
     _, grads, _ = torch.ops.aten.convolution_backward(
-        grouped(output_grads[batch, rows]),
-        grouped(part),
+        grouped(output_grads),
+        grouped(x),
         weight,
         None,
         list(conv.stride),
@@ -261,10 +267,10 @@ def _grouped_grads(
         list(conv.dilation),
         False,
         [0] * len(padding),
-        count,
+        samples,
         [False, True, False],
     )
-    return grads.view(count, channels, conv.in_channels, -1).transpose(2, 3).flatten(2)
+    return grads.view(samples, outputs, inputs, -1).transpose(2, 3)
 
 
 def _embedding_grads(
