@@ -126,3 +126,22 @@ def test_planning_computes_no_gradient_and_leaves_no_hook():
     assert not model._forward_hooks
     assert model.weight.grad is None
     assert model.weight.requires_grad
+
+
+def test_two_sided_sketches_keep_thin_inputs():
+    from dtrak.measure import TensorMeter
+
+    linear, x = nn.Linear(100, 60), torch.randn(80, 100)
+    (layer,) = plan_of(linear, x, Projection("kronecker", 512, factor_dim=5)).layers
+    assert layer.kept_bytes == 4 * 80 * 5
+    up = nn.ConvTranspose1d(12, 8, 3, groups=2)
+    (layer,) = plan_of(up, torch.randn(4, 12, 10), Projection("kronecker", 64, factor_dim=3)).layers
+    assert layer.kept_bytes == 4 * (4 * 2) * 3 * 10
+    # and nothing else: ten layers, whose inputs autograd has no use for
+    model = nn.Sequential(*(nn.Linear(100, 100, bias=False) for _ in range(10)))
+    sketcher = GradientSketcher(model, Projection("kronecker", 512, factor_dim=5))
+    # the factors are made once
+    sketcher.sketch(lambda: model(x).square().mean(1), 80)
+    with TensorMeter(known=[x, *model.state_dict().values()]) as meter:
+        sketcher.sketch(lambda: model(x).square().mean(1), 80)
+    assert meter.peak_bytes < 6 * x.numel() * 4 + 80 * 512 * 4

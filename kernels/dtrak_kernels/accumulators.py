@@ -44,6 +44,16 @@ class Accumulator(ABC):
         """Whether `add_weight` forms the layer's gradient in slices and hands them to `add`."""
         return True
 
+    def keep(self, index: int, module: WeightModule, x: Tensor) -> Tensor:
+        """What `add_weight` needs of a layer's input, kept from its forward to its backward.
+
+        Args:
+            index: which parameter the layer's weight is.
+            module: the layer.
+            x: its input, in the dtype of its output.
+        """
+        return x
+
     @abstractmethod
     def add(
         self, index: int, grads: Tensor, out: Tensor, samples: slice, first_row: int = 0
@@ -72,7 +82,8 @@ class Accumulator(ABC):
         Args:
             index: which parameter the weight is.
             module: the layer.
-            x: its input, see `weight_grads`.
+            x: what `keep` kept of its input; without that method of its own, the input, see
+                `weight_grads`.
             output_grads: gradient with respect to its output.
             out: ``[B, K]`` features.
             rows_per_sample: consecutive rows that make up one sample.
@@ -197,6 +208,14 @@ class KroneckerAccumulator(Accumulator):
     def forms_slices(self, module: nn.Module, output_grads: Tensor) -> bool:
         """See `Accumulator.forms_slices`."""
         return isinstance(module, nn.Embedding)
+
+    def keep(self, index: int, module: WeightModule, x: Tensor) -> Tensor:
+        """See `Accumulator.keep`: the thin input is all that is needed."""
+        sketch = self.sketches[index]
+        if isinstance(module, nn.Embedding):
+            return x
+        assert isinstance(sketch, TwoSidedSketch)
+        return sketch.thin_input(module, x)
 
     def add_weight(
         self,

@@ -157,7 +157,8 @@ class NormingAccumulator(Accumulator):
         if self.forms_slices(module, output_grads):
             super().add_weight(index, module, x, output_grads, out, rows_per_sample)
             return
-        self.accumulator.add_weight(index, module, x, output_grads, out, rows_per_sample)
+        kept = self.accumulator.keep(index, module, x)
+        self.accumulator.add_weight(index, module, kept, output_grads, out, rows_per_sample)
         if index in self._streamed:
             self._squares += weight_norms(module, x, output_grads, rows_per_sample)
             return

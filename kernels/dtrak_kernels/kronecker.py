@@ -178,10 +178,35 @@ class TwoSidedSketch:
             full = torch.einsum("jo,botl->bjtl", left[:, first_row : first_row + rows], thin)
         self.add_thin(full, out)
 
+    def thin_input(self, module: nn.Linear | Convolution, x: Tensor) -> Tensor:
+        """The layer's side of the thin product, from its input: all that need be kept of it.
+
+        Args:
+            module: the layer.
+            x: its input, ``[R, ..., I]`` or ``[R, I, *spatial]``.
+
+        Returns:
+            ``[R, T, k]`` or ``[R · groups, k, *spatial]``, without the scale.
+        """
+        if isinstance(module, nn.Linear):
+            return self.input_factor.apply(linear_rows(x, len(x)))
+        # a transposed convolution is the adjoint of a convolution: input and output trade places
+        if isinstance(module, TRANSPOSED):
+            return self._project_rows(x, module.groups)
+        return self._project_channels(x, self.input_factor, module.groups)
+
+    def thin_output_grads(self, module: nn.Linear | Convolution, output_grads: Tensor) -> Tensor:
+        """The other side, from the output gradient; shapes as `thin_input`."""
+        if isinstance(module, nn.Linear):
+            return self.output_factor.apply(linear_rows(output_grads, len(output_grads)))
+        if isinstance(module, TRANSPOSED):
+            return self._project_channels(output_grads, self.input_factor, module.groups)
+        return self._project_rows(output_grads, module.groups)
+
     def add_product(
         self,
         module: nn.Linear | Convolution,
-        x: Tensor,
+        thin_x: Tensor,
         output_grads: Tensor,
         out: Tensor,
         rows_per_sample: int,
@@ -190,65 +215,22 @@ class TwoSidedSketch:
 
         Args:
             module: the layer.
-            x: its input, ``[R, ..., I]`` or ``[R, I, *spatial]``.
+            thin_x: `thin_input` of its input.
             output_grads: gradient with respect to its output.
             out: ``[B, K]``, with ``R = B · rows_per_sample``.
             rows_per_sample: consecutive rows that make up one sample.
         """
+        a = thin_x.to(out.dtype)
+        d = self.thin_output_grads(module, output_grads).to(out.dtype)
+        samples = len(output_grads) // rows_per_sample
         if isinstance(module, nn.Linear):
-            a = self.input_factor.apply(linear_rows(x, len(x))).to(out.dtype)
-            d = self.output_factor.apply(linear_rows(output_grads, len(x))).to(out.dtype)
-            samples = len(x) // rows_per_sample
-            thin = d.reshape(samples, -1, d.shape[2]).transpose(1, 2) @ a.reshape(
-                samples, -1, a.shape[2]
-            )
-            self.add_thin(thin.unsqueeze(2), out)
-            return
-        self.add_thin(self._thin_convolution(module, x, output_grads, out, rows_per_sample), out)
-
-    def _thin_convolution(
-        self,
-        conv: Convolution,
-        x: Tensor,
-        output_grads: Tensor,
-        out: Tensor,
-        rows_per_sample: int,
-    ) -> Tensor:
-        """``[B, k_o, taps, k_i]``, unscaled."""
-        # a transposed convolution is the adjoint of a convolution: input and output trade places
-        source, seen = (output_grads, x) if isinstance(conv, TRANSPOSED) else (x, output_grads)
-        samples = len(x) // rows_per_sample
-        a = self._project_channels(source, self.input_factor, conv.groups).to(out.dtype)
-        d = self._project_rows(seen, conv.groups).to(out.dtype)
-        if prefers_grouped(conv, a, d, rows_per_sample):
-            return grouped_grads(conv, a, d, samples)
-        a = _padded_channels_last(a, conv)
-        size = a.shape[1:-1]
-        if all(stride == 1 for stride in conv.stride):
-            # on a grid as wide as the padded input a tap is a shift of the flattened positions
-            grid = d.new_zeros(len(d), *size, d.shape[1])
-            grid[(slice(None), *(slice(0, n) for n in seen.shape[2:]))] = d.movedim(1, -1)
-            a, d = (t.reshape(samples, -1, t.shape[-1]) for t in (a, grid))
-            steps = [math.prod(size[axis + 1 :]) for axis in range(len(size))]
-            shifts = [
-                sum(t * s * g for t, s, g in zip(tap, conv.dilation, steps, strict=True))
-                for tap in _taps(conv)
-            ]
-            length = a.shape[1]
-            parts = [d[:, : length - s].transpose(1, 2) @ a[:, s:] for s in shifts]
+            a, d = (t.reshape(samples, -1, t.shape[-1]) for t in (a, d))
+            thin = (d.transpose(1, 2) @ a).unsqueeze(2)
+        elif isinstance(module, TRANSPOSED):
+            thin = _thin_convolution(module, d, a, samples)
         else:
-            d = d.movedim(1, -1).reshape(samples, -1, d.shape[1])
-            parts = []
-            for tap in _taps(conv):
-                window = tuple(
-                    slice(t * dilation, t * dilation + (n - 1) * stride + 1, stride)
-                    for t, dilation, n, stride in zip(
-                        tap, conv.dilation, seen.shape[2:], conv.stride, strict=True
-                    )
-                )
-                seen_by_tap = a[(slice(None), *window)].reshape(samples, -1, a.shape[-1])
-                parts.append(d.transpose(1, 2) @ seen_by_tap)
-        return torch.stack(parts, dim=2)
+            thin = _thin_convolution(module, a, d, samples)
+        self.add_thin(thin, out)
 
     def _project_channels(self, x: Tensor, factor: Factor, groups: int) -> Tensor:
         """``[R, groups · I, *spatial]`` to ``[R · groups, k_i, *spatial]``.
@@ -276,6 +258,50 @@ class TwoSidedSketch:
         per_group = matrix.unflatten(1, (groups, -1)).transpose(0, 1)
         thin = torch.matmul(per_group, d)
         return thin.reshape(-1, factor.size, *output_grads.shape[2:])
+
+
+def _thin_convolution(conv: Convolution, a: Tensor, d: Tensor, samples: int) -> Tensor:
+    """The thin gradient of a convolution.
+
+    Args:
+        conv: its geometry.
+        a: ``[R · groups, k, *spatial]`` what the kernel slides over.
+        d: ``[R · groups, k, *spatial]`` at the kernel's positions.
+        samples: ``B``.
+
+    Returns:
+        ``[B, k_o, taps, k_i]``, unscaled.
+    """
+    if prefers_grouped(conv, a, d, len(d) // samples):
+        return grouped_grads(conv, a, d, samples)
+    positions = d.shape[2:]
+    a = _padded_channels_last(a, conv)
+    size = a.shape[1:-1]
+    if all(stride == 1 for stride in conv.stride):
+        # on a grid as wide as the padded input a tap is a shift of the flattened positions
+        grid = d.new_zeros(len(d), *size, d.shape[1])
+        grid[(slice(None), *(slice(0, n) for n in positions))] = d.movedim(1, -1)
+        a, d = (t.reshape(samples, -1, t.shape[-1]) for t in (a, grid))
+        steps = [math.prod(size[axis + 1 :]) for axis in range(len(size))]
+        shifts = [
+            sum(t * s * g for t, s, g in zip(tap, conv.dilation, steps, strict=True))
+            for tap in _taps(conv)
+        ]
+        length = a.shape[1]
+        parts = [d[:, : length - s].transpose(1, 2) @ a[:, s:] for s in shifts]
+        return torch.stack(parts, dim=2)
+    d = d.movedim(1, -1).reshape(samples, -1, d.shape[1])
+    parts = []
+    for tap in _taps(conv):
+        window = tuple(
+            slice(t * dilation, t * dilation + (n - 1) * stride + 1, stride)
+            for t, dilation, n, stride in zip(
+                tap, conv.dilation, positions, conv.stride, strict=True
+            )
+        )
+        seen_by_tap = a[(slice(None), *window)].reshape(samples, -1, a.shape[-1])
+        parts.append(d.transpose(1, 2) @ seen_by_tap)
+    return torch.stack(parts, dim=2)
 
 
 def _padded_channels_last(x: Tensor, conv: Convolution) -> Tensor:

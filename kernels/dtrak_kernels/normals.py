@@ -20,7 +20,7 @@ from .streams import Stream, box_muller, philox_words
 TILE = 256
 # compiling takes a quarter of a minute once per machine, then seconds per process: about what eager
 # torch needs for so many entries, and projections come in many batches
-COMPILE_ENTRIES = 2**29
+COMPILE_ENTRIES = 2**28
 
 _MASK = 0xFFFFFFFF
 

@@ -273,6 +273,7 @@ class _Planner:
                     model_flop = 2 * product
                 flop_weight, work_weight, kernel = self._weight(x, seen)
                 flop, work = flop + flop_weight, max(work, work_weight)
+                kept = self._kept(x, kept)
         plan = LayerPlan(
             name, type(self.module).__name__, shapes, positions, flop, kept, work, kernel
         )
@@ -311,6 +312,21 @@ class _Planner:
             return product, work, "sliced gradient (torch)"
         dense = 2 * B * P * self.projection.proj_dim
         return product + dense, work, "sliced gradient, dense projection"
+
+    def _kept(self, x: Tensor, whole: int) -> int:
+        """Bytes of what is kept of a weight's input; two-sided sketches keep it projected."""
+        accumulator = self.accumulator
+        if not isinstance(accumulator, KroneckerAccumulator) or isinstance(
+            self.module, nn.Embedding
+        ):
+            return whole
+        sketch = accumulator.sketches[self.owned["weight"]]
+        assert isinstance(sketch, TwoSidedSketch)
+        if isinstance(self.module, TRANSPOSED):
+            factor, groups = sketch.output_factor, self.module.groups
+        else:
+            factor, groups = sketch.input_factor, 1
+        return whole if factor.is_identity else whole // factor.extent * factor.size * groups
 
     def _two_sided(self, sketch: TwoSidedSketch, x: Tensor, seen: Tensor) -> tuple[int, int, str]:
         left, right = sketch.output_factor, sketch.input_factor

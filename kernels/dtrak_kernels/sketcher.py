@@ -186,6 +186,13 @@ class GradientSketcher:
                 }
             )
         ]
+        # walking the module tree takes longer than many a layer
+        self._model_parameters = list(model.parameters())
+        self._normalisations = [
+            (name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        ]
         self._refuse_mixing()
         accumulator = make_accumulator(self.shapes, projection, implementation)
         self._norms = NormingAccumulator(accumulator, self.parameter_names) if norms else None
@@ -315,7 +322,7 @@ class GradientSketcher:
         if self._norms is not None:
             self._norms.open(batch.features)
         chosen = {id(parameter) for parameter in self._parameters}
-        before = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        before = [(parameter, parameter.requires_grad) for parameter in self._model_parameters]
         handles: list[Any] = []
         self._frozen = [0] * len(self._parameters)
         try:
@@ -348,10 +355,8 @@ class GradientSketcher:
                 parameter.requires_grad_(flag)
 
     def _refuse_mixing(self) -> None:
-        for name, module in self.model.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
-                module.training or not module.track_running_stats
-            ):
+        for name, module in self._normalisations:
+            if module.training or not module.track_running_stats:
                 raise ValueError(
                     f"module {name!r} ({type(module).__name__}) normalises over the batch, so "
                     "samples have no gradient of their own: put the model in eval mode or replace "
@@ -392,7 +397,8 @@ class GradientSketcher:
                     f"its parameters {', '.join(layer.owned)} to be attributed, got "
                     f"{type(output).__name__}"
                 )
-            inputs = _tensors(args, kwargs)
+            leaves, structure = _flatten(args, kwargs)
+            inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             if [x._version for x in inputs] != before:
                 raise RuntimeError(
                     f"module {layer.name!r} ({type(module).__name__}) changes its input in place: "
@@ -412,11 +418,14 @@ class GradientSketcher:
             if not output.requires_grad:
                 # nothing upstream needs a gradient, yet this layer's output gradient must be seen
                 output = output + batch.anchor.to(output.dtype)
-            leaves, structure = _flatten(args, kwargs)
-            kept = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
+            kept = [leaf.detach() for leaf in inputs]
             rule = find_rule(module, args, kwargs)
             if rule is None:
                 kept.append(output.detach().clone())
+            elif isinstance(module, WEIGHT_MODULES) and "weight" in layer.owned:
+                # what the layer multiplied, where autocast rounded its input
+                x = kept[0].to(output.dtype) if kept[0].is_floating_point() else kept[0]
+                kept = [self._accumulator.keep(layer.owned["weight"], module, x)]
             device_type = output.device.type
             call = _Call(
                 rule,
@@ -452,8 +461,7 @@ class GradientSketcher:
             self._accumulator.add_weight(
                 layer.owned["weight"],
                 module,
-                # what the layer multiplied, where autocast rounded its input
-                x.to(output_grads.dtype) if x.is_floating_point() else x,
+                x,
                 output_grads,
                 batch.features,
                 batch.rows_per_sample,
