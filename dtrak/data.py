@@ -9,10 +9,8 @@ import io
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,19 +18,29 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .files import write_atomically
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-IMAGE_COLUMNS = ("image", "img")
-LABEL_COLUMN = "label"
-DIGITS_SIZE = 8
-KINDS = (
-    "'digits', a folder of images, a .parquet file, "
-    "a folder written by datasets' save_to_disk, or a hub name"
+from .sources import (
+    DataError,
+    Record,
+    digits_positions,
+    digits_split,
+    first_line,
+    missing_path,
+    open_records,
 )
 
+__all__ = [
+    "DataError",
+    "ImageData",
+    "decode_records",
+    "digits_split",
+    "encode_png",
+    "from_uint8",
+    "load_data",
+    "save_images",
+    "to_uint8",
+]
 
-class DataError(ValueError):
-    """Images that cannot be used as they are; the message says which and why, in one line."""
+DIGITS_SIZE = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,12 +126,15 @@ def load_data(
         source: ``"digits"`` (scikit-learn's 1,797 handwritten digits, 8 x 8; splits ``train``,
             ``validation`` and ``all``); a folder of images (searched recursively, in the order of
             their paths); a parquet file with a column ``image`` or ``img`` of {bytes, path} and
-            optionally an integer column ``label``; a folder written by ``Dataset.save_to_disk``;
-            or a name for ``datasets.load_dataset``.
+            optionally an integer column ``label``, or a folder with one such file for each part,
+            ``…-train.parquet`` and ``…-test.parquet``; a folder written by
+            ``Dataset.save_to_disk``; CIFAR-10's, CelebA's or ArtBench-10's own files (see
+            `dtrak.layouts`); or a name for ``datasets.load_dataset``.
         channels: 1 (grey) or 3 (RGB); None takes the first image's.
         size: pixels, side or (height, width); None takes the first image's.
         split: which part of a source that has parts; a folder of images and a parquet file have
-            only ``train``.
+            only ``train``. Where no part is called ``validation``, that is one called ``valid``,
+            ``val`` or ``test``.
         limit: keep at most this many images, the first ones; None keeps all.
         labels: keep only images of these classes; None keeps all.
         skip_corrupt: leave out images that do not decode, with one warning, instead of raising.
@@ -150,35 +161,58 @@ def load_data(
         raise ValueError(f"limit must be positive, got {limit}")
     name = os.fspath(source)
     if isinstance(source, os.PathLike) and not Path(source).exists():
-        raise _missing(name)
+        raise missing_path(name)
     if name == "digits" and shape in (None, (DIGITS_SIZE, DIGITS_SIZE)):
         return _load_digits(channels or 1, split, limit, labels)
-    records = _open_records(name, split)
+    records = open_records(name, split)
     if labels is not None:
         records = _with_labels(records, set(labels), name)
-    pixels, ids, found = _decode_all(records, name, channels, shape, limit, skip_corrupt, resize)
-    return ImageData(
-        images=from_uint8(pixels), ids=ids, labels=found, source=_describe(name, split)
+    return decode_records(
+        records,
+        name,
+        channels=channels,
+        size=shape,
+        limit=limit,
+        skip_corrupt=skip_corrupt,
+        resize=resize,
+        description=_describe(name, split),
     )
 
 
-def digits_split(seed: int = 42) -> tuple[list[int], list[int]]:
-    """Draw 1,000 training and 200 validation digits, disjoint and stratified by label.
+def decode_records(
+    records: Iterable[Record],
+    name: str,
+    *,
+    channels: int | None = None,
+    size: int | tuple[int, int] | None = None,
+    limit: int | None = None,
+    crop: int | None = None,
+    skip_corrupt: bool = False,
+    resize: bool = False,
+    description: str | None = None,
+) -> ImageData:
+    """Decode records into images, as `load_data` does.
 
     Args:
-        seed: of the draw.
+        records: what to decode, in order.
+        name: of the source, for messages.
+        channels: as in `load_data`.
+        size: as in `load_data`.
+        limit: as in `load_data`.
+        crop: cut this many pixels square out of the centre first, of images at least that large:
+            a picture that a model drew at the model's size is left whole.
+        skip_corrupt: as in `load_data`.
+        resize: as in `load_data`.
+        description: the source in words; None takes the name.
 
-    Returns:
-        Positions in scikit-learn's 1,797 digits, in the order of the draw: (train, validation).
+    Raises:
+        DataError: as in `load_data`.
     """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    target = load_digits().target
-    train, validation = train_test_split(
-        np.arange(len(target)), train_size=1000, test_size=200, stratify=target, random_state=seed
+    shape = (size, size) if isinstance(size, int) else size
+    pixels, ids, labels = _decode_all(
+        records, name, channels, shape, limit, crop, skip_corrupt, resize
     )
-    return train.tolist(), validation.tolist()
+    return ImageData(images=from_uint8(pixels), ids=ids, labels=labels, source=description or name)
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -237,14 +271,6 @@ def encode_png(pixels: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-class _Record(NamedTuple):
-    """One image before decoding: its id, its label, and its bytes, path or pixels [H, W] uint8."""
-
-    id: str
-    label: int | None
-    content: bytes | Path | np.ndarray | None
-
-
 def _fingerprint(images: Tensor, ids: Sequence[str]) -> str:
     digest = hashlib.sha256(repr(tuple(images.shape)).encode())
     for name, image in zip(ids, images, strict=True):
@@ -266,7 +292,7 @@ def _load_digits(
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    chosen = _digits_positions(split)
+    chosen = digits_positions(split)
     if labels is not None:
         chosen = [position for position in chosen if int(digits.target[position]) in set(labels)]
         if not chosen:
@@ -281,209 +307,7 @@ def _load_digits(
     )
 
 
-def _digits_positions(split: str) -> list[int]:
-    train, validation = digits_split()
-    parts = {"train": train, "validation": validation, "all": list(range(1797))}
-    if split not in parts:
-        raise ValueError(f"split of 'digits' must be one of {', '.join(parts)}, got '{split}'")
-    return parts[split]
-
-
-def _open_records(name: str, split: str) -> Iterator[_Record]:
-    """Find out what ``name`` is and walk its images."""
-    if name == "digits":
-        return _digit_records(split)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            return _saved_records(path, split)
-        _refuse_split(name, split, "a folder of images")
-        return _folder_records(path)
-    if path.is_file():
-        if path.suffix.lower() != ".parquet":
-            raise DataError(f"'{name}' is a file but not a .parquet file; data must be {KINDS}")
-        _refuse_split(name, split, "a parquet file")
-        return _parquet_records(path)
-    if _looks_like_a_path(name):
-        raise _missing(name)
-    return _hub_records(name, split)
-
-
-def _missing(name: str) -> FileNotFoundError:
-    return FileNotFoundError(f"no file or folder at '{name}'; data must be {KINDS}")
-
-
-def _refuse_split(name: str, split: str, kind: str) -> None:
-    if split != "train":
-        raise ValueError(f"split must be 'train' for {kind} ('{name}'), got '{split}'")
-
-
-def _looks_like_a_path(name: str) -> bool:
-    return (
-        name.startswith((".", "/", "~"))
-        or "\\" in name
-        or name.count("/") > 1
-        or name.lower().endswith((".parquet", *IMAGE_SUFFIXES))
-    )
-
-
-def _digit_records(split: str) -> Iterator[_Record]:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    for position in _digits_positions(split):
-        pixels = np.rint(digits.images[position] * (255 / 16)).astype(np.uint8)
-        yield _Record(f"digits/{position:04d}", int(digits.target[position]), pixels)
-
-
-def _folder_records(folder: Path) -> Iterator[_Record]:
-    paths = [
-        Path(parent, file)
-        for parent, _, files in os.walk(folder)
-        for file in files
-        # a leading dot marks the resource forks some archives carry: not images
-        if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith(".")
-    ]
-    if not paths:
-        kinds = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
-        raise DataError(f"no images ({kinds}) in the folder '{folder}'")
-    named = sorted((path.relative_to(folder).as_posix(), path) for path in paths)
-    for name, path in named:
-        yield _Record(name, None, path)
-
-
-def _parquet_records(path: Path) -> Iterator[_Record]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"'{path}' is not a readable parquet file: {_first_line(error)}") from error
-    with file:
-        schema = file.schema_arrow
-        image = next(
-            (
-                column
-                for column in IMAGE_COLUMNS
-                if column in schema.names
-                and pa.types.is_struct(schema.field(column).type)
-                and schema.field(column).type.get_field_index("bytes") >= 0
-            ),
-            None,
-        )
-        if image is None:
-            raise DataError(
-                f"'{path}' has no column 'image' or 'img' of {{bytes, path}}; "
-                f"its columns: {', '.join(f'{f.name} ({f.type})' for f in schema) or 'none'}"
-            )
-        if file.metadata.num_rows == 0:
-            raise DataError(f"'{path}' has no rows")
-        labelled = LABEL_COLUMN in schema.names and pa.types.is_integer(
-            schema.field(LABEL_COLUMN).type
-        )
-        columns = [image, LABEL_COLUMN] if labelled else [image]
-        row = 0
-        try:
-            for batch in file.iter_batches(batch_size=256, columns=columns):
-                for values in batch.to_pylist():
-                    yield _row_record(f"{path.name}/{row}", values[image], values.get(LABEL_COLUMN))
-                    row += 1
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(
-                f"'{path}' is not a readable parquet file, at row {row}: {_first_line(error)}"
-            ) from error
-
-
-def _saved_records(folder: Path, split: str) -> Iterator[_Record]:
-    import datasets
-
-    try:
-        loaded = datasets.load_from_disk(str(folder))
-    except Exception as error:
-        raise DataError(f"datasets cannot load '{folder}': {_first_line(error)}") from error
-    if isinstance(loaded, datasets.DatasetDict):
-        if split not in loaded:
-            raise ValueError(
-                f"split of '{folder}' must be one of {', '.join(loaded)}, got '{split}'"
-            )
-        yield from _dataset_records(loaded[split], f"{folder.name}/{split}")
-    else:
-        _refuse_split(str(folder), split, "a single saved data set")
-        yield from _dataset_records(loaded, folder.name)
-
-
-def _hub_records(name: str, split: str) -> Iterator[_Record]:
-    import datasets
-
-    try:
-        with _offline_without_a_hub(name):
-            loaded = datasets.load_dataset(name, split=split)
-    # the library raises some ten unrelated types here: no such name, no network, no such split, …
-    except Exception as error:
-        raise DataError(
-            f"'{name}' is no existing path, and datasets.load_dataset('{name}', split='{split}') "
-            f"failed ({type(error).__name__}: {_first_line(error)}); data must be {KINDS}"
-        ) from error
-    yield from _dataset_records(loaded, f"{name}/{split}")
-
-
-@contextmanager
-def _offline_without_a_hub(name: str) -> Iterator[None]:
-    """Load from the cache alone where the hub cannot be reached, instead of half a minute later."""
-    import datasets
-    import huggingface_hub
-
-    modules: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
-    before = [module.HF_HUB_OFFLINE for module in modules]
-    try:
-        huggingface_hub.HfApi().dataset_info(name, timeout=10)
-        offline = False
-    except huggingface_hub.errors.HfHubHTTPError:
-        # it answered, if only that there is no such data set
-        offline = False
-    # whatever the client raises when there is no connection: it differs between its versions
-    except Exception:
-        offline = True
-    try:
-        for module in modules:
-            module.HF_HUB_OFFLINE = module.HF_HUB_OFFLINE or offline
-        yield
-    finally:
-        for module, value in zip(modules, before, strict=True):
-            module.HF_HUB_OFFLINE = value
-
-
-def _dataset_records(dataset: Any, name: str) -> Iterator[_Record]:
-    """Walk a ``datasets.Dataset`` with its images left encoded, for our own decoding."""
-    import datasets
-
-    features = dataset.features
-    candidates = [column for column in features if isinstance(features[column], datasets.Image)]
-    image = next((column for column in IMAGE_COLUMNS if column in candidates), None)
-    image = image or (candidates[0] if len(candidates) == 1 else None)
-    if image is None:
-        raise DataError(
-            f"'{name}' has no image column; its columns: {', '.join(features) or 'none'}"
-        )
-    if len(dataset) == 0:
-        raise DataError(f"'{name}' has no rows")
-    encoded = dataset.cast_column(image, datasets.Image(decode=False))
-    kind = getattr(features.get(LABEL_COLUMN), "dtype", "")
-    columns = [image, LABEL_COLUMN] if kind.startswith(("int", "uint")) else [image]
-    for row, values in enumerate(encoded.select_columns(columns)):
-        yield _row_record(f"{name}/{row}", values[image], values.get(LABEL_COLUMN))
-
-
-def _row_record(name: str, image: dict[str, Any] | None, label: int | None) -> _Record:
-    image = image or {}
-    content: bytes | Path | None = image.get("bytes")
-    if content is None and image.get("path"):
-        content = Path(image["path"])
-    return _Record(name, label, content)
-
-
-def _with_labels(records: Iterable[_Record], kept: set[int], name: str) -> Iterator[_Record]:
+def _with_labels(records: Iterable[Record], kept: set[int], name: str) -> Iterator[Record]:
     empty = True
     for record in records:
         if record.label is None:
@@ -496,11 +320,12 @@ def _with_labels(records: Iterable[_Record], kept: set[int], name: str) -> Itera
 
 
 def _decode_all(
-    records: Iterable[_Record],
+    records: Iterable[Record],
     name: str,
     channels: int | None,
     shape: tuple[int, int] | None,
     limit: int | None,
+    crop: int | None,
     skip_corrupt: bool,
     resize: bool,
 ) -> tuple[Tensor, list[str], list[int] | None]:
@@ -515,7 +340,7 @@ def _decode_all(
             image = _decode(record.content)
         # Pillow's decoders raise whatever the broken bytes lead them to: OSError, SyntaxError, …
         except Exception as error:
-            reason = f"corrupt image '{record.id}' in '{name}': {_first_line(error)}"
+            reason = f"corrupt image '{record.id}' in '{name}': {first_line(error)}"
             if not skip_corrupt:
                 raise DataError(f"{reason} (--skip-corrupt leaves it out)") from error
             corrupt.append(reason)
@@ -524,6 +349,8 @@ def _decode_all(
             raise DataError(
                 f"image '{record.id}' in '{name}' must have 8-bit pixels, got mode {image.mode}"
             )
+        if crop is not None and min(image.size) >= crop:
+            image = _crop_centre(image, crop, crop)
         channels = channels or (1 if image.mode in ("1", "L", "LA") else 3)
         height, width = shape = shape or (image.height, image.width)
         image = _flatten(image, channels)
@@ -574,9 +401,9 @@ def _resize(image: Image.Image, height: int, width: int) -> Image.Image:
     else:
         scaled = (max(width, int(height * image.width / image.height)), height)
     image = image.resize(scaled, Image.Resampling.BILINEAR)
-    left, top = round((scaled[0] - width) / 2), round((scaled[1] - height) / 2)
+    return _crop_centre(image, height, width)
+
+
+def _crop_centre(image: Image.Image, height: int, width: int) -> Image.Image:
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     return image.crop((left, top, left + width, top + height))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

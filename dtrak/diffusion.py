@@ -75,6 +75,19 @@ def linear_schedule() -> DDPMScheduler:
     )
 
 
+def make_unet(seed: int, **config: Any) -> UNet2DModel:
+    """A freshly initialised U-Net in evaluation mode.
+
+    Args:
+        seed: of the initial weights; the global random state is left as it was.
+        config: arguments of `diffusers.UNet2DModel`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        # not torch.manual_seed, which would reseed CUDA devices too
+        torch.default_generator.manual_seed(seed)
+        return UNet2DModel(**config).eval()
+
+
 def digits_model(seed: int = 0) -> DiffusionModel:
     """The U-Net for 8 x 8 digits, freshly initialised: 186,081 parameters.
 
@@ -84,23 +97,21 @@ def digits_model(seed: int = 0) -> DiffusionModel:
     Args:
         seed: of the initial weights; the global random state is left as it was.
     """
-    with torch.random.fork_rng(devices=[]):
-        # not torch.manual_seed, which would reseed CUDA devices too
-        torch.default_generator.manual_seed(seed)
-        unet = UNet2DModel(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            norm_num_groups=8,
-            attention_head_dim=8,
-            resnet_time_scale_shift="scale_shift",
-            add_attention=False,
-        )
-    return DiffusionModel(unet.eval(), linear_schedule())
+    unet = make_unet(
+        seed,
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+        attention_head_dim=8,
+        resnet_time_scale_shift="scale_shift",
+        add_attention=False,
+    )
+    return DiffusionModel(unet, linear_schedule())
 
 
 def load_model(folder: str | Path) -> DiffusionModel:

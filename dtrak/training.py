@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
 
 from .diffusion import DiffusionModel, hash_model, hash_tensors
 from .files import write_atomically
@@ -27,13 +29,21 @@ class Recipe:
     """How a model is trained: with the data and the initial weights it decides every bit.
 
     Attributes:
-        steps: optimiser steps.
-        batch_size: images per step.
+        steps: optimiser steps; ``epochs`` overrides it.
+        batch_size: images per step, over all processes.
         learning_rate: peak of AdamW's learning rate; see `learning_rate_factor` for its course.
         betas: AdamW's decay rates.
         weight_decay: AdamW's weight decay.
         max_grad_norm: gradients are clipped to this norm.
-        seed: of the order of the data, the timesteps, the noise and dropout.
+        seed: of the order of the data, the timesteps, the noise, flips and dropout.
+        epochs: passes over the data, which then decide the steps.
+        partial_batches: end every epoch with the batch that is left over, however small, as a
+            PyTorch data loader does; otherwise see `batch_indices`.
+        flip: mirror each image left to right with probability a half.
+        dropout: probability of every dropout layer while training; None leaves the model's.
+        warm_up_from_zero: the first step has learning rate 0, as Diffusers' schedules have it.
+        ema_decay: keep an exponential moving average of the weights with this largest decay, as
+            Diffusers' `EMAModel` with warm-up does, and return it as the trained model.
     """
 
     steps: int = 1200
@@ -43,10 +53,35 @@ class Recipe:
     weight_decay: float = 1e-6
     max_grad_norm: float = 1.0
     seed: int = 0
+    epochs: int | None = None
+    partial_batches: bool = False
+    flip: bool = False
+    dropout: float | None = None
+    warm_up_from_zero: bool = False
+    ema_decay: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-serialisable values."""
-        return asdict(self) | {"betas": list(self.betas)}
+        """The fields as JSON-serialisable values; later additions only where they are used."""
+        values = asdict(self) | {"betas": list(self.betas)}
+        if self.epochs is not None:
+            del values["steps"]
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in _LATER_FIELDS or not (value is None or value is False)
+        }
+
+    def num_steps(self, size: int) -> int:
+        """Optimiser steps on ``size`` images."""
+        if self.epochs is None:
+            return self.steps
+        if self.partial_batches:
+            return self.epochs * math.ceil(size / self.batch_size)
+        return math.ceil(self.epochs * size / self.batch_size)
+
+
+# left out where they say nothing, so that outputs of earlier versions are still recognised
+_LATER_FIELDS = ("epochs", "partial_batches", "flip", "dropout", "warm_up_from_zero", "ema_decay")
 
 
 def _derive_seed(*key: int | str) -> int:
@@ -74,14 +109,21 @@ def _seeded(device: torch.device, seed: int) -> Iterator[None]:
 def batch_indices(step: int, size: int, recipe: Recipe) -> Tensor:
     """Which images a step sees: epochs are permutations laid end to end, and no batch is short.
 
+    With ``recipe.partial_batches`` every epoch starts a batch of its own and ends with a short one.
+
     Args:
         step: index of the step, from 0.
         size: ``N``, images in the data set.
         recipe: gives the batch size and the seed.
 
     Returns:
-        ``[batch_size]`` int64; a batch across the end of an epoch may hold an image twice.
+        ``[batch_size]`` int64; a batch across the end of an epoch may hold an image twice. With
+        ``partial_batches``, fewer at the end of an epoch.
     """
+    if recipe.partial_batches:
+        epoch, position = divmod(step, math.ceil(size / recipe.batch_size))
+        order = torch.randperm(size, generator=_generator(recipe.seed, "order", epoch))
+        return order[position * recipe.batch_size :][: recipe.batch_size]
     first = step * recipe.batch_size
     last = first + recipe.batch_size
     epochs = range(first // size, (last - 1) // size + 1)
@@ -91,12 +133,50 @@ def batch_indices(step: int, size: int, recipe: Recipe) -> Tensor:
     return order[first - epochs[0] * size :][: recipe.batch_size]
 
 
-def learning_rate_factor(step: int, steps: int) -> float:
-    """Linear warm-up over a tenth of the steps, then half a cosine to 0; in (0, 1]."""
+def learning_rate_factor(step: int, steps: int, from_zero: bool = False) -> float:
+    """Linear warm-up over a tenth of the steps, then half a cosine to 0.
+
+    Args:
+        step: index of the step, from 0.
+        steps: of the whole training.
+        from_zero: the first step has factor 0 and the warm-up reaches 1 a step later, as Diffusers'
+            cosine schedule does it; otherwise no step is wasted.
+    """
     warm_up = math.ceil(steps / 10)
     if step < warm_up:
-        return (step + 1) / warm_up
+        return (step + (not from_zero)) / warm_up
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(steps - warm_up, 1)))
+
+
+@contextmanager
+def dropout_of(
+    module: nn.Module, probability: float, chosen: Callable[[str], bool]
+) -> Iterator[None]:
+    """Give dropout layers another probability within.
+
+    Args:
+        module: its dropout layers are meant.
+        probability: of dropping an activation.
+        chosen: whether the layer of this name is meant.
+    """
+    layers = [
+        layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Dropout) and chosen(name)
+    ]
+    before = [layer.p for layer in layers]
+    for layer in layers:
+        layer.p = probability
+    try:
+        yield
+    finally:
+        for layer, p in zip(layers, before, strict=True):
+            layer.p = p
+
+
+def _outside_attention(name: str) -> bool:
+    """The layers that took the published dropout: attention had none in its Diffusers (0.16)."""
+    return "attentions." not in name
 
 
 def save_atomically(state: Any, path: Path) -> None:
@@ -107,14 +187,20 @@ def save_atomically(state: Any, path: Path) -> None:
     write_atomically(path, buffer.getbuffer())
 
 
-def _identity(model: DiffusionModel, images: Tensor, recipe: Recipe) -> dict[str, Any]:
+def _identity(
+    model: DiffusionModel, images: Tensor, recipe: Recipe, precision: str
+) -> dict[str, Any]:
     """Everything that decides the trained weights."""
     schedule = hash_tensors({"betas": model.scheduler.betas})
-    return recipe.to_dict() | {
-        "images": hash_tensors({"images": images}),
-        "initial weights": hash_model(model.unet),
-        "noise schedule": f"{schedule} {model.scheduler.config['prediction_type']}",
-    }
+    return (
+        recipe.to_dict()
+        | {
+            "images": hash_tensors({"images": images}),
+            "initial weights": hash_model(model.unet),
+            "noise schedule": f"{schedule} {model.scheduler.config['prediction_type']}",
+        }
+        | ({} if precision == "no" else {"mixed precision": precision})
+    )
 
 
 def _read_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
@@ -126,10 +212,11 @@ def _read_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"checkpoint {path} is damaged, or not of this version: delete it to train anew"
         ) from error
+    named = {*asdict(Recipe()), "mixed precision"}
     differing = [
-        f"{key} ({found.get(key)} there, {value} here)" if key in asdict(Recipe()) else key
-        for key, value in identity.items()
-        if found.get(key) != value
+        f"{key} ({found.get(key)} there, {identity.get(key)} here)" if key in named else key
+        for key in [*identity, *(key for key in found if key not in identity)]
+        if found.get(key) != identity.get(key)
     ]
     if differing:
         raise ValueError(
@@ -137,6 +224,155 @@ def _read_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
             "delete it to train anew"
         )
     return state
+
+
+class _Trainer:
+    """A model, its optimiser and the processes that share the work."""
+
+    def __init__(
+        self, model: DiffusionModel, recipe: Recipe, accelerator: Accelerator | None
+    ) -> None:
+        self.model, self.recipe, self.accelerator = model, recipe, accelerator
+        self.unet = model.unet
+        if accelerator is not None:
+            self.unet.to(accelerator.device)
+        self.device = next(self.unet.parameters()).device
+        self.optimiser: Any = torch.optim.AdamW(
+            self.unet.parameters(), betas=recipe.betas, weight_decay=recipe.weight_decay
+        )
+        self.ema: EMAModel | None = None
+        if recipe.ema_decay is not None:
+            # the course of the decay is that of the published scripts' defaults
+            self.ema = EMAModel(
+                self.unet.parameters(), decay=recipe.ema_decay, use_ema_warmup=True, power=0.75
+            )
+            self.ema.to(self.device)
+        self.forward: Any = self.unet
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes files."""
+        return self.accelerator is None or bool(self.accelerator.is_main_process)
+
+    def prepare(self) -> None:
+        """Hand the model and the optimiser to Accelerate."""
+        if self.accelerator is not None:
+            self.forward, self.optimiser = self.accelerator.prepare(self.unet, self.optimiser)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside its identity and its step."""
+        scaler = None if self.accelerator is None else self.accelerator.scaler
+        return (
+            {"model": self.unet.state_dict(), "optimiser": self.optimiser.state_dict()}
+            | ({} if self.ema is None else {"ema": self.ema.state_dict()})
+            | ({} if scaler is None else {"scaler": scaler.state_dict()})
+        )
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``, before or after `prepare`."""
+        self.unet.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+            self.ema.to(self.device)
+        if self.accelerator is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def share(self, size: int) -> tuple[slice, float]:
+        """Which rows of a batch this process takes, and their weight in the mean of processes."""
+        if self.accelerator is None or self.accelerator.num_processes == 1:
+            return slice(None), 1.0
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        first, last = rank * size // world, (rank + 1) * size // world
+        if first == last:
+            # every process must take part in every backward pass
+            return slice(0, 1), 0.0
+        return slice(first, last), (last - first) * world / size
+
+    def take_step(self, images: Tensor, step: int, steps: int) -> None:
+        """One optimiser step on a part of a batch of ``images``."""
+        recipe, scheduler = self.recipe, self.model.scheduler
+        batch = images[batch_indices(step, len(images), recipe)]
+        if recipe.flip:
+            mirrored = torch.rand(len(batch), generator=_generator(recipe.seed, "flip", step)) < 0.5
+            rows_mirrored = mirrored.to(batch.device)[:, None, None, None]
+            batch = torch.where(rows_mirrored, batch.flip(-1), batch)
+        generator = _generator(recipe.seed, "noise", step)
+        timesteps = torch.randint(
+            self.model.num_train_timesteps, (len(batch),), generator=generator
+        )
+        noise = torch.randn(batch.shape, generator=generator)
+        # all processes draw the whole batch, so that their number does not change the training
+        rows, weight = self.share(len(batch))
+        batch, timesteps, noise = (
+            tensor[rows].to(self.device) for tensor in (batch, timesteps, noise)
+        )
+        noisy = scheduler.add_noise(batch, noise, timesteps)
+        rank = () if self.accelerator is None else (self.accelerator.process_index,)
+        dropout_seed = _derive_seed(recipe.seed, "dropout", step, *(r for r in rank if r))
+        with _seeded(self.device, dropout_seed):
+            prediction = self.forward(noisy, timesteps).sample
+        loss = F.mse_loss(prediction, training_target(scheduler, batch, noise, timesteps)) * weight
+        self.optimiser.zero_grad()
+        if self.accelerator is None:
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(self.unet.parameters(), recipe.max_grad_norm)
+            scaled = False
+        else:
+            self.accelerator.backward(loss)
+            norm = self.accelerator.clip_grad_norm_(self.unet.parameters(), recipe.max_grad_norm)
+            # otherwise a process that fails alone leaves the others waiting
+            loss = self.accelerator.reduce(loss.detach(), "mean")
+            # a scale that is too large overflows: the step is left out and the scale halved
+            scaled = self.accelerator.scaler is not None
+        if not torch.isfinite(loss) or not (scaled or torch.isfinite(norm)):
+            raise ValueError(
+                f"the training loss must stay finite, got {loss.item()} with gradient norm "
+                f"{norm.item()} at step {step + 1} of {steps}: try a learning rate "
+                f"below {recipe.learning_rate}"
+            )
+        factor = learning_rate_factor(step, steps, recipe.warm_up_from_zero)
+        for group in self.optimiser.param_groups:
+            group["lr"] = recipe.learning_rate * factor
+        self.optimiser.step()
+        if self.ema is not None:
+            self.ema.step(self.unet.parameters())
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model with its averaged weights, if it has any, within."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.unet.parameters())
+        self.ema.copy_to(self.unet.parameters())
+        try:
+            yield
+        finally:
+            self.ema.restore(self.unet.parameters())
+
+    def release(self) -> None:
+        """Take the model back from Accelerate, in evaluation mode and without gradients."""
+        self.optimiser.zero_grad()
+        if self.accelerator is not None:
+            # for mixed precision it changes the model's own forward method
+            self.accelerator.unwrap_model(self.forward, keep_fp32_wrapper=False)
+        self.unet.eval()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run on one CPU thread: layers as small as the digits' gain little from a second one.
+
+    On a busy machine its threads wait for each other at every layer, and training takes ten times
+    as long.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def train(
@@ -147,11 +383,15 @@ def train(
     checkpoint: Path | None = None,
     checkpoint_every: int = 100,
     progress: Progress | None = None,
+    accelerator: Accelerator | None = None,
+    keep_at: Collection[int] = (),
+    keep: Callable[[int], None] | None = None,
 ) -> DiffusionModel:
     """Train ``model`` in place on the plain denoising loss.
 
     The global random state is neither used nor changed. A checkpoint of another training (recipe,
-    images, initial weights or noise schedule) is refused rather than continued or overwritten.
+    images, initial weights, noise schedule or precision) is refused rather than continued or
+    overwritten.
 
     Args:
         model: a freshly initialised model, already on its device.
@@ -162,6 +402,11 @@ def train(
             removes it when the model is saved.
         checkpoint_every: steps between checkpoints.
         progress: called with (steps done, steps) after every step.
+        accelerator: mixed precision and several processes, which share each batch; it moves the
+            model to its device. None trains in this process, in the model's precision.
+        keep_at: numbers of finished steps after which ``keep`` is called.
+        keep: called with that number by the process that writes files, while ``model`` has the
+            weights (averaged ones, if any) of that moment.
 
     Returns:
         The same model, in evaluation mode.
@@ -178,58 +423,38 @@ def train(
         raise ValueError("images must hold at least one image to train on, got 0")
     if not torch.isfinite(images).all():
         raise ValueError("images must be finite, got NaN or infinity")
-    unet, scheduler = model.unet, model.scheduler
-    device = next(unet.parameters()).device
-    optimiser = torch.optim.AdamW(
-        unet.parameters(), betas=recipe.betas, weight_decay=recipe.weight_decay
-    )
+    steps = recipe.num_steps(len(images))
     start, identity = 0, {}
+    trainer = _Trainer(model, recipe, accelerator)
     if checkpoint is not None:
-        identity = _identity(model, images, recipe)
-        if checkpoint.is_file():
-            state = _read_checkpoint(checkpoint, identity)
-            unet.load_state_dict(state["model"])
-            optimiser.load_state_dict(state["optimiser"])
-            start = state["step"]
-    unet.train()
+        precision = "no" if accelerator is None else str(accelerator.mixed_precision)
+        identity = _identity(model, images, recipe, precision)
+    trainer.prepare()
+    if checkpoint is not None and checkpoint.is_file():
+        state = _read_checkpoint(checkpoint, identity)
+        trainer.load_state(state)
+        start = state["step"]
+    model.unet.train()
+    dropout = (
+        nullcontext()
+        if recipe.dropout is None
+        else dropout_of(model.unet, recipe.dropout, _outside_attention)
+    )
     try:
-        for step in range(start, recipe.steps):
-            batch = images[batch_indices(step, len(images), recipe)].to(device)
-            generator = _generator(recipe.seed, "noise", step)
-            timesteps = torch.randint(
-                model.num_train_timesteps, (len(batch),), generator=generator
-            ).to(device)
-            noise = torch.randn(batch.shape, generator=generator).to(device)
-            noisy = scheduler.add_noise(batch, noise, timesteps)
-            with _seeded(device, _derive_seed(recipe.seed, "dropout", step)):
-                prediction = unet(noisy, timesteps).sample
-            loss = F.mse_loss(prediction, training_target(scheduler, batch, noise, timesteps))
-            optimiser.zero_grad()
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), recipe.max_grad_norm)
-            if not torch.isfinite(loss) or not torch.isfinite(norm):
-                raise ValueError(
-                    f"the training loss must stay finite, got {loss.item()} with gradient norm "
-                    f"{norm.item()} at step {step + 1} of {recipe.steps}: try a learning rate "
-                    f"below {recipe.learning_rate}"
-                )
-            for group in optimiser.param_groups:
-                group["lr"] = recipe.learning_rate * learning_rate_factor(step, recipe.steps)
-            optimiser.step()
-            done = step + 1
-            if checkpoint is not None and done % checkpoint_every == 0 and done < recipe.steps:
-                save_atomically(
-                    {
-                        "identity": identity,
-                        "step": done,
-                        "model": unet.state_dict(),
-                        "optimiser": optimiser.state_dict(),
-                    },
-                    checkpoint,
-                )
-            if progress is not None:
-                progress(done, recipe.steps)
+        with dropout:
+            for done in range(start + 1, steps + 1):
+                trainer.take_step(images, done - 1, steps)
+                if keep is not None and done in keep_at and trainer.is_main:
+                    with trainer.averaged():
+                        keep(done)
+                due = done % checkpoint_every == 0 and done < steps
+                if checkpoint is not None and due and trainer.is_main:
+                    state = {"identity": identity, "step": done, **trainer.state()}
+                    save_atomically(state, checkpoint)
+                if progress is not None:
+                    progress(done, steps)
+        if trainer.ema is not None:
+            trainer.ema.copy_to(model.unet.parameters())
     finally:
-        optimiser.zero_grad()
-        unet.eval()
+        trainer.release()
     return model

@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from dtrak.data import DataError, ImageData, digits_split, load_data, save_images, to_uint8
+from dtrak.data import (
+    DataError,
+    ImageData,
+    decode_records,
+    digits_split,
+    load_data,
+    save_images,
+    to_uint8,
+)
+from dtrak.sources import Record
 
 CIFAR2 = Path(__file__).parents[2] / "shared" / "data" / "cifar2-train.parquet"
 
@@ -327,8 +336,10 @@ def test_saved_data_set(tmp_path):
     parts = datasets.DatasetDict(train=saved, test=saved.select([2]))
     parts.save_to_disk(tmp_path / "parts")
     assert load_data(tmp_path / "parts", split="test").ids == ["parts/test/0"]
-    with pytest.raises(ValueError, match=r"split of .*parts' must be one of train, test, got 'va"):
-        load_data(tmp_path / "parts", split="validation")
+    with pytest.raises(ValueError, match=r"split of .*parts' must be one of train, test, got 'de"):
+        load_data(tmp_path / "parts", split="dev")
+    # the held-out part goes by several names
+    assert load_data(tmp_path / "parts", split="validation").ids == ["parts/test/0"]
     (tmp_path / "one" / "state.json").write_text("{}")
     with pytest.raises(DataError, match=r"datasets cannot load '.*one'"):
         load_data(tmp_path / "one")
@@ -515,3 +526,24 @@ def test_saved_images_come_back_quantised(tmp_path, channels):
 def test_only_pictures_are_saved(tmp_path):
     with pytest.raises(ValueError, match=r"images must be \[M, 1 or 3, H, W\], got \[2, 4, 8, 8\]"):
         save_images(torch.zeros(2, 4, 8, 8), tmp_path)
+
+
+@pytest.mark.parametrize("height, width", [(9, 7), (6, 6), (7, 12), (5, 9)])
+def test_the_centre_is_cut_out_of_what_is_large_enough(height, width):
+    array = pixels(height, width)
+    records = [Record("a", 3, png(array))]
+    data = decode_records(records, "x", crop=6)
+    if height < 6:
+        assert_pixels(data.images[0], array)
+    else:
+        # half a pixel goes to the even side, as torchvision rounds
+        top, left = round((height - 6) / 2), round((width - 6) / 2)
+        assert_pixels(data.images[0], array[top : top + 6, left : left + 6])
+    assert (data.ids, data.labels, data.source) == (["a"], [3], "x")
+
+
+def test_cropping_comes_before_resizing():
+    array = np.full((20, 20, 3), 255, np.uint8)
+    array[4:16, 4:16] = 0
+    data = decode_records([Record("a", None, array)], "x", crop=12, size=6, resize=True)
+    assert torch.equal(data.images, torch.full((1, 3, 6, 6), -1.0))

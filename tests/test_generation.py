@@ -12,7 +12,7 @@ from tiny import tiny_model
 from torch import nn
 
 from dtrak.diffusion import DiffusionModel, linear_schedule
-from dtrak.generation import generate
+from dtrak.generation import draw_batches, generate, load_trajectories, save_trajectory
 
 
 class Answer:
@@ -33,7 +33,7 @@ class Formula(nn.Module):
         return Answer(self.function(sample, float(timestep)))
 
 
-def oracle(function, seed, steps, size=4, train_steps=1000, kind="epsilon"):
+def oracle(function, seed, steps, size=4, train_steps=1000, kind="epsilon", path=None):
     """DDIM, equation 12 with η = 0, in float64 numpy; the predicted image is clipped to [-1, 1]."""
     bars = np.cumprod(1 - np.linspace(1e-4, 0.02, train_steps))
     start = torch.randn(1, size, size, generator=torch.Generator().manual_seed(seed))
@@ -47,6 +47,8 @@ def oracle(function, seed, steps, size=4, train_steps=1000, kind="epsilon"):
         else:
             clean = math.sqrt(bar) * x - math.sqrt(1 - bar) * u
             noise = math.sqrt(bar) * u + math.sqrt(1 - bar) * x
+        if path is not None:
+            path.append(torch.from_numpy(clean.clip(-1, 1)))
         x = math.sqrt(previous) * clean.clip(-1, 1) + math.sqrt(1 - previous) * noise
     return torch.from_numpy(x.clip(-1, 1))
 
@@ -210,3 +212,60 @@ def test_seed_that_would_draw_the_image_of_another_is_refused(seed):
 def test_model_without_a_size_is_refused():
     with pytest.raises(ValueError, match="must have a sample_size to draw from it, got None"):
         generate(tiny_model(sample_size=None), [0])
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_trajectories_match_ddim_by_hand(kind):
+    model = DiffusionModel(
+        Formula(towards_a_point),
+        DDPMScheduler(beta_start=1e-4, beta_end=0.02, prediction_type=kind),
+    )
+    batches = list(
+        draw_batches(model, [3, 5, 7], num_inference_steps=10, batch_size=2, trajectories=True)
+    )
+    assert [batch.seeds for batch in batches] == [[3, 5], [7]]
+    for batch in batches:
+        assert (batch.trajectories.shape[1:], batch.trajectories.dtype) == (
+            (10, 1, 4, 4),
+            torch.float32,
+        )
+        for seed, image, path in zip(batch.seeds, batch.images, batch.trajectories, strict=True):
+            expected = []
+            last = oracle(towards_a_point, seed, 10, kind=kind, path=expected)
+            assert relative_error(path, torch.stack(expected)) < 1e-4
+            assert relative_error(image, last) < 1e-4
+    # the model wanders out of [-1, 1], so it was clipped
+    assert batches[0].trajectories.abs().max() == 1
+
+
+def test_batches_without_trajectories_and_of_nothing():
+    (batch,) = draw_batches(tiny_model(), [0], num_inference_steps=2)
+    assert batch.trajectories is None
+    assert list(draw_batches(tiny_model(), [], num_inference_steps=2)) == []
+    assert generate(tiny_model(), []).shape == (0, 1, 8, 8)
+
+
+def test_batches_are_refused_before_the_first():
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        draw_batches(tiny_model(), [0], batch_size=0)
+
+
+def test_trajectories_on_disk(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no trajectories in .* \(dtrak.generate --tra"):
+        load_trajectories(tmp_path)
+    paths = torch.randn(3, 5, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    for seed, path in zip((2, 10, 100_000), paths, strict=True):
+        save_trajectory(tmp_path / "trajectories" / f"{seed:05d}.safetensors", path)
+    # in the order of the seeds, not of the names
+    assert torch.equal(load_trajectories(tmp_path), paths)
+    assert torch.equal(load_trajectories(tmp_path, [100_000, 2]), paths[[2, 0]])
+    with pytest.raises(FileNotFoundError, match=r"no trajectory .*00003.safetensors"):
+        load_trajectories(tmp_path, [2, 3])
+    save_trajectory(tmp_path / "trajectories" / "00010.safetensors", paths[1, :4])
+    message = r"00010.safetensors must be \[5, 1, 4, 4\] as the first, got \[4, 1, 4, 4\]"
+    with pytest.raises(ValueError, match=message):
+        load_trajectories(tmp_path)
+    file = tmp_path / "trajectories" / "00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"trajectory .*00002.safetensors is damaged"):
+        load_trajectories(tmp_path)

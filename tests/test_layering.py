@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 ALLOWED = {
     "kernels/dtrak_kernels": {"torch", "triton"},
     "dtrak": {
+        "accelerate",
         "datasets",
         "diffusers",
         "dtrak",
@@ -18,6 +19,7 @@ ALLOWED = {
         "huggingface_hub",
         "matplotlib",
         "numpy",
+        "peft",
         "PIL",
         "pyarrow",
         "rich",
@@ -26,11 +28,12 @@ ALLOWED = {
         "sklearn",
         "torch",
         "trak",
+        "transformers",
         "typer",
     },
 }
 # the adapters are what other libraries' users import, so they may know those libraries
-ADAPTERS = {"trak.py": {"trak"}, "trak_scores.py": {"trak"}}
+ADAPTERS = {"dattri.py": {"dattri"}, "trak.py": {"trak"}, "trak_scores.py": {"trak"}}
 # a kernel file may import triton when it is loaded; nothing else may
 KERNEL_FILES = {"gram_kernel.py", "philox.py", "projection.py", "sketch_kernel.py"}
 DIFFUSION_WORDS = ("diffusion", "diffusers", "timestep", "unet", "noise schedule")

@@ -11,7 +11,15 @@ from numerics import relative_error
 from tiny import tiny_model
 
 from dtrak.diffusion import hash_model, load_model
-from dtrak.training import Recipe, batch_indices, learning_rate_factor, save_atomically, train
+from dtrak.presets import get_preset
+from dtrak.training import (
+    Recipe,
+    batch_indices,
+    dropout_of,
+    learning_rate_factor,
+    save_atomically,
+    train,
+)
 
 IMAGES = torch.rand(10, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 RECIPE = Recipe(steps=7, batch_size=4, seed=3)
@@ -137,6 +145,277 @@ def test_every_field_of_the_recipe_matters(unbroken):
     assert len(hashes | {unbroken}) == len(changes) + 1
 
 
+PUBLISHED = {
+    "epochs": 2,
+    "partial_batches": True,
+    "flip": True,
+    "dropout": 0.3,
+    "warm_up_from_zero": True,
+    "ema_decay": 0.9,
+}
+
+
+def test_later_fields_change_the_training_and_are_named():
+    base = replace(RECIPE, epochs=3, partial_batches=True)
+    hashes = {hash_model(train_tiny(base).unet)}
+    for name, value in PUBLISHED.items():
+        changed = replace(base, **{name: value if name != "partial_batches" else False})
+        hashes.add(hash_model(train_tiny(changed).unet))
+    assert len(hashes) == len(PUBLISHED) + 1
+    recipe = replace(RECIPE, **PUBLISHED)
+    # epochs decide the steps
+    assert recipe.to_dict() | {"steps": 7} == RECIPE.to_dict() | PUBLISHED
+    assert "steps" not in recipe.to_dict()
+
+
+def test_a_recipe_says_every_later_field_that_is_not_the_default():
+    assert Recipe(epochs=None, ema_decay=None).to_dict() == Recipe().to_dict()
+    assert Recipe(dropout=0.0, ema_decay=0.0).to_dict() == Recipe().to_dict() | {
+        "dropout": 0.0,
+        "ema_decay": 0.0,
+    }
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("stop", [2, 3, 5])
+def test_published_recipe_resumes_bit_for_bit(tmp_path, stop, every):
+    recipe = replace(RECIPE, **PUBLISHED)
+    whole = hash_model(train_tiny(recipe).unet)
+    options = {"checkpoint": tmp_path / "training.pt", "checkpoint_every": every}
+    with pytest.raises(StopError):
+        train_tiny(recipe, progress=stop_after(stop), **options)
+    assert hash_model(train_tiny(recipe, **options).unet) == whole
+
+
+@pytest.mark.parametrize("size, batch_size", [(10, 4), (10, 5), (3, 7), (1, 1)])
+def test_partial_batches_keep_what_is_left(size, batch_size):
+    recipe = Recipe(batch_size=batch_size, seed=1, epochs=3, partial_batches=True)
+    per_epoch = math.ceil(size / batch_size)
+    assert recipe.num_steps(size) == 3 * per_epoch
+    orders = []
+    for epoch in range(3):
+        batches = [batch_indices(epoch * per_epoch + i, size, recipe) for i in range(per_epoch)]
+        sizes = [len(batch) for batch in batches]
+        assert (
+            sizes == [batch_size] * (size // batch_size) + [size % batch_size][: size % batch_size]
+        )
+        orders.append(torch.cat(batches).tolist())
+        assert sorted(orders[-1]) == list(range(size))
+    if size == 10:
+        assert orders[0] != orders[1] != orders[2]
+
+
+def test_epochs_without_partial_batches():
+    assert Recipe(epochs=3, batch_size=4).num_steps(10) == 8
+    assert Recipe(steps=17, batch_size=4).num_steps(10) == 17
+
+
+def test_flips_mirror_about_half_of_the_images(monkeypatch):
+    model = tiny_model()
+    clean = []
+    add_noise = model.scheduler.add_noise
+
+    def spy(batch, noise, steps):
+        clean.append(batch)
+        return add_noise(batch, noise, steps)
+
+    monkeypatch.setattr(model.scheduler, "add_noise", spy)
+    recipe = replace(RECIPE, steps=20, flip=True, batch_size=10)
+    train_tiny(recipe, model=model)
+    mirrored = []
+    for step, batch in enumerate(clean):
+        for image, index in zip(batch, batch_indices(step, len(IMAGES), recipe), strict=True):
+            original = IMAGES[index]
+            mirror = torch.from_numpy(original.numpy()[..., ::-1].copy())
+            assert torch.equal(image, original) or torch.equal(image, mirror)
+            mirrored.append(torch.equal(image, mirror))
+    assert scipy.stats.binomtest(sum(mirrored), len(mirrored)).pvalue > 1e-3
+    # every image has a coin of its own
+    rows = torch.tensor(mirrored).reshape(20, 10)
+    assert (rows.sum(1) % 10 != 0).sum() > 15
+
+
+def test_dropout_is_set_while_training_and_only_then():
+    """As in the published models: in the residual blocks, not in attention."""
+    seen = {}
+    model = tiny_model(down_block_types=("AttnDownBlock2D",), up_block_types=("AttnUpBlock2D",))
+    layers = {n: m for n, m in model.unet.named_modules() if isinstance(m, torch.nn.Dropout)}
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda m, *_, name=name: seen.update({name: m.p}))
+    train_tiny(replace(RECIPE, dropout=0.3), model=model)
+    assert seen.keys() == layers.keys()
+    assert any("attentions." in name for name in seen)
+    for name, p in seen.items():
+        assert p == (0.0 if "attentions." in name else 0.3), name
+    assert all(layer.p == 0.0 for layer in layers.values())
+
+
+def test_published_dropout_counts():
+    for name, count in (("cifar2", 22), ("celeba", 32)):
+        with torch.device("meta"):
+            unet = get_preset(name).make_model().unet
+        layers = [m for m in unet.modules() if isinstance(m, torch.nn.Dropout)]
+        with dropout_of(unet, 0.1, lambda name: "attentions." not in name):
+            assert sum(layer.p == 0.1 for layer in layers) == count
+        assert all(layer.p == 0.0 for layer in layers)
+
+
+def test_dropout_comes_back_after_an_error():
+    model = poison(tiny_model(dropout=0.5), 2)
+    with pytest.raises(ValueError, match="at step 2 of 7"):
+        train_tiny(replace(RECIPE, dropout=0.1), model=model)
+    dropouts = [m.p for m in model.unet.modules() if isinstance(m, torch.nn.Dropout)]
+    assert set(dropouts) == {0.5}
+
+
+def test_learning_rate_from_zero_is_that_of_diffusers():
+    from diffusers.optimization import get_scheduler
+
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimiser = torch.optim.SGD([parameter], lr=1.0)
+    steps = 47
+    schedule = get_scheduler(
+        "cosine", optimiser, num_warmup_steps=math.ceil(0.1 * steps), num_training_steps=steps
+    )
+    rates = []
+    for _ in range(steps):
+        rates.append(schedule.get_last_lr()[0])
+        optimiser.step()
+        schedule.step()
+    ours = [learning_rate_factor(step, steps, from_zero=True) for step in range(steps)]
+    assert rates[0] == ours[0] == 0
+    assert relative_error(torch.tensor(ours), torch.tensor(rates).double()) < 1e-6
+
+
+def test_averaged_weights():
+    """The moving average in float64, with the decay's published course."""
+    recipe = replace(RECIPE, ema_decay=0.5)
+    snapshots = []
+
+    def note(done, total):
+        snapshots.append(model.unet.conv_in.weight.detach().double().clone())
+
+    model = tiny_model()
+    average = model.unet.conv_in.weight.detach().double().clone()
+    kept = {}
+    train(
+        model,
+        IMAGES,
+        recipe,
+        progress=note,
+        keep_at={3, 7},
+        keep=lambda step: kept.update({step: model.unet.conv_in.weight.detach().clone()}),
+    )
+    for step, weights in enumerate(snapshots):
+        # the first step has decay 0; then 1 - (1 + n) ** -3/4, at most the largest
+        decay = 0.0 if step == 0 else min(0.5, 1 - (1 + step) ** -0.75)
+        average = decay * average + (1 - decay) * weights
+        if step + 1 in kept:
+            assert relative_error(kept[step + 1], average) < 1e-6
+    assert kept.keys() == {3, 7}
+    assert relative_error(model.unet.conv_in.weight, average) < 1e-6
+    assert relative_error(average, snapshots[-1]) > 1e-4
+
+
+def test_kept_models_are_those_of_their_step():
+    kept = {}
+    model = tiny_model()
+    train(
+        model,
+        IMAGES,
+        RECIPE,
+        keep_at=[2, 7],
+        keep=lambda step: kept.update({step: hash_model(model.unet)}),
+    )
+    other = tiny_model()
+    with pytest.raises(StopError):
+        train_tiny(model=other, progress=stop_after(2))
+    assert kept == {2: hash_model(other.unet), 7: hash_model(model.unet)}
+
+
+class Alone:
+    """One of several processes, run here one at a time; their gradients are averaged by hand."""
+
+    scaler, mixed_precision, device = None, "no", torch.device("cpu")
+
+    def __init__(self, rank, world, gradients):
+        self.process_index, self.num_processes, self.gradients = rank, world, gradients
+        self.is_main_process = rank == 0
+
+    def prepare(self, *objects):
+        return objects
+
+    def backward(self, loss):
+        loss.backward()
+
+    def clip_grad_norm_(self, parameters, norm):
+        self.gradients.append([p.grad.double().clone() for p in parameters])
+        raise StopError
+
+    def unwrap_model(self, model, **options):
+        return model
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 6])
+def test_processes_share_a_batch(world):
+    """The mean of their gradients is the gradient of the whole batch, in unequal shares too."""
+    recipe = replace(RECIPE, flip=True)
+    gradients = []
+    for rank in range(world):
+        with pytest.raises(StopError):
+            train_tiny(recipe, accelerator=Alone(rank, world, gradients))
+    whole = []
+    with pytest.raises(StopError):
+        train_tiny(recipe, accelerator=Alone(0, 1, whole))
+    mean = [sum(parts) / world for parts in zip(*gradients, strict=True)]
+    flat = [torch.cat([g.flatten() for g in gs]) for gs in (mean, whole[0])]
+    assert relative_error(*flat) < 1e-5
+    shares = [g[0].norm().item() for g in gradients]
+    assert sum(share == 0 for share in shares) == max(0, world - RECIPE.batch_size)
+
+
+@pytest.fixture
+def accelerate():
+    """Accelerators made in one process share their state."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    yield lambda **options: Accelerator(cpu=True, **options)
+    AcceleratorState._reset_state(True)
+
+
+def test_accelerate_in_full_precision_changes_no_bit(tmp_path, unbroken, accelerate):
+    options = {"checkpoint": tmp_path / "training.pt", "checkpoint_every": 2}
+    with pytest.raises(StopError):
+        train_tiny(accelerator=accelerate(), progress=stop_after(5), **options)
+    model = train_tiny(accelerator=accelerate(), **options)
+    assert hash_model(model.unet) == unbroken
+
+
+def test_mixed_precision(tmp_path, unbroken, accelerate):
+    """bfloat16 layers, float32 weights; near the full training and never taken for it."""
+    dtypes = []
+    model = tiny_model()
+    model.unet.conv_out.register_forward_hook(lambda m, i, output: dtypes.append(output.dtype))
+    options = {"checkpoint": tmp_path / "training.pt", "checkpoint_every": 2}
+    bfloat = accelerate(mixed_precision="bf16")
+    trained = train_tiny(model=model, accelerator=bfloat, **options)
+    assert set(dtypes) == {torch.bfloat16}
+    full, start = train_tiny(), tiny_model()
+    weights, target, before = (
+        torch.cat([p.detach().flatten() for p in m.unet.parameters()])
+        for m in (trained, full, start)
+    )
+    assert weights.dtype == torch.float32
+    assert 1e-6 < relative_error(weights - before, target - before) < 0.3
+    # the model is handed back as it was: float32 in, float32 out
+    output = trained.unet(IMAGES[:1], 5).sample
+    assert output.dtype == torch.float32
+    assert dtypes.pop() == torch.float32
+    with pytest.raises(ValueError, match=r"differs in mixed precision \(bf16 there, None here\)"):
+        train_tiny(**options)
+
+
 @pytest.fixture
 def interrupted(tmp_path):
     checkpoint = tmp_path / "training.pt"
@@ -148,6 +427,10 @@ def interrupted(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
+        (
+            {"recipe": replace(RECIPE, flip=True)},
+            r"differs in flip \(None there, True here\): delete",
+        ),
         (
             {"recipe": replace(RECIPE, steps=9, learning_rate=1e-3)},
             r"differs in steps \(7 there, 9 here\), learning_rate \(0.004 there, 0.001 here\): del",
