@@ -1,5 +1,6 @@
 """The projector for dattri, by its documented interface: the library is not needed."""
 
+import sys
 from enum import StrEnum
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from numerics import relative_error
 
 from dtrak_kernels import Projection, project, reference
-from dtrak_kernels.dattri import DattriProjector
+from dtrak_kernels.dattri import DattriProjector, install
 
 
 class TheirType(StrEnum):
@@ -75,3 +76,9 @@ def test_refusals():
         made.project(torch.ones(1, 7), 0)
     with pytest.raises(TypeError, match=r"grads must be float32.*int64"):
         made.project(torch.ones(1, 10).long(), 0)
+
+
+def test_install_needs_the_library(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dattri", None)
+    with pytest.raises(ImportError, match="dattri"):
+        install()

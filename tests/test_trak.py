@@ -26,7 +26,7 @@ from trak.modelout_functions import (  # noqa: E402
     ImageClassificationModelOutput,
     TextClassificationModelOutput,
 )
-from trak.projectors import AbstractProjector, CudaProjector  # noqa: E402
+from trak.projectors import AbstractProjector, ChunkedCudaProjector, CudaProjector  # noqa: E402
 from trak.projectors import ProjectionType as TheirType  # noqa: E402
 
 N, M, SEED = 60, 5, 3
@@ -620,3 +620,59 @@ def test_norms_distances_and_products_survive(P, K, generator, kind):
     assert torch.equal(made.project(grads, model_id=0), features)
     other = made.project(grads, model_id=1)
     assert relative_error(other, features) > 0.5
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "normal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("generator", ["philox", "fast_jl"])
+def test_every_parameter_reaches_every_feature(generator, dtype, kind):
+    """One parameter at a time: the first, the last, and some between, in rows that may repeat."""
+    P, K = 1049, 512
+    num_sms = 7 if generator == "fast_jl" else None
+    places = [0, P - 1, 1, 500, 1024, 1025, P - 2, 500, 0]
+    grads = torch.zeros(len(places), P, dtype=dtype)
+    grads[range(len(places)), places] = 1.5
+    first, again = (
+        TritonProjector(P, K, 3, kind, "cpu", generator=generator, num_sms=num_sms).project(
+            {"all": grads}, model_id=0
+        )
+        for _ in range(2)
+    )
+    assert torch.equal(first, again)
+    assert (first != 0).all()
+    same = torch.tensor(places)[:, None] == torch.tensor(places)
+    for i, j in torch.cartesian_prod(torch.arange(len(places)), torch.arange(len(places))):
+        # rows of fast_jl's signs may repeat: see test_statistics
+        if same[i, j] or generator == "philox" or kind == "normal":
+            assert torch.equal(first[i], first[j]) == bool(same[i, j])
+
+
+def test_orthogonal_gradients_stay_nearly_orthogonal():
+    """As often positive as negative, and within five standard errors of zero."""
+    P, K = 3000, 256
+    grads = torch.linalg.qr(gaussian(P, 40))[0].T.contiguous()
+    features = TritonProjector(P, K, 3, "rademacher", "cpu").project(grads, 0).double()
+    products = (features @ features.T / K)[*torch.triu_indices(40, 40, 1)]
+    assert products.abs().max() < 5 / K**0.5
+    assert abs((products > 0).double().mean() - 0.5) < 5 * 0.5 / len(products) ** 0.5
+
+
+def test_their_chunks_run_on_our_projectors():
+    """What TRAK does beyond 2**32 entries of a batch: parts have projectors of their own."""
+    sizes = [40, 25]
+    parts = [
+        TritonProjector(n, 64, np.int64(seed), TheirType.normal, "cpu", 32)
+        for n, seed in zip(sizes, (17, 400), strict=True)
+    ]
+    chunked = ChunkedCudaProjector(parts, 40, sizes, 6, "cpu", torch.float32)
+    grads = {"a": gaussian(6, 40), "b": gaussian(6, 5, 3, seed=1), "c": gaussian(6, 10, seed=2)}
+    expected = sum(
+        part.double() @ reference.normal_matrix(n, 64, seed + (2 << 32))
+        for part, n, seed in zip(
+            torch.cat([x.flatten(1) for x in grads.values()], 1).split(sizes, 1),
+            sizes,
+            (17, 400),
+            strict=True,
+        )
+    )
+    assert relative_error(chunked.project(grads, model_id=2), expected) < 1e-6
