@@ -1,115 +1,423 @@
-"""Linear datamodelling score: do scores predict what models trained on subsets of the data do?"""
+"""Linear datamodelling score: do scores predict what models trained on subsets of the data do?
+
+``python -m dtrak.lds prepare | train | evaluate | report`` draws subsets of a data set, trains a
+model on each, takes the loss of every query under every model, and correlates what each attribution
+method predicted with what happened.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+import signal
+
+if __name__ == "__main__":
+    # the imports below take seconds, in which Ctrl-C would end in a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
-from scipy.stats import rankdata
-from torch import Tensor
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from . import __version__
+from .console import choose_device, progress_bar, reporting_errors, run_app
+from .data import ImageData
+from .files import write_atomically
+from .lds_experiment import (
+    FULL,
+    Experiment,
+    generated_queries,
+    load_experiment,
+    prepare,
+    query_sets,
+    train_one,
+    trained_names,
+)
+from .lds_losses import LossSettings, claim_settings, evaluate_one, load_losses, measured_names
+from .lds_methods import PROJECTIONS, Predictor, Setting, list_settings
+from .lds_report import print_table, render_markdown, write_plots
+from .lds_statistics import DampingChoice, choose_damping, lds, lds_per_query
+from .lds_table import (
+    NUM_RESAMPLES,
+    Entry,
+    Results,
+    dense_ranks,
+    digest,
+    fitted_entries,
+    load_results,
+    make_table,
+    packaged_results,
+    save_results,
+)
+from .lds_workers import Job, work
+from .outputs import check_choice
+from .presets import PRESETS, get_preset
+
+__all__ = ["DampingChoice", "app", "choose_damping", "lds", "lds_per_query", "main"]
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+
+_PRESET = Annotated[str, typer.Option(help=f"Experiment: {', '.join(PRESETS)}.")]
+_OUTPUT = Annotated[str | None, typer.Option(help="Run folder. Default: runs/lds-<preset>.")]
+_DEVICE = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+_FIRST = Annotated[int, typer.Option(help="First subset to work on.")]
+_LAST = Annotated[int | None, typer.Option(help="Last subset to work on, excluded.")]
+_PROCESSES = Annotated[int, typer.Option(help="Models worked on at once.")]
+_TRACEBACK = Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")]
 
 
-def lds_per_query(scores: Tensor, subsets: Tensor, losses: Tensor) -> Tensor:
-    """Rank correlation, over retrained models, of predicted and actual losses of every query.
-
-    The prediction for a model is minus the sum of the scores of the samples it was trained on: a
-    positive score says that a sample's presence lowers the query's loss.
-
-    Args:
-        scores: ``[M, N]``, query by training sample.
-        subsets: ``[R, N]`` bool, which samples each of R models was trained on.
-        losses: ``[R, M]`` loss of every query under every model.
-
-    Returns:
-        ``[M]`` float64 Spearman correlations in [-1, 1], ties sharing their mean rank; 0 where the
-        predictions or the losses of a query are all equal.
-
-    Raises:
-        TypeError: ``subsets`` is not bool.
-        ValueError: shapes disagree, there are fewer than 2 models, or a value is not finite.
-
-    Source:
-        Ilyas et al. 2022 (arXiv:2202.00622), section 4; Park et al. 2023 (arXiv:2303.14186).
-    """
-    if subsets.dtype != torch.bool:
-        raise TypeError(f"subsets must be bool, got {subsets.dtype}")
-    if scores.ndim != 2 or subsets.ndim != 2 or losses.ndim != 2:
-        raise ValueError("scores, subsets and losses must be matrices")
-    (M, N), R = scores.shape, len(subsets)
-    if subsets.shape != (R, N) or losses.shape != (R, M):
-        raise ValueError(
-            f"subsets must be [R, {N}] and losses [R, {M}] for scores {[M, N]}, got "
-            f"{list(subsets.shape)} and {list(losses.shape)}"
-        )
-    if R < 2:
-        raise ValueError(f"subsets must be of at least 2 models, got {R}")
-    for name, value in (("scores", scores), ("losses", losses)):
-        if not torch.isfinite(value).all():
-            row = int((~torch.isfinite(value)).any(1).nonzero()[0])
-            raise ValueError(f"{name} must be finite, got row {row} that is not")
-    predictions = -(subsets.double() @ scores.double().T)
-    ranks = [
-        torch.from_numpy(rankdata(values.double().cpu().numpy(), axis=0))
-        for values in (predictions, losses)
-    ]
-    a, b = (rank - rank.mean(0) for rank in ranks)
-    norms = a.norm(dim=0) * b.norm(dim=0)
-    return torch.where(norms > 0, (a * b).sum(0) / norms.clamp(min=1e-300), 0.0)
+def _folder(preset: str, output: str | None) -> Path:
+    return Path(output) if output else Path("runs") / f"lds-{get_preset(preset).name}"
 
 
-def lds(scores: Tensor, subsets: Tensor, losses: Tensor) -> float:
-    """Mean of `lds_per_query` over the queries, a fraction in [-1, 1]."""
-    return float(lds_per_query(scores, subsets, losses).mean())
+@contextmanager
+def _model_bar(
+    console: Console, label: str, total: int
+) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar over models; yields ``report(name, done, units)``, which also logs finished models."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.1f}/{task.total:.0f} models"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    parts: dict[str, float] = {}
+    started: dict[str, float] = {}
+    # a model takes minutes: its pace says more than that of the last half minute
+    with Progress(*columns, console=console, speed_estimate_period=600) as progress:
+        task = progress.add_task(label, total=total)
+
+        def report(name: str, done: int, units: int) -> None:
+            started.setdefault(name, time.monotonic())
+            parts[name] = done / units
+            progress.update(task, completed=sum(parts.values()))
+            if done == units:
+                seconds = time.monotonic() - started[name]
+                console.print(f"{label} {name}: {seconds:.0f} s", highlight=False)
+
+        yield report
 
 
 @dataclass(frozen=True)
-class DampingChoice:
-    """A damping chosen on half of the subset models and judged on the other half.
+class _TrainJob:
+    """Makes the job of one training process."""
 
-    Attributes:
-        damping: the one with the highest LDS on the first half, λ in units of the Gram.
-        held_out_lds: its LDS on the other half: the figure to report.
-        in_sample_damping: the one with the highest LDS on all models, as the paper chose it.
-        in_sample_lds: that LDS; optimistic, because the evaluation chose its own setting.
-    """
+    folder: Path
+    device: str
 
-    damping: float
-    held_out_lds: float
-    in_sample_damping: float
-    in_sample_lds: float
+    def __call__(self, worker: int) -> Job:
+        experiment = load_experiment(self.folder)
+        device = _worker_device(self.device, worker)
+        return lambda name, progress: train_one(experiment, name, device, progress)
 
 
-def choose_damping(
-    sweep: Iterable[tuple[float, Tensor]], subsets: Tensor, losses: Tensor, *, seed: int = 0
-) -> DampingChoice:
-    """Choose a damping on a random half of the subset models, report it on the other half.
+@dataclass(frozen=True)
+class _LossJob:
+    """Makes the job of one process that measures losses."""
 
-    Args:
-        sweep: (damping, scores ``[M, N]``) pairs; one at a time is held, so a generator over
-            `RidgeSolver.iter_sweep` will do.
-        subsets: ``[R, N]`` bool, with R at least 4.
-        losses: ``[R, M]``.
-        seed: of the split.
+    folder: Path
+    device: str
+    settings: LossSettings
+    batch_size: int
 
-    Raises:
-        ValueError: there is nothing to choose from, fewer than 4 models, or see `lds_per_query`.
-    """
-    if len(subsets) < 4:
-        raise ValueError(f"subsets must be of at least 4 models to split, got {len(subsets)}")
-    order = torch.randperm(len(subsets), generator=torch.Generator().manual_seed(seed))
-    first, second = order.tensor_split(2)
-    table = [
-        (
-            damping,
-            lds(scores, subsets[first], losses[first]),
-            lds(scores, subsets[second], losses[second]),
-            lds(scores, subsets, losses),
+    def __call__(self, worker: int) -> Job:
+        experiment = load_experiment(self.folder)
+        device = _worker_device(self.device, worker)
+        queries = query_sets(experiment, device)
+        return lambda name, progress: evaluate_one(
+            experiment,
+            queries,
+            self.settings,
+            name,
+            device,
+            progress,
+            batch_size=self.batch_size,
         )
-        for damping, scores in sweep
+
+
+def _worker_device(name: str, worker: int) -> torch.device:
+    """The device of a worker: workers share the GPUs out between them."""
+    device = choose_device(name)
+    if name in ("auto", "cuda") and device.type == "cuda":
+        return torch.device("cuda", worker % torch.cuda.device_count())
+    return device
+
+
+@app.command("prepare")
+def prepare_command(
+    preset: _PRESET = "digits",
+    output: _OUTPUT = None,
+    data: Annotated[
+        str | None, typer.Option(help="Where the data set lies. Default: the preset's.")
+    ] = None,
+    num_subsets: Annotated[
+        int | None, typer.Option(help="M, subsets to draw. Default: the preset's.")
+    ] = None,
+    num_model_seeds: Annotated[
+        int | None, typer.Option(help="Trainings of each subset. Default: the preset's.")
+    ] = None,
+    num_validation: Annotated[
+        int | None, typer.Option(help="Validation images to take as queries. Default: all.")
+    ] = None,
+    num_generated: Annotated[
+        int | None,
+        typer.Option(help="Images the full model draws as queries. Default: the preset's."),
+    ] = None,
+    traceback: _TRACEBACK = False,
+) -> None:
+    """Draw the subsets and take the queries; run again with larger numbers to add models."""
+    console = Console(stderr=True)
+    with reporting_errors(console, traceback):
+        experiment = prepare(
+            _folder(preset, output),
+            get_preset(preset),
+            data,
+            num_subsets=num_subsets,
+            num_model_seeds=num_model_seeds,
+            num_validation=num_validation,
+            num_generated=num_generated,
+        )
+        size = int(experiment.subsets[0].sum())
+        console.print(
+            f"{experiment.folder}: {len(experiment.subsets)} subsets of {size} of "
+            f"{len(experiment.data)} images, {len(experiment.names()) + 1} models to train",
+            highlight=False,
+        )
+
+
+@app.command("train")
+def train_command(
+    preset: _PRESET = "digits",
+    output: _OUTPUT = None,
+    first: _FIRST = 0,
+    last: _LAST = None,
+    processes: _PROCESSES = 1,
+    device: _DEVICE = "auto",
+    traceback: _TRACEBACK = False,
+) -> None:
+    """Train the full model and one model per subset and seed; several commands may share a run."""
+    console = Console(stderr=True)
+    with reporting_errors(console, traceback):
+        folder = _folder(preset, output)
+        experiment = load_experiment(folder)
+        names = [FULL, *experiment.names(first, last)]
+        missing = [name for name in names if not experiment.is_trained(name)]
+        if missing:
+            with _model_bar(console, "train", len(missing)) as report:
+                work(_TrainJob(folder, device), missing, processes, report)
+        _say_what_is_left(console, len(trained_names(experiment, names)), len(names), "trained")
+        if experiment.is_trained(FULL):
+            generated_queries(experiment, _worker_device(device, 0))
+
+
+def _say_what_is_left(console: Console, done: int, total: int, verb: str) -> None:
+    others = "" if done == total else "; another command is at work on the rest"
+    console.print(f"{done} of {total} models are {verb}{others}", highlight=False)
+
+
+@app.command("evaluate")
+def evaluate_command(
+    preset: _PRESET = "digits",
+    output: _OUTPUT = None,
+    first: _FIRST = 0,
+    last: _LAST = None,
+    processes: _PROCESSES = 1,
+    device: _DEVICE = "auto",
+    loss_timesteps: Annotated[
+        int, typer.Option(help="Timesteps the loss of a query is averaged over (published: 1000).")
+    ] = 100,
+    noise_seeds: Annotated[
+        int, typer.Option(help="Noises the loss of a query is averaged over.")
+    ] = 3,
+    batch_size: Annotated[
+        int, typer.Option(help="Noisy images per forward pass when losses are measured.")
+    ] = 256,
+    timesteps: Annotated[
+        str, typer.Option(help="S of the features; several separated by commas.")
+    ] = "10,100",
+    projection: Annotated[
+        str,
+        typer.Option(
+            help=f"Random matrix: {', '.join(PROJECTIONS)}; of several separated by commas the "
+            "first is for all methods, the others for D-TRAK and TRAK."
+        ),
+    ] = "sjlt",
+    losses_only: Annotated[
+        bool, typer.Option("--losses-only", help="Measure losses, leave the methods for later.")
+    ] = False,
+    traceback: _TRACEBACK = False,
+) -> None:
+    """Measure the losses under the models trained so far, and predict them with every method."""
+    console = Console(stderr=True)
+    with reporting_errors(console, traceback):
+        folder = _folder(preset, output)
+        settings = _settings(timesteps, projection)
+        experiment = load_experiment(folder)
+        losses = LossSettings(loss_timesteps, noise_seeds)
+        claim_settings(experiment, losses)
+        main_device = _worker_device(device, 0)
+        queries = query_sets(experiment, main_device)
+        trained = trained_names(experiment, experiment.names(first, last))
+        done = set(measured_names(experiment))
+        missing = [name for name in trained if name not in done]
+        if missing:
+            with _model_bar(console, "losses", len(missing)) as report:
+                work(_LossJob(folder, device, losses, batch_size), missing, processes, report)
+        measured = len(measured_names(experiment))
+        console.print(
+            f"losses of {measured} of {len(experiment.names())} models are measured",
+            highlight=False,
+        )
+        if losses_only:
+            return
+        results = _predict(experiment, queries, losses, settings, main_device, console)
+        save_results(folder / "results.npz", results)
+        console.print(f"results: {folder / 'results.npz'}", highlight=False)
+
+
+def _settings(timesteps: str, projection: str) -> list[Setting]:
+    """What to evaluate, from the command line."""
+    try:
+        numbers = [int(part) for part in timesteps.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise ValueError(f"--timesteps must be positive integers, got {timesteps!r}")
+    kinds = [part.strip() for part in projection.split(",")]
+    for kind in kinds:
+        check_choice("--projection", kind, PROJECTIONS)
+    return list_settings(numbers, kinds)
+
+
+def _predict(
+    experiment: Experiment,
+    queries: dict[str, ImageData],
+    losses: LossSettings,
+    settings: Sequence[Setting],
+    device: torch.device,
+    console: Console,
+) -> Results:
+    """The results of an experiment as far as it has come."""
+    complete, measured = load_losses(experiment)
+    if len(complete) < 4:
+        raise ValueError(
+            f"models must be trained and measured on at least 4 subsets, got {len(complete)}"
+        )
+    predictor = Predictor(experiment, queries, device, partial(progress_bar, console))
+    entries = [
+        Entry(
+            prediction.setting.method.name,
+            prediction.setting.num_timesteps,
+            prediction.setting.projection,
+            prediction.kinds,
+            prediction.rules,
+            prediction.dampings,
+            dense_ranks(prediction.values[:, complete]),
+        )
+        for prediction in predictor.predict(settings)
     ]
-    if not table:
-        raise ValueError("sweep must hold at least one damping, got none")
-    chosen = max(table, key=lambda row: row[1])
-    in_sample = max(table, key=lambda row: row[3])
-    return DampingChoice(chosen[0], chosen[2], in_sample[0], in_sample[3])
+    subsets = experiment.subsets[complete]
+    return Results(
+        _about(experiment, complete, measured, losses),
+        subsets,
+        measured,
+        entries + fitted_entries(subsets, measured),
+    )
+
+
+def _about(
+    experiment: Experiment,
+    complete: Sequence[int],
+    losses: dict[str, torch.Tensor],
+    settings: LossSettings,
+) -> dict[str, Any]:
+    preset, size = experiment.preset, int(experiment.subsets[0].sum())
+    return {
+        "preset": preset.name,
+        "models": len(complete),
+        "subsets": list(complete),
+        "seeds": list(experiment.seeds),
+        "samples": len(experiment.data),
+        "subset_size": size,
+        "steps": preset.recipe.num_steps(size),
+        "recipe": preset.recipe.to_dict(),
+        "data": experiment.data.fingerprint,
+        "queries": {kind: values.shape[1] for kind, values in losses.items()},
+        "loss_timesteps": settings.num_timesteps,
+        "noise_seeds": settings.num_noise_seeds,
+        "versions": {"dtrak": __version__, "torch": torch.__version__},
+    }
+
+
+@app.command("report")
+def report_command(
+    preset: _PRESET = "digits",
+    output: _OUTPUT = None,
+    resamples: Annotated[
+        int, typer.Option(help="Resamples of the models for intervals, at least 1,000.")
+    ] = NUM_RESAMPLES,
+    markdown: Annotated[
+        str | None, typer.Option(help="Write the table as Markdown to this file too.")
+    ] = None,
+    traceback: _TRACEBACK = False,
+) -> None:
+    """Show the table of a run, or of the preset as it comes with the package, and plot it."""
+    console = Console(stderr=True)
+    with reporting_errors(console, traceback):
+        folder = _folder(preset, output)
+        if resamples < 1000:
+            raise ValueError(f"--resamples must be at least 1000, got {resamples}")
+        table = _table(folder, preset, output, resamples, console)
+        print_table(table, Console())
+        reports = folder / "report"
+        files = write_plots(table, reports)
+        write_atomically(reports / "table.json", json.dumps(table, indent=1).encode())
+        if markdown is not None:
+            write_atomically(Path(markdown), render_markdown(table).encode())
+        console.print(
+            f"table: {reports / 'table.json'}\nplots: {', '.join(map(str, files))}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _table(
+    folder: Path, preset: str, output: str | None, resamples: int, console: Console
+) -> dict[str, Any]:
+    """The table of the run in ``folder``, or the packaged one where there is no run."""
+    file, kept = folder / "results.npz", folder / "report" / "table.json"
+    if not file.is_file():
+        packaged = packaged_results(preset)
+        if output is not None or (folder / "experiment.json").is_file() or packaged is None:
+            raise ValueError(f"{folder} must hold results.npz: run evaluate first")
+        console.print(f"no run in {folder}: these are the results in the package", highlight=False)
+        results, table = packaged
+        if table["num_resamples"] == resamples:
+            return table
+    else:
+        results = load_results(file)
+        if kept.is_file():
+            found: dict[str, Any] = json.loads(kept.read_text())
+            if (found["results"], found["num_resamples"]) == (digest(results), resamples):
+                return found
+    with progress_bar(console, "intervals") as progress:
+        return make_table(results, num_resamples=resamples, progress=progress)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of ``python -m dtrak.lds``."""
+    run_app(app, "dtrak.lds", arguments)
+
+
+if __name__ == "__main__":
+    main()

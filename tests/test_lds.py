@@ -1,71 +1,224 @@
+"""The command, from the first subset to the table, and every way it can be misused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
 import pytest
-import torch
-from scipy.stats import spearmanr
+from tiny_lds import CPU, NAME, PRESET, register
+from typer.testing import CliRunner
 
-from dtrak.lds import choose_damping, lds, lds_per_query
+from dtrak import lds, lds_methods
+from dtrak.diffusion import hash_model
+from dtrak.lds import app, choose_damping, lds_per_query
+from dtrak.lds_experiment import load_experiment, prepare, train_one
+from dtrak.lds_table import load_results
+from dtrak.presets import PRESETS
 
-
-def problem(models=24, samples=30, queries=5, noise=0.0):
-    torch.manual_seed(3)
-    subsets = torch.rand(models, samples) < 0.5
-    scores = torch.randn(queries, samples, dtype=torch.float64)
-    losses = -(subsets.double() @ scores.T)
-    return scores, subsets, losses + noise * torch.randn(models, queries, dtype=torch.float64)
-
-
-def test_the_true_linear_model_scores_one_and_its_negative_minus_one():
-    scores, subsets, losses = problem()
-    assert lds(scores, subsets, losses) == pytest.approx(1, abs=1e-12)
-    assert lds(-scores, subsets, losses) == pytest.approx(-1, abs=1e-12)
+METHODS = tuple(
+    method
+    for method in lds_methods.METHODS
+    if method.name in ("D-TRAK", "TRAK", "Gradient dot", "Random")
+)
 
 
-def test_equals_scipy_with_ties():
-    scores, subsets, losses = problem(noise=3.0)
-    losses, scores = losses.round(), scores.round()
-    predictions = -(subsets.double() @ scores.T)
-    expected = [spearmanr(predictions[:, q], losses[:, q]).statistic for q in range(5)]
-    assert lds_per_query(scores, subsets, losses).tolist() == pytest.approx(expected, abs=1e-12)
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    register()
+    monkeypatch.setattr(lds_methods, "METHODS", METHODS)
+    monkeypatch.setattr(lds_methods, "DEFAULT_PROJ_DIM", {"sjlt": 512, "none": 0})
 
 
-def test_constant_losses_score_zero():
-    scores, subsets, losses = problem()
-    losses[:, 2] = 1.0
-    assert lds_per_query(scores, subsets, losses)[2] == 0
+@pytest.fixture
+def run(tmp_path):
+    """Run a sub-command on the tiny preset; gives (exit code, everything printed)."""
+
+    def run(command, *arguments, output=tmp_path / "run"):
+        fixed = ["--preset", NAME, *(["--output", str(output)] if output else [])]
+        result = CliRunner().invoke(app, [command, *fixed, *map(str, arguments)])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, " ".join(result.output.split())
+
+    return run
 
 
-def test_the_damping_is_chosen_on_one_half_and_judged_on_the_other():
-    scores, subsets, losses = problem(models=40, noise=4.0)
-    generator = torch.Generator().manual_seed(1)
-    sweep = {
-        float(strength): scores + strength * torch.randn(scores.shape, generator=generator).double()
-        for strength in (0.0, 0.5, 1.0, 2.0)
+SMALL = ("--loss-timesteps", 4, "--noise-seeds", 1, "--timesteps", "2,5")
+
+
+def test_from_the_first_subset_to_the_table(run, tmp_path, monkeypatch):
+    code, text = run("prepare", "--num-subsets", 4)
+    assert (code, "4 subsets of 20 of 40 images, 5 models to train" in text) == (0, True)
+    code, text = run("train", "--last", 3)
+    assert (code, "4 of 4 models are trained" in text) == (0, True)
+    code, text = run("evaluate", *SMALL)
+    assert code == 2
+    assert "models must be trained and measured on at least 4 subsets, got 3" in text
+    code, text = run("train")
+    assert (code, "5 of 5 models are trained" in text) == (0, True)
+    assert "train 003-1" in text
+    assert "train 002-1" not in text, "what was finished is not trained again"
+    code, text = run("evaluate", *SMALL)
+    assert (code, "losses of 4 of 4 models are measured" in text) == (0, True)
+    assert "losses 003-1" in text
+    assert "losses 002-1" not in text
+    results = load_results(tmp_path / "run" / "results.npz")
+    assert results.about["subsets"] == [0, 1, 2, 3]
+    assert results.about["steps"] == 8
+    assert [(e.method, e.num_timesteps) for e in results.entries] == [
+        ("Random", 0),
+        *((m.name, S) for S in (2, 5) for m in METHODS if m.output_function),
+        ("Empirical influence", 0),
+    ]
+    page = tmp_path / "table.md"
+    code, text = run("report", "--resamples", 1000, "--markdown", page)
+    assert code == 0
+    assert "tiny, 6 validation queries, 4 models" in text
+    assert "# Linear datamodelling score: tiny" in page.read_text(encoding="utf-8")
+    report = tmp_path / "run" / "report"
+    table = json.loads((report / "table.json").read_text())
+    assert len(table["rows"]) == 2 * len(results.entries)
+    assert {file.name for file in report.glob("*.png")} == {
+        f"lds-{plot}-{kind}.png"
+        for plot in ("damping", "timesteps", "methods")
+        for kind in ("validation", "generated")
     }
-    choice = choose_damping(iter(sweep.items()), subsets, losses, seed=7)
-    order = torch.randperm(40, generator=torch.Generator().manual_seed(7))
-    halves = order[:20], order[20:]
-    first = {d: lds(s, subsets[halves[0]], losses[halves[0]]) for d, s in sweep.items()}
-    assert choice.damping == max(first, key=first.get)
-    assert choice.held_out_lds == lds(sweep[choice.damping], subsets[halves[1]], losses[halves[1]])
-    whole = {d: lds(s, subsets, losses) for d, s in sweep.items()}
-    assert (choice.in_sample_damping, choice.in_sample_lds) == max(
-        whole.items(), key=lambda item: item[1]
+    # a table that is there is shown at once
+    monkeypatch.setattr(lds, "make_table", lambda *_, **__: pytest.fail("computed again"))
+    assert run("report", "--resamples", 1000)[0] == 0
+    # and more subsets can be added afterwards
+    monkeypatch.undo()
+    register()
+    code, text = run("prepare", "--num-subsets", 5)
+    assert (code, "5 subsets" in text) == (0, True)
+
+
+def test_the_table_of_the_package_is_shown_without_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["report", "--preset", "digits"])
+    assert result.exit_code == 0, result.output
+    assert "these are the results in the package" in result.output
+    assert "D-TRAK" in result.output
+    assert (tmp_path / "runs" / "lds-digits" / "report" / "lds-methods-validation.png").is_file()
+    # the report in the folder is no obstacle to a run of one's own
+    register()
+    monkeypatch.setitem(PRESETS, "digits", replace(PRESET, name="digits"))
+    assert CliRunner().invoke(app, ["prepare", "--num-subsets", "2"]).exit_code == 0
+
+
+def test_several_commands_train_one_run(tmp_path):
+    # two processes of this package on one folder, started together
+    folder = tmp_path / "run"
+    experiment = prepare(folder, PRESET, num_subsets=4)
+    code = (
+        "import tiny_lds, sys\n"
+        "tiny_lds.register()\n"
+        "from dtrak.lds import main\n"
+        f"main(['train', '--preset', 'tiny', '--output', {str(folder)!r}])\n"
     )
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    texts = [run.communicate()[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], texts
+    for name in ("full", *experiment.names()):
+        assert experiment.is_trained(name)
+        # each by one of the two
+        assert sum(f"train {name}:" in text for text in texts) == 1, (name, texts)
 
 
-def test_refusals():
-    scores, subsets, losses = problem()
-    with pytest.raises(TypeError, match=r"subsets must be bool, got torch\.float32"):
-        lds(scores, subsets.float(), losses)
-    with pytest.raises(ValueError, match=r"subsets must be \[R, 30\] and losses \[R, 5\]"):
-        lds(scores, subsets, losses[:, :4])
-    with pytest.raises(ValueError, match="must be matrices"):
-        lds(scores[0], subsets, losses)
-    with pytest.raises(ValueError, match="at least 2 models, got 1"):
-        lds(scores, subsets[:1], losses[:1])
-    losses[3, 1] = float("nan")
-    with pytest.raises(ValueError, match="losses must be finite, got row 3"):
-        lds(scores, subsets, losses)
-    with pytest.raises(ValueError, match="at least 4 models to split, got 3"):
-        choose_damping([(1.0, scores)], subsets[:3], losses[:3])
-    with pytest.raises(ValueError, match="at least one damping"):
-        choose_damping([], subsets, problem()[2])
+def test_ctrl_c_ends_without_a_traceback_and_the_run_goes_on(tmp_path):
+    folder = tmp_path / "run"
+    slow = replace(PRESET, recipe=replace(PRESET.recipe, steps=100_000))
+    register()
+    PRESETS[NAME] = slow
+    experiment = prepare(folder, slow, num_subsets=2)
+    code = (
+        "import tiny_lds\n"
+        "from dataclasses import replace\n"
+        "tiny_lds.PRESET = replace(tiny_lds.PRESET, "
+        "recipe=replace(tiny_lds.PRESET.recipe, steps=100_000))\n"
+        "tiny_lds.register()\n"
+        "from dtrak.lds import main\n"
+        f"main(['train', '--preset', 'tiny', '--output', {str(folder)!r}])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    run = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    checkpoint = folder / "training" / "full.pt"
+    deadline = time.monotonic() + 300
+    while not checkpoint.is_file() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert checkpoint.is_file()
+    run.send_signal(signal.SIGINT)
+    text = run.communicate(timeout=60)[1]
+    assert run.returncode == 130
+    assert "interrupted: run the same command again" in text
+    assert "Traceback" not in text
+    first = []
+
+    def stop(done, total):
+        first.append(done)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_one(experiment, "full", CPU, stop)
+    assert first[0] > 50
+
+
+def test_a_trained_model_does_not_depend_on_what_else_was_trained(run, tmp_path):
+    run("prepare", "--num-subsets", 4)
+    run("train", "--first", 2, "--last", 3)
+    experiment = load_experiment(tmp_path / "run")
+    alone = hash_model(experiment.load_model("002-1").unet)
+    other = tmp_path / "other"
+    run("prepare", "--num-subsets", 6, "--num-model-seeds", 2, output=other)
+    run("train", "--last", 3, output=other)
+    assert hash_model(load_experiment(other).load_model("002-1").unet) == alone
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["prepare", "--num-subsets", "0"], "num_subsets must be at least 1, got 0"),
+        (["prepare", "--num-validation", "9"], "num_validation must be at most 6"),
+        (["train"], "must be a folder that prepare made, got no experiment.json"),
+        (["evaluate"], "must be a folder that prepare made, got no experiment.json"),
+        (["evaluate", "--timesteps", "10,x"], "--timesteps must be positive integers, got '10,x'"),
+        (["evaluate", "--projection", "sjl"], "got 'sjl'; did you mean 'sjlt'?"),
+        (["report"], "must hold results.npz: run evaluate first"),
+        (["report", "--resamples", "999"], "--resamples must be at least 1000, got 999"),
+    ],
+)
+def test_mistakes_are_one_line_and_two(run, tmp_path, arguments, message):
+    code, text = run(*arguments)
+    assert code == 2
+    assert message in text
+    assert text.count("error:") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_in_a_prepared_run(run, tmp_path):
+    assert run("prepare", "--num-subsets", 2)[0] == 0
+    code, text = run("train", "--processes", 0)
+    assert (code, "processes must be at least 1, got 0" in text) == (2, True)
+    code, text = run("train", "--device", "tpu")
+    assert (code, "--device must be auto, cpu, cuda or cuda:N, got 'tpu'" in text) == (2, True)
+    code, text = run("evaluate", *SMALL)
+    assert (code, "model 'full' of" in text) == (2, True)
+    result = CliRunner().invoke(app, ["prepare", "--preset", "digit"])
+    assert result.exit_code == 2
+    assert "did you mean 'digits'?" in " ".join(result.output.split())
+
+
+def test_the_metric_is_where_it_was():
+    assert choose_damping.__module__ == lds_per_query.__module__ == "dtrak.lds_statistics"

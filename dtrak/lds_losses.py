@@ -1,0 +1,208 @@
+"""The loss of every query under every retrained model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from dtrak_kernels import Projection
+
+from .data import ImageData
+from .diffusion import DiffusionModel
+from .features import FeatureSettings, check_prediction, describe_differences, noisy_rows
+from .files import write_atomically
+from .lds_experiment import Experiment, ExperimentError, Progress, claim
+from .outputs import evaluate_output, select_timesteps
+
+# before the ids that decide the noise: no query meets here the noise its features were made with
+_ROLE = "lds/"
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """How the loss of a query is measured.
+
+    Attributes:
+        num_timesteps: S, evenly spaced timesteps.
+        num_noise_seeds: noises per query and timestep; seeds 0, 1, …. The noise of a query does not
+            depend on the model, so that models are compared on the same noise.
+    """
+
+    num_timesteps: int = 1000
+    num_noise_seeds: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("num_timesteps", "num_noise_seeds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@torch.no_grad()
+def query_losses(
+    model: DiffusionModel,
+    queries: ImageData,
+    settings: LossSettings,
+    device: torch.device,
+    *,
+    batch_size: int = 256,
+    progress: Progress | None = None,
+) -> Tensor:
+    """The plain denoising loss of every query at every timestep and noise.
+
+    Args:
+        model: moved to ``device``.
+        queries: M images.
+        settings: timesteps and noises.
+        device: where.
+        batch_size: noisy images per forward pass.
+        progress: called with (queries and noises done, of how many).
+
+    Returns:
+        ``[E, S, M]`` float32, E noise seeds; the mean over pixels of the squared error.
+
+    Raises:
+        ValueError: S is out of range, or the model's output is not finite (for which query).
+
+    Source:
+        D-TRAK's eval_unconditional.py at e2a0c2e, but with noise that does not depend on the
+        position in a batch.
+    """
+    model.unet.to(device)
+    timesteps = select_timesteps(settings.num_timesteps, "uniform", model.num_train_timesteps)
+    size, num_queries = max(1, batch_size // len(timesteps)), len(queries)
+    losses = torch.empty(settings.num_noise_seeds, len(timesteps), num_queries)
+    done, total = 0, settings.num_noise_seeds * num_queries
+    for seed in range(settings.num_noise_seeds):
+        rows = FeatureSettings("loss", tuple(timesteps), seed, Projection("none", 0))
+        for first in range(0, num_queries, size):
+            chosen = slice(first, first + size)
+            ids = [_ROLE + name for name in queries.ids[chosen]]
+            images = queries.images[chosen].to(device)
+            noisy, target, times = noisy_rows(model, rows, images, ids)
+            prediction = torch.cat(
+                [
+                    model.unet(part, part_times).sample
+                    for part, part_times in zip(
+                        noisy.split(batch_size), times.split(batch_size), strict=True
+                    )
+                ]
+            )
+            check_prediction(prediction, ids, times)
+            values = evaluate_output("loss", prediction, target, model.scheduler, times)
+            losses[seed, :, chosen] = values.reshape(len(ids), len(timesteps)).T.cpu()
+            done += len(ids)
+            if progress is not None:
+                progress(done, total)
+    return losses
+
+
+def claim_settings(experiment: Experiment, settings: LossSettings) -> None:
+    """Make the settings those of the run, or refuse them where its losses were measured otherwise.
+
+    Raises:
+        ExperimentError: losses are there that were measured otherwise (what differs).
+    """
+    folder = experiment.folder / "losses"
+    file = folder / "settings.json"
+    wanted: dict[str, Any] = {
+        "num_timesteps": settings.num_timesteps,
+        "num_noise_seeds": settings.num_noise_seeds,
+    }
+    if file.is_file():
+        differing = describe_differences(json.loads(file.read_text()), wanted)
+        if differing:
+            raise ExperimentError(
+                f"{folder} holds losses measured otherwise: {differing}. Delete it to measure anew"
+            )
+    folder.mkdir(exist_ok=True)
+    write_atomically(file, json.dumps(wanted, indent=1).encode())
+
+
+def evaluate_one(
+    experiment: Experiment,
+    queries: Mapping[str, ImageData],
+    settings: LossSettings,
+    name: str,
+    device: torch.device,
+    progress: Progress | None = None,
+    *,
+    batch_size: int = 256,
+) -> bool:
+    """Measure the losses under the model called ``name``, unless that is done or being done.
+
+    Returns:
+        Whether this call measured them.
+    """
+    file = experiment.folder / "losses" / f"{name}.safetensors"
+    if file.is_file():
+        return False
+    with claim(experiment.folder / "locks" / f"losses-{name}.lock") as is_ours:
+        if not is_ours or file.is_file():
+            return False
+        model = experiment.load_model(name)
+        total = settings.num_noise_seeds * sum(len(images) for images in queries.values())
+        losses, before = {}, 0
+        for kind, images in queries.items():
+
+            def shifted(done: int, _: int, before: int = before) -> None:
+                if progress is not None and before + done < total:
+                    progress(before + done, total)
+
+            losses[kind] = query_losses(
+                model, images, settings, device, batch_size=batch_size, progress=shifted
+            )
+            before += settings.num_noise_seeds * len(images)
+        write_atomically(file, save(losses))
+        if progress is not None:
+            progress(total, total)
+        return True
+
+
+def measured_names(experiment: Experiment) -> list[str]:
+    """The subset models whose losses are there."""
+    return [
+        name
+        for name in experiment.names()
+        if (experiment.folder / "losses" / f"{name}.safetensors").is_file()
+    ]
+
+
+def load_losses(experiment: Experiment) -> tuple[list[int], dict[str, Tensor]]:
+    """The losses of the subsets that are complete: every seed trained and measured.
+
+    Returns:
+        R subset numbers, and by kind of query ``[R, M]`` float32, averaged over the seeds of the
+        training, the noises and the timesteps.
+
+    Raises:
+        ExperimentError: a file is damaged.
+    """
+    names = set(measured_names(experiment))
+    complete = [
+        subset
+        for subset in range(len(experiment.subsets))
+        if all(f"{subset:03d}-{seed}" in names for seed in experiment.seeds)
+    ]
+    losses: dict[str, list[Tensor]] = {}
+    for subset in complete:
+        parts: dict[str, list[Tensor]] = {}
+        for seed in experiment.seeds:
+            file = experiment.folder / "losses" / f"{subset:03d}-{seed}.safetensors"
+            try:
+                found = load_file(file)
+            except (OSError, SafetensorError) as error:
+                raise ExperimentError(
+                    f"{file} is damaged: delete it and run evaluate again"
+                ) from error
+            for kind, values in found.items():
+                parts.setdefault(kind, []).append(values.double().mean(dim=(0, 1)))
+        for kind, trainings in parts.items():
+            losses.setdefault(kind, []).append(torch.stack(trainings).mean(0).float())
+    return complete, {kind: torch.stack(rows) for kind, rows in losses.items()}

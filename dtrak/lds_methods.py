@@ -1,0 +1,354 @@
+"""Every attribution method's prediction of what the retrained models do.
+
+A method is judged by its group predictions alone: minus the sum of the scores of the images a
+subset holds. They are a few hundred numbers per query where a score matrix has one per training
+image, so they are what is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from dtrak_kernels import Projection
+from dtrak_kernels.ops import KINDS
+from dtrak_kernels.ridge import RidgeSolver
+
+from . import scores
+from .baselines import random_scores, raw_similarity
+from .data import ImageData
+from .diffusion import DiffusionModel, hash_tensors
+from .features import (
+    FeatureSettings,
+    FeatureStore,
+    FusedExtractor,
+    deciding_settings,
+    fill_store,
+    fitting_batch_size,
+)
+from .files import write_atomically
+from .generation import draw_batches
+from .lds_experiment import Experiment, ExperimentError
+from .lds_statistics import predict_groups
+from .outputs import select_timesteps
+from .runs import DEFAULT_PROJ_DIM
+
+# λ in units of the mean squared feature norm, two a decade
+DAMPING_FACTORS = tuple(float(f"{digit}e{power}") for power in range(-4, 4) for digit in (1, 3))
+PROJECTIONS = KINDS
+_MEMORY_BUDGET = 2 * 2**30
+_GENERATED = "generated"
+
+
+@dataclass(frozen=True)
+class Method:
+    """An attribution method.
+
+    Attributes:
+        name: as in tables.
+        kind: which formula.
+        output_function: whose gradients it takes; None where it takes none.
+    """
+
+    name: str
+    kind: str
+    output_function: str | None = None
+
+
+METHODS = (
+    Method("D-TRAK", "trak", "mean_squared_l2_norm"),
+    Method("D-TRAK, mean", "trak", "mean"),
+    Method("D-TRAK, l1_norm", "trak", "l1_norm"),
+    Method("D-TRAK, l2_norm", "trak", "l2_norm"),
+    Method("D-TRAK, linf_norm", "trak", "linf_norm"),
+    Method("TRAK", "trak", "loss"),
+    Method("TRAK, weighted_mse", "trak", "weighted_mse"),
+    Method("Relative influence", "relative", "loss"),
+    Method("Renormalised influence", "renormalised", "loss"),
+    Method("Journey-TRAK", "journey", "loss"),
+    Method("Gradient dot", "dot", "loss"),
+    Method("Gradient cosine", "cosine", "loss"),
+    Method("TracInCP", "tracin_cp", "loss"),
+    Method("GAS", "gas", "loss"),
+    Method("Raw pixels, dot", "raw_dot"),
+    Method("Raw pixels, cosine", "raw_cosine"),
+    Method("Random", "random"),
+)
+# the methods whose projection is compared with other kinds
+_COMPARED = ("D-TRAK", "TRAK")
+
+_DAMPED: dict[str, Callable[[RidgeSolver, Tensor, float], Tensor]] = {
+    "trak": scores.trak,
+    "journey": scores.trak,
+    "relative": scores.relative_influence,
+    "renormalised": scores.renormalised_influence,
+}
+_SIMILAR = {"dot": scores.gradient_dot, "cosine": scores.gradient_cosine}
+_CHECKPOINTED = {"tracin_cp": scores.tracin_cp, "gas": scores.gas}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A method with everything but its damping.
+
+    Attributes:
+        method: which.
+        num_timesteps: S of its features; 0 for a method without.
+        projection: kind of the random matrix; empty for a method without.
+    """
+
+    method: Method
+    num_timesteps: int = 0
+    projection: str = ""
+
+    @property
+    def key(self) -> str:
+        """A name for files: lower case, no blanks."""
+        words = self.method.name.lower().replace(",", "").replace(" ", "-")
+        return f"{words}-{self.projection}-{self.num_timesteps}" if self.projection else words
+
+
+def list_settings(num_timesteps: Sequence[int], projections: Sequence[str]) -> list[Setting]:
+    """What is evaluated: every method with the first projection, D-TRAK and TRAK with all.
+
+    Args:
+        num_timesteps: S, one or more.
+        projections: kinds, one or more.
+    """
+    settings = [Setting(method) for method in METHODS if not method.output_function]
+    for kind in projections:
+        settings += [
+            Setting(method, S, kind)
+            for S in num_timesteps
+            for method in METHODS
+            if method.output_function and (kind == projections[0] or method.name in _COMPARED)
+        ]
+    return settings
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What a method predicts for every subset and query, at every damping tried.
+
+    Attributes:
+        setting: the method.
+        kinds: the kinds of queries, in the order of the columns.
+        dampings: L values of λ in units of the Gram; one NaN for a method without.
+        rules: L names: the multiple of the mean squared feature norm, ``"auto"``, or empty.
+        values: ``[L, M, Q]`` float64, M subsets and Q queries.
+    """
+
+    setting: Setting
+    kinds: tuple[str, ...]
+    dampings: tuple[float, ...]
+    rules: tuple[str, ...]
+    values: Tensor
+
+
+class Predictor:
+    """Computes the predictions of a run, and keeps features and predictions in its folder.
+
+    Args:
+        experiment: with a full model that is trained.
+        queries: by their kind.
+        device: where features are computed.
+        progress_bar: opens a progress bar with a label, as `console.progress_bar` does.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        queries: Mapping[str, ImageData],
+        device: torch.device,
+        progress_bar: Callable[[str], Any],
+    ) -> None:
+        self.experiment, self.device = experiment, device
+        self.sizes = {kind: len(images) for kind, images in queries.items()}
+        self.queries = ImageData(
+            torch.cat([images.images for images in queries.values()]),
+            [name for images in queries.values() for name in images.ids],
+            None,
+            "queries",
+        )
+        self.progress_bar = progress_bar
+        self._models: list[DiffusionModel] = []
+
+    def predict(self, settings: Sequence[Setting]) -> Iterator[Prediction]:
+        """The predictions of ``settings``, one after the other; what is in the folder is reused.
+
+        Raises:
+            ExperimentError: a file is damaged.
+            ValueError: as the features and scores of a method.
+        """
+        # those of one kind of features one after the other, so that its solver is shared
+        groups: dict[tuple[str | None, str, int], list[Setting]] = {}
+        for setting in settings:
+            group = (setting.method.output_function, setting.projection, setting.num_timesteps)
+            groups.setdefault(group, []).append(setting)
+        for members in groups.values():
+            missing = [setting for setting in members if not self._file(setting).is_file()]
+            if missing:
+                self._compute(missing)
+            for setting in members:
+                yield self._read(setting)
+
+    def _file(self, setting: Setting) -> Path:
+        return self.experiment.folder / "predictions" / f"{setting.key}.safetensors"
+
+    def _identity(self) -> str:
+        """What a kept prediction is of, besides its setting: it is made anew when that changes."""
+        return hash_tensors({"subsets": self.experiment.subsets}) + self.queries.fingerprint
+
+    def _read(self, setting: Setting) -> Prediction:
+        file = self._file(setting)
+        try:
+            with safe_open(file, "pt") as opened:
+                about = json.loads(opened.metadata()["about"])
+                values = opened.get_tensor("values")
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise ExperimentError(f"{file} is damaged: delete it and run again") from error
+        if about["identity"] != self._identity():
+            self._compute([setting])
+            return self._read(setting)
+        kinds = (_GENERATED,) if setting.method.kind == "journey" else tuple(self.sizes)
+        return Prediction(setting, kinds, tuple(about["dampings"]), tuple(about["rules"]), values)
+
+    def _write(self, setting: Setting, parts: Sequence[tuple[str, float, Tensor]]) -> None:
+        """Keep the predictions of (rule, damping, scores ``[Q, N]``) triples."""
+        about = {
+            "identity": self._identity(),
+            "rules": [rule for rule, _, _ in parts],
+            "dampings": [damping for _, damping, _ in parts],
+        }
+        values = torch.stack([predict_groups(m, self.experiment.subsets) for _, _, m in parts])
+        file = self._file(setting)
+        file.parent.mkdir(exist_ok=True)
+        write_atomically(file, save({"values": values}, metadata={"about": json.dumps(about)}))
+
+    def _compute(self, settings: Sequence[Setting]) -> None:
+        """The predictions of settings that share their features."""
+        first = settings[0]
+        if first.method.output_function is None:
+            for setting in settings:
+                self._write(setting, [("", float("nan"), self._plain_scores(setting.method))])
+            return
+        train, queries = self._features(first, -1)
+        solver = RidgeSolver(train, memory_budget=_MEMORY_BUDGET)
+        for setting in settings:
+            kind = setting.method.kind
+            if kind in _DAMPED:
+                # one factorisation serves every damping and method of these features
+                unit = float(solver.feature_norms().square().mean())
+                rules = {f"{factor:g}": factor * unit for factor in DAMPING_FACTORS}
+                rules["auto"] = solver.auto_damping()
+                score = _DAMPED[kind]
+                left = self._journey_features(setting) if kind == "journey" else queries
+                parts = [(rule, lam, score(solver, left, lam)) for rule, lam in rules.items()]
+                self._write(setting, parts)
+            elif kind in _SIMILAR:
+                matrix = _SIMILAR[kind](queries, train)
+                self._write(setting, [("", float("nan"), matrix)])
+            else:
+                pairs = [self._features(setting, number) for number in range(self._num_checkpoints)]
+                matrix = _CHECKPOINTED[kind](
+                    [query for _, query in pairs], [features for features, _ in pairs]
+                )
+                self._write(setting, [("", float("nan"), matrix)])
+        if first.projection == "none":
+            # as large as all gradients together, and quickly made again
+            shutil.rmtree(self._feature_folder(first, -1))
+
+    def _plain_scores(self, method: Method) -> Tensor:
+        if method.kind == "random":
+            return random_scores(len(self.queries), len(self.experiment.data), 0)
+        images = self.queries.images, self.experiment.data.images
+        return raw_similarity(*images, method.kind.removeprefix("raw_"))
+
+    @property
+    def _num_checkpoints(self) -> int:
+        return len(self.experiment.checkpoint_steps) + 1
+
+    def _feature_folder(self, setting: Setting, number: int) -> Path:
+        checkpoint = number % self._num_checkpoints
+        return (
+            self.experiment.folder
+            / "features"
+            / (
+                f"{setting.method.output_function}-{setting.projection}-{setting.num_timesteps}"
+                f"-{checkpoint}"
+            )
+        )
+
+    def _feature_settings(self, setting: Setting, timesteps: Sequence[int]) -> FeatureSettings:
+        assert setting.method.output_function is not None
+        projection = Projection(setting.projection, DEFAULT_PROJ_DIM[setting.projection])
+        return FeatureSettings(setting.method.output_function, tuple(timesteps), 0, projection)
+
+    def _model(self, number: int) -> DiffusionModel:
+        """The full model at a checkpoint; -1 is its end."""
+        if not self._models:
+            self._models = self.experiment.load_checkpoints()
+        return self._models[number]
+
+    def _features(self, setting: Setting, number: int) -> tuple[FeatureStore, Tensor]:
+        """Features of the training images and of the queries at a checkpoint of the full model."""
+        model = self._model(number)
+        timesteps = select_timesteps(setting.num_timesteps, "uniform", model.num_train_timesteps)
+        settings = self._feature_settings(setting, timesteps)
+        folder = self._feature_folder(setting, number)
+        extractor = FusedExtractor(model, settings, self.device)
+        stores = []
+        for role, data in (("train", self.experiment.data), ("query", self.queries)):
+            store = FeatureStore.open(
+                folder / role,
+                {**deciding_settings(model, settings, data, extractor.method), "role": role},
+                data.ids,
+                extractor.proj_dim,
+                fitting_batch_size(extractor, data),
+            )
+            if store.missing():
+                with self.progress_bar(f"features {folder.name} {role}") as progress:
+                    fill_store(store, extractor, data, role=f"{role}/", progress=progress)
+            stores.append(store)
+        return stores[0], stores[1].load()
+
+    def _journey_features(self, setting: Setting) -> Tensor:
+        """Features of the generated queries averaged over the paths they were drawn on.
+
+        The clean image predicted at each step is given fresh noise of that step's timestep.
+        """
+        experiment, model = self.experiment, self._model(-1)
+        steps = experiment.preset.num_inference_steps
+        scheduler = DDIMScheduler.from_config(model.scheduler.config)
+        scheduler.set_timesteps(steps)
+        timesteps = scheduler.timesteps.tolist()
+        extractor = FusedExtractor(
+            model, self._feature_settings(setting, timesteps[:1]), self.device
+        )
+        batches = []
+        with self.progress_bar(f"journeys {setting.key}") as progress:
+            for batch in draw_batches(
+                model,
+                range(self.sizes[_GENERATED]),
+                num_inference_steps=steps,
+                trajectories=True,
+                progress=progress,
+            ):
+                assert batch.trajectories is not None
+                ids = [f"journey/{seed}" for seed in batch.seeds]
+                features = []
+                for step, timestep in enumerate(timesteps):
+                    extractor.settings = replace(extractor.settings, timesteps=(timestep,))
+                    features.append(extractor.extract(batch.trajectories[:, step], ids).cpu())
+                batches.append(scores.journey_query_features(torch.stack(features)))
+        return torch.cat(batches)

@@ -1,0 +1,231 @@
+"""The table of an experiment for a terminal, as Markdown and as plots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .lds_table import AUTO, UNIT, select_rows
+from .plots import Curve, default_style, plot_bars, plot_curves, write_png
+
+_MAIN = ("D-TRAK", "TRAK", "Relative influence", "Renormalised influence")
+_REFERENCES = ("Random", "Raw pixels, dot", "Raw pixels, cosine")
+_COLUMNS = (
+    "method",
+    "S",
+    "projection",
+    "LDS",
+    "95 % interval",
+    "λ chosen",
+    "λ = 1",
+    "λ auto",
+    "in-sample",
+)
+_LEGEND = (
+    "LDS in %, mean over queries. λ in units of the mean squared feature norm. "
+    "LDS: λ chosen on one half of the models and judged on the other, both ways; methods without λ "
+    "are judged on the same halves. λ = 1 and auto: fixed rules, no model looked at, judged on all "
+    "models. In-sample: the best λ on the models it is judged on, as published; optimistic.",
+    "Intervals: 95 %, BCa, over resampled subset models (and with them their training noise), with "
+    "λ chosen anew in each. They are for the LDS of infinitely many models, from which a rank "
+    "correlation over few is biased towards zero. They do not cover other queries, another full "
+    "model or other data.",
+)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _interval(estimate: Mapping[str, Any], kind: str = "bca") -> str:
+    low, high = estimate[kind]
+    return f"{_percent(low)} to {_percent(high)}"
+
+
+def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """One row of the table, in the order of `_COLUMNS`."""
+    damped = "sweep" in row
+    return (
+        row["method"],
+        str(row["timesteps"] or ""),
+        {"none": "exact"}.get(row["projection"], row["projection"]),
+        _percent(row["held_out"]["lds"]),
+        _interval(row["held_out"]),
+        ", ".join(dict.fromkeys(row["chosen"])) if damped else "",
+        _percent(row[UNIT]["lds"]) if damped else "",
+        _percent(row[AUTO]["lds"]) if damped else "",
+        f"{_percent(row['in_sample']['lds'])} (λ {row['in_sample']['rule']})" if damped else "",
+    )
+
+
+def _title(table: Mapping[str, Any], kind: str) -> str:
+    about = table["about"]
+    return f"{about['preset']}, {about['queries'][kind]} {kind} queries, {about['models']} models"
+
+
+def _kinds(table: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(row["queries"] for row in table["rows"]))
+
+
+def print_table(table: Mapping[str, Any], console: Console) -> None:
+    """The table, one per kind of query, and what the intervals cover."""
+    for kind in _kinds(table):
+        shown = Table(title=_title(table, kind), header_style="bold", title_justify="left")
+        for column in _COLUMNS:
+            is_text = column in ("method", "projection")
+            shown.add_column(column, justify="left" if is_text else "right", no_wrap=is_text)
+        for row in select_rows(table, kind):
+            style = "dim" if row["method"] in _REFERENCES else None
+            shown.add_row(*_cells(row), style=style)
+        console.print(shown)
+    for line in _LEGEND:
+        console.print(line, style="dim", highlight=False)
+
+
+def render_markdown(table: Mapping[str, Any]) -> str:
+    """The table and the differences as a page of documentation."""
+    about = table["about"]
+    lines = [
+        f"# Linear datamodelling score: {about['preset']}",
+        "",
+        f"Made by `python -m dtrak.lds report --preset {about['preset']} --markdown FILE`; "
+        "every figure follows from the losses and ranks in the package, and a test recomputes "
+        "them.",
+        "",
+        f"{about['models']} models, each trained on {about['subset_size']} of {about['samples']} "
+        f"images ({about['steps']} steps); the loss of a query is its mean over "
+        f"{about['loss_timesteps']} timesteps and {about['noise_seeds']} noises, the same for all "
+        "models.",
+        "",
+        *(line + "\n" for line in _LEGEND),
+    ]
+    for kind in _kinds(table):
+        lines += [f"## {kind.capitalize()} queries ({about['queries'][kind]})", ""]
+        lines += _markdown_rows(_COLUMNS, [_cells(row) for row in select_rows(table, kind)], 3)
+    lines += [
+        "## Differences",
+        "",
+        "Between two rows, on the same resamples: LDS in points of a percent, 95 % BCa interval. "
+        "`mean squared norm - auto` compares the two rules for λ, and `- exact` a projection with "
+        "none, on all models; the others compare the column LDS.",
+        "",
+    ]
+    lines += _markdown_rows(
+        ("difference", "queries", "S", "projection", "points", "95 % interval"),
+        [
+            (
+                entry["name"],
+                entry["queries"],
+                str(entry["timesteps"] or ""),
+                {"none": "exact"}.get(entry["projection"], entry["projection"]),
+                f"{100 * entry['difference']:+.1f}",
+                _interval(entry),
+            )
+            for entry in table["differences"]
+        ],
+        4,
+    )
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _markdown_rows(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], num_left: int
+) -> list[str]:
+    rules = ["---" if place < num_left else "---:" for place in range(len(columns))]
+    return [f"| {' | '.join(cells)} |" for cells in (columns, rules, *rows)] + [""]
+
+
+def write_plots(table: Mapping[str, Any], folder: Path) -> list[Path]:
+    """LDS against damping, against S and against method, a PNG each per kind of query.
+
+    Returns:
+        The files written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    with default_style():
+        for kind in _kinds(table):
+            rows = select_rows(table, kind)
+            plots = {
+                "damping": _plot_damping(rows),
+                "timesteps": _plot_timesteps(rows),
+                "methods": _plot_methods(rows),
+            }
+            for name, figure in plots.items():
+                if figure is not None:
+                    written.append(folder / f"lds-{name}-{kind}.png")
+                    write_png(figure, written[-1])
+    return written
+
+
+def _first_projection(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The projection every method was evaluated with."""
+    kinds = [row["projection"] for row in rows if row["projection"]]
+    return max(set(kinds), key=kinds.count) if kinds else ""
+
+
+def _plot_damping(rows: Sequence[Mapping[str, Any]]) -> Any:
+    projection = _first_projection(rows)
+    curves, marked = [], {}
+    most = max(row["timesteps"] for row in rows)
+    for name in _MAIN:
+        for row in rows:
+            if (row["method"], row["projection"], row["timesteps"]) == (name, projection, most):
+                unit = row["sweep"][UNIT]["damping"]
+                points = sorted(
+                    (point["damping"] / unit, 100 * point["lds"]) for point in row["sweep"].values()
+                )
+                x, y = zip(*points, strict=True)
+                curves.append(Curve(name, x, y))
+                marked[name] = row["sweep"][AUTO]["damping"] / unit
+    if not curves:
+        return None
+    return plot_curves(
+        curves,
+        f"λ / mean squared feature norm, S = {most}; large point: λ auto",
+        "LDS on all models (%)",
+        log_x=True,
+        marked=marked,
+    )
+
+
+def _plot_timesteps(rows: Sequence[Mapping[str, Any]]) -> Any:
+    projection = _first_projection(rows)
+    curves = []
+    for name in (*_MAIN, "Gradient dot", "GAS"):
+        found = sorted(
+            (row for row in rows if row["method"] == name and row["projection"] == projection),
+            key=lambda row: row["timesteps"],
+        )
+        if len(found) > 1:
+            curves.append(
+                Curve(
+                    name,
+                    [row["timesteps"] for row in found],
+                    [100 * row["held_out"]["lds"] for row in found],
+                    [_percent_pair(row["held_out"]["bca"]) for row in found],
+                )
+            )
+    if not curves:
+        return None
+    return plot_curves(curves, "S, timesteps per feature", "held-out LDS (%)", log_x=True)
+
+
+def _percent_pair(interval: Sequence[float]) -> tuple[float, float]:
+    return 100 * interval[0], 100 * interval[1]
+
+
+def _plot_methods(rows: Sequence[Mapping[str, Any]]) -> Any:
+    projection = _first_projection(rows)
+    most = max(row["timesteps"] for row in rows)
+    chosen = {
+        row["method"]: (100 * row["held_out"]["lds"], _percent_pair(row["held_out"]["bca"]))
+        for row in rows
+        if row["timesteps"] in (0, most) and row["projection"] in ("", projection)
+    }
+    label = f"held-out LDS (%), S = {most}, 95 % interval"
+    return plot_bars(chosen, label, [name for name in _REFERENCES if name in chosen])

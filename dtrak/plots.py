@@ -1,0 +1,216 @@
+"""Plots that look alike: as PNG, or as SVG in the colours of a page, whether light or dark."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .canvas import INK, LINE, MINUS, PLUS, SOFT, default_style
+
+# one colour per series, and the grey of what is there for comparison only
+SERIES = (PLUS, MINUS, "#35589c", "#7d3f98", "#8a6d00", "#a3265e")
+REFERENCE = SOFT
+_FIXED = ("D-TRAK", "TRAK")
+# how the colours of a plot are called in the style sheet of a page
+VARIABLES = {INK: "--ink", SOFT: "--soft", LINE: "--line"} | {
+    colour: f"--series-{number}" for number, colour in enumerate(SERIES)
+}
+SERIES_DARK = ("#53cdb8", "#f2a45f", "#93b4f5", "#d0a2e6", "#d9be5a", "#f08bb6")
+_DPI = 150
+
+
+class Curve(NamedTuple):
+    """A line of a plot: what it is, its points, and its interval at each where there is one."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    interval: Sequence[tuple[float, float]] | None = None
+    is_reference: bool = False
+
+
+def new_figure(width: float = 6.0, height: float = 3.4) -> Any:
+    """A figure with one axes, sizes in inches; call it within `canvas.default_style`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure((width, height), layout="constrained", facecolor="none")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(facecolor="none")
+    axes.grid(True, color=LINE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(SOFT)
+    axes.tick_params(colors=SOFT, labelsize=10)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    return figure
+
+
+def colours(labels: Sequence[str], references: Sequence[str] = ()) -> dict[str, str]:
+    """A colour for every label: the two methods of the paper have the same ones everywhere."""
+    others = [label for label in labels if label not in (*_FIXED, *references)]
+    free = SERIES[len(_FIXED) :]
+    found = dict(zip(_FIXED, SERIES, strict=False))
+    found |= {label: free[number % len(free)] for number, label in enumerate(others)}
+    found |= dict.fromkeys(references, REFERENCE)
+    return {label: found[label] for label in labels}
+
+
+def plot_boxes(
+    groups: Mapping[str, Sequence[float]], label: str, references: Sequence[str] = ()
+) -> Any:
+    """Horizontal boxes, the first group on top, with every value as a point.
+
+    Args:
+        groups: values by name; at least one value each.
+        label: of the axis of values.
+        references: groups there for comparison only, drawn in grey.
+    """
+    figure = new_figure(6.0, 1.0 + 0.5 * len(groups))
+    axes = figure.axes[0]
+    for place, (name, colour) in enumerate(colours(list(groups), references).items()):
+        values = list(groups[name])
+        line = {"color": colour, "linewidth": 1.6}
+        axes.boxplot(
+            [values], positions=[place], orientation="horizontal", widths=0.55, showfliers=False,
+            boxprops=line, whiskerprops=line, capprops=line, medianprops={**line, "linewidth": 3},
+        )  # fmt: skip
+        # points of one value lie beside each other
+        offsets = [0.16 * ((7 * index) % 5 - 2) / 2 for index in range(len(values))]
+        axes.plot(
+            values, [place + offset for offset in offsets], "o",
+            color=colour, alpha=0.45, markersize=4, markeredgewidth=0,
+        )  # fmt: skip
+    axes.set_yticks(range(len(groups)), list(groups), color=INK)
+    axes.set_ylim(len(groups) - 0.4, -0.6)
+    axes.grid(False, axis="y")
+    axes.set_xlabel(label)
+    return figure
+
+
+def plot_curves(
+    curves: Sequence[Curve],
+    x_label: str,
+    y_label: str,
+    *,
+    log_x: bool = False,
+    marked: Mapping[str, float] | None = None,
+) -> Any:
+    """Lines with their intervals as bars, set apart where they would cover each other.
+
+    Args:
+        curves: at least one.
+        x_label: of the horizontal axis.
+        y_label: of the vertical axis.
+        log_x: a logarithmic horizontal axis.
+        marked: by label of a curve, the x at which a larger point marks a choice.
+    """
+    figure = new_figure()
+    axes = figure.axes[0]
+    references = [curve.label for curve in curves if curve.is_reference]
+    palette = colours([curve.label for curve in curves], references)
+    spread = [x for curve in curves for x in curve.x]
+    step = (max(spread) - min(spread)) / 80
+    for number, curve in enumerate(curves):
+        colour = palette[curve.label]
+        place = number - (len(curves) - 1) / 2 if curve.interval is not None else 0
+        x = [at * 1.04**place if log_x else at + step * place for at in curve.x]
+        axes.plot(x, curve.y, "-o", color=colour, label=curve.label, linewidth=1.8, markersize=3.5)
+        if curve.interval is not None:
+            low, high = zip(*curve.interval, strict=True)
+            axes.vlines(x, low, high, color=colour, alpha=0.6, linewidth=1.4)
+        if marked and curve.label in marked:
+            chosen = list(curve.x).index(marked[curve.label])
+            axes.plot(x[chosen], curve.y[chosen], "o", color=colour, markersize=9)
+    if log_x:
+        axes.set_xscale("log")
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    figure.legend(
+        loc="outside upper left", ncols=3, frameon=False, labelcolor=INK, fontsize=10,
+        handlelength=1.2, columnspacing=1.2,
+    )  # fmt: skip
+    return figure
+
+
+def plot_bars(
+    values: Mapping[str, tuple[float, tuple[float, float] | None]],
+    label: str,
+    references: Sequence[str] = (),
+) -> Any:
+    """Horizontal points with their intervals, the first on top, from a line at 0.
+
+    Args:
+        values: by name, the value and its interval.
+        label: of the axis of values.
+        references: names there for comparison only, drawn in grey.
+    """
+    figure = new_figure(6.0, 1.0 + 0.3 * len(values))
+    axes = figure.axes[0]
+    axes.axvline(0, color=SOFT, linewidth=1)
+    for place, (name, (value, interval)) in enumerate(values.items()):
+        colour = REFERENCE if name in references else SERIES[0]
+        axes.plot([0, value], [place, place], color=LINE, linewidth=5, solid_capstyle="butt")
+        if interval is not None:
+            axes.plot(interval, [place, place], color=colour, linewidth=1.6)
+        axes.plot([value], [place], "o", color=colour, markersize=6)
+    axes.set_yticks(range(len(values)), list(values), color=INK)
+    axes.set_ylim(len(values) - 0.4, -0.6)
+    axes.grid(False, axis="y")
+    axes.set_xlabel(label)
+    return figure
+
+
+def write_png(figure: Any, path: Path) -> None:
+    """Write a figure on white; the same figure gives the same bytes."""
+    figure.savefig(path, format="png", dpi=_DPI, facecolor="white", metadata={"Software": None})
+
+
+def render_svg(figure: Any, title: str) -> str:
+    """A figure as SVG to put inside a page, in colours of the page's style sheet.
+
+    Args:
+        figure: of this module.
+        title: what it shows, for those who cannot see it.
+    """
+    import html
+
+    import matplotlib
+
+    buffer = io.StringIO()
+    salt = hashlib.sha256(title.encode()).hexdigest()[:12]
+    # text stays text; ids depend on the title alone and differ between the plots of a page
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
+        figure.savefig(
+            buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text).replace("xlink:href", "href")
+    text = re.sub(r'^<svg [^>]*?(viewBox="[^"]*")[^>]*>', r"<svg \1>", text)
+    for colour, variable in VARIABLES.items():
+        text = text.replace(colour, f"var({variable})")
+    # within a page ids must differ from those of its other plots
+    text = re.sub(r'\b(id="|href="#|url\(#)(?=\w)', rf"\g<1>{salt}-", text)
+    label = html.escape(title, quote=True)
+    return text.replace("<svg ", f'<svg class="plot" role="img" aria-label="{label}" ', 1)
+
+
+__all__ = [
+    "Curve",
+    "colours",
+    "default_style",
+    "new_figure",
+    "plot_bars",
+    "plot_boxes",
+    "plot_curves",
+    "render_svg",
+    "write_png",
+]

@@ -1,0 +1,222 @@
+"""A run folder: what is drawn, what is trained, and what survives interruptions and mistakes."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from sklearn.model_selection import train_test_split
+from tiny import tiny_model
+from tiny_lds import CPU, PRESET, register, trained
+
+from dtrak.data import load_data
+from dtrak.diffusion import hash_model
+from dtrak.lds_experiment import (
+    ExperimentError,
+    claim,
+    generated_queries,
+    load_experiment,
+    prepare,
+    query_sets,
+    save_model,
+    train_one,
+    trained_names,
+)
+from dtrak.presets import PRESETS, get_preset
+from dtrak.training import Recipe, train
+
+
+@pytest.fixture(autouse=True)
+def preset():
+    register()
+
+
+def test_subsets_are_stratified_halves_by_the_published_seeds(tmp_path):
+    experiment = prepare(tmp_path / "run", PRESET)
+    assert experiment.subsets.shape == (6, 40)
+    labels = torch.tensor(experiment.data.labels)
+    for number, mask in enumerate(experiment.subsets):
+        chosen, _ = train_test_split(
+            range(40), train_size=20, random_state=42 + 2 * number, stratify=labels
+        )
+        assert sorted(chosen) == mask.nonzero().flatten().tolist()
+        assert labels[mask].bincount().tolist() == [2] * 10
+    assert len(experiment.validation) == 6
+    # no subset model shares the full model's seed, which is 0
+    assert experiment.names() == [f"{k:03d}-1" for k in range(6)]
+    assert experiment.names(2, 4) == ["002-1", "003-1"]
+
+
+def test_adding_subsets_and_seeds_changes_nothing_that_was_there(tmp_path):
+    first = prepare(tmp_path / "run", PRESET, num_subsets=3)
+    second = prepare(tmp_path / "run", PRESET, num_subsets=5, num_model_seeds=2)
+    assert torch.equal(second.subsets[:3], first.subsets)
+    assert set(first.names()) < set(second.names())
+    assert second.names() == [f"{k:03d}-{seed}" for seed in (1, 2) for k in range(5)]
+    # and nothing is ever taken away
+    third = prepare(tmp_path / "run", PRESET, num_subsets=2, num_model_seeds=1)
+    assert third.names() == second.names()
+    assert load_experiment(tmp_path / "run").names() == second.names()
+
+
+def test_a_model_is_what_training_on_its_subset_gives(tmp_path):
+    experiment = prepare(tmp_path / "run", PRESET, num_subsets=3, num_model_seeds=2)
+    for name, subset, seed in (("002-1", 2, 1), ("001-2", 1, 2)):
+        assert train_one(experiment, name, CPU)
+        images = load_data("digits", limit=40).images[experiment.subsets[subset]]
+        expected = train(tiny_model(seed), images, Recipe(steps=8, batch_size=4, seed=seed))
+        assert hash_model(experiment.load_model(name).unet) == hash_model(expected.unet)
+    assert not train_one(experiment, "002-1", CPU)
+    assert trained_names(experiment, experiment.names()) == ["002-1", "001-2"]
+
+
+def test_the_full_model_keeps_its_weights_at_every_quarter(tmp_path):
+    experiment = prepare(tmp_path / "run", PRESET)
+    train_one(experiment, "full", CPU)
+    assert experiment.checkpoint_steps == (2, 4, 6)
+    hashes = [hash_model(model.unet) for model in experiment.load_checkpoints()]
+    assert len(set(hashes)) == 4
+    model, seen = tiny_model(0), {}
+
+    def keep(done, total):
+        seen[done] = hash_model(model.unet)
+
+    train(model, experiment.data.images, PRESET.recipe, progress=keep)
+    assert hashes == [seen[step] for step in (2, 4, 6, 8)]
+
+
+def test_a_killed_training_goes_on_and_ends_with_the_same_bits(tmp_path, monkeypatch):
+    # long enough for a checkpoint, which never falls on a quarter
+    preset = replace(PRESET, recipe=Recipe(steps=204, batch_size=1))
+    monkeypatch.setitem(PRESETS, preset.name, preset)
+    whole = prepare(tmp_path / "whole", preset)
+    train_one(whole, "full", CPU)
+    cut = prepare(tmp_path / "cut", preset)
+
+    def stop(done, total):
+        if done == 120:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_one(cut, "full", CPU, stop)
+    assert not cut.is_trained("full")
+    first = []
+    train_one(cut, "full", CPU, lambda done, total: first.append(done))
+    assert first[0] == 101, "the checkpoint at step 100 was used"
+    for a, b in zip(whole.load_checkpoints(), cut.load_checkpoints(), strict=True):
+        assert hash_model(a.unet) == hash_model(b.unet)
+
+
+def test_a_claim_ends_with_the_process_that_holds_it(tmp_path):
+    lock = tmp_path / "locks" / "a.lock"
+    code = (
+        "import sys, time, pathlib\n"
+        "from dtrak.lds_experiment import claim\n"
+        f"with claim(pathlib.Path({str(lock)!r})) as ours:\n"
+        "    print(ours, flush=True); time.sleep(60)\n"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline().strip() == "True"
+    with claim(lock) as ours:
+        assert not ours
+    holder.kill()
+    holder.wait()
+    with claim(lock) as ours:
+        assert ours
+
+
+def test_a_model_another_process_is_at_is_left_alone(tmp_path):
+    experiment = prepare(tmp_path / "run", PRESET)
+    with claim(experiment.folder / "locks" / "000-1.lock") as ours:
+        assert ours
+        assert not train_one(experiment, "000-1", CPU)
+    assert train_one(experiment, "000-1", CPU)
+
+
+def test_a_half_written_model_does_not_pass_for_one(tmp_path):
+    experiment = prepare(tmp_path / "run", PRESET)
+    partial = experiment.folder / "models" / "000-1.partial"
+    partial.mkdir(parents=True)
+    (partial / "model_index.json").write_text("{}")
+    assert not experiment.is_trained("000-1")
+    save_model(tiny_model(3), experiment.model_folder("000-1"))
+    assert experiment.is_trained("000-1")
+    assert not partial.exists()
+
+
+def test_queries_are_validation_images_and_what_the_full_model_draws(tmp_path):
+    experiment = prepare(tmp_path / "run", PRESET, num_validation=4)
+    with pytest.raises(ExperimentError, match=r"model 'full' of .* is not trained yet: run train"):
+        generated_queries(experiment, CPU)
+    train_one(experiment, "full", CPU)
+    queries = query_sets(experiment, CPU)
+    assert list(queries) == ["validation", "generated"]
+    assert torch.equal(
+        queries["validation"].images, load_data("digits", split="validation", limit=4).images
+    )
+    assert len(queries["generated"]) == 5
+    before = queries["generated"].fingerprint
+    # a picture that is lost is drawn again, the same
+    (experiment.folder / "generated" / "00003.png").unlink()
+    assert generated_queries(experiment, CPU).fingerprint == before
+
+
+def test_refusals(tmp_path):
+    folder = tmp_path / "run"
+    for option in ("num_subsets", "num_model_seeds", "num_generated", "num_validation"):
+        with pytest.raises(ValueError, match=f"{option} must be at least 1, got 0"):
+            prepare(folder, PRESET, **{option: 0})
+    with pytest.raises(ValueError, match=r"num_validation must be at most 6.* got 7"):
+        prepare(folder, PRESET, num_validation=7)
+    with pytest.raises(ValueError, match="trained from scratch, got 'artbench2'"):
+        prepare(folder, get_preset("artbench2"))
+    assert not folder.exists()
+    with pytest.raises(ExperimentError, match="must be a folder that prepare made"):
+        load_experiment(folder)
+    prepare(folder, PRESET)
+    with pytest.raises(ExperimentError, match=r"holds another run: num_generated is 5 there and 9"):
+        prepare(folder, PRESET, num_generated=9)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "mine.txt").write_text("")
+    with pytest.raises(ExperimentError, match="must be a folder that prepare made"):
+        prepare(other, PRESET)
+
+    masks = folder / "subsets.safetensors"
+    kept = masks.read_bytes()
+    masks.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    with pytest.raises(ExperimentError, match="is not what prepare wrote"):
+        load_experiment(folder)
+    masks.write_bytes(kept[:-9])
+    with pytest.raises(ExperimentError, match="is damaged: run prepare again"):
+        load_experiment(folder)
+    prepare(folder, PRESET)
+
+    manifest = folder / "experiment.json"
+    content = json.loads(manifest.read_text())
+    for change, message in (
+        ({"deciding": {**content["deciding"], "data": "0"}}, "prepared with something else: data"),
+        ({"deciding": {**content["deciding"], "format": 9}}, "must be of format 1, got 9"),
+        ({"deciding": None}, "is damaged: prepare the run in another folder"),
+    ):
+        manifest.write_text(json.dumps(content | change))
+        with pytest.raises(ExperimentError, match=message):
+            load_experiment(folder)
+
+
+def test_a_recipe_that_gained_a_field_is_still_the_same(tmp_path):
+    prepare(tmp_path / "run", PRESET)
+    manifest = tmp_path / "run" / "experiment.json"
+    content = json.loads(manifest.read_text())
+    del content["deciding"]["recipe"]["max_grad_norm"]
+    manifest.write_text(json.dumps(content))
+    assert len(load_experiment(tmp_path / "run").subsets) == 6
+    prepare(tmp_path / "run", PRESET)
+
+
+def test_all_of_it(tmp_path):
+    experiment = trained(tmp_path / "run", num_subsets=2)
+    assert trained_names(experiment, experiment.names()) == ["000-1", "001-1"]
+    assert not list(experiment.folder.glob("training/*")), "checkpoints of finished models are gone"

@@ -1,0 +1,149 @@
+"""The loss of every query under every model: against the formula, and kept safely."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_model
+from tiny_lds import CPU, PRESET, register
+
+from dtrak.data import ImageData, load_data
+from dtrak.lds_experiment import ExperimentError, claim, prepare, query_sets, train_one
+from dtrak.lds_losses import (
+    LossSettings,
+    claim_settings,
+    evaluate_one,
+    load_losses,
+    measured_names,
+    query_losses,
+)
+from dtrak.noise import sample_noise
+
+SETTINGS = LossSettings(num_timesteps=4, num_noise_seeds=2)
+
+
+@pytest.fixture(autouse=True)
+def preset():
+    register()
+
+
+def images(count=5):
+    return load_data("digits", split="validation", limit=count)
+
+
+def test_equals_the_denoising_loss_written_out():
+    model, queries = tiny_model(3), images()
+    actual = query_losses(model, queries, SETTINGS, CPU)
+    assert actual.shape == (2, 4, 5)
+    survive = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+    for seed in range(2):
+        for place, t in enumerate((0, 250, 500, 750)):
+            for q, image in enumerate(queries.images.double()):
+                noise = sample_noise(
+                    [f"lds/{queries.ids[q]}"], [t], (1, 8, 8), seed=seed, dtype=torch.float64
+                )[0, 0]
+                noisy = survive[t].sqrt() * image + (1 - survive[t]).sqrt() * noise
+                with torch.no_grad():
+                    predicted = model.unet(noisy[None].float(), torch.tensor([t])).sample[0]
+                expected = (predicted.double() - noise).square().mean()
+                assert float(actual[seed, place, q]) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_a_query_keeps_its_loss_whatever_comes_with_it():
+    model, queries = tiny_model(3), images()
+    together = query_losses(model, queries, SETTINGS, CPU, batch_size=256)
+    for batch_size in (1, 3, 9):
+        split = query_losses(model, queries, SETTINGS, CPU, batch_size=batch_size)
+        assert (split - together).abs().max() < 1e-5
+    alone = query_losses(model, queries.select([3]), SETTINGS, CPU)
+    assert (alone[:, :, 0] - together[:, :, 3]).abs().max() < 1e-5
+
+
+def test_progress_counts_queries_and_noises():
+    seen = []
+    query_losses(
+        tiny_model(), images(), SETTINGS, CPU, batch_size=8, progress=lambda *p: seen.append(p)
+    )
+    assert seen == [(done, 10) for done in (2, 4, 5, 7, 9, 10)]
+
+
+def test_a_model_that_blows_up_is_named_by_its_query():
+    model = tiny_model()
+    with torch.no_grad():
+        model.unet.conv_out.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite for sample 'lds/digits/"):
+        query_losses(model, images(), SETTINGS, CPU)
+
+
+def test_losses_are_measured_once_and_averaged_over_seeds(tmp_path):
+    experiment = prepare(tmp_path / "run", PRESET, num_subsets=3, num_model_seeds=2)
+    for name in ("full", "000-1", "000-2", "002-1", "002-2", "001-1"):
+        train_one(experiment, name, CPU)
+    claim_settings(experiment, SETTINGS)
+    queries = query_sets(experiment, CPU)
+    seen = []
+    for name in ("000-1", "000-2", "001-1", "002-1", "002-2"):
+        progress = lambda *p: seen.append(p)
+        assert evaluate_one(experiment, queries, SETTINGS, name, CPU, progress)
+        assert seen[-1] == (2 * 11, 2 * 11)
+        assert not evaluate_one(experiment, queries, SETTINGS, name, CPU)
+    assert measured_names(experiment) == ["000-1", "001-1", "002-1", "000-2", "002-2"]
+    # subset 1 has one of its two trainings
+    complete, losses = load_losses(experiment)
+    assert complete == [0, 2]
+    assert {kind: values.shape for kind, values in losses.items()} == {
+        "validation": (2, 6),
+        "generated": (2, 5),
+    }
+    for kind, values in losses.items():
+        for row, subset in enumerate(complete):
+            parts = [
+                query_losses(
+                    experiment.load_model(f"{subset:03d}-{s}"), queries[kind], SETTINGS, CPU
+                )
+                for s in (1, 2)
+            ]
+            expected = torch.stack(parts).double().mean((0, 1, 2))
+            assert (values[row].double() - expected).abs().max() < 1e-6
+    assert load_file(experiment.folder / "losses" / "000-1.safetensors")["generated"].shape == (
+        2,
+        4,
+        5,
+    )
+
+
+def test_a_model_another_process_measures_is_left_alone(tmp_path):
+    experiment = prepare(tmp_path / "run", PRESET)
+    train_one(experiment, "000-1", CPU)
+    claim_settings(experiment, SETTINGS)
+    queries = {"validation": images()}
+    with claim(experiment.folder / "locks" / "losses-000-1.lock"):
+        assert not evaluate_one(experiment, queries, SETTINGS, "000-1", CPU)
+    assert measured_names(experiment) == []
+
+
+def test_refusals(tmp_path):
+    for name in ("num_timesteps", "num_noise_seeds"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            LossSettings(**{name: 0})
+    with pytest.raises(ValueError, match=r"timesteps must be in \[1, 1000\]"):
+        query_losses(tiny_model(), images(), LossSettings(1001, 1), CPU)
+    experiment = prepare(tmp_path / "run", PRESET, num_subsets=1)
+    claim_settings(experiment, SETTINGS)
+    claim_settings(experiment, SETTINGS)
+    with pytest.raises(ExperimentError, match=r"num_timesteps is 4 there and 5 here\. Delete it"):
+        claim_settings(experiment, LossSettings(5, 2))
+    with pytest.raises(ExperimentError, match=r"'000-1' of .* is not trained yet"):
+        evaluate_one(experiment, {"validation": images()}, SETTINGS, "000-1", CPU)
+    file = experiment.folder / "losses" / "000-1.safetensors"
+    file.write_bytes(b"half of a fi")
+    with pytest.raises(ExperimentError, match="is damaged: delete it and run evaluate again"):
+        load_losses(experiment)
+
+
+def test_noise_is_not_that_of_the_features():
+    # a query's features and losses must not meet the same noise: it would look like prediction
+    queries = ImageData(images().images, [f"q{i}" for i in range(5)], None, "q")
+    loss = sample_noise(["lds/q0"], [0], (1, 8, 8), seed=0)
+    feature = sample_noise(["query/q0"], [0], (1, 8, 8), seed=0)
+    assert not torch.equal(loss, feature)
+    assert len(queries) == 5

@@ -1,0 +1,90 @@
+"""What a reader sees: the numbers of the table, and plots of them."""
+
+import copy
+
+import pytest
+from PIL import Image
+from rich.console import Console
+from test_lds_table import small_results
+
+from dtrak.lds_report import print_table, render_markdown, write_plots
+from dtrak.lds_table import make_table
+
+
+@pytest.fixture(scope="module")
+def table():
+    results = small_results()
+    about = {
+        "subset_size": 10, "samples": 20, "steps": 7, "loss_timesteps": 4, "noise_seeds": 2
+    }  # fmt: skip
+    results.about.update(about)
+    return make_table(results, num_resamples=100)
+
+
+def cells(line):
+    return [cell.strip() for cell in line[1:-1].replace("│", "|").split("|")]
+
+
+def test_terminal_and_page_show_the_numbers_of_the_table(table, tmp_path):
+    file = tmp_path / "out.txt"
+    with file.open("w") as out:
+        print_table(table, Console(file=out, width=200))
+    printed = [cells(line) for line in file.read_text().splitlines() if line.startswith("│")]
+    page = render_markdown(table)
+    rows = [cells(line) for line in page.splitlines() if line.startswith("| ")]
+    expected = []
+    for kind in ("validation", "generated"):
+        chosen = [row for row in table["rows"] if row["queries"] == kind]
+        for row in sorted(chosen, key=lambda row: -row["held_out"]["lds"]):
+            low, high = row["held_out"]["bca"]
+            line = [
+                row["method"],
+                str(row["timesteps"]) if row["timesteps"] else "",
+                row["projection"],
+                f"{100 * row['held_out']['lds']:.1f}",
+                f"{100 * low:.1f} to {100 * high:.1f}",
+            ]
+            if "sweep" in row:
+                line += [
+                    ", ".join(dict.fromkeys(row["chosen"])),
+                    f"{100 * row['1']['lds']:.1f}",
+                    f"{100 * row['auto']['lds']:.1f}",
+                    f"{100 * row['in_sample']['lds']:.1f} (λ {row['in_sample']['rule']})",
+                ]
+            else:
+                line += [""] * 4
+            expected.append(line)
+    assert printed == expected
+    assert [row for row in rows if row in expected] == expected
+    differences = [row for row in rows if " - " in row[0]]
+    assert len(differences) == len(table["differences"])
+    assert differences[0][4] == f"{100 * table['differences'][0]['difference']:+.1f}"
+    # the reader is told what the intervals do not cover, and which figure is optimistic
+    for text in (" ".join(file.read_text().split()), page):
+        assert "They do not cover other queries" in text
+        assert "optimistic" in text
+
+
+def test_plots_are_drawn_for_every_kind_of_query(table, tmp_path):
+    files = write_plots(table, tmp_path / "plots")
+    # one S only: nothing to plot against it
+    assert {file.name for file in files} == {
+        f"lds-{plot}-{kind}.png"
+        for plot in ("damping", "methods")
+        for kind in ("validation", "generated")
+    }
+    for file in files:
+        with Image.open(file) as image:
+            assert image.size[0] == 900
+            assert len(image.convert("L").getcolors()) > 10
+    again = write_plots(table, tmp_path / "again")
+    assert [file.read_bytes() for file in again] == [file.read_bytes() for file in files]
+
+
+def test_two_numbers_of_timesteps_make_a_curve(table, tmp_path):
+    both = copy.deepcopy(table)
+    both["rows"] += [
+        {**row, "timesteps": 100} for row in copy.deepcopy(table["rows"]) if row["timesteps"]
+    ]
+    names = {file.name for file in write_plots(both, tmp_path)}
+    assert "lds-timesteps-validation.png" in names

@@ -1,0 +1,87 @@
+"""One list of models, worked through by one process or by several."""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from dtrak.lds_experiment import claim
+from dtrak.lds_workers import one_thread, work
+
+
+@dataclass(frozen=True)
+class Write:
+    """Write a file per name, with the process that did it; refuse or die at one of them."""
+
+    folder: Path
+    refused: str = ""
+    deadly: str = ""
+
+    def __call__(self, worker):
+        def job(name, progress):
+            file = self.folder / name
+            with claim(self.folder / "locks" / name) as ours:
+                if not ours or file.exists():
+                    return False
+                if name == self.refused:
+                    raise ValueError(f"{name} must be\nsomething else")
+                if name == self.deadly:
+                    os._exit(7)
+                progress(1, 2)
+                # the other process comes up meanwhile
+                time.sleep(0.2 if worker else 0.5)
+                file.write_text(f"{os.getpid()} {torch.get_num_threads()}")
+                progress(2, 2)
+                return True
+
+        return job
+
+
+NAMES = [f"{number}" for number in range(6)]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_every_model_is_done_once_and_reported(tmp_path, processes):
+    reports = []
+    report = lambda *what: reports.append(what)
+    assert work(Write(tmp_path), NAMES, processes, report) == 6
+    assert sorted(reports) == sorted((name, done, 2) for name in NAMES for done in (1, 2))
+    found = [(tmp_path / name).read_text().split() for name in NAMES]
+    assert {threads for _, threads in found} == {"1"}
+    assert len({process for process, _ in found}) == processes
+    assert (str(os.getpid()) in {process for process, _ in found}) == (processes == 1)
+    # a second call finds nothing to do
+    assert work(Write(tmp_path), NAMES, 1, report) == 0
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_refusal_reaches_the_caller_and_keeps_what_was_done(tmp_path, processes):
+    with pytest.raises(ValueError, match=r"3 must be\s+something else"):
+        work(Write(tmp_path, refused="3"), NAMES, processes, lambda *_: None)
+    assert any((tmp_path / name).exists() for name in NAMES)
+
+
+def test_a_dead_process_is_noticed(tmp_path):
+    with pytest.raises(RuntimeError, match="a worker died with exit code 7"):
+        work(Write(tmp_path, deadly="2"), NAMES, 2, lambda *_: None)
+
+
+def test_threads_are_given_back():
+    before = torch.get_num_threads()
+
+    def fail():
+        with one_thread():
+            assert torch.get_num_threads() == 1
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert torch.get_num_threads() == before
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(ValueError, match="processes must be at least 1, got 0"):
+        work(Write(tmp_path), NAMES, 0, lambda *_: None)

@@ -1,0 +1,132 @@
+"""Plots: what is drawn is what was given, and an SVG fits into a page."""
+
+import matplotlib
+import numpy as np
+import pytest
+from page import HOSTILE, Page
+from PIL import Image
+
+from dtrak.canvas import INK, LINE, SOFT, default_style
+from dtrak.pages import STYLE
+from dtrak.plots import (
+    REFERENCE,
+    SERIES,
+    SERIES_DARK,
+    Curve,
+    colours,
+    plot_bars,
+    plot_boxes,
+    plot_curves,
+    render_svg,
+    write_png,
+)
+
+CURVES = [
+    Curve("TRAK", [1, 10, 100], [1.0, 2.0, 4.0]),
+    Curve("D-TRAK", [1, 10, 100], [2.0, 5.0, 3.0], [(1, 3), (4, 6), (2, 4)]),
+    Curve("Random", [1, 100], [0.0, 0.5], is_reference=True),
+]
+
+
+def lines(figure, **wanted):
+    return [
+        line
+        for line in figure.axes[0].lines
+        if all(getattr(line, f"get_{key}")() == value for key, value in wanted.items())
+    ]
+
+
+def test_colours_of_the_papers_methods_never_change():
+    assert colours(["TRAK", "a", "D-TRAK", "b", "r"], ["r"]) == {
+        "TRAK": SERIES[1], "a": SERIES[2], "D-TRAK": SERIES[0], "b": SERIES[3], "r": REFERENCE,
+    }  # fmt: skip
+    many = colours([str(n) for n in range(9)])
+    assert set(many.values()) == set(SERIES[2:])
+
+
+def test_every_colour_has_a_name_in_the_style_sheet_for_light_and_dark():
+    light, dark = STYLE.split("@media (prefers-color-scheme: dark)")[:2]
+    for number, pair in enumerate(zip(SERIES, SERIES_DARK, strict=True)):
+        for sheet, colour in zip((light, dark), pair, strict=True):
+            assert f"--series-{number}: {colour}" in sheet
+    for name, colour in (("ink", INK), ("soft", SOFT), ("line", LINE)):
+        assert f"--{name}: {colour}" in light
+
+
+def test_curves_show_their_points_intervals_and_choices():
+    with default_style():
+        figure = plot_curves(CURVES, "x", "y", log_x=True, marked={"TRAK": 10})
+    axes = figure.axes[0]
+    assert axes.get_xscale() == "log"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("x", "y")
+    for curve, colour in zip(CURVES, (SERIES[1], SERIES[0], REFERENCE), strict=True):
+        (line,) = lines(figure, label=curve.label)
+        assert line.get_color() == colour
+        assert list(line.get_ydata()) == list(curve.y)
+        # set apart by no more than a few percent
+        assert np.asarray(line.get_xdata()) == pytest.approx(curve.x, rel=0.05)
+    (bars,) = axes.collections
+    ends = [(segment[0][1], segment[1][1]) for segment in bars.get_segments()]
+    assert ends == CURVES[1].interval
+    (mark,) = lines(figure, markersize=9)
+    assert (list(mark.get_xdata()), list(mark.get_ydata())) == ([10], [2.0])
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["TRAK", "D-TRAK", "Random"]
+
+
+def test_boxes_show_medians_and_every_value():
+    groups = {"D-TRAK": [1.0, 2.0, 9.0], "random": [4.0, 6.0]}
+    with default_style():
+        figure = plot_boxes(groups, "distance", ["random"])
+    medians = lines(figure, linewidth=3)
+    assert [set(line.get_xdata()) for line in medians] == [{2.0}, {5.0}]
+    assert [line.get_color() for line in medians] == [SERIES[0], REFERENCE]
+    points = lines(figure, marker="o")
+    assert [list(line.get_xdata()) for line in points] == [[1.0, 2.0, 9.0], [4.0, 6.0]]
+    ticks = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert ticks == ["D-TRAK", "random"]
+    low, high = figure.axes[0].get_ylim()
+    assert low > high, "the first group is on top"
+
+
+def test_bars_show_values_and_intervals():
+    with default_style():
+        figure = plot_bars({"a": (3.0, (1.0, 4.0)), "b": (-1.0, None)}, "LDS", ["b"])
+    points = lines(figure, marker="o")
+    assert [list(line.get_xdata()) for line in points] == [[3.0], [-1.0]]
+    assert [line.get_color() for line in points] == [SERIES[0], REFERENCE]
+    assert [list(line.get_xdata()) for line in lines(figure, linewidth=1.6)] == [[1.0, 4.0]]
+
+
+def test_svg_fits_into_a_page():
+    with default_style():
+        one = render_svg(plot_curves(CURVES, "x axis", "y"), "first")
+        two = render_svg(plot_curves(CURVES, "x axis", "y"), HOSTILE)
+        assert one == render_svg(plot_curves(CURVES, "x axis", "y"), "first")
+    page = Page(f"<div>{one}{two}</div>")
+    pictures = page.all("svg")
+    assert [svg["aria-label"] for svg in pictures] == ["first", HOSTILE]
+    assert all(svg["role"] == "img" and "viewbox" in svg and "width" not in svg for svg in pictures)
+    ids = [e["id"] for e in page.elements if "id" in e]
+    assert len(ids) == len(set(ids)) > 10
+    targets = {e["href"] for e in page.elements if "href" in e}
+    targets |= {e["clip-path"][4:-1] for e in page.elements if "clip-path" in e}
+    assert targets
+    assert targets <= {f"#{name}" for name in ids}
+    assert "x axis" in page.all("div")[0]["text"]
+    assert not any(word in one for word in ("http:", "xmlns", "<?xml", "<metadata", INK, SERIES[0]))
+    assert "var(--ink)" in one
+    assert "var(--series-0)" in one
+
+
+def test_png_does_not_depend_on_the_user(tmp_path):
+    def draw(name):
+        with default_style():
+            write_png(plot_curves(CURVES, "x", "y"), tmp_path / name)
+        return (tmp_path / name).read_bytes()
+
+    first = draw("a.png")
+    with matplotlib.rc_context({"font.size": 40, "savefig.bbox": "tight", "axes.grid": False}):
+        assert draw("b.png") == first
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
