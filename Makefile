@@ -22,7 +22,7 @@ run: $(READY) ## set everything up and attribute the embedded digits
 	$(BIN)/python -m dtrak.attribute --fused
 
 test: $(READY) ## set everything up and run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .
