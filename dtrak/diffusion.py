@@ -145,10 +145,15 @@ def load_model(folder: str | Path) -> DiffusionModel:
             f"{folder} without one"
         )
     _check_config(unet_folder / "config.json")
-    return DiffusionModel(_load_unet(unet_folder), _load_schedule(folder))
+    return DiffusionModel(_load_unet(unet_folder), load_schedule(folder))
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ModelError: it is something else.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -159,7 +164,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _check_config(file: Path) -> None:
-    config = _read_json(file)
+    config = read_json(file)
     kind = config.get("_class_name")
     if kind != "UNet2DModel":
         raise ModelError(f"{file} must describe a UNet2DModel, got {kind!r}")
@@ -217,14 +222,19 @@ def _load_unet(folder: Path) -> UNet2DModel:
     return unet.eval()
 
 
-def _load_schedule(folder: Path) -> DDPMScheduler:
+def load_schedule(folder: Path) -> DDPMScheduler:
+    """The training schedule of a pipeline's folder; the linear one for a bare model.
+
+    Raises:
+        ModelError: a pipeline without one, or one that cannot be used.
+    """
     files = (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json")
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         if (folder / "model_index.json").is_file():
             raise ModelError(f"{folder} is a pipeline and must hold {files[0].relative_to(folder)}")
         return linear_schedule()
-    config = _read_json(file)
+    config = read_json(file)
     if config.get("trained_betas") is None and "beta_start" not in config:
         raise ModelError(
             f"{file} must describe a schedule of betas, got {config.get('_class_name')!r}"

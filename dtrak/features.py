@@ -17,12 +17,12 @@ from torch import Tensor
 from dtrak_kernels import GradientSketcher, Projection, check_features
 
 from . import __version__
-from .data import ImageData
 from .diffusion import DiffusionModel, hash_model
 from .files import write_atomically
 from .measure import TensorMeter, available_bytes
 from .noise import sample_noise
-from .outputs import evaluate_output, training_target
+from .outputs import describe_output_function, evaluate_output, training_target
+from .text_to_image import TextToImageModel
 
 _FORMAT = 1
 _ROWS_PER_SHARD = 64
@@ -43,7 +43,7 @@ class FeatureSettings:
     """Everything but model and data that decides the features.
 
     Attributes:
-        output_function: a key of `outputs.OUTPUT_FUNCTIONS`.
+        output_function: as in `outputs.check_output_function`.
         timesteps: S timestep indices; gradients are averaged over them.
         noise_seed: see `sample_noise`.
         projection: the random matrix.
@@ -60,7 +60,7 @@ class FeatureSettings:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-serialisable values."""
         return {
-            "output_function": self.output_function,
+            **describe_output_function(self.output_function),
             "timesteps": list(self.timesteps),
             "noise_seed": self.noise_seed,
             "projection": self.projection.to_dict(),
@@ -77,9 +77,49 @@ class Extractor(Protocol):
     grad_dim: int
     proj_dim: int
 
-    def extract(self, images: Tensor, ids: Sequence[str]) -> Tensor:
-        """Features ``[B, K]`` of images ``[B, C, H, W]``."""
+    def extract(
+        self, images: Tensor, ids: Sequence[str], captions: Sequence[str] | None = None
+    ) -> Tensor:
+        """Features ``[B, K]`` of images ``[B, C, H, W]``; captions where images have them."""
         ...
+
+
+class Samples(Protocol):
+    """What features are made of: `ImageData`, or `LatentData` for a text-to-image model.
+
+    Attributes:
+        images: ``[N, C, H, W]`` float32, what the model is given before noise.
+        ids: N sample ids.
+        fingerprint: of the images and ids.
+    """
+
+    @property
+    def images(self) -> Tensor:
+        """See above."""
+        ...
+
+    @property
+    def ids(self) -> list[str]:
+        """See above."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """See above."""
+        ...
+
+    def __len__(self) -> int:
+        """``N``."""
+        ...
+
+
+def extract_rows(extractor: Extractor, data: Samples, rows: slice, role: str = "") -> Tensor:
+    """Features of a slice of ``data``, ``[rows, K]``; for ``role`` see `fill_store`."""
+    ids = [role + name for name in data.ids[rows]]
+    captions = getattr(data, "captions", None)
+    if captions is None:
+        return extractor.extract(data.images[rows], ids)
+    return extractor.extract(data.images[rows], ids, captions[rows])
 
 
 def noisy_rows(
@@ -95,6 +135,33 @@ def noisy_rows(
     clean = images.repeat_interleave(len(settings.timesteps), dim=0)
     noisy = model.scheduler.add_noise(clean, noise, timesteps)
     return noisy, training_target(model.scheduler, clean, noise, timesteps), timesteps
+
+
+def text_rows(
+    model: DiffusionModel, captions: Sequence[str] | None, rows_per_sample: int, images: Tensor
+) -> Tensor | None:
+    """What a text-to-image model reads beside ``images``, ``[B·S, T, D]``; None for the others.
+
+    Raises:
+        ValueError: a text-to-image model is given no captions, or not one for each image.
+    """
+    if not isinstance(model, TextToImageModel):
+        return None
+    if captions is None or len(captions) != len(images):
+        got = "none" if captions is None else str(len(captions))
+        raise ValueError(f"captions must be {len(images)}, one for each image, got {got}")
+    return (
+        model.embed(captions, images.device)
+        .to(images.dtype)
+        .repeat_interleave(rows_per_sample, dim=0)
+    )
+
+
+def predict(unet: Any, noisy: Tensor, timesteps: Tensor, text: Tensor | None) -> Tensor:
+    """What the U-Net returns for noisy images, given their text if it reads any."""
+    more = {} if text is None else {"encoder_hidden_states": text}
+    prediction: Tensor = unet(noisy, timesteps, **more).sample
+    return prediction
 
 
 def check_prediction(prediction: Tensor, ids: Sequence[str], timesteps: Tensor) -> None:
@@ -113,6 +180,13 @@ def check_prediction(prediction: Tensor, ids: Sequence[str], timesteps: Tensor) 
         )
 
 
+def trainable_parameters(model: DiffusionModel) -> list[str]:
+    """Names of the parameters a feature is the gradient of, in ``named_parameters()`` order."""
+    if isinstance(model, TextToImageModel):
+        return model.lora_names
+    return [name for name, _ in model.unet.named_parameters()]
+
+
 def move_model(model: DiffusionModel, device: torch.device, dtype: str) -> None:
     """Put the U-Net on its device, its weights in float64 for ``"float64"``."""
     model.unet.to(device)
@@ -122,6 +196,8 @@ def move_model(model: DiffusionModel, device: torch.device, dtype: str) -> None:
 
 class FusedExtractor:
     """Features through `GradientSketcher`: one forward and one backward, no gradient stored.
+
+    Of a text-to-image model only the LoRA parameters are differentiated.
 
     Args:
         model: the model; moved to ``device`` (and float64 if the settings say so).
@@ -139,30 +215,35 @@ class FusedExtractor:
         self.sketcher = GradientSketcher(
             model.unet,
             settings.projection,
-            parameters=lambda name, parameter: True,
+            parameters=trainable_parameters(model),
             rows_per_sample=len(settings.timesteps),
         )
         self.grad_dim, self.proj_dim = self.sketcher.grad_dim, self.sketcher.proj_dim
 
-    def extract(self, images: Tensor, ids: Sequence[str]) -> Tensor:
+    def extract(
+        self, images: Tensor, ids: Sequence[str], captions: Sequence[str] | None = None
+    ) -> Tensor:
         """Features of a batch.
 
         Args:
-            images: ``[B, C, H, W]`` in [-1, 1].
+            images: ``[B, C, H, W]`` in [-1, 1], or latents of a text-to-image model.
             ids: B sample ids, which decide the noise.
+            captions: B captions, for a text-to-image model.
 
         Returns:
             ``[B, K]`` on the device.
 
         Raises:
-            ValueError: the model's output is not finite (which sample, which timestep).
+            ValueError: the model's output is not finite (which sample, which timestep), or there
+                are no captions for a model that reads them.
         """
         images = images.to(self.device, self.sketcher.dtype)
         noisy, target, timesteps = noisy_rows(self.model, self.settings, images, ids)
+        text = text_rows(self.model, captions, len(self.settings.timesteps), images)
 
         def outputs() -> Tensor:
             with autocast(self.device, self.settings.dtype):
-                prediction = self.model.unet(noisy, timesteps).sample
+                prediction = predict(self.model.unet, noisy, timesteps, text)
             check_prediction(prediction, ids, timesteps)
             f = evaluate_output(
                 self.settings.output_function,
@@ -186,7 +267,7 @@ def autocast(device: torch.device, dtype: str) -> Any:
     return torch.autocast(device.type, DTYPES[dtype])
 
 
-def fitting_batch_size(extractor: FusedExtractor, data: ImageData) -> int:
+def fitting_batch_size(extractor: FusedExtractor, data: Samples) -> int:
     """The batch size that uses a modest share of the free memory, found by measuring one sample.
 
     On a CPU the working set is kept small enough for the caches (96 MB), except for the dense
@@ -194,7 +275,7 @@ def fitting_batch_size(extractor: FusedExtractor, data: ImageData) -> int:
     memory.
     """
     with TensorMeter(known=extractor.model.unet.state_dict().values()) as meter:
-        extractor.extract(data.images[:1], data.ids[:1])
+        extract_rows(extractor, data, slice(0, 1))
     cpu = extractor.device.type == "cpu"
     dense = extractor.settings.projection.kind in ("rademacher", "normal")
     budget = available_bytes(extractor.device) // 2
@@ -355,16 +436,25 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:18]}…{text[-18:]}"
 
 
+def model_identity(model: DiffusionModel) -> dict[str, str]:
+    """Hashes of all weights that decide the features."""
+    if isinstance(model, TextToImageModel):
+        return model.identity
+    return {"model": hash_model(model.unet)}
+
+
 def deciding_settings(
-    model: DiffusionModel, settings: FeatureSettings, data: ImageData, method: str
+    model: DiffusionModel, settings: FeatureSettings, data: Samples, method: str
 ) -> dict[str, Any]:
     """Everything that decides the features of ``data``, for the manifest of their store."""
+    captions = getattr(data, "captions_hash", None)
     return {
         "version": __version__,
         "method": method,
-        "model": hash_model(model.unet),
+        **model_identity(model),
         "schedule": model.schedule,
         "data": data.fingerprint,
+        **({} if captions is None else {"captions": captions}),
         **settings.to_dict(),
     }
 
@@ -372,7 +462,7 @@ def deciding_settings(
 def fill_store(
     store: FeatureStore,
     extractor: Extractor,
-    data: ImageData,
+    data: Samples,
     *,
     role: str = "",
     batch_size: int | None = None,
@@ -404,9 +494,9 @@ def fill_store(
         parts = []
         for first in range(rows.start, rows.stop, step):
             last = min(first + step, rows.stop)
-            ids = [role + name for name in data.ids[first:last]]
-            features = extractor.extract(data.images[first:last], ids)
-            check_features(features, f"features of samples {ids[0]!r} to {ids[-1]!r}")
+            features = extract_rows(extractor, data, slice(first, last), role)
+            ends = [repr(role + data.ids[row]) for row in (first, last - 1)]
+            check_features(features, f"features of samples {' to '.join(ends)}")
             parts.append(features.cpu())
             done += last - first
             if progress is not None:

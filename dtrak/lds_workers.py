@@ -5,12 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import queue
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
+from .training import one_thread
 
 # (name of the model, units of work done, units) as work goes on
 Report = Callable[[str, int, int], None]
@@ -18,21 +17,6 @@ Report = Callable[[str, int, int], None]
 Job = Callable[[str, Callable[[int, int], None]], bool]
 
 _POLL_SECONDS = 0.5
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run on one CPU thread.
-
-    Several processes share the cores better than threads do, and the threads of one small model
-    wait for each other at every layer.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def work(

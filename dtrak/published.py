@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,14 +15,18 @@ from torch.func import functional_call, grad, vmap
 
 from dtrak_kernels import Projection, project
 
-from .data import ImageData
 from .diffusion import DiffusionModel
 from .features import (
     FeatureSettings,
     FusedExtractor,
+    Samples,
     check_prediction,
+    extract_rows,
     move_model,
     noisy_rows,
+    predict,
+    text_rows,
+    trainable_parameters,
 )
 from .measure import TensorMeter
 from .outputs import evaluate_output
@@ -37,7 +41,7 @@ def _plain_attention(model: DiffusionModel) -> DiffusionModel:
     for module in unet.modules():
         if hasattr(module, "set_processor"):
             module.set_processor(AttnProcessor())
-    return DiffusionModel(unet, model.scheduler)
+    return replace(model, unet=unet)
 
 
 def make_trak_projector(grad_dim: int, projection: Projection, device: torch.device) -> Any:
@@ -102,23 +106,37 @@ class PublishedExtractor:
         self.model = _plain_attention(model)
         move_model(self.model, device, settings.dtype)
         self.settings, self.device = settings, device
-        self.parameters = {name: p.detach() for name, p in self.model.unet.named_parameters()}
+        chosen = set(trainable_parameters(model))
+        self.parameters = {
+            name: parameter.detach()
+            for name, parameter in self.model.unet.named_parameters()
+            if name in chosen
+        }
         self.grad_dim = sum(p.numel() for p in self.parameters.values())
         self.proj_dim = settings.projection.proj_dim
         self.projector = make_trak_projector(self.grad_dim, settings.projection, device)
 
-    def gradients(self, images: Tensor, ids: Sequence[str]) -> Tensor:
+    def gradients(
+        self, images: Tensor, ids: Sequence[str], captions: Sequence[str] | None = None
+    ) -> Tensor:
         """Gradients averaged over timesteps, ``[B, P]``: what the fused way never stores."""
         samples, steps = len(images), len(self.settings.timesteps)
         images = images.to(self.device, self.dtype)
         noisy, target, timesteps = noisy_rows(self.model, self.settings, images, ids)
+        text = text_rows(self.model, captions, steps, images)
 
         def output(
-            parameters: dict[str, Tensor], noisy: Tensor, target: Tensor, timestep: Tensor
+            parameters: dict[str, Tensor],
+            noisy: Tensor,
+            target: Tensor,
+            timestep: Tensor,
+            text: Tensor | None,
         ) -> tuple[Tensor, Tensor]:
-            prediction = functional_call(
-                self.model.unet, parameters, (noisy[None], timestep)
-            ).sample
+            def unet(*args: Any, **kwargs: Any) -> Any:
+                return functional_call(self.model.unet, parameters, args, kwargs)
+
+            words = None if text is None else text[None]
+            prediction = predict(unet, noisy[None], timestep, words)
             f = evaluate_output(
                 self.settings.output_function,
                 prediction,
@@ -128,20 +146,28 @@ class PublishedExtractor:
             )
             return f.sum(), prediction
 
-        per_sample = vmap(grad(output, has_aux=True), in_dims=(None, 0, 0, 0))
+        per_sample = vmap(
+            grad(output, has_aux=True), in_dims=(None, 0, 0, 0, None if text is None else 0)
+        )
         total = images.new_zeros(samples, self.grad_dim)
         for step in range(steps):
             rows = slice(step, None, steps)
             grads, prediction = per_sample(
-                self.parameters, noisy[rows], target[rows], timesteps[rows]
+                self.parameters,
+                noisy[rows],
+                target[rows],
+                timesteps[rows],
+                None if text is None else text[rows],
             )
             check_prediction(prediction.flatten(1), ids, timesteps[rows])
             total += torch.cat([part.flatten(1) for part in grads.values()], dim=1)
         return total / steps
 
-    def extract(self, images: Tensor, ids: Sequence[str]) -> Tensor:
+    def extract(
+        self, images: Tensor, ids: Sequence[str], captions: Sequence[str] | None = None
+    ) -> Tensor:
         """Features ``[B, K]``; TRAK leaves out the 1/√K, which is applied here."""
-        return self.project(self.gradients(images, ids))
+        return self.project(self.gradients(images, ids, captions))
 
     def project(self, grads: Tensor) -> Tensor:
         """TRAK's projection of ``[B, P]``, with our scale."""
@@ -184,7 +210,7 @@ class Comparison:
 
 
 def compare(
-    fused: FusedExtractor, published: PublishedExtractor, data: ImageData, fused_batch_size: int
+    fused: FusedExtractor, published: PublishedExtractor, data: Samples, fused_batch_size: int
 ) -> Comparison:
     """Run both ways on all of ``data``.
 
@@ -197,13 +223,17 @@ def compare(
     ]
 
     def run_fused() -> Tensor:
-        return torch.cat([fused.extract(data.images[rows], data.ids[rows]) for rows in batches])
+        return torch.cat([extract_rows(fused, data, rows) for rows in batches])
 
-    for extractor in (fused, published):
-        if isinstance(extractor, FusedExtractor):
-            extractor.extract(data.images[:1], data.ids[:1])
-        else:
-            extractor.gradients(data.images[:1], data.ids[:1])
+    def published_gradients(rows: slice) -> Tensor:
+        captions = getattr(data, "captions", None)
+        return published.gradients(
+            data.images[rows], data.ids[rows], None if captions is None else captions[rows]
+        )
+
+    whole, first = slice(0, len(data)), slice(0, 1)
+    extract_rows(fused, data, first)
+    published_gradients(first)
     synchronise = torch.cuda.synchronize if fused.device.type == "cuda" else lambda: None
     synchronise()
     start = time.perf_counter()
@@ -211,7 +241,7 @@ def compare(
     synchronise()
     fused_seconds = time.perf_counter() - start
     start = time.perf_counter()
-    grads = published.gradients(data.images, data.ids)
+    grads = published_gradients(whole)
     synchronise()
     gradient_seconds = time.perf_counter() - start
     start = time.perf_counter()
@@ -231,7 +261,7 @@ def compare(
     matrix = getattr(projector, "proj_matrix", None)
     known = [*published.model.unet.state_dict().values(), *([] if matrix is None else [matrix])]
     with TensorMeter(known=known) as published_meter:
-        published.gradients(data.images, data.ids)
+        published_gradients(whole)
     return Comparison(
         samples=len(data),
         fused_seconds=fused_seconds,

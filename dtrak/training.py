@@ -84,18 +84,19 @@ class Recipe:
 _LATER_FIELDS = ("epochs", "partial_batches", "flip", "dropout", "warm_up_from_zero", "ema_decay")
 
 
-def _derive_seed(*key: int | str) -> int:
+def derive_seed(*key: int | str) -> int:
     """A seed that depends on the key alone, so that no random state need be saved to resume."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
-def _generator(*key: int | str) -> torch.Generator:
-    return torch.Generator().manual_seed(_derive_seed(*key))
+def keyed_generator(*key: int | str) -> torch.Generator:
+    """A generator on the CPU whose numbers depend on the key alone."""
+    return torch.Generator().manual_seed(derive_seed(*key))
 
 
 @contextmanager
-def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
     """The global random state of the CPU and ``device`` seeded within, restored after (dropout)."""
     cuda = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if cuda else []):
@@ -122,13 +123,13 @@ def batch_indices(step: int, size: int, recipe: Recipe) -> Tensor:
     """
     if recipe.partial_batches:
         epoch, position = divmod(step, math.ceil(size / recipe.batch_size))
-        order = torch.randperm(size, generator=_generator(recipe.seed, "order", epoch))
+        order = torch.randperm(size, generator=keyed_generator(recipe.seed, "order", epoch))
         return order[position * recipe.batch_size :][: recipe.batch_size]
     first = step * recipe.batch_size
     last = first + recipe.batch_size
     epochs = range(first // size, (last - 1) // size + 1)
     order = torch.cat(
-        [torch.randperm(size, generator=_generator(recipe.seed, "order", e)) for e in epochs]
+        [torch.randperm(size, generator=keyed_generator(recipe.seed, "order", e)) for e in epochs]
     )
     return order[first - epochs[0] * size :][: recipe.batch_size]
 
@@ -203,7 +204,16 @@ def _identity(
     )
 
 
-def _read_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+def read_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """The state of an interrupted training.
+
+    Args:
+        path: where it was saved.
+        identity: everything that decides the trained weights; the checkpoint holds its own.
+
+    Raises:
+        ValueError: the file is damaged, or of another training (what differs).
+    """
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         found = state["identity"]
@@ -294,10 +304,12 @@ class _Trainer:
         recipe, scheduler = self.recipe, self.model.scheduler
         batch = images[batch_indices(step, len(images), recipe)]
         if recipe.flip:
-            mirrored = torch.rand(len(batch), generator=_generator(recipe.seed, "flip", step)) < 0.5
+            mirrored = (
+                torch.rand(len(batch), generator=keyed_generator(recipe.seed, "flip", step)) < 0.5
+            )
             rows_mirrored = mirrored.to(batch.device)[:, None, None, None]
             batch = torch.where(rows_mirrored, batch.flip(-1), batch)
-        generator = _generator(recipe.seed, "noise", step)
+        generator = keyed_generator(recipe.seed, "noise", step)
         timesteps = torch.randint(
             self.model.num_train_timesteps, (len(batch),), generator=generator
         )
@@ -309,8 +321,8 @@ class _Trainer:
         )
         noisy = scheduler.add_noise(batch, noise, timesteps)
         rank = () if self.accelerator is None else (self.accelerator.process_index,)
-        dropout_seed = _derive_seed(recipe.seed, "dropout", step, *(r for r in rank if r))
-        with _seeded(self.device, dropout_seed):
+        dropout_seed = derive_seed(recipe.seed, "dropout", step, *(r for r in rank if r))
+        with seeded(self.device, dropout_seed):
             prediction = self.forward(noisy, timesteps).sample
         loss = F.mse_loss(prediction, training_target(scheduler, batch, noise, timesteps)) * weight
         self.optimiser.zero_grad()
@@ -431,7 +443,7 @@ def train(
         identity = _identity(model, images, recipe, precision)
     trainer.prepare()
     if checkpoint is not None and checkpoint.is_file():
-        state = _read_checkpoint(checkpoint, identity)
+        state = read_checkpoint(checkpoint, identity)
         trainer.load_state(state)
         start = state["step"]
     model.unet.train()

@@ -150,6 +150,24 @@ def test_killed_runs_resume_with_the_same_bits(run, tmp_path, model_folder, imag
         assert (broken / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_listed_timesteps_and_a_function_of_ones_own(run, tmp_path, monkeypatch, images_folder):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_output.py").write_text(
+        "def square(prediction, target, weight):\n    return prediction.square().mean(1)\n"
+    )
+    queries = ["--queries", images_folder, "--damping", "1"]
+    assert run(*queries)[0] == 0
+    own = ["--timesteps", "0,500", "--output-function", "own_output.square"]
+    code, output = run(*queries, *own, output=tmp_path / "own")
+    assert code == 0, output
+    # the same function at the timesteps that uniform chooses
+    assert torch.equal(read_scores(tmp_path / "own")[0], read_scores(tmp_path / "run")[0])
+    settings = json.loads(read_scores(tmp_path / "own")[1]["settings"])
+    assert settings["timesteps"] == "0,500 explicit"
+    assert settings["output function"] == "own_output:square"
+    failing(run, 'output_function is "mean_squared_l2_norm" there', *queries, *own[2:])
+
+
 def test_no_fused_agrees_with_fused(run, tmp_path, images_folder):
     pytest.importorskip("trak", reason="TRAK is not installed")
     few = tmp_path / "few"
@@ -185,6 +203,13 @@ def test_compare_prints_agreement_times_and_memory(run):
         ("--dtype", "float", "did you mean 'float"),
         ("--timesteps", "0", "--timesteps must be at least 1, got 0"),
         ("--timesteps", "1001", "timesteps must be in [1, 1000]"),
+        ("--timesteps", "0,1000", "timesteps must be in [0, 1000), got 1000"),
+        ("--timesteps", "0,5,5", "timesteps must be given once each, got 5 twice"),
+        ("--timesteps", "many", "--timesteps must be a number, or indices such as 0,100,500"),
+        ("--output-function", "nowhere:f", "must lie in a module that imports"),
+        ("--output-function", "math:cosine", "math has no 'cosine'"),
+        ("--lora", "nowhere", "must describe a StableDiffusionPipeline"),
+        ("--caption", "a digit", "--caption is for text-to-image models"),
         ("--proj-dim", "0", "proj_dim must be at least 1, got 0"),
         ("--proj-dim", "-5", "proj_dim must be at least 1, got -5"),
         ("--proj-dim", "100", "proj_dim must be at least 256 for kind 'sjlt', got 100"),

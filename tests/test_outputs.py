@@ -1,18 +1,23 @@
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
 from numerics import assert_as_good_as, relative_error
-from torch.func import vmap
+from torch.func import grad, vmap
 
+from dtrak import outputs
 from dtrak.diffusion import linear_schedule
 from dtrak.outputs import (
     OUTPUT_FUNCTIONS,
     check_choice,
+    check_output_function,
+    describe_output_function,
     elbo_weights,
     evaluate_output,
+    parse_timesteps,
     select_timesteps,
     training_target,
 )
@@ -173,7 +178,7 @@ def test_number_of_timesteps_out_of_range_is_refused(count):
 
 def test_unknown_strategy_is_refused():
     with pytest.raises(
-        ValueError, match=r"must be one of uniform, cumulative, got 'unform'.*'uniform'"
+        ValueError, match=r"must be one of uniform, cumulative, explicit, got 'unform'.*'uniform'"
     ):
         select_timesteps(10, "unform")
 
@@ -199,3 +204,140 @@ def test_choice_like_no_other_gets_no_suggestion():
     assert check_choice("--x", "loss", OUTPUT_FUNCTIONS) == "loss"
     with pytest.raises(ValueError, match=r"--x must be one of loss, mean_.*got '%%%'$"):
         check_choice("--x", "%%%", OUTPUT_FUNCTIONS)
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """Output functions of a user's own, in a module of the working folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
+    (tmp_path / "mine").mkdir()
+    code = """
+import torch
+cubes = lambda prediction, target, weight: (prediction - target).pow(3).mean(1)
+bound = lambda prediction, target, weight: weight * (prediction - target).square().mean(1)
+total = lambda prediction, target, weight: prediction.square().mean()
+column = lambda prediction, target, weight: prediction.square().mean(1, keepdim=True)
+counts = lambda prediction, target, weight: (prediction > 0).sum(1)
+constant = lambda prediction, target, weight: prediction.detach().mean(1)
+mixed = lambda prediction, target, weight: (prediction - prediction.mean(0)).square().mean(1)
+nothing = lambda prediction, target, weight: None
+number = 3
+"""
+    (tmp_path / "mine" / "functions.py").write_text(code)
+    (tmp_path / "mine" / "broken.py").write_text("import no_such_module")
+    yield tmp_path / "mine" / "functions.py"
+    for name in [name for name in sys.modules if name.split(".")[0] == "mine"]:
+        del sys.modules[name]
+    outputs._import_function.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["mine.functions:cubes", "mine.functions.cubes"])
+def test_a_function_of_ones_own(name, own):
+    assert check_output_function(name) == "mine.functions:cubes"
+    prediction, target, timesteps = rows()
+    values = evaluate_output(name, prediction, target, linear_schedule(), timesteps)
+    oracle = np.mean(((prediction - target) ** 3).flatten(1).numpy(), axis=1)
+    assert relative_error(values, torch.from_numpy(oracle)) < 1e-14
+    # the path is as it was
+    assert str(own.parents[1]) not in sys.path
+
+
+def test_a_function_of_ones_own_gets_the_weights(own):
+    prediction, target, timesteps = rows()
+    arguments = (prediction, target, linear_schedule(), timesteps)
+    values = evaluate_output("mine.functions:bound", *arguments)
+    assert relative_error(values, evaluate_output("weighted_mse", *arguments)) < 1e-14
+
+
+def test_a_function_of_ones_own_differentiates_under_vmap(own):
+    prediction, target, timesteps = rows()
+    scheduler = linear_schedule()
+
+    def output(u, e, t):
+        values = evaluate_output("mine.functions:cubes", u[None], e[None], scheduler, t[None])
+        return values.sum()
+
+    grads = vmap(grad(output))(prediction, target, timesteps)
+    expected = 3 * (prediction - target) ** 2 / prediction[0].numel()
+    assert relative_error(grads, expected) < 1e-14
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("total", r"must return one scalar per row, \[4\], got \[\]"),
+        ("column", r"must return one scalar per row, \[4\], got \[4, 1\]"),
+        ("nothing", r"must return one scalar per row, \[4\], got NoneType"),
+        ("counts", "must return floating numbers, got torch.int64"),
+        ("constant", "must be a differentiable function of the prediction"),
+        ("mixed", "must treat every row by itself, got 0 for a row alone and"),
+    ],
+)
+def test_what_a_function_must_not_return(name, message, own):
+    prediction, target, timesteps = rows()
+    arguments = (prediction.requires_grad_(), target, linear_schedule(), timesteps)
+    with pytest.raises(ValueError, match=rf"'mine\.functions:{name}' {message}"):
+        evaluate_output(f"mine.functions:{name}", *arguments)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("nowhere.at.all:f", "in a module that imports, got ModuleNotFoundError: .*'nowhere'"),
+        ("mine.broken:f", "in a module that imports, got ModuleNotFoundError: .*no_such_module"),
+        ("mine.functions:cube", "mine.functions has no 'cube'; did you mean 'cubes'?"),
+        ("mine.functions:number", "must be callable, got a int"),
+        ("mine.functions:", "must be package.module:function"),
+        (":f", "must be package.module:function"),
+        ("mine functions:f", "must be package.module:function"),
+    ],
+)
+def test_names_that_lead_nowhere(name, message, own):
+    with pytest.raises(ValueError, match=f"output function {name!r} .*{message}"):
+        check_output_function(name)
+
+
+def test_the_code_of_ones_own_function_is_recorded(own):
+    assert describe_output_function("loss") == {"output_function": "loss"}
+    described = describe_output_function("mine.functions.cubes")
+    assert described["output_function"] == "mine.functions:cubes"
+    own.write_text(own.read_text().replace("pow(3)", "pow(5)"))
+    changed = describe_output_function("mine.functions.cubes")
+    assert changed["output_function_code"] != described["output_function_code"]
+
+
+def test_listed_timesteps():
+    assert parse_timesteps("0,100, 500") == ((0, 100, 500), "explicit")
+    assert parse_timesteps("7", "explicit") == ((7,), "explicit")
+    assert parse_timesteps("7") == (7, "uniform")
+    assert parse_timesteps(7, "cumulative") == (7, "cumulative")
+    assert select_timesteps((0, 500, 100), "explicit") == [0, 500, 100]
+    assert select_timesteps([19], "explicit", 20) == [19]
+    assert select_timesteps(5, "explicit", 20) == [5]
+
+
+@pytest.mark.parametrize(
+    "text, strategy, message",
+    [
+        ("a few", None, "must be a number, or indices such as 0,100,500, got 'a few'"),
+        ("1.5", None, "must be a number, or indices"),
+        ("0,100,", None, "must be a number, or indices"),
+        ("0", None, "--timesteps must be at least 1, got 0"),
+        ("0,100", "uniform", "must be a number with --timestep-strategy uniform, got '0,100'"),
+        ("5", "explicitly", "must be one of uniform, cumulative, explicit.*'explicit'"),
+    ],
+)
+def test_listed_timesteps_that_are_none(text, strategy, message):
+    with pytest.raises(ValueError, match=message):
+        parse_timesteps(text, strategy)
+
+
+def test_listed_timesteps_out_of_range():
+    for indices in ([0, 1000], [-1]):
+        with pytest.raises(ValueError, match=rf"must be in \[0, 1000\), got {indices[-1]}"):
+            select_timesteps(indices, "explicit")
+    with pytest.raises(ValueError, match="given once each, got 5 twice"):
+        select_timesteps([5, 1, 5], "explicit")
+    with pytest.raises(ValueError, match="at least one index, got none"):
+        select_timesteps([], "explicit")

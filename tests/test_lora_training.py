@@ -1,0 +1,253 @@
+"""The adapter's training: the published step, resumed bit for bit, alone in changing."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from numerics import relative_error
+from tiny_stable_diffusion import build_pipeline, load_tiny
+
+from dtrak.lora import hash_base, hash_lora, lora_weights
+from dtrak.lora_training import train_lora
+from dtrak.text_to_image import load_text_to_image
+from dtrak.training import Recipe, batch_indices
+
+CAPTIONS = ["a", "b c", "", "long ago", "d"]
+RECIPE = Recipe(
+    steps=6, batch_size=3, learning_rate=1e-2, betas=(0.9, 0.999), flip=True, dropout=0.3, seed=4
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return build_pipeline(tmp_path_factory.mktemp("sd") / "pipeline")
+
+
+@pytest.fixture(scope="module")
+def posteriors():
+    generator = torch.Generator().manual_seed(2)
+    return torch.rand(5, 2, 2, 4, 8, 8, generator=generator)
+
+
+def train(model, posteriors, recipe=RECIPE, **options):
+    return train_lora(model, posteriors, CAPTIONS, recipe, **options)
+
+
+def interrupted(at):
+    def progress(done, total):
+        if done == at:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def test_only_the_adapter_changes(folder, posteriors):
+    model = load_text_to_image(folder, rank=2)
+    before, state = model.identity, torch.get_rng_state()
+    dropouts = [m.p for m in model.unet.modules() if isinstance(m, torch.nn.Dropout)]
+    train(model, posteriors)
+    assert torch.equal(torch.get_rng_state(), state)
+    after = model.identity
+    assert [key for key in before if before[key] != after[key]] == ["lora"]
+    assert hash_base(model.unet) == before["model"]
+    assert all(w.any() for w in lora_weights(model.unet).values())
+    assert not any(m.training for m in model.unet.modules())
+    assert [m.p for m in model.unet.modules() if isinstance(m, torch.nn.Dropout)] == dropouts
+    assert all(p.grad is None for p in model.unet.parameters())
+
+
+def test_it_learns_what_the_captions_say(folder):
+    """Two constant latents, told apart by their captions alone."""
+    model = load_tiny(folder, rank=8)
+    posteriors = torch.zeros(2, 2, 2, 4, 8, 8)
+    posteriors[0, :, 0], posteriors[1, :, 0] = 1.5, -1.5
+    recipe = Recipe(steps=60, batch_size=16, learning_rate=2e-2, betas=(0.9, 0.999))
+    train_lora(model, posteriors, ["a", "b c"], recipe, caption_dropout=0)
+    clean = posteriors[:, 0, 0]
+    generator = torch.Generator().manual_seed(0)
+    noise, t = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([800, 800])
+    noisy = model.scheduler.add_noise(clean, noise, t)
+    losses = {}
+    with torch.no_grad():
+        for name, texts in (("right", ["a", "b c"]), ("wrong", ["b c", "a"])):
+            text = model.embed(texts, torch.device("cpu"))
+            u = model.unet(noisy, t, encoder_hidden_states=text).sample
+            losses[name] = float((u - noise).square().mean())
+    assert losses["right"] < losses["wrong"]
+
+
+def expected_step(folder, posteriors, seen):
+    """The first step, written out, given what the training drew."""
+    model = load_tiny(folder)
+    bars = model.scheduler.alphas_cumprod
+    alpha = bars[seen["timesteps"]][:, None, None, None]
+    noisy = alpha.sqrt() * seen["latents"] + (1 - alpha).sqrt() * seen["noise"]
+    text = model.embed(seen["texts"], torch.device("cpu"))
+    u = model.unet(noisy, seen["timesteps"], encoder_hidden_states=text).sample
+    parameters = [p for p in model.unet.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=1e-2, betas=(0.9, 0.999), weight_decay=1e-6)
+    (u - seen["noise"]).square().mean().backward()
+    norm = torch.cat([p.grad.flatten() for p in parameters]).norm()
+    for parameter in parameters:
+        parameter.grad /= max(float(norm), 1.0)
+    optimiser.step()
+    return model
+
+
+def test_a_step_is_the_published_one(folder, posteriors, monkeypatch):
+    from dtrak import lora_training
+
+    seen, draw = {}, lora_training._LoraTrainer.draw
+
+    def spy(self, *arguments):
+        latents, timesteps, noise, texts = draw(self, *arguments)
+        seen.update(latents=latents, timesteps=timesteps, noise=noise, texts=texts)
+        return latents, timesteps, noise, texts
+
+    monkeypatch.setattr(lora_training._LoraTrainer, "draw", spy)
+    recipe = replace(RECIPE, steps=1, dropout=None)
+    trained = train(load_tiny(folder), posteriors, recipe)
+    expected = expected_step(folder, posteriors, seen)
+    start = torch.cat([w.flatten() for w in lora_weights(load_tiny(folder).unet).values()])
+    moved, wanted = (
+        torch.cat([w.flatten() for w in lora_weights(m.unet).values()]) - start
+        for m in (trained, expected)
+    )
+    assert relative_error(moved, wanted) < 1e-3
+
+
+def test_what_a_step_draws(folder):
+    """Posterior samples, flips, timesteps and dropped captions have the right frequencies."""
+    from dtrak.lora_training import _LoraTrainer
+
+    model = load_tiny(folder)
+    posteriors = torch.empty(5, 2, 2, 4, 8, 8)
+    # the mean says which image and which way round, the deviation too
+    ways = torch.arange(10.0).reshape(5, 2)[..., None, None, None]
+    posteriors[:, :, 0], posteriors[:, :, 1] = 100 * ways, 1 + ways
+    recipe = replace(RECIPE, batch_size=500)
+    trainer = _LoraTrainer(model, recipe, 0.1, None)
+    latents, timesteps, noise, texts = trainer.draw(posteriors, CAPTIONS, 7)
+    chosen = batch_indices(7, 5, recipe)
+    way = (latents.mean((1, 2, 3)) / 100).round()
+    assert torch.equal((way // 2).long(), chosen)
+    # of 500 draws a frequency is good to four standard errors
+    error = 4 / 500**0.5
+    assert abs(float((way % 2).mean()) - 0.5) < 0.5 * error
+    spread = (latents - 100 * way[:, None, None, None]) / (1 + way)[:, None, None, None]
+    assert abs(float(spread.std()) - 1) < 0.02
+    assert abs(float(noise.std()) - 1) < 0.02
+    pair = torch.stack([spread.flatten(), noise.flatten()])
+    assert abs(float(torch.corrcoef(pair)[0, 1])) < 0.02
+    # one caption of five is empty anyway
+    kept = [text for text, i in zip(texts, chosen.tolist(), strict=True) if CAPTIONS[i]]
+    dropped = sum(not text for text in kept) / len(kept)
+    assert abs(dropped - 0.1) < 0.3 * error
+    assert {t for t in kept if t} == {c for c in CAPTIONS if c}
+    assert abs(float(timesteps.double().mean()) / 999 - 0.5) < 0.29 * error
+    assert 0 <= int(timesteps.min()) < 20
+    assert 980 < int(timesteps.max()) < 1000
+    again = trainer.draw(posteriors, CAPTIONS, 7)
+    assert torch.equal(again[0], latents)
+    assert not torch.equal(trainer.draw(posteriors, CAPTIONS, 8)[2], noise)
+
+
+def test_resumes_with_the_same_bits(folder, posteriors, tmp_path):
+    whole = train(load_tiny(folder), posteriors)
+    for accelerator in (None, Accelerator(cpu=True)):
+        file = tmp_path / f"{accelerator is None}.pt"
+        options = {"checkpoint": file, "checkpoint_every": 2, "accelerator": accelerator}
+        with pytest.raises(KeyboardInterrupt):
+            train(load_tiny(folder), posteriors, progress=interrupted(5), **options)
+        seen = []
+        resumed = train(
+            load_tiny(folder), posteriors, progress=lambda d, t, s=seen: s.append(d), **options
+        )
+        assert seen == [5, 6]
+        assert hash_lora(resumed.unet) == hash_lora(whole.unet)
+        # the frozen base is not in it
+        assert file.stat().st_size < 4 * sum(p.numel() for p in whole.unet.parameters())
+
+
+def test_seeds_dropout_and_flips_decide(folder, posteriors):
+    base = hash_lora(train(load_tiny(folder), posteriors).unet)
+    for changes in ({"seed": 5}, {"dropout": None}, {"flip": False}):
+        other = train(load_tiny(folder), posteriors, replace(RECIPE, **changes))
+        assert hash_lora(other.unet) != base, changes
+    assert hash_lora(train(load_tiny(folder), posteriors, caption_dropout=1.0).unet) != base
+
+
+def test_mixed_precision(folder, posteriors):
+    exact = train(load_tiny(folder), posteriors, replace(RECIPE, dropout=None))
+    # the state of accelerate is shared by all of a process
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+        mixed = train(
+            load_tiny(folder),
+            posteriors,
+            replace(RECIPE, dropout=None),
+            accelerator=accelerator,
+        )
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    weights = lora_weights(mixed.unet)
+    assert {p.dtype for p in mixed.unet.parameters()} == {torch.float32}
+    error = max(relative_error(weights[n], w) for n, w in lora_weights(exact.unet).items())
+    assert 0 < error < 0.3
+    # the forward is itself again
+    x, t, text = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 16, 12)
+    with torch.no_grad():
+        assert mixed.unet(x, t, encoder_hidden_states=text).sample.dtype == torch.float32
+
+
+def test_models_on_the_way_are_kept(folder, posteriors):
+    kept = {}
+    model = load_tiny(folder)
+
+    def keep(step):
+        kept[step] = hash_lora(model.unet)
+
+    train(model, posteriors, keep_at=[2, 6], keep=keep)
+    assert list(kept) == [2, 6]
+    assert kept[6] == hash_lora(model.unet) != kept[2]
+
+
+def test_a_checkpoint_of_another_training_is_refused(folder, posteriors, tmp_path):
+    options = {"checkpoint": tmp_path / "state.pt", "checkpoint_every": 2}
+    with pytest.raises(KeyboardInterrupt):
+        train(load_tiny(folder), posteriors, progress=interrupted(3), **options)
+    with pytest.raises(ValueError, match="differs in caption dropout"):
+        train(load_tiny(folder), posteriors, caption_dropout=0.5, **options)
+    with pytest.raises(ValueError, match="differs in initial weights"):
+        train(load_tiny(folder, seed=3), posteriors, **options)
+    with pytest.raises(ValueError, match="differs in latents"):
+        train(load_tiny(folder), posteriors + 1, **options)
+    with pytest.raises(ValueError, match=r"differs in learning_rate \(0.01 there, 0.5 here\)"):
+        train(load_tiny(folder), posteriors, replace(RECIPE, learning_rate=0.5), **options)
+    (tmp_path / "state.pt").write_bytes(b"junk")
+    with pytest.raises(ValueError, match=r"state\.pt is damaged"):
+        train(load_tiny(folder), posteriors, **options)
+
+
+def test_what_cannot_be_trained_is_refused(folder, posteriors):
+    model = load_tiny(folder)
+    with pytest.raises(ValueError, match="must have an adapter to train, got none"):
+        train(load_text_to_image(folder), posteriors)
+    with pytest.raises(ValueError, match=r"must be \[N, 2, 2, C, h, w\], got \[5, 2, 4, 8, 8\]"):
+        train(model, posteriors[:, 0])
+    with pytest.raises(ValueError, match="as many, at least one, got 4 and 5"):
+        train(model, posteriors[:4])
+    with pytest.raises(ValueError, match="posteriors must be finite"):
+        train(model, posteriors * float("inf"))
+    with pytest.raises(ValueError, match=r"caption_dropout must be in \[0, 1\], got 2"):
+        train(model, posteriors, caption_dropout=2)
+    with pytest.raises(ValueError, match="ema_decay must be None"):
+        train(model, posteriors, replace(RECIPE, ema_decay=0.9))
+    with torch.no_grad():
+        next(p for p in model.unet.parameters() if p.requires_grad).fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"must stay finite, got nan .* at step 1 of 6"):
+        train(model, posteriors)
