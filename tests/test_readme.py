@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dtrak.data import encode_png, load_data, to_uint8
+from dtrak.lds_table import packaged_results, select_rows
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -36,7 +37,8 @@ def test_python_blocks_run(code):
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_targets_exist():
-    targets = re.findall(r"make (\w+)", " ".join(commands()))
+    targets = re.findall(r"`make (\w+)|&& make (\w+)", README)
+    targets = [name for pair in targets for name in pair if name]
     assert {"run", "test"} <= set(targets)
     for target in targets:
         done = subprocess.run(
@@ -68,6 +70,24 @@ def test_commands_run(tmp_path):
     for name in ("digits", "mine"):
         for file in ("scores.safetensors", "manifest.json", "report.html", "report.png"):
             assert (tmp_path / "runs" / name / file).is_file()
+
+
+def test_the_digits_table_is_what_comes_with_the_package():
+    _, table = packaged_results("digits")
+    header = re.search(r"\| \| (TRAK .*) \|\n", README).group(1).split(" | ")
+    names = {"raw pixels": "Raw pixels, dot", "gradient dot": "Gradient dot", "random": "Random"}
+    for kind in ("validation", "generated"):
+        cells = re.search(rf"\| {kind} images \| (.*) \|\n", README).group(1).split(" | ")
+        for name, cell in zip(header, cells, strict=True):
+            method = names.get(name, name.replace("f = ", ""))
+            (row,) = [
+                row
+                for row in select_rows(table, kind)
+                if row["method"] == method
+                and row["timesteps"] in (0, 100)
+                and row["projection"] in ("", "sjlt")
+            ]
+            assert cell == f"{100 * row['held_out']['lds']:.1f}", (kind, name)
 
 
 def test_the_table_is_the_newest_row():
