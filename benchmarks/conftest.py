@@ -1,26 +1,38 @@
-"""`--smoke` runs every case once on tiny sizes; `--record` appends rows to results/*.jsonl."""
+"""`--smoke` runs every case once on tiny sizes; `--record` appends rows to results/*.jsonl.
 
-import json
-import platform
-import subprocess
-from datetime import UTC, datetime
+A case is a race between providers, run when the first of them is due; every provider is a
+benchmark of its own, whose durations are those of its rounds in the race.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from protocol import Roofs, measure_roofs
+from races import Races
+from rows import RESULTS, append, environment, summary
 
-HERE = Path(__file__).parent
+__all__ = ["environment"]
+
+ROWS = pytest.StashKey[list[dict[str, Any]]]()
 
 
-def pytest_addoption(parser):
+def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("dtrak benchmarks")
     group.addoption("--smoke", action="store_true", help="tiny sizes: does the code still run?")
     group.addoption("--record", action="store_true", help="append rows to the results")
-    group.addoption("--rows", default=str(HERE / "results"), help="folder of the rows")
+    group.addoption("--rows", default=str(RESULTS), help="folder of the rows")
+    group.addoption(
+        "--seconds", type=float, default=0.6, help="time per provider beyond three rounds"
+    )
 
 
 @pytest.fixture(scope="session")
-def smoke(request) -> bool:
+def smoke(request: pytest.FixtureRequest) -> bool:
     return request.config.getoption("--smoke")
 
 
@@ -29,57 +41,73 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def processor() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.split(':', 1)[1].strip()}, {torch.get_num_threads()} threads"
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+@pytest.fixture(scope="session")
+def best_roofs() -> dict[str, Roofs]:
+    """The best rates seen in this session, by dtype."""
+    return {}
 
 
-def git(*arguments: str) -> str:
-    done = subprocess.run(
-        ["git", *arguments], cwd=HERE.parent, capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip()
+@pytest.fixture(scope="module")
+def roofs(
+    device: torch.device, smoke: bool, best_roofs: dict[str, Roofs]
+) -> Callable[[str], Roofs]:
+    """``roofs(dtype)``: what this machine does at best, measured once more in every suite."""
+    measured: set[str] = set()
+
+    def best(dtype: str) -> Roofs:
+        if dtype not in measured:
+            measured.add(dtype)
+            found = measure_roofs(device, dtype, smoke=smoke)
+            best_roofs[dtype] = found.best(best_roofs.get(dtype, found))
+        return best_roofs[dtype]
+
+    return best
 
 
-def commit() -> str:
-    """The commit measured; rows appended in the same session do not make it dirty."""
-    try:
-        changed = git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
-        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+@pytest.fixture(scope="session")
+def session_row() -> dict[str, Any]:
+    """What all rows of a session share; ``run`` tells sessions apart."""
+    shared = environment()
+    return shared | {"run": shared.pop("utc")}
 
 
-def environment() -> dict[str, str]:
-    import triton
+@pytest.fixture(scope="session")
+def record(
+    request: pytest.FixtureRequest, smoke: bool, session_row: dict[str, Any]
+) -> Callable[..., None]:
+    """``record(suite, **figures)`` appends a row, if asked to and not in a smoke run."""
+    folder = Path(request.config.getoption("--rows"))
+    rows = request.config.stash.setdefault(ROWS, [])
 
-    return {
-        "device": processor(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "commit": commit(),
-        "utc": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-    }
-
-
-@pytest.fixture
-def record(request, smoke):
-    """``record(case, **figures)`` appends a row, if asked to and not in a smoke run."""
-
-    def record(case: str, **figures) -> None:
-        if smoke or not request.config.getoption("--record"):
-            return
-        folder = Path(request.config.getoption("--rows"))
-        folder.mkdir(parents=True, exist_ok=True)
-        row = {"case": case, **figures, **environment()}
-        with (folder / f"{case}.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    def record(suite: str, **found: Any) -> None:
+        row = {"suite": suite, **found, **session_row}
+        rows.append(row)
+        if not smoke and request.config.getoption("--record"):
+            append(folder, suite, row)
 
     return record
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """One line per provider: what the rows say, recorded or not."""
+    rows = config.stash.get(ROWS, [])
+    if not rows:
+        return
+    terminalreporter.section("rows")
+    group = None
+    for row in rows:
+        if (row["suite"], row["group"]) != group:
+            group = row["suite"], row["group"]
+            sizes = ", ".join(f"{name} = {size:,}" for name, size in row["sizes"].items())
+            terminalreporter.write_line(f"{group[0]}: {group[1]} ({sizes})")
+        terminalreporter.write_line(f"  {row['provider']:44} {summary(row)}")
+
+
+@pytest.fixture(scope="session")
+def races(
+    request: pytest.FixtureRequest,
+    device: torch.device,
+    smoke: bool,
+    record: Callable[..., None],
+) -> Races:
+    return Races(device, request.config.getoption("--seconds"), smoke, record)

@@ -1,89 +1,100 @@
-"""The regularised inverse: a sweep of dampings against one, and the dual against inverses.
+"""The regularised inverse: one damping and D-TRAK's 27, against the published float32 inverses."""
 
-Run with ``pytest benchmarks/test_ridge.py --benchmark-only``.
-"""
+from __future__ import annotations
 
-import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from protocol import Check, Provider, Roofs, Work, relative_error
+from races import Contest, Races
+from torch import Tensor
 
 from dtrak_kernels.ridge import RidgeSolver
 
-SIZES = (1000, 8192, 100)
-SMOKE_SIZES = (50, 200, 5)
+# (N, K, M): the paper's CIFAR-2 on a GPU
+GPU_SIZES, CPU_SIZES, SMOKE_SIZES = (5000, 32768, 1000), (640, 4096, 100), (50, 200, 5)
 # the values D-TRAK's notebooks try
 SWEEP = [m * 10.0**j for j in range(-2, 7) for m in (1, 2, 5)]
+# λ at which results are compared: the published inverse is right there, too
+DAMPING = 1.0e3
+
+ONE, ALL = "dual, one damping", f"dual, {len(SWEEP)} dampings"
+GRAM, INVERSE = "published: float32 Gram", "published: one float32 inverse"
 
 
-@pytest.fixture(scope="module")
-def problem(smoke, device):
-    """Features ``[N, K]`` and queries ``[M, K]``."""
-    N, K, M = SMOKE_SIZES if smoke else SIZES
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(N, K, generator=generator).to(device)
-    return features, torch.randn(M, K, generator=generator).to(device)
+def exact_scores(features: Tensor, queries: Tensor) -> Tensor:
+    """``Ψ (ΦᵀΦ + λI)⁻¹ Φᵀ`` as it is written, in float64, ``[M, N]``."""
+    wide = features.double()
+    gram = wide.T @ wide
+    gram.diagonal().add_(DAMPING)
+    return torch.linalg.solve(gram, queries.double().T).T @ wide.T
 
 
-def sizes(problem):
-    (N, K), M = problem[0].shape, len(problem[1])
-    return {"N": N, "K": K, "M": M, "threads": torch.get_num_threads()}
-
-
-def group(problem):
-    return "ridge N={N} K={K} M={M}".format(**sizes(problem))
-
-
-def synchronise():
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def one(problem):
-    features, queries = problem
-    RidgeSolver(features).scores(queries, 1.0)
-    synchronise()
-
-
-def sweep(problem):
-    features, queries = problem
-    for _ in RidgeSolver(features).iter_sweep(queries, SWEEP):
-        pass
-    synchronise()
-
-
-@pytest.mark.parametrize("what", [one, sweep], ids=["one-damping", "27-dampings"])
-def test_dual(benchmark, what, problem):
-    benchmark.group = group(problem)
-    benchmark.extra_info.update(sizes(problem))
-    benchmark.pedantic(what, args=(problem,), rounds=3, warmup_rounds=1)
-
-
-def test_published_inverse(benchmark, problem, record):
-    """One of the 27 float32 inverses; the other 26 cost the same, and are not run."""
-    features, queries = problem
-    start = time.perf_counter()
+def make_contest(device: torch.device, sizes: tuple[int, int, int]) -> Contest:
+    """Everyone computes scores ``[M, N]``, but for the Gram, which the published way makes once."""
+    N, K, M = sizes
+    generator = torch.Generator(device).manual_seed(0)
+    features = torch.randn(N, K, generator=generator, device=device)
+    queries = torch.randn(M, K, generator=generator, device=device)
+    oracle = exact_scores(features, queries)
     gram = features.T @ features
-    synchronise()
-    gram_seconds = time.perf_counter() - start
+    wide_gram = features.double().T @ features.double()
 
-    def inverse():
-        damped = gram + 1.0e3 * torch.eye(len(gram), device=gram.device)
-        queries @ torch.linalg.inv(damped) @ features.T
-        synchronise()
+    def published() -> Tensor:
+        damped = gram + DAMPING * torch.eye(K, device=device)
+        return queries @ torch.linalg.inv(damped) @ features.T
 
-    benchmark.group = group(problem)
-    benchmark.pedantic(inverse, rounds=1)
-    inverse_seconds = benchmark.stats.stats.mean if benchmark.stats else float("nan")
-    start = time.perf_counter()
-    sweep(problem)
-    ours = time.perf_counter() - start
-    published = gram_seconds + len(SWEEP) * inverse_seconds
-    benchmark.extra_info.update(
-        **sizes(problem),
-        extrapolated=f"27 inverses from one of {inverse_seconds:.3g} s, and one float32 Gram",
-        published_seconds=published,
-        dual_sweep_seconds=ours,
-        speedup=published / ours,
+    def one() -> Tensor:
+        return RidgeSolver(features).scores(queries, DAMPING)
+
+    def sweep() -> list[Tensor]:
+        return list(RidgeSolver(features).iter_sweep(queries, SWEEP))
+
+    def compared(allowed: float, which: Callable[[Any], Tensor] = lambda x: x) -> tuple[Check, ...]:
+        def error(result: Any) -> float:
+            return relative_error(which(result), oracle)
+
+        return (Check("the primal form in float64", error, allowed),)
+
+    # the Gram of the smaller side, its factorisation, and the products with the queries
+    flops = float(N) ** 2 * K + float(N) ** 3 / 3 + 2.0 * M * N * K
+    moved = 4.0 * (N * K + M * K + M * N)
+    least = Work(flops, moved, "float64")
+    many = Work(flops + 2.0 * len(SWEEP) * M * N * N, moved, "float64")
+    gram_check = Check(
+        "the Gram in float64", lambda result: relative_error(result, wide_gram), 1e-5
     )
-    record("ridge", **benchmark.extra_info)
+    return Contest(
+        suite="ridge",
+        group="regularised inverse",
+        sizes={"N": N, "K": K, "M": M},
+        baselines=(INVERSE,),
+        providers=[
+            Provider(INVERSE, lambda: published, compared(1e-3), Work(flops, moved)),
+            Provider(
+                GRAM,
+                lambda: lambda: features.T @ features,
+                (gram_check,),
+                Work(float(N) * K * K, 4.0 * (N * K + K * K)),
+            ),
+            Provider(ONE, lambda: one, compared(1e-5), least),
+            Provider(ALL, lambda: sweep, compared(1e-5, lambda r: r[SWEEP.index(DAMPING)]), many),
+        ],
+        facts={"dampings": len(SWEEP)},
+    )
+
+
+@pytest.mark.parametrize("name", [INVERSE, GRAM, ONE, ALL])
+def test_ridge(
+    benchmark: Any,
+    name: str,
+    races: Races,
+    roofs: Callable[[str], Roofs],
+    device: torch.device,
+    smoke: bool,
+) -> None:
+    large = GPU_SIZES if device.type == "cuda" else CPU_SIZES
+    sizes = SMOKE_SIZES if smoke else large
+    races.present(benchmark, "ridge", name, lambda: make_contest(device, sizes), roofs)

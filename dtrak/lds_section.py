@@ -12,7 +12,7 @@ from typing import Any
 from .canvas import default_style
 from .lds_table import AUTO, select_rows
 from .pages import render_columns
-from .plots import Curve, plot_bars, plot_curves, render_svg
+from .plots import FIXED, Curve, plot_bars, plot_curves, render_svg
 
 _REFERENCE = "Random"
 # more lines than this cannot be told apart
@@ -66,7 +66,7 @@ def _cells(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
             _percent(row["in_sample"]["lds"]) if "in_sample" in row else "",
             _percent(row[AUTO]["lds"]) if AUTO in row else "",
             str(row["timesteps"] or ""),
-            row["projection"],
+            "exact" if row["projection"] == "none" else row["projection"],
         )
         for row in rows
     ]
@@ -90,7 +90,7 @@ def _plots(rows: Sequence[Mapping[str, Any]], where: str) -> list[str]:
         suffix = f" at S = {most}" if most else ""
         figure = plot_bars(bars, f"LDS, %{suffix}", [_REFERENCE])
         drawn.append(render_svg(figure, f"LDS by method on {where}"))
-        swept = [row for row in at_most if "sweep" in row][:_MOST_CURVES]
+        swept = _foremost([row for row in at_most if "sweep" in row])
         if swept:
             figure = plot_curves(
                 [_sweep(row) for row in swept],
@@ -108,6 +108,11 @@ def _plots(rows: Sequence[Mapping[str, Any]], where: str) -> list[str]:
     return drawn
 
 
+def _foremost(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """As many rows as can be told apart: the two methods of the paper, then the best."""
+    return sorted(rows, key=lambda row: row["method"] not in FIXED)[:_MOST_CURVES]
+
+
 def _sweep(row: Mapping[str, Any]) -> Curve:
     points = [
         (float(rule), 100 * found["lds"]) for rule, found in row["sweep"].items() if rule != AUTO
@@ -117,9 +122,12 @@ def _sweep(row: Mapping[str, Any]) -> Curve:
 
 
 def _by_timesteps(rows: Sequence[Mapping[str, Any]]) -> list[Curve]:
-    methods = list(dict.fromkeys(row["method"] for row in rows if row["timesteps"]))
+    best: dict[str, Mapping[str, Any]] = {}
+    for row in rows:
+        if row["timesteps"]:
+            best.setdefault(row["method"], row)
     curves = []
-    for method in methods[:_MOST_CURVES]:
+    for method in (row["method"] for row in _foremost(list(best.values()))):
         found = sorted(
             (row for row in rows if row["method"] == method), key=lambda row: row["timesteps"]
         )

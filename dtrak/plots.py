@@ -14,7 +14,8 @@ from .canvas import INK, LINE, MINUS, PLUS, SOFT, default_style
 # one colour per series, and the grey of what is there for comparison only
 SERIES = (PLUS, MINUS, "#35589c", "#7d3f98", "#8a6d00", "#a3265e")
 REFERENCE = SOFT
-_FIXED = ("D-TRAK", "TRAK")
+# the methods of the paper, whose colours never change
+FIXED = ("D-TRAK", "TRAK")
 # how the colours of a plot are called in the style sheet of a page
 VARIABLES = {INK: "--ink", SOFT: "--soft", LINE: "--line"} | {
     colour: f"--series-{number}" for number, colour in enumerate(SERIES)
@@ -55,9 +56,9 @@ def new_figure(width: float = 6.0, height: float = 3.4) -> Any:
 
 def colours(labels: Sequence[str], references: Sequence[str] = ()) -> dict[str, str]:
     """A colour for every label: the two methods of the paper have the same ones everywhere."""
-    others = [label for label in labels if label not in (*_FIXED, *references)]
-    free = SERIES[len(_FIXED) :]
-    found = dict(zip(_FIXED, SERIES, strict=False))
+    others = [label for label in labels if label not in (*FIXED, *references)]
+    free = SERIES[len(FIXED) :]
+    found = dict(zip(FIXED, SERIES, strict=False))
     found |= {label: free[number % len(free)] for number, label in enumerate(others)}
     found |= dict.fromkeys(references, REFERENCE)
     return {label: found[label] for label in labels}
@@ -204,6 +205,7 @@ def render_svg(figure: Any, title: str) -> str:
 
 
 __all__ = [
+    "FIXED",
     "Curve",
     "colours",
     "default_style",

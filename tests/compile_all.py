@@ -2,6 +2,7 @@
 
 Not a test file: an interpreted kernel cannot be compiled, so `test_compile.py` runs this in a
 process without TRITON_INTERPRET. No GPU is needed; ptxas, cuobjdump and nvdisasm come with Triton.
+With a folder as argument, only the configurations in its files are compiled, each for its card.
 """
 
 import json
@@ -9,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dtrak_kernels import projection, sketch_kernel
+from dtrak_kernels import gram_kernel, projection, sketch_kernel, tuning
 
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -25,6 +27,16 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+# targets by what is in a device's name
+CARDS = {
+    "A100": "sm_80",
+    "H100": "sm_90",
+    "H200": "sm_90",
+    "GH200": "sm_90",
+    "B200": "sm_100",
+    "MI300": "gfx942",
 }
 
 PRODUCT = (
@@ -262,10 +274,54 @@ def cases(arch):
             }
 
 
+def build_tuned(operation, config, target):
+    """The kernel of an operation under a configuration from a file."""
+    if operation == "gram_product":
+        kernel, types, constexprs, options = gram_kernel.KERNELS["gram_product_float32"]
+        constexprs = {name: config[name] for name in constexprs}
+        options = {name: config[name] for name in options}
+        return compile_kernel(kernel, types, constexprs, target, **options)
+    kind = operation.removeprefix("project_")
+    fields = projection.Config(**config)
+    return compile_kernel(
+        getattr(projection, f"_{kind}_partial_kernel"),
+        PRODUCT.format(dtype="bf16" if kind == "rademacher" else "fp16"),
+        {"BLOCK_B": fields.block_b, "BLOCK_K": fields.block_k},
+        target,
+        num_warps=fields.num_warps,
+        num_stages=fields.num_stages,
+    )
+
+
+def tuned_cases(arch, folder):
+    """Every configuration of a folder whose card is ``arch``, or is not known."""
+    for file in sorted(folder.glob("*.json")):
+        operation = file.stem
+        if operation not in ("project_rademacher", "project_normal", "gram_product"):
+            raise SystemExit(f"{file.name}: no operation is called {operation!r}")
+        for device, entries in json.loads(file.read_text()).items():
+            of_card = {a for name, a in CARDS.items() if name in device} or set(TARGETS)
+            if arch not in of_card:
+                continue
+            for entry in entries:
+                config = entry["config"]
+                yield {
+                    "kernel": operation.removeprefix("project_"),
+                    "tuned": device,
+                    "sizes": entry["sizes"],
+                    "build": lambda target, operation=operation, config=config: build_tuned(
+                        operation, config, target
+                    ),
+                    **({} if operation == "gram_product" else asdict(projection.Config(**config))),
+                }
+
+
 def main():
     results = []
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     for arch, target in TARGETS.items():
-        for case in (*cases(arch), *sketch_cases(arch)):
+        shipped = tuned_cases(arch, folder or tuning.CONFIGS)
+        for case in shipped if folder else (*cases(arch), *sketch_cases(arch), *shipped):
             build = case.pop("build")
             results.append(case | {"arch": arch} | report(build(target)))
     json.dump(results, sys.stdout, indent=1)

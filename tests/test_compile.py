@@ -17,13 +17,17 @@ SHARED_LIMITS = {  # bytes per program
 TENSOR_MEMORY_COLUMNS = 512
 
 
+def compile_all(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = str(Path(__file__).parent / "compile_all.py")
+    return subprocess.run(
+        [sys.executable, script, *arguments], capture_output=True, text=True, env=environment
+    )
+
+
 @pytest.fixture(scope="module")
 def compiled() -> list[dict]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    script = Path(__file__).parent / "compile_all.py"
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, env=environment
-    )
+    done = compile_all()
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
 
@@ -84,3 +88,34 @@ def test_a_flip_costs_at_most_400_instructions(compiled):
         }
         # less than one operation per entry means the generator was folded away
         assert 64 <= loop["3x3"] - loop["3x3, no flip"] <= 400, (arch, loop)
+
+
+def write_configs(folder, operation, device, **config):
+    entry = {"sizes": {"B": 8, "P": 2**20, "K": 4096}, "config": config}
+    (folder / f"{operation}.json").write_text(json.dumps({device: [entry]}))
+
+
+def test_tuned_configurations_are_compiled_for_their_card(tmp_path):
+    """What the tests above say of shipped configurations, they say of these."""
+    write_configs(tmp_path, "project_rademacher", "NVIDIA H200", block_b=32, block_k=64)
+    small = {"BLOCK_N": 16, "BLOCK_K": 32, "BLOCK_M": 16, "num_warps": 4, "num_stages": 1}
+    write_configs(tmp_path, "gram_product", "A card nobody knows", **small)
+    done = compile_all(str(tmp_path))
+    assert done.returncode == 0, done.stderr[-4000:]
+    cases = json.loads(done.stdout)
+    assert [c["arch"] for c in cases if c["kernel"] == "rademacher"] == ["sm_90"]
+    assert [c["arch"] for c in cases if c["kernel"] == "gram_product"] == list(SHARED_LIMITS)
+    test_memory_fits(cases)
+    test_nothing_spills(cases)
+    # and one that no card has the memory for
+    write_configs(tmp_path, "project_rademacher", "NVIDIA H200", block_b=256, num_stages=9)
+    cases = json.loads(compile_all(str(tmp_path)).stdout)
+    with pytest.raises(AssertionError):
+        test_memory_fits(cases)
+
+
+def test_configurations_of_no_operation_are_refused(tmp_path):
+    write_configs(tmp_path, "project_uniform", "NVIDIA H200", block_b=32)
+    done = compile_all(str(tmp_path))
+    assert done.returncode != 0
+    assert "project_uniform.json: no operation is called 'project_uniform'" in done.stderr

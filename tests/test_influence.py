@@ -1,10 +1,8 @@
 """The picture of queries beside their matches, and what `gather` refuses."""
 
-import numpy as np
 import pytest
 import torch
 from page import HOSTILE, case, quantised, shows, write
-from PIL import Image
 
 from dtrak import influence
 from dtrak.canvas import Canvas

@@ -27,6 +27,9 @@ def table():
             entries.append(
                 Entry(name, S, "sjlt", tuple(kinds), rules, (1.0, 10.0, 100.0, 7.0), ranks)
             )
+    exact = [torch.randn(5, 40, generator=generator).double() for _ in rules]
+    ranks = dense_ranks(torch.stack([predict_groups(m, subsets) for m in exact]))
+    entries.append(Entry("D-TRAK", 10, "none", tuple(kinds), rules, (1.0, 10.0, 100.0, 7.0), ranks))
     chance = predict_groups(torch.rand(5, 40, generator=generator).double(), subsets)
     entries.append(
         Entry("Random", 0, "", tuple(kinds), ("",), (float("nan"),), dense_ranks(chance[None]))
@@ -59,7 +62,8 @@ def test_every_row_is_there_with_its_figures(table):
         assert number(lds) == pytest.approx(100 * row["held_out"]["lds"], abs=0.051)
         ends = [number(end) for end in interval.strip("[]").split(",")]
         assert ends == pytest.approx([100 * x for x in row["held_out"]["bca"]], abs=0.051)
-        assert (S, projection) == (str(row["timesteps"] or ""), row["projection"])
+        shown = {"none": "exact"}.get(row["projection"], row["projection"])
+        assert (S, projection) == (str(row["timesteps"] or ""), shown)
         if "in_sample" in row:
             assert number(in_sample) == pytest.approx(100 * row["in_sample"]["lds"], abs=0.051)
             assert number(auto) == pytest.approx(100 * row["auto"]["lds"], abs=0.051)
@@ -83,3 +87,17 @@ def test_plots_against_method_damping_and_timesteps(table):
     assert len(Page(f"<main>{render_section(single)}</main>").all("svg")) == 4
     plain = {**table, "rows": [row for row in table["rows"] if not row["timesteps"]]}
     assert len(Page(f"<main>{render_section(plain)}</main>").all("svg")) == 2
+
+
+def test_the_papers_methods_are_always_among_the_curves(table):
+    rows = [row for row in table["rows"] if row["queries"] == "validation"]
+    best = {row["method"]: row for row in rows if row["timesteps"] == 100}
+    others = [
+        {**best["TRAK"], "method": f"other {n}", "held_out": {**best["TRAK"]["held_out"], "lds": 1}}
+        for n in range(8)
+    ]
+    page = Page(f"<main>{render_section({**table, 'rows': rows + others})}</main>")
+    for svg in page.all("svg")[1:]:
+        assert "D-TRAK" in svg["text"]
+        assert "other 3" in svg["text"]
+        assert "other 4" not in svg["text"]

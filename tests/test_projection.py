@@ -246,6 +246,16 @@ def test_same_input_gives_the_same_bits(kind, implementation, device):
     assert torch.equal(project(grads, projection, implementation=implementation), first)
 
 
+@each_implementation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_equal_gradients_of_a_batch_give_equal_features(dtype, implementation, device):
+    # the first and the last are summed in different groups of samples
+    grads = gaussian(45, 1049, device=device).to(dtype)
+    grads[-1] = grads[0]
+    features = project(grads, Projection("rademacher", 96, seed=6), implementation=implementation)
+    assert torch.equal(features[-1], features[0])
+
+
 def test_the_number_of_threads_does_not_matter():
     grads, projection = gaussian(6, 3000), Projection("rademacher", 100, seed=6)
     threads = torch.get_num_threads()

@@ -1,114 +1,29 @@
-import base64
-import io
-from html.parser import HTMLParser
+"""One page for one attribution, and one for everything a run left."""
+
+import json
+import shutil
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from finished_run import make_run
+from page import HOSTILE, Page, case, decoded, quantised, write
+from test_counterfactual_results import example
+from typer.testing import CliRunner
 
-from dtrak import report
-from dtrak.report import write_report
-
-HOSTILE = "a/<script>alert(1)</script>&\"'>$x_1$"
-VOID = {"meta", "img", "link", "br", "input"}
-
-
-class Page(HTMLParser):
-    """Elements as (tag, attributes, text inside), with the section each lies in."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.elements, self.section = [], [], -1
-        self.feed(text)
-        self.close()
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        if attributes.get("class") == "query":
-            self.section += 1
-        element = {"tag": tag, "text": "", "section": self.section, **attributes}
-        self.elements.append(element)
-        if tag not in VOID:
-            self.open.append(element)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop()["tag"] == tag
-
-    def handle_data(self, data):
-        for element in self.open:
-            element["text"] += data
-
-    def all(self, tag, **wanted):
-        return [
-            element
-            for element in self.elements
-            if element["tag"] == tag and all(element.get(k) == v for k, v in wanted.items())
-        ]
-
-
-def ranking(scores, best, worst):
-    """The oracle's order, by a plain sort: strongest proponents, strongest opponents."""
-    order = [sorted(range(len(row)), key=lambda i, r=row: -r[i]) for row in scores.tolist()]
-    high = torch.tensor([row[:best] for row in order])
-    low = torch.tensor([row[::-1][:worst] for row in order])
-    return (high, scores.gather(1, high)), (low, scores.gather(1, low))
-
-
-def case(M=3, N=12, C=3, size=8, best=5, worst=3, scale=1.0):
-    generator = torch.Generator().manual_seed(M + 10 * C + size)
-    queries = torch.rand(M, C, size, size, generator=generator) * 2.2 - 1.1
-    train = torch.rand(N, C, size, size, generator=generator) * 2 - 1
-    scores = torch.randn(M, N, generator=generator, dtype=torch.float64).abs() * scale
-    # half of the images speak for a query and half against it
-    scores *= torch.where(torch.rand(M, N, generator=generator).argsort(1) % 2 == 0, 1, -1)
-    proponents, opponents = ranking(scores, best, worst)
-    return {
-        "queries": queries,
-        "train": train,
-        "proponents": proponents,
-        "opponents": opponents,
-        "train_ids": [f"train/{i:04d}" for i in range(N)],
-        "query_ids": [f"query/{i}" for i in range(M)],
-        "settings": {"proj_dim": 512, "damping": 0.25},
-        "stages": [("features", 61.26), ("scores", 150.0)],
-        "facts": {"peak memory": "612 MB"},
-        "train_labels": [i % 10 for i in range(N)],
-    }
-
-
-def write(tmp_path, options):
-    write_report(tmp_path / "r.html", tmp_path / "r.png", **options)
-    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
-    with Image.open(tmp_path / "r.png") as picture:
-        return page, np.asarray(picture.convert("RGB"))
-
-
-def quantised(image):
-    """[C, H, W] -> uint8 [H, W, 3], in float64 and without the code under test."""
-    levels = ((image.double().clamp(-1, 1) + 1) / 2 * 255).round().numpy().astype(np.uint8)
-    return np.broadcast_to(levels, (3, *levels.shape[1:])).transpose(1, 2, 0)
-
-
-def decoded(element):
-    kind, _, content = element["src"].partition(",")
-    assert kind == "data:image/png;base64"
-    with Image.open(io.BytesIO(base64.b64decode(content, validate=True))) as image:
-        assert (image.format, image.mode) in {("PNG", "L"), ("PNG", "RGB")}
-        return np.asarray(image.convert("RGB"))
-
-
-def shows(picture, pixels):
-    """Whether the picture holds these pixels, exactly."""
-    height, width = pixels.shape[:2]
-    corners = (picture[: 1 - height, : 1 - width] == pixels[0, 0]).all(-1)
-    corners &= (picture[height - 1 :, width - 1 :] == pixels[-1, -1]).all(-1)
-    return any(
-        np.array_equal(picture[y : y + height, x : x + width], pixels)
-        for y, x in np.argwhere(corners)
-    )
+from dtrak.counterfactual_results import save_counterfactual
+from dtrak.lds_statistics import predict_groups
+from dtrak.lds_table import (
+    Entry,
+    Results,
+    dense_ranks,
+    load_results,
+    make_table,
+    save_results,
+)
+from dtrak.report import app, gather_report
+from dtrak.results import load_attribution
 
 
 @pytest.mark.parametrize("C", [1, 3])
@@ -246,97 +161,6 @@ def test_small_images_are_enlarged_sharply_and_large_ones_smoothly(tmp_path):
     assert {e.get("class") for e in page.all("img")} == {None}
 
 
-@pytest.mark.parametrize(
-    "C, size, query_zoom, zoom", [(1, 8, 32, 24), (3, 32, 8, 6), (3, 28, 9, 6)]
-)
-def test_picture_shows_whole_squares_per_pixel(tmp_path, C, size, query_zoom, zoom):
-    options = case(M=2, C=C, size=size)
-    _, picture = write(tmp_path, options)
-
-    def enlarged(image, times):
-        return quantised(image).repeat(times, axis=0).repeat(times, axis=1)
-
-    for m in range(2):
-        assert shows(picture, enlarged(options["queries"][m], query_zoom))
-        for kind in ("proponents", "opponents"):
-            for row in options[kind][0][m].tolist():
-                assert shows(picture, enlarged(options["train"][row], zoom))
-    absent = set(range(12)) - set(options["proponents"][0].flatten().tolist())
-    absent -= set(options["opponents"][0].flatten().tolist())
-    assert not any(shows(picture, enlarged(options["train"][row], zoom)) for row in absent)
-
-
-def test_picture_stops_at_sixteen_queries_and_says_so(tmp_path, monkeypatch):
-    written = []
-    original = report._Canvas.write
-
-    def write_text(self, x, y, text, **style):
-        written.append(text)
-        original(self, x, y, text, **style)
-
-    monkeypatch.setattr(report._Canvas, "write", write_text)
-    page, picture = write(tmp_path, case(M=17, best=1, worst=1))
-    assert page.section == 16
-    assert [text for text in written if text.startswith("query/")] == [
-        f"query/{i}" for i in range(16)
-    ]
-    assert any("The first 16 of 17." in text for text in written)
-    written.clear()
-    _, smaller = write(tmp_path, case(M=16, best=1, worst=1))
-    assert smaller.shape == picture.shape
-    assert not any("The first" in text for text in written)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {},
-        {"query_ids": ["q" * 200, "folder/" * 30 + "1.png"], "query_kind": "very long kind " * 30},
-        {"train_ids": [HOSTILE * 5 + f"/{i}" for i in range(12)]},
-    ],
-)
-@pytest.mark.parametrize("size", [8, 28, 300])
-def test_nothing_overlaps_in_the_picture(change, size):
-    options = case(M=2, size=size, scale=1e-5) | change
-    names = (
-        "queries",
-        "train",
-        "proponents",
-        "opponents",
-        "train_ids",
-        "query_ids",
-        "train_labels",
-    )
-    rows = report._gather(*(options[name] for name in names))
-    canvas = report._draw(rows, options.get("query_kind", "generated picture"))
-    texts = [text.get_window_extent(canvas.renderer).extents for text in canvas.figure.texts]
-    images = [image.get_window_extent(canvas.renderer).extents for image in canvas.figure.images]
-    assert len(images) == 2 * 9
-    boxes = [*texts, *images]
-    for index, (left, bottom, right, top) in enumerate(boxes):
-        assert left >= 0
-        assert bottom >= 0
-        assert right <= canvas.width
-        assert top <= canvas.height
-        for other in boxes[index + 1 :]:
-            across = min(right, other[2]) - max(left, other[0])
-            along = min(top, other[3]) - max(bottom, other[1])
-            assert across <= 1 or along <= 1, (boxes[index], other)
-
-
-def test_long_ids_keep_their_end():
-    rows = report._gather(
-        *(case(M=1)[name] for name in ("queries", "train", "proponents", "opponents")),
-        train_ids=[f"some-very-long-name-of-a-file.parquet/{i}" for i in range(12)],
-        query_ids=["q"],
-        train_labels=None,
-    )
-    canvas = report._draw(rows, "picture")
-    texts = [text.get_text() for text in canvas.figure.texts]
-    for row in case(M=1)["proponents"][0][0].tolist():
-        assert any(text.startswith("some-") and text.endswith(f"…/{row}") for text in texts)
-
-
 def test_same_input_gives_the_same_bytes(tmp_path):
     write(tmp_path, case())
     first = [(tmp_path / name).read_bytes() for name in ("r.html", "r.png")]
@@ -360,38 +184,122 @@ def test_no_queries_and_no_opponents(tmp_path):
     assert not page.all("img")
 
 
-def with_scores(options, value):
-    indices, scores = options["opponents"]
-    return {"opponents": (indices, torch.full_like(scores, value))}
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run with counterfactual results in it and an LDS beside it."""
+    folder = make_run(tmp_path_factory.mktemp("report") / "here")
+    (folder / "counterfactual").mkdir()
+    save_counterfactual(example(Q=3), folder / "counterfactual")
+    (folder.parent / "lds-run").mkdir()
+    save_lds(folder.parent / "lds-run", load_attribution(folder).manifest["data"])
+    return folder
+
+
+def save_lds(folder, data):
+    generator = torch.Generator().manual_seed(0)
+    subsets = torch.rand(8, 60, generator=generator) < 0.5
+    losses = {"generated": torch.rand(8, 3, generator=generator)}
+    scores = torch.rand(3, 60, generator=generator).double()
+    ranks = dense_ranks(predict_groups(scores, subsets)[None])
+    entry = Entry("Random", 0, "", ("generated",), ("",), (float("nan"),), ranks)
+    about = {"models": 8, "subset_size": 30, "samples": 60, "data": data, "queries": {}}
+    save_results(folder / "results.npz", Results(about, subsets, losses, [entry]))
+
+
+def headings(text):
+    page = Page(text)
+    parts = [e for e in page.all("section") if "part" in e.get("class", "").split()]
+    links = [e["href"] for e in page.all("a")]
+    assert links == [f"#{part['id']}" for part in parts]
+    return page, [part["id"] for part in parts]
+
+
+def test_the_whole_report_has_all_there_is(finished):
+    page, parts = headings(gather_report(finished))
+    assert parts == ["pictures", "lds", "counterfactual", "settings"]
+    run = load_attribution(finished)
+    data = run.load_inputs()
+    # the strips are those the main job wrote
+    own = Page((finished / "report.html").read_text(encoding="utf-8"))
+    shown = [e["src"] for e in own.all("img")]
+    assert [e["src"] for e in page.all("img")][: len(shown)] == shown
+    assert [e["value"] for e in page.all("data")] == [e["value"] for e in own.all("data")]
+    assert np.array_equal(decoded(page.all("img")[0]), quantised(data.queries.pictures.images[0]))
+    cells = [e["text"] for e in page.all("th") + page.all("td")]
+    for text in ("Random", "D-TRAK", "proj_dim", "256", "training images", "subset_size", "torch"):
+        assert text in cells, text
+    # loading it again neither trains nor draws
+    assert len(list((finished / "generated").iterdir())) == 4
+
+
+def test_the_whole_report_is_self_contained(finished):
+    text = gather_report(finished)
+    assert text == gather_report(finished)
+    assert not any(word in text.lower() for word in ("http:", "https:", "@import", "<script"))
+    for element in Page(text).elements:
+        assert element.get("src", "data:").startswith("data:")
+        assert element.get("href", "#").startswith("#")
+
+
+def test_parts_are_left_out_where_they_are_not(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "counterfactual")
+    page, parts = headings(gather_report(tmp_path / "run", num_queries=2))
+    assert parts == ["pictures", "settings"]
+    assert sum(e.get("class") == "query" for e in page.all("section")) == 2
+    assert "The first 2 of 4." in page.all("section")[0]["text"]
+    # an LDS on other images does not belong here
+    (tmp_path / "lds-run").mkdir()
+    save_lds(tmp_path / "lds-run", "other")
+    assert headings(gather_report(tmp_path / "run"))[1] == ["pictures", "settings"]
+    with pytest.raises(ValueError, match="--lds must be a run on the images of"):
+        gather_report(tmp_path / "run", lds=tmp_path / "lds-run")
+    assert headings(gather_report(tmp_path / "lds-run"))[1] == ["lds", "settings"]
+    found = gather_report(tmp_path / "lds-run", counterfactual=finished / "counterfactual")
+    assert headings(found)[1] == ["lds", "counterfactual", "settings"]
+
+
+def test_the_table_of_dtrak_lds_is_taken_where_it_is_of_these_results(finished, tmp_path):
+    shutil.copytree(finished.parent / "lds-run", tmp_path / "lds")
+    gather_report(tmp_path / "lds")
+    results = load_results(tmp_path / "lds" / "results.npz")
+    table = make_table(results, num_resamples=50)
+    (tmp_path / "lds" / "report").mkdir()
+    kept = tmp_path / "lds" / "report" / "table.json"
+    kept.write_text(json.dumps(table))
+    assert "bootstraps with 50 resamples" in gather_report(tmp_path / "lds")
+    kept.write_text(json.dumps(table | {"results": "of others"}))
+    assert "bootstraps with 2,000 resamples" in gather_report(tmp_path / "lds")
+
+
+def command(*arguments):
+    result = CliRunner().invoke(app, [*map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, " ".join(result.output.split())
+
+
+def test_the_command(finished, tmp_path):
+    code, output = command(finished, "--output", tmp_path / "page.html", "--num-queries", "1")
+    assert code == 0, output
+    assert output.endswith("page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert text == gather_report(finished, num_queries=1)
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "arguments, message",
     [
-        (
-            lambda o: {"queries": o["queries"][0]},
-            r"queries must be \[M, 1 or 3, H, W\], got \[3, 8",
-        ),
-        (lambda o: {"query_ids": ["a"]}, "query_ids must be 3 long, got 1"),
-        (lambda o: {"train_labels": [1]}, "train_labels must be 12 long, got 1"),
-        (
-            lambda o: {"proponents": (o["proponents"][0], o["proponents"][1][:, :2])},
-            r"proponents must be .* both \[3, any\], got \[3, 5\] and \[3, 2\]",
-        ),
-        (
-            lambda o: {"opponents": tuple(part[:2] for part in o["opponents"])},
-            r"opponents must be .* both \[3, any\], got \[2, 3\]",
-        ),
-        (
-            lambda o: {"proponents": (o["proponents"][0] + 12, o["proponents"][1])},
-            r"positions of proponents must lie in \[0, 12\), got",
-        ),
-        (lambda o: with_scores(o, float("nan")), "scores of opponents must be finite"),
-        (lambda o: with_scores(o, float("inf")), "scores of opponents must be finite"),
+        (["absent"], "a run must be an existing folder, got absent"),
+        (["{}", "--num-queries", "0"], "--num-queries must be at least 1, got 0"),
+        (["{}", "--lds", "absent"], "absent/results.npz"),
+        (["{}", "--counterfactual", "absent"], "absent must hold the results of dtrak.counterfac"),
+        (["{}", "--data", "absent.parquet"], "no file or folder at 'absent.parquet'"),
+        (["{}/generated"], "must hold a finished run of dtrak.attribute, or results of dtrak.lds"),
     ],
 )
-def test_input_that_does_not_hold_together(tmp_path, change, message):
-    options = case()
-    with pytest.raises(ValueError, match=message):
-        write(tmp_path, options | change(options))
-    assert not list(tmp_path.iterdir())
+def test_misuse_is_one_clear_line(finished, arguments, message):
+    code, output = command(*(argument.format(finished) for argument in arguments))
+    assert code == 2, output
+    assert message in output
+    assert "Traceback" not in output

@@ -64,8 +64,10 @@ def project_dense_(
         return out
     is_sign = projection.kind == "rademacher"
     add, step = (_add_rademacher_, _TABLE_ROWS) if is_sign else (_add_normal_, _NORMAL_ROWS)
+    # all rows are cut like the fullest ones: equal gradients of a batch give equal features
+    most = min(len(grads), step)
     for rows in range(0, len(grads), step):
-        sums = add(grads[rows : rows + step], projection, offset, out.dtype)
+        sums = add(grads[rows : rows + step], projection, offset, out.dtype, most)
         out[rows : rows + step].add_(sums, alpha=scale)
     return out
 
@@ -184,14 +186,14 @@ def _signed_sums(block: Tensor) -> Tensor:
 
 
 def _add_rademacher_(
-    grads: Tensor, projection: Projection, offset: int, dtype: torch.dtype
+    grads: Tensor, projection: Projection, offset: int, dtype: torch.dtype, most: int
 ) -> Tensor:
-    """``grads @ signs``, ``[B, K]`` float64, for at most `_TABLE_ROWS` samples."""
+    """``grads @ signs``, ``[B, K]`` float64, cut for ``most`` samples, at most `_TABLE_ROWS`."""
     B, K, device = len(grads), projection.proj_dim, grads.device
     pairs = 8 * -(-K // 16)
     chunk = min(pairs, _CALLS // 4)
-    blocks = max(1, min(_CALLS // (4 * chunk), _TABLE_BYTES // (256 * B * dtype.itemsize)))
-    span = max(1, _TABLE_BYTES // (256 * 32 * B * dtype.itemsize))
+    blocks = max(1, min(_CALLS // (4 * chunk), _TABLE_BYTES // (256 * most * dtype.itemsize)))
+    span = max(1, _TABLE_BYTES // (256 * 32 * most * dtype.itemsize))
     philox = _Philox(projection.seed, Stream.RADEMACHER, device)
     calls = torch.arange(4, device=device)
     # [columns in groups of 16, column bit 3, column bits 0-2, B]
@@ -223,16 +225,18 @@ def _add_rademacher_(
     return sums.reshape(-1, B)[:K].T
 
 
-def _add_normal_(grads: Tensor, projection: Projection, offset: int, dtype: torch.dtype) -> Tensor:
-    """``grads @ normals``, ``[B, K]`` float64, for at most `_NORMAL_ROWS` samples."""
+def _add_normal_(
+    grads: Tensor, projection: Projection, offset: int, dtype: torch.dtype, most: int
+) -> Tensor:
+    """``grads @ normals``, ``[B, K]`` float64, cut for ``most`` samples, at most `_NORMAL_ROWS`."""
     B, K, device = len(grads), projection.proj_dim, grads.device
     sums = torch.zeros(B, K, dtype=torch.float64, device=device)
     if grads.shape[1] * K >= COMPILE_ENTRIES and device.type == "cpu" and dtype == torch.float32:
         tile = compiled_tile()
         if tile is not None:
             return _add_compiled_(sums, tile, grads, projection.seed, offset)
-    chunk = min(K, _CALLS // 4, max(1, WORKSPACE_BYTES // (dtype.itemsize * B)))
-    units = max(1, min(_CALLS // (4 * chunk), _TABLE_BYTES // (16 * B * dtype.itemsize)))
+    chunk = min(K, _CALLS // 4, max(1, WORKSPACE_BYTES // (dtype.itemsize * most)))
+    units = max(1, min(_CALLS // (4 * chunk), _TABLE_BYTES // (16 * most * dtype.itemsize)))
     philox = _Philox(projection.seed, Stream.NORMAL, device)
     for first, block in _aligned_blocks(grads, offset, 16, 16 * units, dtype):
         # parameter = 16 unit + 8 half + 2 call + p0: [p0, B, half and call]

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tuning
+
 # runs of rows: enough programs for the largest card, fixed so that sums do not depend on the card
 _MAX_PARTS = 256
 # bytes of partials held at once; more vectors are taken in groups
@@ -112,16 +114,25 @@ KERNELS: dict[str, tuple[Any, str, dict[str, int], dict[str, int]]] = {
 }
 
 
+def _config(features: Tensor, M: int) -> dict[str, int]:
+    """The tuned configuration of the device, or the default one."""
+    if features.device.type != "cuda":
+        return DEFAULT_CONFIG
+    name = torch.cuda.get_device_name(features.device)
+    sizes = {"N": features.shape[0], "K": features.shape[1], "M": M}
+    return tuning.nearest("gram_product", name, sizes) or DEFAULT_CONFIG
+
+
 def launch_gram_product(
     features: Tensor, vectors: Tensor, damping: float, *, config: dict[str, int] | None = None
 ) -> Tensor:
     """``Φᵀ(ΦV) + λV`` ``[K, M]`` float32 for ``features [N, K]``, ``vectors [K, M]`` float32."""
-    config = DEFAULT_CONFIG if config is None else config
     N, K = features.shape
     vectors = vectors.contiguous()
     M = vectors.shape[1]
     if N == 0 or M == 0:
         return vectors * damping
+    config = _config(features, M) if config is None else config
     block_n = config["BLOCK_N"]
     # whole row blocks per run
     rows_per_part = triton.cdiv(triton.cdiv(N, _MAX_PARTS), block_n) * block_n

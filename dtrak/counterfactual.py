@@ -1,0 +1,392 @@
+"""Does a picture change when the training images that a method ranks highest were never there?
+
+``python -m dtrak.counterfactual --run runs/digits`` removes, for each query and method, the top
+training images, retrains from scratch, draws the picture again from its seed and measures how far
+it is from the original. Every model is kept as the picture it drew, so a run that was interrupted
+goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+if __name__ == "__main__":
+    # the imports below take seconds, in which Ctrl-C would end in a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from .baselines import (
+    Clip,
+    clip_embeddings,
+    load_clip,
+    load_vae,
+    random_scores,
+    raw_similarity,
+    vae_latents,
+)
+from .console import choose_device, progress_bar, reporting_errors, run_app
+from .counterfactual_origin import Origin, open_origin
+from .counterfactual_pictures import write_box_plot, write_strips
+from .counterfactual_results import (
+    METRICS,
+    NOTHING,
+    RANDOM,
+    Counterfactual,
+    Summary,
+    compare_pictures,
+    save_counterfactual,
+)
+from .counterfactual_retraining import (
+    Experiment,
+    RetrainJob,
+    choose_queries,
+    prepare,
+    removal_positions,
+)
+from .data import to_uint8
+from .lds_workers import work
+from .outputs import check_choice
+from .results import read_scores
+from .text_to_image import TextToImageModel
+
+# output functions whose gradients make the scores
+GRADIENT_METHODS = {"d-trak": "mean_squared_l2_norm", "trak": "loss"}
+SIMILARITY_METHODS = (
+    "raw-dot",
+    "raw-cosine",
+    "latent-dot",
+    "latent-cosine",
+    "clip-dot",
+    "clip-cosine",
+)
+METHODS = (*GRADIENT_METHODS, RANDOM, NOTHING, *SIMILARITY_METHODS)
+# the published part of the training set, 1,000 of 5,000
+DEFAULT_PART = 0.2
+DEFAULT_QUERIES = 10
+
+
+@dataclass(frozen=True)
+class _Scorer:
+    """Finds or computes the scores of every method for the queries of a run."""
+
+    origin: Origin
+    folder: Path
+    device: torch.device
+    console: Console
+    clip: Clip | None
+    vae: Any
+    seed: int
+
+    def scores(self, method: str) -> Tensor:
+        """``[M, N]``, positive for proponents."""
+        name, _, file = method.partition("=")
+        train, queries = self.origin.data.images, self.origin.queries.images
+        if file:
+            return self._read(file)
+        if name == RANDOM:
+            return random_scores(len(queries), len(train), self.seed)
+        if name in GRADIENT_METHODS:
+            return self.origin.gradient_scores(
+                GRADIENT_METHODS[name], self.folder / "scores" / name, self.device, self.console
+            )
+        kind, similarity = name.split("-")
+        if kind == "clip":
+            if self.clip is None:
+                raise ValueError(f"--clip must name a folder with a CLIP model for method {name!r}")
+            train, queries = clip_embeddings(train, self.clip), clip_embeddings(queries, self.clip)
+        if kind == "latent":
+            if self.vae is None:
+                raise ValueError(f"--vae must name a folder with a VAE for method {name!r}")
+            train, queries = vae_latents(train, self.vae), vae_latents(queries, self.vae)
+        return raw_similarity(queries, train, similarity)
+
+    def _read(self, file: str) -> Tensor:
+        scores, metadata = read_scores(file)
+        for names, wanted in (("rows", self.origin.queries), ("columns", self.origin.data)):
+            if json.loads(metadata[names]) != wanted.ids:
+                raise ValueError(
+                    f"{file} must hold scores of the run's images, got {names} of other names"
+                )
+        return scores
+
+
+def run_counterfactual(
+    folder: Path,
+    methods: Sequence[str],
+    *,
+    top_k: int | None,
+    num_queries: int | None,
+    retrainings: int,
+    seed: int,
+    preset: str | None,
+    source: str | None,
+    timesteps: int | None,
+    clip: Clip | None,
+    vae: Any,
+    processes: int,
+    device: torch.device,
+    output: Path | None,
+    console: Console,
+) -> Counterfactual | None:
+    """Run the whole experiment.
+
+    Args:
+        folder: of a finished run of `dtrak.attribute`, or one of `dtrak.lds` with its full model.
+        methods: of `METHODS`, or ``name=file`` for scores computed elsewhere.
+        top_k: how many training images are removed; None takes a fifth of them.
+        num_queries: Q, queries of the run that are drawn again; None takes 10, or all there are.
+        retrainings: R, models trained for each removal.
+        seed: of the draw of queries and of the random removals.
+        preset: that trained the model, where the run does not know.
+        source: where the training images lie, if not where the run found them.
+        timesteps: S of gradient features; None takes the run's.
+        clip: adds CLIP similarity, and the methods that need it.
+        vae: adds the distance of latents, and the methods that need it.
+        processes: models trained at once.
+        device: where; ``cuda`` shares all GPUs out between the processes.
+        output: folder of the experiment; None puts it into the run's.
+        console: where progress goes.
+
+    Returns:
+        The results, or None while another command is at work on the rest.
+
+    Raises:
+        ValueError: an option or a folder is refused; one clear line.
+        FileNotFoundError: a path does not exist.
+    """
+    names = [method.partition("=")[0] for method in methods]
+    _check_methods(methods, names)
+    origin = open_origin(folder, preset=preset, source=source, timesteps=timesteps)
+    total = len(origin.queries)
+    count = min(DEFAULT_QUERIES, total) if num_queries is None else num_queries
+    rows = choose_queries(total, count, seed)
+    k = max(1, round(DEFAULT_PART * len(origin.data))) if top_k is None else top_k
+    output = folder / "counterfactual" if output is None else output
+    scorer = _Scorer(origin, output, device, console, clip, vae, seed)
+    removed = {
+        name: torch.zeros(len(rows), 0, dtype=torch.int64)
+        if name == NOTHING
+        else removal_positions(scorer.scores(method), rows, k)
+        for name, method in zip(names, methods, strict=True)
+    }
+    experiment = prepare(
+        output,
+        origin,
+        [origin.queries.ids[row] for row in rows],
+        removed,
+        top_k=k,
+        retrainings=retrainings,
+        preset=preset,
+        source=source,
+    )
+    if experiment.missing():
+        origin.training.prepare(output, device, console)
+        _retrain(experiment, processes, device, console)
+    left = experiment.missing()
+    if left:
+        console.print(f"another command is at work on {len(left)} of {len(experiment.jobs)} models")
+        return None
+    return _measure(experiment, k, seed, clip, vae, device)
+
+
+def _check_methods(methods: Sequence[str], names: Sequence[str]) -> None:
+    for name, method in zip(names, methods, strict=True):
+        if "=" not in method:
+            check_choice("--methods", name, METHODS)
+        elif not name or "/" in name:
+            raise ValueError(f"--methods must name scores as name=file, got {method!r}")
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"--methods must be different and at least one, got {','.join(names)!r}")
+
+
+def _retrain(
+    experiment: Experiment, processes: int, device: torch.device, console: Console
+) -> None:
+    missing = experiment.missing()
+    steps = {job: experiment.steps(job) for job in missing}
+    done = dict.fromkeys(missing, 0)
+    devices = (str(device),)
+    if device.type == "cuda" and device.index is None:
+        devices = tuple(f"cuda:{index}" for index in range(torch.cuda.device_count()))
+    with progress_bar(console, f"retrain {len(missing)} models") as progress:
+
+        def report(job: str, steps_done: int, _: int) -> None:
+            done[job] = steps_done
+            progress(sum(done.values()), sum(steps.values()))
+
+        work(RetrainJob(experiment.folder, devices), missing, processes, report)
+
+
+def _measure(
+    experiment: Experiment, k: int, seed: int, clip: Clip | None, vae: Any, device: torch.device
+) -> Counterfactual:
+    origin = experiment.origin
+    model = origin.load_model()
+    if vae is None and isinstance(model, TextToImageModel):
+        vae = model.vae
+    rows = [origin.queries.ids.index(query) for query in experiment.query_ids]
+    originals = to_uint8(origin.queries.images[rows])
+    model.unet.to(device)
+    again = origin.training.draw(model, experiment.query_ids)
+    settings: dict[str, Any] = {
+        "run": str(origin.folder),
+        "training images": len(origin.data),
+        "removed": k,
+        "queries": len(experiment.query_ids),
+        "retrainings of each removal": experiment.retrainings,
+        "seed of queries and random removals": seed,
+        "training steps": origin.training.recipe.num_steps(len(origin.data) - k),
+        # what the run's own model, drawing alone instead of in a batch, already changes
+        "largest change by drawing again": f"{_largest_change(originals, again)} of 255",
+    }
+    results = compare_pictures(
+        experiment.query_ids, originals, experiment.pictures(), settings, clip=clip, vae=vae
+    )
+    save_counterfactual(results, experiment.folder)
+    write_box_plot(experiment.folder / "distances.png", results)
+    write_strips(experiment.folder / "strips.png", results)
+    return results
+
+
+def _largest_change(a: Tensor, b: Tensor) -> int:
+    return int((a.int() - b.int()).abs().max())
+
+
+def _print_results(results: Counterfactual, folder: Path) -> None:
+    console = Console()
+    for metric in results.values:
+        title = METRICS[metric].title + (" (more = more change)" if METRICS[metric].rises else "")
+        table = Table(title=title, header_style="bold", title_justify="left")
+        for column in ("removed by", "median", "95 % interval", "mean", "beyond random"):
+            table.add_column(column, justify="left" if column == "removed by" else "right")
+        for method in results.methods:
+            summary = results.summary(metric, method)
+            beyond = results.beyond_random(metric, method)
+            table.add_row(
+                method,
+                f"{summary.median:.4g}",
+                _interval(summary),
+                f"{summary.mean:.4g}",
+                "" if beyond is None else f"{beyond.median:+.4g} {_interval(beyond)}",
+            )
+        console.print(table)
+    console.print(
+        f"pictures: {folder / 'strips.png'}\nplot: {folder / 'distances.png'}\n"
+        f"values: {folder / 'results.json'}",
+        soft_wrap=True,
+    )
+
+
+def _interval(summary: Summary) -> str:
+    if summary.interval is None:
+        return f"n = {summary.count}"
+    return f"[{summary.interval[0]:.4g}, {summary.interval[1]:.4g}]"
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def counterfactual(
+    run: Annotated[
+        str,
+        typer.Option(
+            help="Finished run of dtrak.attribute whose queries were generated, or a run folder of "
+            "dtrak.lds with its full model."
+        ),
+    ] = "runs/digits",
+    methods: Annotated[
+        str,
+        typer.Option(
+            help=f"Who chooses what is removed, with commas: {', '.join(METHODS)}, or name=file "
+            "with scores.safetensors of another run on the same images."
+        ),
+    ] = "d-trak,trak,random",
+    top_k: Annotated[
+        int | None,
+        typer.Option(help="Training images removed per query. Default: a fifth of them."),
+    ] = None,
+    queries: Annotated[
+        int | None, typer.Option(help="Queries of the run to draw again. Default: 10, or all.")
+    ] = None,
+    retrainings: Annotated[
+        int, typer.Option(help="Models trained for each removal, with other seeds.")
+    ] = 1,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the draw of queries and of random removals.")
+    ] = 0,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Preset that trained the run's model. Default: what trained it wrote."),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Where the training images lie now. Default: as in the run.")
+    ] = None,
+    timesteps: Annotated[
+        int | None,
+        typer.Option(help="S of gradient features. Default: the run's; 10 for one of dtrak.lds."),
+    ] = None,
+    clip: Annotated[
+        str | None,
+        typer.Option(help="Folder of a CLIP model, for CLIP similarity and the clip methods."),
+    ] = None,
+    vae: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of a VAE, for the distance of latents and the latent methods. Default: "
+            "that of a text-to-image model, for the distance."
+        ),
+    ] = None,
+    processes: Annotated[int, typer.Option(help="Models trained at once.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    output: Annotated[
+        str | None, typer.Option(help="Output folder. Default: counterfactual in the run's.")
+    ] = None,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where an error came from.")
+    ] = False,
+) -> None:
+    """Retrain without the images a method ranks highest, and see how the pictures change."""
+    console = Console(stderr=True)
+    with reporting_errors(console, traceback):
+        chosen = choose_device(device)
+        results = run_counterfactual(
+            Path(run),
+            [method.strip() for method in methods.split(",") if method.strip()],
+            top_k=top_k,
+            num_queries=queries,
+            retrainings=retrainings,
+            seed=seed,
+            preset=preset,
+            source=data,
+            timesteps=timesteps,
+            clip=None if clip is None else load_clip(clip, chosen),
+            vae=None if vae is None else load_vae(vae, chosen),
+            processes=processes,
+            device=chosen,
+            output=None if output is None else Path(output),
+            console=console,
+        )
+        if results is not None:
+            _print_results(results, Path(output) if output else Path(run) / "counterfactual")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of ``python -m dtrak.counterfactual``."""
+    run_app(app, "dtrak.counterfactual", arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Reading a report back: its HTML, its images, and an attribution to report on."""
+
+import base64
+import io
+from html.parser import HTMLParser
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dtrak.report import write_report
+
+HOSTILE = "a/<script>alert(1)</script>&\"'>$x_1$"
+VOID = {"meta", "img", "link", "br", "input"}
+
+
+class Page(HTMLParser):
+    """Elements as (tag, attributes, text inside), with the section each lies in."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.elements, self.section = [], [], -1
+        self.feed(text)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if attributes.get("class") == "query":
+            self.section += 1
+        element = {"tag": tag, "text": "", "section": self.section, **attributes}
+        self.elements.append(element)
+        if tag not in VOID:
+            self.open.append(element)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()["tag"] == tag
+
+    def handle_data(self, data):
+        for element in self.open:
+            element["text"] += data
+
+    def all(self, tag, **wanted):
+        return [
+            element
+            for element in self.elements
+            if element["tag"] == tag and all(element.get(k) == v for k, v in wanted.items())
+        ]
+
+
+def decoded(element):
+    kind, _, content = element["src"].partition(",")
+    assert kind == "data:image/png;base64"
+    with Image.open(io.BytesIO(base64.b64decode(content, validate=True))) as image:
+        assert (image.format, image.mode) in {("PNG", "L"), ("PNG", "RGB")}
+        return np.asarray(image.convert("RGB"))
+
+
+def quantised(image):
+    """[C, H, W] -> uint8 [H, W, 3], in float64 and without the code under test."""
+    levels = ((image.double().clamp(-1, 1) + 1) / 2 * 255).round().numpy().astype(np.uint8)
+    return np.broadcast_to(levels, (3, *levels.shape[1:])).transpose(1, 2, 0)
+
+
+def shows(picture, pixels):
+    """Whether the picture holds these pixels, exactly."""
+    height, width = pixels.shape[:2]
+    corners = (picture[: 1 - height, : 1 - width] == pixels[0, 0]).all(-1)
+    corners &= (picture[height - 1 :, width - 1 :] == pixels[-1, -1]).all(-1)
+    return any(
+        np.array_equal(picture[y : y + height, x : x + width], pixels)
+        for y, x in np.argwhere(corners)
+    )
+
+
+def ranking(scores, best, worst):
+    """The oracle's order, by a plain sort: strongest proponents, strongest opponents."""
+    order = [sorted(range(len(row)), key=lambda i, r=row: -r[i]) for row in scores.tolist()]
+    high = torch.tensor([row[:best] for row in order])
+    low = torch.tensor([row[::-1][:worst] for row in order])
+    return (high, scores.gather(1, high)), (low, scores.gather(1, low))
+
+
+def case(M=3, N=12, C=3, size=8, best=5, worst=3, scale=1.0):
+    generator = torch.Generator().manual_seed(M + 10 * C + size)
+    queries = torch.rand(M, C, size, size, generator=generator) * 2.2 - 1.1
+    train = torch.rand(N, C, size, size, generator=generator) * 2 - 1
+    scores = torch.randn(M, N, generator=generator, dtype=torch.float64).abs() * scale
+    # half of the images speak for a query and half against it
+    scores *= torch.where(torch.rand(M, N, generator=generator).argsort(1) % 2 == 0, 1, -1)
+    proponents, opponents = ranking(scores, best, worst)
+    return {
+        "queries": queries,
+        "train": train,
+        "proponents": proponents,
+        "opponents": opponents,
+        "train_ids": [f"train/{i:04d}" for i in range(N)],
+        "query_ids": [f"query/{i}" for i in range(M)],
+        "settings": {"proj_dim": 512, "damping": 0.25},
+        "stages": [("features", 61.26), ("scores", 150.0)],
+        "facts": {"peak memory": "612 MB"},
+        "train_labels": [i % 10 for i in range(N)],
+    }
+
+
+def write(tmp_path, options):
+    write_report(tmp_path / "r.html", tmp_path / "r.png", **options)
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    with Image.open(tmp_path / "r.png") as picture:
+        return page, np.asarray(picture.convert("RGB"))

@@ -1,0 +1,259 @@
+"""The driver of `make gpu`: whatever a piece does, the others run and the page is printed."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "benchmarks" / "gpu.py"
+spec = importlib.util.spec_from_file_location("gpu", SCRIPT)
+gpu = importlib.util.module_from_spec(spec)
+# its dataclasses look their module up
+sys.modules["gpu"] = gpu
+spec.loader.exec_module(gpu)
+
+FACTS = {"cuda": False, "device": "cpu", "torch": "2", "triton": "3"}
+
+
+def piece(name, code, limit=20.0, **options):
+    return gpu.Piece(name, ("-c", code), limit, **options)
+
+
+def run(one, out, limit=None):
+    return gpu.run_piece(one, out, limit or one.limit, gpu.environment(out, cuda=False))
+
+
+def is_alive(pid):
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        # a zombie has ended
+        return stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_what_a_piece_does_is_an_outcome(tmp_path):
+    crash = f"import os; os.kill(os.getpid(), {int(signal.SIGSEGV)})"
+    codes = {"good": "pass", "bad": "raise SystemExit('not today')", "crash": crash}
+    found = {name: run(piece(name, code), tmp_path) for name, code in codes.items()}
+    assert {name: o.status for name, o in found.items()} == {
+        "good": "passed",
+        "bad": "failed",
+        "crash": "failed",
+    }
+    assert found["bad"].note == "exit 1: not today"
+    assert found["crash"].note == f"signal {int(signal.SIGSEGV)}"
+    absent = run(piece("absent", "pass", absent="no such thing"), tmp_path)
+    assert (absent.status, absent.note) == ("skipped", "no such thing")
+    nothing = run(piece("none", "pass", wrapper=("/nowhere/at/all",)), tmp_path)
+    assert nothing.status == "failed"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+def test_a_piece_that_hangs_is_ended_with_its_children(tmp_path):
+    code = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid)); "
+        "print('half a result', flush=True); time.sleep(600)"
+    )
+    begin = time.monotonic()
+    outcome = run(piece("hangs", code), tmp_path, limit=4)
+    assert time.monotonic() - begin < 15
+    assert (outcome.status, outcome.note) == ("timed out", "stopped after 4 s")
+    assert (tmp_path / "hangs.log").read_text() == "half a result\n"
+    child = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 10
+    while is_alive(child) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_alive(child)
+
+
+def test_pieces_find_the_repository_and_no_network(tmp_path):
+    code = (
+        "import os, dtrak_kernels, protocol, numerics; "
+        "assert os.environ['HF_HUB_OFFLINE'] == '1'; print(dtrak_kernels.__file__)"
+    )
+    outcome = run(piece("imports", code), tmp_path)
+    assert outcome.status == "passed", (tmp_path / "imports.log").read_text()
+
+
+def test_tests_are_counted(tmp_path):
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n"
+        "def test_a(): pass\n"
+        "def test_b(): assert False\n"
+        "@pytest.mark.skip\n"
+        "def test_c(): pass\n"
+        "@pytest.fixture\n"
+        "def broken(): raise ValueError\n"
+        "def test_d(broken): pass\n"
+    )
+    xml = f"--junitxml={tmp_path / 'out.xml'}"
+    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path), xml)
+    outcome = run(gpu.Piece("tests", command, 60), tmp_path)
+    assert outcome.status == "failed"
+    assert outcome.note == "1 passed, 1 failed, 1 errors, 1 skipped"
+    # nothing selected is no failure
+    chosen = gpu.Piece("tests", (*command, "-k", "nothing"), 60)
+    assert run(chosen, tmp_path).status == "passed"
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_pieces_are_what_is_in_the_repository(cuda, tmp_path):
+    pieces = gpu.make_pieces(cuda, tmp_path)
+    names = [p.name for p in pieces]
+    assert len(set(names)) == len(names)
+    for one in pieces:
+        files = [a for a in one.arguments if a.startswith(str(ROOT))]
+        assert files
+        for file in files:
+            assert Path(file).exists(), file
+    wanted = {"stages", "modelled", "gpu tests", "kernel tests", "memcheck"}
+    assert wanted <= set(names)
+    if cuda:
+        suites = {p.stem.removeprefix("test_") for p in (ROOT / "benchmarks").glob("test_*.py")}
+        assert {f"suite {name}" for name in suites} <= set(names)
+        assert {f"agreement {name}" for name in gpu.KERNELS} <= set(names)
+
+
+def test_eight_minutes_are_enough():
+    assert gpu.BUDGET_GPU < 8 * 60
+
+
+def replace(monkeypatch, pieces, arguments):
+    monkeypatch.setattr(gpu, "probe", lambda out: FACTS)
+    monkeypatch.setattr(gpu, "make_pieces", lambda cuda, out: pieces)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
+
+
+def test_the_page_comes_last_and_says_what_happened(tmp_path, monkeypatch, capsys):
+    row = {"kernel": "sketch", "dtype": "float16", "shape": "s", "error": 1e-7, "allowed": 1e-6}
+    rows = [
+        row | {"status": "passed"},
+        row | {"status": "passed", "error": 3e-7},
+        row | {"kernel": "normal", "status": "failed", "note": "error"},
+    ]
+    lines = "\n".join(json.dumps(r) for r in rows) + '\n{"kernel": "unfini'
+    write = f"open({str(tmp_path / 'agreement.jsonl')!r}, 'a').write({lines!r})"
+    pieces = [
+        piece("broken", "raise SystemExit(3)"),
+        piece("writes", write),
+        piece("slow", "import time; time.sleep(60)"),
+        piece("late", "pass"),
+    ]
+    # rows of another run are not this one's
+    (tmp_path / "agreement.jsonl").write_text(json.dumps(row | {"kernel": "old"}) + "\n")
+    replace(monkeypatch, pieces, ["--out", str(tmp_path), "--budget", "10"])
+    assert gpu.main() == 1
+    page = (tmp_path / "table.txt").read_text()
+    assert capsys.readouterr().out.endswith(page)
+    assert len(page.splitlines()) < 60
+    assert "3.0e-07 / 1.0e-06 (2)" in page
+    assert "1 of 1 FAILED" in page
+    assert "old" not in page
+    statuses = {
+        p["name"]: p["status"]
+        for p in json.loads((tmp_path / "summary.json").read_text())["pieces"]
+    }
+    assert statuses == {
+        "broken": "failed",
+        "writes": "passed",
+        "slow": "timed out",
+        "late": "skipped",
+    }
+
+
+def test_only_some_pieces(tmp_path, monkeypatch, capsys):
+    pieces = [
+        piece("suite a", "pass"),
+        piece("suite b", "pass"),
+        piece("other", "raise SystemExit"),
+    ]
+    replace(monkeypatch, pieces, ["--out", str(tmp_path), "--only", "suite"])
+    assert gpu.main() == 0
+    out = capsys.readouterr().out
+    assert "suite a" in out
+    assert "other" not in out
+    replace(monkeypatch, pieces, ["--out", str(tmp_path), "--only", "sweet"])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert ended.value.code == 2
+    assert "--only must be one of other, suite, suite a, suite b, got 'sweet'" in (
+        capsys.readouterr().err
+    )
+
+
+def test_stages_and_models_have_their_lines():
+    stage = {"stage": "total with sjlt", "seconds": 7.0, "target": 6.5, "published": "> 320"}
+    row = stage | {"model": "U-Net", "tiny": False, "device": "NVIDIA H200"}
+    lines = list(gpu.stage_lines([row, row | {"seconds": 6.0}, row | {"tiny": True}]))
+    assert "MISSED" in lines[1]
+    assert "met" in lines[2]
+    assert "target" not in lines[3]
+    model = {"case": "pack", "card": "H200", "modelled_seconds": 1e-3, "limit": "memory"}
+    lines = list(gpu.modelled_lines([model, model | {"measured_seconds": 2e-3}]))
+    assert "modelled" in lines[0]
+    assert "(model)" in lines[0]
+    assert lines[1].split()[1:4] == ["1.000", "ms", "-"]
+    assert lines[2].split()[1:5] == ["1.000", "ms", "2.000", "ms"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+def test_ctrl_c_still_gives_the_page(tmp_path):
+    code = (
+        "import importlib.util, sys; "
+        f"spec = importlib.util.spec_from_file_location('gpu', {str(SCRIPT)!r}); "
+        "gpu = importlib.util.module_from_spec(spec); sys.modules['gpu'] = gpu; "
+        "spec.loader.exec_module(gpu); "
+        f"gpu.probe = lambda out: {FACTS!r}; "
+        "hang = gpu.Piece('hangs', ('-c', 'import time; time.sleep(600)'), 600); "
+        "gpu.make_pieces = lambda cuda, out: [hang]; "
+        f"sys.argv = ['gpu.py', '--out', {str(tmp_path)!r}, '--budget', '600']; "
+        "sys.exit(gpu.main())"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "hangs.log").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "interrupted" in out
+    assert (tmp_path / "table.txt").is_file()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_gpu_is_the_driver():
+    done = subprocess.run(
+        ["make", "--dry-run", "gpu", "OUT=somewhere"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("benchmarks/gpu.py --out somewhere")
+
+
+def test_a_rehearsal(tmp_path):
+    """A real piece, from the command line to the page."""
+    if gpu.probe(tmp_path)["cuda"]:
+        pytest.skip("there is a GPU: no rehearsal")
+    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--only", "modelled", "--budget", "200"],
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "limited by (model)" in done.stdout

@@ -1,0 +1,154 @@
+"""Which model is trained anew, and how it is known."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from finished_run import OPTIONS, RECIPE, make_run
+from numerics import relative_error
+from rich.console import Console
+
+from dtrak import inputs, lds_experiment
+from dtrak.attribution import run_attribution
+from dtrak.console import run_app
+from dtrak.counterfactual_origin import open_origin
+from dtrak.counterfactual_results import CounterfactualError
+from dtrak.data import load_data
+from dtrak.diffusion import hash_model, load_model
+from dtrak.presets import PRESETS
+from dtrak.results import load_attribution
+from dtrak.runs import Options
+from dtrak.training import Recipe, train
+
+CPU, QUIET = torch.device("cpu"), Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("origin") / "here")
+
+
+def test_the_recipe_is_what_the_trainer_wrote(finished):
+    origin = open_origin(finished)
+    assert origin.training.recipe == RECIPE
+    assert origin.training.num_inference_steps == 50
+    assert origin.queries.ids == [f"{n:05d}.png" for n in range(4)]
+    assert len(origin.data) == 60
+    # that recipe does train the model of the run
+    model = origin.training.make_model(RECIPE.seed)
+    train(model, origin.data.images, origin.training.recipe)
+    assert hash_model(model.unet) == hash_model(origin.load_model().unet)
+    assert origin.identity()["model"] == {"model": hash_model(model.unet)}
+    assert origin.identity()["training"]["recipe"] == RECIPE.to_dict()
+
+
+def test_the_runs_own_scores_are_used_and_others_computed(finished, tmp_path):
+    origin = open_origin(finished)
+    own = origin.gradient_scores("mean_squared_l2_norm", tmp_path / "own", CPU, QUIET)
+    assert torch.equal(own, load_attribution(finished).scores)
+    assert not (tmp_path / "own").exists()
+    # what the main job gives for the other output function
+    options = load_attribution(finished).options
+    again = replace(options, output=str(tmp_path / "loss"), output_function="loss",
+                    queries=str(finished / "generated"))  # fmt: skip
+    run_attribution(again, QUIET)
+    expected = load_attribution(tmp_path / "loss").scores
+    found = origin.gradient_scores("loss", tmp_path / "trak", CPU, QUIET)
+    assert relative_error(found, expected) < 1e-5
+    assert relative_error(own, expected) > 0.1
+    assert torch.equal(found, origin.gradient_scores("loss", tmp_path / "trak", CPU, QUIET))
+
+
+def test_other_timesteps_need_other_scores(finished):
+    assert open_origin(finished, timesteps=2).scores
+    origin = open_origin(finished, timesteps=4)
+    assert origin.settings.timesteps == (0, 250, 500, 750)
+    assert not origin.scores
+    with pytest.raises(ValueError, match="timesteps"):
+        open_origin(finished, timesteps=0)
+
+
+def test_a_run_that_trained_its_own_model(tmp_path, monkeypatch):
+    recipe = Recipe(steps=3, batch_size=8)
+    monkeypatch.setattr(inputs, "Recipe", lambda: recipe)
+    options = {**OPTIONS, "output": str(tmp_path / "run"), "timesteps": "1", "num_queries": 1}
+    run_attribution(Options(**options), QUIET)
+    origin = open_origin(tmp_path / "run")
+    assert origin.training.recipe == recipe
+    own = load_model(tmp_path / "run" / "model")
+    assert hash_model(origin.load_model().unet) == hash_model(own.unet)
+    assert len(origin.data) == 1000
+
+
+def test_what_dtrak_train_writes_is_understood(tmp_path):
+    from dtrak.train import app
+
+    arguments = ["--preset", "digits", "--steps", "2", "--output", str(tmp_path / "model"),
+                 "--device", "cpu"]  # fmt: skip
+    with pytest.raises(SystemExit) as ended:
+        run_app(app, "dtrak.train", arguments)
+    assert ended.value.code == 0
+    options = {
+        **OPTIONS, "model": str(tmp_path / "model"), "output": str(tmp_path / "run"),
+        "timesteps": "1", "num_queries": 1,
+    }  # fmt: skip
+    run_attribution(Options(**options), QUIET)
+    assert open_origin(tmp_path / "run").training.recipe == replace(
+        PRESETS["digits"].recipe, steps=2
+    )
+
+
+def test_a_run_of_the_lds(tmp_path, monkeypatch):
+    tiny = replace(
+        PRESETS["digits"], name="tiny", recipe=Recipe(steps=4, batch_size=8), num_inference_steps=2
+    )
+    monkeypatch.setitem(PRESETS, "tiny", tiny)
+    # the digits come with the package, whatever the preset is called
+    monkeypatch.setattr(
+        type(tiny), "load_data", lambda self, split, source=None, **options: load_data(
+            "digits", channels=1, size=8, split=split, **options
+        )
+    )  # fmt: skip
+    folder = tmp_path / "lds"
+    experiment = lds_experiment.prepare(folder, tiny, num_subsets=1, num_generated=3)
+    with pytest.raises(ValueError, match="not trained yet"):
+        open_origin(folder)
+    lds_experiment.train_one(experiment, lds_experiment.FULL, CPU)
+    origin = open_origin(folder, timesteps=5)
+    assert origin.training.recipe == tiny.recipe
+    assert origin.training.num_inference_steps == 2
+    assert origin.queries.ids == ["00000.png", "00001.png", "00002.png"]
+    assert origin.settings.timesteps == (0, 200, 400, 600, 800)
+    assert not origin.scores
+    assert hash_model(origin.load_model().unet) == hash_model(experiment.load_model().unet)
+
+
+@pytest.fixture
+def changed(finished, tmp_path):
+    """A copy of the run, its model and its images, one of which a test changes."""
+
+    def change(**options):
+        shutil.copytree(finished.parent, tmp_path / "copy")
+        file = tmp_path / "copy" / "run" / "manifest.json"
+        manifest = json.loads(file.read_text())
+        places = {"model": tmp_path / "copy" / "model", "data": tmp_path / "copy" / "images"}
+        manifest["options"] |= {name: str(place) for name, place in places.items()} | options
+        file.write_text(json.dumps(manifest))
+        return tmp_path / "copy" / "run"
+
+    return change
+
+
+def test_queries_that_were_not_drawn(changed):
+    with pytest.raises(CounterfactualError, match="must be generated to be drawn again, got 'val"):
+        open_origin(changed(queries="validation"))
+
+
+def test_folders_without_a_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match="a run must be an existing folder"):
+        open_origin(tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"must be a finished run of dtrak\.attribute"):
+        open_origin(Path(tmp_path))

@@ -1,0 +1,80 @@
+"""The examples, and the code in kernels/README.md, do what they say."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "kernels" / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def run(*arguments: str) -> str:
+    # as a user runs it: on a CPU no kernel is interpreted
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def example(name: str) -> list[str]:
+    return run(str(ROOT / "examples" / f"{name}.py")).splitlines()
+
+
+def test_the_trak_example_finds_each_query_s_own_image():
+    pytest.importorskip("trak", reason="traker is not installed")
+    lines = example("trak_library")
+    assert len(lines) == 6
+    for query, line in enumerate(lines):
+        assert line.startswith(f"query {query}: training images [{query}, ")
+
+
+def test_the_dtrak_example_gives_the_published_features():
+    (line,) = example("dtrak_script")
+    found = re.fullmatch(r"features \[12, 512\], difference (\S+)", line)
+    assert float(found[1]) < 1e-5
+
+
+def test_the_language_model_example_finds_sentences_of_the_query_s_kind():
+    lines = example("language_model")
+    for line, kind in zip(lines, ("weather", "sums", "names"), strict=True):
+        query, first = re.fullmatch(r"'(.+)': \[.*\], first '(.+)'", line).groups()
+        assert query == first
+        assert re.findall(r"'(\w+)'", line.split("[")[1].split("]")[0]).count(kind) >= 4
+
+
+@pytest.mark.parametrize("code", BLOCKS, ids=range(len(BLOCKS)))
+def test_python_blocks_of_the_readme_run(code):
+    run("-c", code)
+
+
+def test_every_example_is_in_the_readme_and_tested():
+    text = Path(__file__).read_text()
+    for file in (ROOT / "examples").glob("*.py"):
+        assert f"../examples/{file.name}" in README
+        assert f'example("{file.stem}")' in text
+
+
+def test_links_of_the_readme_lead_somewhere():
+    links = re.findall(r"\]\((\.\./[^)#]+)", README)
+    assert len(links) >= 4
+    for link in links:
+        assert (ROOT / "kernels" / link).resolve().is_file(), link
+
+
+def test_names_in_the_readme_s_table_exist():
+    import dtrak_kernels
+    from dtrak_kernels import dattri, gram, trak
+
+    rows = [line for line in README.splitlines() if line.startswith("|")][2:]
+    names = {name for row in rows for name in re.findall(r"`([\w.]+)(?:\(\))?`", row.split("|")[3])}
+    places = {"dtrak_kernels.trak.install": trak, "dtrak_kernels.dattri.install": dattri}
+    places |= {"gram.gram_product": gram, "TritonProjector": trak, "FusedGradientComputer": trak}
+    for name in names:
+        assert hasattr(places.get(name, dtrak_kernels), name.split(".")[-1]), name

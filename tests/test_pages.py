@@ -1,0 +1,51 @@
+"""The pieces of a page."""
+
+import pytest
+import torch
+from page import HOSTILE, Page, decoded
+
+from dtrak.pages import format_seconds, render_columns, render_image, render_name, render_page
+
+
+def test_a_page_holds_what_it_is_given_and_escapes_its_title():
+    page = Page(render_page(HOSTILE, "<p>head</p>", "<section>body</section>"))
+    assert [e["text"] for e in page.all("title") + page.all("h1")] == [HOSTILE] * 2
+    assert page.all("header")[0]["text"].split() == [*HOSTILE.split(), "head"]
+    assert page.all("section")[0]["text"] == "body"
+
+
+def test_columns_keep_their_order_and_are_escaped():
+    rows = [("one", 1, "[2, 3]"), (HOSTILE, "", 4)]
+    page = Page(render_columns(HOSTILE, ["name", "a", HOSTILE], rows, HOSTILE))
+    assert [e["text"] for e in page.all("th", scope="col")] == ["name", "a", HOSTILE]
+    assert [e["text"] for e in page.all("th", scope="row")] == ["one", HOSTILE]
+    assert [e["text"] for e in page.all("td", **{"class": "number"})] == ["1", "[2, 3]", "", "4"]
+    assert [e["text"] for e in page.all("h2") + page.all("p")] == [HOSTILE] * 2
+    assert not Page(render_columns("a", ["b"], [])).all("p")
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0.04, "0.0 s"), (99.94, "99.9 s"), (100, "1 min 40 s"), (3599.6, "1 h 00 min"),
+     (7265, "2 h 01 min")],
+)  # fmt: skip
+def test_durations(seconds, text):
+    assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    "name, parts",
+    [("a/b.png", ["a", "/b.png"]), ("short", ["short"]), ("0123456789ab", ["01", "23456789ab"])],
+)
+def test_names_are_cut_before_their_tail(name, parts):
+    assert [e["text"] for e in Page(render_name(name)).all("span")] == parts
+
+
+@pytest.mark.parametrize("C, side, sharp", [(1, 64, True), (3, 65, False)])
+def test_images_survive_exactly(C, side, sharp):
+    pixels = torch.randint(256, (C, side, 5), generator=torch.Generator().manual_seed(0))
+    (image,) = Page(render_image(pixels.to(torch.uint8), HOSTILE)).all("img")
+    expected = pixels.expand(3, -1, -1).movedim(0, -1).numpy()
+    assert (decoded(image) == expected).all()
+    assert (image["width"], image["height"], image["alt"]) == ("5", str(side), HOSTILE)
+    assert (image.get("class") == "pixelated") == sharp

@@ -1,0 +1,91 @@
+"""Reading a finished run back."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from finished_run import make_images, make_run
+from safetensors.torch import load_file, save_file
+
+from dtrak.data import load_data
+from dtrak.diffusion import hash_model, load_model
+from dtrak.results import ResultsError, load_attribution, read_scores
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("results") / "here")
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy that a test may damage, moved away from where it was made."""
+    shutil.copytree(finished, tmp_path / "moved")
+    return tmp_path / "moved"
+
+
+def test_everything_comes_back(finished, copy):
+    run = load_attribution(copy)
+    assert torch.equal(run.scores, load_file(finished / "scores.safetensors")["scores"])
+    assert run.scores.shape == (4, 60)
+    assert run.train_ids == [f"{n:03d}.png" for n in range(60)]
+    assert run.query_kind == "generated picture"
+    inputs = run.load_inputs()
+    images = load_data(finished.parent / "images", channels=1)
+    assert torch.equal(inputs.train.pictures.images, images.images)
+    drawn = load_data(finished / "generated", channels=1)
+    assert torch.equal(inputs.queries.pictures.images, drawn.images)
+    model = load_model(finished.parent / "model")
+    assert hash_model(inputs.model.unet) == hash_model(model.unet)
+    assert inputs.run.plan.settings.timesteps == (0, 500)
+    assert inputs.run.plan.settings.projection.proj_dim == 256
+
+
+def test_the_training_images_may_have_moved_but_not_changed(copy, finished, tmp_path):
+    shutil.copytree(finished.parent / "images", tmp_path / "elsewhere")
+    run = load_attribution(copy)
+    assert len(run.load_inputs(str(tmp_path / "elsewhere")).train.pictures) == 60
+    make_images(tmp_path / "fewer", 50)
+    with pytest.raises(ValueError, match=r"data\.rows is 60 there and 50 here"):
+        run.load_inputs(str(tmp_path / "fewer"))
+    with pytest.raises(FileNotFoundError, match="no file or folder at"):
+        run.load_inputs(str(tmp_path / "absent"))
+
+
+def test_scores_of_other_images_are_refused(copy):
+    metadata = {"rows": json.dumps(["a", "b", "c", "d"]), "columns": json.dumps(["x"] * 60)}
+    save_file({"scores": torch.zeros(4, 60)}, copy / "scores.safetensors", metadata=metadata)
+    with pytest.raises(ResultsError, match=r"the training images must be those .* 60 images with"):
+        load_attribution(copy).load_inputs()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "run.json"])
+def test_unfinished_and_damaged_runs(copy, tmp_path, name):
+    (copy / name).write_text("{")
+    with pytest.raises(ResultsError, match=f"{name} must be JSON, but is damaged: run again"):
+        load_attribution(copy)
+    (copy / name).unlink()
+    with pytest.raises(ResultsError, match=rf"finished run of dtrak\.attribute, got no {name}"):
+        load_attribution(copy)
+    with pytest.raises(FileNotFoundError, match="a run must be an existing folder"):
+        load_attribution(tmp_path / "absent")
+
+
+def test_scores_that_cannot_be_used(tmp_path):
+    file = tmp_path / "scores.safetensors"
+    with pytest.raises(FileNotFoundError, match="scores must be an existing file"):
+        read_scores(file)
+    file.write_bytes(b"nothing")
+    with pytest.raises(ResultsError, match="is damaged, or holds no scores"):
+        read_scores(file)
+    save_file({"other": torch.zeros(1)}, file)
+    with pytest.raises(ResultsError, match="is damaged, or holds no scores"):
+        read_scores(file)
+    save_file({"scores": torch.zeros(2, 3)}, file, metadata={"rows": "[]"})
+    with pytest.raises(ResultsError, match="must name its columns in its metadata"):
+        read_scores(file)
+    metadata = {"rows": '["a"]', "columns": '["b", "c", "d"]'}
+    save_file({"scores": torch.zeros(2, 3)}, file, metadata=metadata)
+    with pytest.raises(ResultsError, match=r"must hold scores \[1, 3\], got \[2, 3\]"):
+        read_scores(file)
