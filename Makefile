@@ -35,8 +35,9 @@ compile: $(READY) ## compile every kernel for sm_80, sm_90, sm_100 and gfx942; n
 smoke: $(READY) ## run every benchmark once on tiny sizes
 	$(BIN)/python -m pytest benchmarks --benchmark-only --smoke
 
-bench: $(READY) ## time everything on this machine and append rows to benchmarks/results
-	$(BIN)/python -m pytest benchmarks --benchmark-only --record
+bench: $(READY) ## time everything here, append rows to benchmarks/results, rewrite the report
+	$(BIN)/python -m pytest benchmarks --benchmark-only --record --benchmark-columns=median,iqr,rounds
+	$(BIN)/python benchmarks/report.py
 
 # the environment if there is one, else the machine's own python with torch, triton and pytest
 gpu: ## on a machine with a GPU, no network: every kernel checked and timed, results under OUT
