@@ -145,7 +145,8 @@ def make_pieces(cuda: bool, out: Path) -> list[Piece]:
             (sanitizer or "", "--tool", "memcheck", "--error-exitcode", "9"),
         )
     )
-    absent = absent or ("" if has("pytest_benchmark") else "pytest-benchmark is not installed")
+    for module, name in (("pytest_benchmark", "pytest-benchmark"), ("diffusers", "diffusers")):
+        absent = absent or ("" if has(module) else f"{name} is not installed")
     record = ("--record", f"--rows={out / 'rows'}", "--seconds=0.2") if cuda else ("--smoke",)
     for file in sorted(HERE.glob("test_*.py")) if cuda else [HERE]:
         name = file.stem.replace("test_", "suite ") if cuda else "suites"

@@ -311,7 +311,8 @@ def counterfactual(
         str,
         typer.Option(
             help=f"Who chooses what is removed, with commas: {', '.join(METHODS)}, or name=file "
-            "with scores.safetensors of another run on the same images."
+            "with scores.safetensors of another run on the same images. 'none' removes nothing and "
+            "trains with another seed."
         ),
     ] = "d-trak,trak,random",
     top_k: Annotated[

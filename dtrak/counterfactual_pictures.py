@@ -109,11 +109,12 @@ def render_section(results: Counterfactual, num_shown: int) -> str:
         "<p>Each query was drawn again, from the same seed, by models trained from scratch without "
         f"the {settings['removed']:,} of {settings['training images']:,} images that a method "
         "ranks highest for it. The more a picture changes, the more those images mattered. "
-        "Random removal shows how much any retraining changes"
+        "Random removal shows how much any removal changes."
         + (
-            ", and “no removal” how much another order of the data does."
+            " “No removal” is a retraining with another seed, whose noise differs at every step; "
+            "removals keep the run's, and may change less."
             if NOTHING in results.methods
-            else "."
+            else ""
         )
         + "</p>"
     ]

@@ -54,9 +54,11 @@ def found() -> dict:
 import torch
 sass = {SASS!r}
 root = m.read_loops(sass)
-names = ["@!P0 LOP3.LUT R1, R2, R3", "@P1 IMAD.HI.U32 R1", "FFMA R1", "HGMMA.64x64 R1", "MUFU.LG2 R1",
-         "UIADD3 UR4", "LDGSTS.E.128 [R1]", "I2FP.F32.S32 R1", "BRA `(x)", "@!UP2 UMOV UR1", "PRMT R1",
-         "WARPGROUP.ARRIVE", "LDL R1", "ISETP.GE.AND P0"]
+names = [
+    "@!P0 LOP3.LUT R1, R2, R3", "@P1 IMAD.HI.U32 R1", "FFMA R1", "HGMMA.64x64 R1", "MUFU.LG2 R1",
+    "UIADD3 UR4", "LDGSTS.E.128 [R1]", "I2FP.F32.S32 R1", "BRA `(x)", "@!UP2 UMOV UR1",
+    "PRMT R1", "WARPGROUP.ARRIVE", "LDL R1", "ISETP.GE.AND P0",
+]
 h200, a100 = m.CARDS["H200"], m.CARDS["A100"]
 make = lambda C, card, dtype=torch.bfloat16: m.product_case("rademacher", 128, C, 4096, dtype, card)
 print(json.dumps({{
@@ -64,6 +66,7 @@ print(json.dumps({{
     "outer": dict(root.inner[0].own),
     "inner": [dict(loop.own) for loop in root.inner[0].inner],
     "total": dict(root.total((3, 10))),
+    "once": dict(root.total(())),
     "pipes": {{name: m.pipe_of(name) for name in names}},
     "short": m.cost(make(2**18, h200), h200),
     "long": m.cost(make(2**20, h200), h200),
@@ -91,6 +94,8 @@ def test_what_is_executed_is_what_loops_repeat(found):
         "xu": 3 * 10,
         "other": 2 + 3 * 2 + 3 * 10 * 2,
     }
+    # a loop whose length is not given runs once
+    assert found["once"]["fma"] == found["once"]["xu"] == 1
 
 
 def test_instructions_have_their_pipes(found):

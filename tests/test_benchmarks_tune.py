@@ -50,7 +50,9 @@ def test_wrong_and_impossible_configurations_are_no_candidates():
             return torch.full((3,), torch.nan)
         return torch.ones(3) + 1e-3 * (config["a"] == 4)
 
-    (best, _, _), ran = search(problem(run, a=(2, 4, 8), b=(2, 3)), lambda c: 1 / c["a"] / c["b"])
+    (best, _, _), ran = search(
+        problem(run, a=(2, 4, 8), b=(2, 3)), lambda c: 1 / c["a"] / (1, 9, 2)[c["b"] - 1]
+    )
     assert best == {"a": 8, "b": 3}
     assert {"a": 2, "b": 1} in ran
 

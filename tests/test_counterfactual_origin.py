@@ -13,7 +13,6 @@ from rich.console import Console
 
 from dtrak import inputs, lds_experiment
 from dtrak.attribution import run_attribution
-from dtrak.console import run_app
 from dtrak.counterfactual_origin import open_origin
 from dtrak.counterfactual_results import CounterfactualError
 from dtrak.data import load_data
@@ -81,24 +80,6 @@ def test_a_run_that_trained_its_own_model(tmp_path, monkeypatch):
     own = load_model(tmp_path / "run" / "model")
     assert hash_model(origin.load_model().unet) == hash_model(own.unet)
     assert len(origin.data) == 1000
-
-
-def test_what_dtrak_train_writes_is_understood(tmp_path):
-    from dtrak.train import app
-
-    arguments = ["--preset", "digits", "--steps", "2", "--output", str(tmp_path / "model"),
-                 "--device", "cpu"]  # fmt: skip
-    with pytest.raises(SystemExit) as ended:
-        run_app(app, "dtrak.train", arguments)
-    assert ended.value.code == 0
-    options = {
-        **OPTIONS, "model": str(tmp_path / "model"), "output": str(tmp_path / "run"),
-        "timesteps": "1", "num_queries": 1,
-    }  # fmt: skip
-    run_attribution(Options(**options), QUIET)
-    assert open_origin(tmp_path / "run").training.recipe == replace(
-        PRESETS["digits"].recipe, steps=2
-    )
 
 
 def test_a_run_of_the_lds(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,13 +19,19 @@ from dtrak.baselines import vae_latents
 from dtrak.counterfactual import app
 from dtrak.counterfactual_origin import open_origin
 from dtrak.counterfactual_results import CounterfactualError, load_counterfactual
-from dtrak.counterfactual_training import LoraTraining, PixelTraining, seeds_of
+from dtrak.counterfactual_training import (
+    LoraTraining,
+    PixelTraining,
+    find_training,
+    seeds_of,
+)
 from dtrak.data import load_data, to_uint8
-from dtrak.diffusion import digits_model, hash_model
+from dtrak.diffusion import digits_model, hash_model, load_model
 from dtrak.lora import hash_lora
 from dtrak.presets import PRESETS
 from dtrak.runs import Options
 from dtrak.text_to_image import load_text_to_image
+from dtrak.train import app as train_app
 from dtrak.training import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*captions have more than 16 tokens.*")
@@ -79,6 +86,27 @@ def test_damaged_notes(changed):
     (run.parent / "model" / "training.json").write_text("{}")
     with pytest.raises(CounterfactualError, match="is damaged: say with --preset how"):
         open_origin(run)
+
+
+def test_what_dtrak_train_writes_is_understood(tmp_path):
+    arguments = ["--preset", "digits", "--steps", "2", "--output", tmp_path, "--device", "cpu"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    result = CliRunner().invoke(train_app, [*map(str, arguments)])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert result.exit_code == 0, result.output
+    # stands for a run of the main job on that model, without its features
+    run = SimpleNamespace(
+        options=SimpleNamespace(lora=None), deciding={"model": {}}, model_folder=tmp_path,
+        folder=tmp_path,
+    )  # fmt: skip
+    data = load_data("digits", channels=1, size=8)
+    inputs = SimpleNamespace(train=SimpleNamespace(pictures=data), model=load_model(tmp_path))
+    training = find_training(run, inputs, None)
+    assert training.recipe == replace(PRESETS["digits"].recipe, steps=2)
+    assert training.mixed_precision == "no"
+    kept = torch.ones(1000, dtype=torch.bool)
+    model = training.retrain(kept, (0, 0), tmp_path, CPU, tmp_path / "a.pt", None)
+    assert hash_model(model.unet) == hash_model(inputs.model.unet)
 
 
 def test_seeds_are_the_names_of_pictures():

@@ -182,3 +182,14 @@ def test_a_subclass_with_another_forward_has_no_rule():
     assert find_rule(nn.Linear(2, 2), (torch.ones(1, 2),), {})
     assert find_rule(Doubled(2, 2), (torch.ones(1, 2),), {}) is None
     assert find_rule(nn.Conv2d(2, 2, 1), (torch.ones(2, 3, 3),), {}) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_default_eps_of_rms_norm_in_half_precision(dtype):
+    torch.manual_seed(0)
+    layer, x = nn.RMSNorm(8).to(dtype), (1e-2 * torch.randn(4, 8)).to(dtype)
+    features = GradientSketcher(layer, PROJECTIONS[0]).sketch(lambda: output(layer, x).float(), 4)
+    for sample in range(4):
+        layer.zero_grad()
+        output(layer, x[sample : sample + 1]).float().sum().backward()
+        assert relative_error(features[sample], layer.weight.grad) < 0.02

@@ -623,3 +623,161 @@ def test_refuses_a_second_open_batch_and_a_late_backward():
         f = flat_output(model, x).sum()
     with pytest.raises(RuntimeError, match="inside the batch its forward ran in"):
         f.backward()
+
+
+def test_views_changed_in_place():
+    """A Linear of three dimensions returns a view, whose history changes with it."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(5, 5) for _ in range(3))
+
+        def forward(self, x):
+            y = self.layers[1](self.layers[0](x))
+            y[:, 0].mul_(2)
+            return self.layers[2](y.relu_())
+
+    torch.manual_seed(2)
+    check_module(Model(), torch.randn(4, 3, 5), 2)
+    check_module(
+        Flat(nn.Linear(5, 5), nn.Linear(5, 6), nn.ReLU(inplace=True)), torch.randn(4, 3, 5)
+    )
+
+
+def test_hooks_that_change_an_output():
+    torch.manual_seed(2)
+    model = Flat(nn.Linear(5, 5), nn.Linear(5, 4))
+    model.layers[0].register_forward_hook(lambda module, args, output: 2 * output)
+    model.layers[1].register_forward_pre_hook(lambda module, args: (3 * args[0],))
+    check_module(model, torch.randn(4, 5), 2)
+
+
+class Alias(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(5))
+        self.b = self.a
+
+    def forward(self, x):
+        return (x * self.a).tanh() * self.b
+
+
+@pytest.mark.parametrize("kind", ["fallback", "rule"])
+def test_one_parameter_under_two_names(kind):
+    torch.manual_seed(2)
+    layer = Alias() if kind == "fallback" else nn.LayerNorm(5)
+    if kind == "rule":
+        layer.bias = layer.weight
+    model, x = Flat(nn.Linear(5, 5), layer), torch.randn(4, 5)
+    check_module(model, x, 2)
+    x = x.double()
+    sketcher = GradientSketcher(model, EXACT, rows_per_sample=2, norms=True)
+    features = sketcher.sketch(lambda: flat_output(model, x), 2)
+    assert relative_error(sketcher.grad_norms, features.norm(dim=1)) < 1e-12
+
+
+def test_a_module_that_calls_itself():
+    class Recursive(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.randn(5))
+
+        def forward(self, x, depth=2):
+            return x * self.scale if depth == 0 else self(x * self.scale, depth - 1).tanh()
+
+    torch.manual_seed(2)
+    check_module(Flat(nn.Linear(5, 5), Recursive()), torch.randn(4, 5), 2)
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS, ids=lambda p: p.kind)
+def test_a_backward_inside_autocast(projection):
+    torch.manual_seed(2)
+    model, x = Flat(nn.Linear(9, 30), nn.Linear(30, 8)), torch.randn(4, 3, 9)
+    sketcher = GradientSketcher(model, projection, norms=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside, norms = sketcher.sketch(lambda: flat_output(model, x), 4), sketcher.grad_norms
+    with sketcher.batch(4) as outside:
+        with torch.autocast("cpu", torch.bfloat16):
+            f = flat_output(model, x).sum()
+        f.backward()
+    assert torch.equal(inside, outside)
+    assert torch.equal(norms, sketcher.grad_norms)
+
+
+def test_norms_under_checkpointing_hold_no_gradient():
+    from dtrak.measure import TensorMeter
+
+    layers = [nn.Linear(64, 64) for _ in range(4)]
+
+    def run(x):
+        for layer in layers:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return x
+
+    model, x = nn.ModuleList(layers), torch.randn(8, 64)
+    sketcher = GradientSketcher(model, Projection("kronecker", 256), norms=True)
+    sketcher.sketch(lambda: flat_output(run, x), 8)
+    with TensorMeter(known=[x, *model.state_dict().values()]) as meter:
+        sketcher.sketch(lambda: flat_output(run, x), 8)
+    assert meter.peak_bytes < 4 * 8 * sketcher.grad_dim
+    exact = looped_gradients(model, lambda _, x: flat_output(run, x), (x,), 1)
+    assert relative_error(sketcher.grad_norms, exact.norm(dim=1)) < 1e-5
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS, ids=lambda p: p.kind)
+def test_an_empty_batch_of_every_layer(projection):
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.GroupNorm(1, 3), nn.Flatten(), nn.Linear(12, 2))
+    sketcher = GradientSketcher(model, projection, norms=True)
+    x = torch.randn(0, 2, 4, 4)
+    assert sketcher.sketch(lambda: model(x).sum(1), 0).shape == (0, sketcher.proj_dim)
+    with sketcher.batch(0) as features:
+        model(x).sum().backward()
+    assert len(features) == len(sketcher.grad_norms) == 0
+
+
+def test_a_forward_that_skips_its_parameters():
+    class Skipped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5))
+
+        def forward(self, x):
+            return x
+
+    check_module(Flat(nn.Linear(5, 5), Skipped(), nn.Linear(5, 2)), torch.randn(4, 5))
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS, ids=lambda p: p.kind)
+def test_inputs_inside_a_moat(projection):
+    """An unmasked read of what lies round the input would drag NaN into the features."""
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1, stride=2), nn.Conv2d(5, 4, 3, padding=1))
+    parent = torch.full((8, 7, 12, 13), float("nan"))
+    x = parent[2:6, 2:5, 3:10, 4:12]
+    x.copy_(torch.randn(x.shape))
+    sketcher = GradientSketcher(model, projection)
+    features = sketcher.sketch(lambda: flat_output(model, x), 4)
+    assert torch.equal(features, sketcher.sketch(lambda: flat_output(model, x.contiguous()), 4))
+    assert torch.isfinite(features).all()
+
+
+def test_misuse_gets_one_clear_line():
+    model, x = model_with(nn.Identity())
+    with pytest.raises(ValueError, match="implementation must be 'torch' or 'triton', got 'cuda'"):
+        GradientSketcher(model, EXACT, implementation="cuda")
+    with pytest.raises(ValueError, match="must be 'torch' or None for kind 'none', got 'triton'"):
+        GradientSketcher(model, EXACT, implementation="triton")
+    with pytest.raises(ValueError, match="several names or a predicate, got 'layers'"):
+        GradientSketcher(model, EXACT, parameters="layers")
+    compiled = nn.Module()
+    compiled.inner = torch.compile(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="got 'inner' that is"):
+        GradientSketcher(compiled, EXACT)
+    sketcher = GradientSketcher(model, EXACT)
+    with pytest.raises(ValueError, match="num_samples must be an int of at least 0, got -1"):
+        sketcher.sketch(lambda: flat_output(model, x), -1)
+    with pytest.raises(ValueError, match="outputs must return a tensor, got NoneType"):
+        sketcher.sketch(lambda: None, 4)
+    with pytest.raises(RuntimeError, match="got a result without gradient"):
+        sketcher.sketch(lambda: flat_output(model, x).detach(), 4)

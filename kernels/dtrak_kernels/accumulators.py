@@ -269,5 +269,6 @@ def make_accumulator(
     if projection.kind == "kronecker":
         return KroneckerAccumulator(shapes, projection, implementation)
     if projection.kind == "none":
+        check_sketch_implementation(implementation, projection.kind)
         return ExactAccumulator(shapes)
     return DenseAccumulator(shapes, projection, implementation)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -106,9 +106,11 @@ class NormingAccumulator(Accumulator):
         self._held.clear()
         self._squares = features.new_zeros(len(features))
 
-    def expect(self, index: int) -> None:
-        """A forward used parameter ``index``."""
-        self._uses[index] += 1
+    def expect(self, indices: Iterable[int]) -> None:
+        """A forward used these parameters, some of them perhaps twice."""
+        # a checkpoint runs forwards again inside the backward: those were counted before
+        again = torch._C._current_graph_task_id() != -1
+        self._uses.update([i for i in indices if not (again and self._uses[i])])
 
     def begin(self, index: int) -> None:
         """The gradient of one use of parameter ``index`` is about to come.

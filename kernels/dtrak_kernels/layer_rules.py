@@ -77,8 +77,9 @@ def _rms_norm_grads(
     if module.weight is None:
         return
     shape = tuple(module.normalized_shape)
-    # the default depends on the dtype the module saw, not on the one computed in here
-    eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
+    # the default is that of the dtype the module computed in: never less than float32
+    wide = torch.promote_types(x.dtype, torch.float32)
+    eps = torch.finfo(wide).eps if module.eps is None else module.eps
     normalised = F.rms_norm(x.to(output_grads.dtype), list(shape), eps=eps)
     yield "weight", _over_leading(output_grads * normalised, shape, rows_per_sample)
 

@@ -46,7 +46,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a batch will cost.
+    """What a batch will cost, beside the activations that autograd itself keeps.
 
     Attributes:
         projection: the random matrix.
@@ -87,12 +87,10 @@ class Plan:
 
     @property
     def fitting_samples(self) -> int | None:
-        """The largest batch that fits the budget, if there is one."""
+        """A batch that fits the budget, if there is one: everything taken to grow with it."""
         if self.budget_bytes is None:
             return None
-        work = max((layer.work_bytes for layer in self.layers), default=0)
-        per_sample = (self.kept_bytes + self.feature_bytes) / max(self.num_samples, 1)
-        return max(int((self.budget_bytes - work) // per_sample), 0) if per_sample else 0
+        return self.budget_bytes * self.num_samples // max(self.peak_bytes, 1)
 
     def misfits(self) -> list[str]:
         """A line for everything that does not fit the budget; none without a budget."""
@@ -108,7 +106,7 @@ class Plan:
         if self.peak_bytes > self.budget_bytes:
             lines.append(
                 f"batch of {self.num_samples}: needs {_bytes(self.peak_bytes)}; "
-                f"at most {self.fitting_samples} samples fit"
+                f"{self.fitting_samples} samples fit"
             )
         return lines
 
@@ -153,7 +151,7 @@ class Plan:
             lines += (
                 [f"does not fit {budget}:", *(f"  {line}" for line in misfits)]
                 if misfits
-                else [f"fits {budget}; at most {self.fitting_samples} samples would"]
+                else [f"fits {budget}, and so would {self.fitting_samples} samples"]
             )
         return "\n".join(lines)
 
@@ -176,6 +174,7 @@ def make_plan(
     proj_dim: int,
     feature_bytes: int,
     budget_bytes: int | None,
+    keeps_inputs: bool = False,
 ) -> Plan:
     """Run one forward without gradients and write down what its backward would do.
 
@@ -190,6 +189,7 @@ def make_plan(
         proj_dim: ``K``.
         feature_bytes: of the result.
         budget_bytes: see `Plan`.
+        keeps_inputs: whether inputs are kept as they are, for exact norms.
     """
     plans: list[LayerPlan] = []
     model_flop = 0
@@ -202,7 +202,9 @@ def make_plan(
             inputs = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
             if not isinstance(output, Tensor):
                 return
-            planner = _Planner(module, owned, accumulator, projection, num_samples, rows_per_sample)
+            planner = _Planner(
+                module, owned, accumulator, projection, num_samples, rows_per_sample, keeps_inputs
+            )
             plan, flop = planner.plan(
                 name, inputs, output, find_rule(module, args, kwargs) is not None
             )
@@ -242,6 +244,7 @@ class _Planner:
     projection: Projection
     num_samples: int
     rows_per_sample: int
+    keeps_inputs: bool
 
     def plan(
         self, name: str, inputs: list[Tensor], output: Tensor, has_rule: bool
@@ -316,9 +319,9 @@ class _Planner:
     def _kept(self, x: Tensor, whole: int) -> int:
         """Bytes of what is kept of a weight's input; two-sided sketches keep it projected."""
         accumulator = self.accumulator
-        if not isinstance(accumulator, KroneckerAccumulator) or isinstance(
-            self.module, nn.Embedding
-        ):
+        if self.keeps_inputs or not isinstance(accumulator, KroneckerAccumulator):
+            return whole
+        if isinstance(self.module, nn.Embedding):
             return whole
         sketch = accumulator.sketches[self.owned["weight"]]
         assert isinstance(sketch, TwoSidedSketch)

@@ -17,6 +17,7 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from .accumulators import Accumulator, make_accumulator
 from .gradient_norms import NormingAccumulator
 from .layer_rules import Rule, find_rule
-from .ops import Projection
+from .ops import IMPLEMENTATIONS, Projection
 from .planning import Plan, make_plan
 from .weight_gradient import WEIGHT_MODULES
 
@@ -160,11 +161,14 @@ class GradientSketcher:
         implementation: str | None = None,
         norms: bool = False,
     ) -> None:
-        if hasattr(model, "_orig_mod"):
-            raise ValueError(
-                "model must not be compiled: its modules are traced away; pass the module that was "
-                "given to torch.compile"
-            )
+        for name, module in model.named_modules():
+            if hasattr(module, "_orig_mod"):
+                raise ValueError(
+                    f"model must not be compiled, got {name or 'the model itself'!r} that is: its "
+                    "modules are traced away; pass what was given to torch.compile"
+                )
+        if implementation not in (None, *IMPLEMENTATIONS):
+            raise ValueError(f"implementation must be 'torch' or 'triton', got {implementation!r}")
         if rows_per_sample < 1:
             raise ValueError(f"rows_per_sample must be at least 1, got {rows_per_sample}")
         self.model, self.projection, self.rows_per_sample = model, projection, rows_per_sample
@@ -181,7 +185,9 @@ class GradientSketcher:
             if (
                 owned := {
                     attribute: index[id(parameter)]
-                    for attribute, parameter in module.named_parameters(recurse=False)
+                    for attribute, parameter in module.named_parameters(
+                        recurse=False, remove_duplicate=False
+                    )
                     if id(parameter) in index
                 }
             )
@@ -244,9 +250,16 @@ class GradientSketcher:
         with self.batch(num_samples) as features:
             f = outputs()
             rows = num_samples * self.rows_per_sample
+            if not isinstance(f, Tensor):
+                raise ValueError(f"outputs must return a tensor, got {type(f).__name__}")
             if f.shape != (rows,):
                 raise ValueError(
                     f"outputs must return one scalar per row, [{rows}], got {list(f.shape)}"
+                )
+            if rows and not f.requires_grad:
+                raise RuntimeError(
+                    "outputs must depend on the chosen parameters, got a result without gradient: "
+                    "was it computed under no_grad, or detached?"
                 )
             if rows:
                 f.sum().backward()
@@ -266,15 +279,17 @@ class GradientSketcher:
         Args:
             outputs: as `sketch`; what it returns is not looked at.
             num_samples: ``B``.
-            memory_budget: bytes that inputs, features and workspace have to fit in; the plan says
-                what does not, and the largest batch that does.
+            memory_budget: bytes that kept inputs, features and workspace have to fit in; the plan
+                says what does not, and a batch that does.
 
         Returns:
             A `Plan`: per layer its kind, shapes, FLOP, bytes and kernel. ``str`` makes a table.
 
         Raises:
-            ValueError: the budget is not positive.
+            ValueError: the budget or ``num_samples`` is not a positive int.
         """
+        if not isinstance(num_samples, int) or num_samples < 1:
+            raise ValueError(f"num_samples must be an int of at least 1, got {num_samples!r}")
         if memory_budget is not None and memory_budget < 1:
             raise ValueError(f"memory_budget must be at least 1 byte, got {memory_budget}")
         accumulator = self._accumulator
@@ -291,6 +306,7 @@ class GradientSketcher:
             self.proj_dim,
             num_samples * self.proj_dim * self.dtype.itemsize,
             memory_budget,
+            keeps_inputs=self._norms is not None,
         )
 
     @contextmanager
@@ -308,6 +324,8 @@ class GradientSketcher:
                 its forward, it ran without gradient, it returned something other than one tensor,
                 or a parameter was used outside the module that owns it. The message names it.
         """
+        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 0:
+            raise ValueError(f"num_samples must be an int of at least 0, got {num_samples!r}")
         if self._batch is not None:
             raise RuntimeError("a batch of this sketcher is open already")
         self._refuse_mixing()
@@ -335,8 +353,11 @@ class GradientSketcher:
                 handles.append(
                     layer.module.register_forward_pre_hook(self._before(layer), with_kwargs=True)
                 )
+                # before any hook of the user's, which may change what the layer computed
                 handles.append(
-                    layer.module.register_forward_hook(self._after(layer), with_kwargs=True)
+                    layer.module.register_forward_hook(
+                        self._after(layer), with_kwargs=True, prepend=True
+                    )
                 )
             yield batch.features
             missed = sorted(batch.without_grad - batch.seen)
@@ -387,6 +408,11 @@ class GradientSketcher:
                 # a parent that owns the same parameter may still be running
                 if self._frozen[index] == 0:
                     getattr(module, attribute).requires_grad_(True)
+            # a module that calls itself is recomputed as a whole, by its outermost call
+            if layer.versions:
+                return None
+            if isinstance(output, Tensor) and not output.is_floating_point():
+                return None
             if not torch.is_grad_enabled():
                 batch.without_grad.add(layer.name)
                 return None
@@ -397,6 +423,8 @@ class GradientSketcher:
                     f"its parameters {', '.join(layer.owned)} to be attributed, got "
                     f"{type(output).__name__}"
                 )
+            if batch.rows == 0:
+                return output + batch.anchor.to(output.dtype)
             leaves, structure = _flatten(args, kwargs)
             inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             if [x._version for x in inputs] != before:
@@ -413,11 +441,13 @@ class GradientSketcher:
                     "shared between samples has no per-sample gradient"
                 )
             if self._norms is not None:
-                for index in layer.owned.values():
-                    self._norms.expect(index)
+                self._norms.expect(layer.owned.values())
             if not output.requires_grad:
                 # nothing upstream needs a gradient, yet this layer's output gradient must be seen
                 output = output + batch.anchor.to(output.dtype)
+            elif output._is_view():
+                # changed in place, a view would take another history and leave the hook behind
+                output = output.clone()
             kept = [leaf.detach() for leaf in inputs]
             rule = find_rule(module, args, kwargs)
             if rule is None:
@@ -438,19 +468,23 @@ class GradientSketcher:
                     torch.get_autocast_dtype(device_type),
                 ),
             )
-            output.register_hook(lambda grads: self._receive(layer, call, grads))
+            output.register_hook(partial(self._receive, layer, call))
             return output
 
         return hook
 
-    @torch.no_grad()
     def _receive(self, layer: _Layer, call: _Call, output_grads: Tensor) -> None:
+        # the caller may run the backward inside autocast too, which would round the products
+        with torch.no_grad(), torch.autocast(output_grads.device.type, enabled=False):
+            self._add(layer, call, output_grads)
+
+    def _add(self, layer: _Layer, call: _Call, output_grads: Tensor) -> None:
         batch = self._batch
         if batch is None:
             raise RuntimeError("backward must run inside the batch its forward ran in")
         args, kwargs, rest = call.arguments(layer)
         if self._norms is not None:
-            for index in layer.owned.values():
+            for index in set(layer.owned.values()):
                 self._norms.begin(index)
         module = layer.module
         if call.rule is None:
@@ -511,6 +545,9 @@ class GradientSketcher:
                         module, values, args, kwargs, tie_weights=False
                     )
                     _check_recomputed(layer, output, original[rows])
+                    # a forward that did not use its parameters
+                    if not output.requires_grad:
+                        continue
                     grads = torch.autograd.grad(
                         output, list(values.values()), output_grads[rows], allow_unused=True
                     )
@@ -551,6 +588,8 @@ def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
 
 
 def _choose_parameters(model: nn.Module, choice: ParameterChoice) -> dict[str, nn.Parameter]:
+    if isinstance(choice, str):
+        raise ValueError(f"parameters must be several names or a predicate, got {choice!r}")
     named = dict(model.named_parameters())
     if choice is None:
         chosen = {name: parameter for name, parameter in named.items() if parameter.requires_grad}

@@ -47,7 +47,7 @@ class Slice:
 
 def linear_rows(x: Tensor, rows: int) -> Tensor:
     """``[rows, ..., I]`` as ``[rows, T, I]``."""
-    return x.reshape(rows, -1, x.shape[-1])
+    return x.unsqueeze(1) if x.ndim == 2 else x.flatten(1, -2)
 
 
 def pad_input(x: Tensor, conv: Convolution) -> Tensor:
