@@ -31,7 +31,9 @@ def test_commands_parse(line):
     command = typer.main.get_command(importlib.import_module(module).app)
     context = command.make_context(module, list(arguments))
     if hasattr(command, "resolve_command"):
-        rest = [*context._protected_args, *context.args]
+        # click 8.2 made it private
+        held = getattr(context, "_protected_args", None) or getattr(context, "protected_args", [])
+        rest = [*held, *context.args]
         name, command, rest = command.resolve_command(context, rest)
         context = command.make_context(name, rest, parent=context)
     assert not context.args
