@@ -1,4 +1,7 @@
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -227,3 +230,10 @@ def test_real_gradients_are_within_the_bound():
     bound = (1 + gram.square()) / K
     assert (errors.mean(0) / (errors.std(0) / draws**0.5)).abs().max() < 4.5
     assert errors.square().mean() / bound.mean() < 1.15
+
+
+def test_the_documented_table_is_the_newest_row():
+    root = Path(__file__).parents[1]
+    script = root / "benchmarks" / "quality_sketches.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
