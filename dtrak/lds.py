@@ -264,12 +264,12 @@ def evaluate_command(
         settings = _settings(timesteps, projection)
         experiment = load_experiment(folder)
         losses = LossSettings(loss_timesteps, noise_seeds)
-        claim_settings(experiment, losses)
         main_device = _worker_device(device, 0)
-        queries = query_sets(experiment, main_device)
         trained = trained_names(experiment, experiment.names(first, last))
         done = set(measured_names(experiment))
         missing = [name for name in trained if name not in done]
+        queries = query_sets(experiment, main_device)
+        claim_settings(experiment, losses)
         if missing:
             with _model_bar(console, "losses", len(missing)) as report:
                 work(_LossJob(folder, device, losses, batch_size), missing, processes, report)

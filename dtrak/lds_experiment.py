@@ -71,8 +71,17 @@ class Experiment:
         return tuple(steps * part // _QUARTERS for part in range(1, _QUARTERS))
 
     def names(self, first: int = 0, last: int | None = None) -> list[str]:
-        """Names of the models on subsets ``first`` to ``last`` (excluded), seed by seed."""
-        chosen = range(len(self.subsets))[first:last]
+        """Names of the models on subsets ``first`` to ``last`` (excluded), seed by seed.
+
+        Raises:
+            ValueError: there are no such subsets.
+        """
+        R = len(self.subsets)
+        if not 0 <= first < R:
+            raise ValueError(f"--first must be in [0, {R}), the run's subsets, got {first}")
+        if last is not None and not first < last <= R:
+            raise ValueError(f"--last must be in [{first + 1}, {R}], got {last}")
+        chosen = range(first, R if last is None else last)
         return [f"{subset:03d}-{seed}" for seed in self.seeds for subset in chosen]
 
     def model_folder(self, name: str) -> Path:

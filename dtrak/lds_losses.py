@@ -115,7 +115,8 @@ def claim_settings(experiment: Experiment, settings: LossSettings) -> None:
         "num_timesteps": settings.num_timesteps,
         "num_noise_seeds": settings.num_noise_seeds,
     }
-    if file.is_file():
+    # settings that nothing was measured with yet bind nobody
+    if file.is_file() and any(folder.glob("*.safetensors")):
         differing = describe_differences(json.loads(file.read_text()), wanted)
         if differing:
             raise ExperimentError(

@@ -25,6 +25,10 @@ _COLUMNS = (
     "λ auto",
     "in-sample",
 )
+# for terminals that do not hold them all
+_NARROW = ("method", "S", "projection", "LDS", "95 % interval", "λ auto")
+_NARROWEST = ("method", "S", "projection", "LDS")
+_FEW_MODELS = 20
 _LEGEND = (
     "LDS in %, mean over queries. λ in units of the mean squared feature norm. "
     "LDS: λ chosen on one half of the models and judged on the other, both ways; methods without λ "
@@ -72,18 +76,32 @@ def _kinds(table: Mapping[str, Any]) -> list[str]:
 
 
 def print_table(table: Mapping[str, Any], console: Console) -> None:
-    """The table, one per kind of query, and what the intervals cover."""
+    """The table, one per kind of query, and what the intervals cover.
+
+    A narrow terminal gets fewer columns, never shortened figures.
+    """
     for kind in _kinds(table):
-        shown = Table(title=_title(table, kind), header_style="bold", title_justify="left")
-        for column in _COLUMNS:
-            is_text = column in ("method", "projection")
-            shown.add_column(column, justify="left" if is_text else "right", no_wrap=is_text)
-        for row in select_rows(table, kind):
-            style = "dim" if row["method"] in _REFERENCES else None
-            shown.add_row(*_cells(row), style=style)
+        for columns in (_COLUMNS, _NARROW, _NARROWEST):
+            shown = Table(title=_title(table, kind), header_style="bold", title_justify="left")
+            for column in columns:
+                is_text = column in ("method", "projection")
+                shown.add_column(column, justify="left" if is_text else "right", no_wrap=True)
+            for row in select_rows(table, kind):
+                style = "dim" if row["method"] in _REFERENCES else None
+                cells = dict(zip(_COLUMNS, _cells(row), strict=True))
+                shown.add_row(*(cells[column] for column in columns), style=style)
+            unbounded = console.options.update_width(10_000)
+            if console.measure(shown, options=unbounded).maximum <= console.width:
+                break
         console.print(shown)
-    for line in _LEGEND:
+    for line in _legend(table):
         console.print(line, style="dim", highlight=False)
+
+
+def _legend(table: Mapping[str, Any]) -> list[str]:
+    models = table["about"]["models"]
+    few = f"Only {models} models: too few for the intervals to mean much."
+    return [*_LEGEND, few] if models < _FEW_MODELS else list(_LEGEND)
 
 
 def render_markdown(table: Mapping[str, Any]) -> str:
@@ -101,7 +119,7 @@ def render_markdown(table: Mapping[str, Any]) -> str:
         f"{about['loss_timesteps']} timesteps and {about['noise_seeds']} noises, the same for all "
         "models.",
         "",
-        *(line + "\n" for line in _LEGEND),
+        *(line + "\n" for line in _legend(table)),
     ]
     for kind in _kinds(table):
         lines += [f"## {kind.capitalize()} queries ({about['queries'][kind]})", ""]

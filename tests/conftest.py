@@ -1,6 +1,7 @@
 """Lanes: without a CUDA device Triton kernels are interpreted, and `gpu` tests are skipped."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -38,3 +39,16 @@ def poison_empty():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def only_our_presets():
+    """What a test adds to the presets, or changes, is gone for the next one."""
+    presets = sys.modules.get("dtrak.presets")
+    before = dict(presets.PRESETS) if presets else None
+    yield
+    presets = sys.modules.get("dtrak.presets")
+    if presets:
+        extra = before or {k: v for k, v in presets.PRESETS.items() if k != "tiny"}
+        presets.PRESETS.clear()
+        presets.PRESETS.update(extra)

@@ -47,6 +47,14 @@ def test_subsets_are_stratified_halves_by_the_published_seeds(tmp_path):
     # no subset model shares the full model's seed, which is 0
     assert experiment.names() == [f"{k:03d}-1" for k in range(6)]
     assert experiment.names(2, 4) == ["002-1", "003-1"]
+    for first, last, message in (
+        (-1, None, r"--first must be in \[0, 6\), the run's subsets, got -1"),
+        (6, None, r"--first must be in \[0, 6\), the run's subsets, got 6"),
+        (2, 7, r"--last must be in \[3, 6\], got 7"),
+        (2, 2, r"--last must be in \[3, 6\], got 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            experiment.names(first, last)
 
 
 def test_adding_subsets_and_seeds_changes_nothing_that_was_there(tmp_path):

@@ -128,8 +128,11 @@ def test_refusals(tmp_path):
     with pytest.raises(ValueError, match=r"timesteps must be in \[1, 1000\]"):
         query_losses(tiny_model(), images(), LossSettings(1001, 1), CPU)
     experiment = prepare(tmp_path / "run", PRESET, num_subsets=1)
+    # nothing was measured yet: nothing to protect
+    claim_settings(experiment, LossSettings(5000, 1))
     claim_settings(experiment, SETTINGS)
     claim_settings(experiment, SETTINGS)
+    (experiment.folder / "losses" / "001-1.safetensors").write_bytes(b"")
     with pytest.raises(ExperimentError, match=r"num_timesteps is 4 there and 5 here\. Delete it"):
         claim_settings(experiment, LossSettings(5, 2))
     with pytest.raises(ExperimentError, match=r"'000-1' of .* is not trained yet"):

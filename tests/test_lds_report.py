@@ -1,6 +1,7 @@
 """What a reader sees: the numbers of the table, and plots of them."""
 
 import copy
+import io
 
 import pytest
 from PIL import Image
@@ -63,6 +64,17 @@ def test_terminal_and_page_show_the_numbers_of_the_table(table, tmp_path):
     for text in (" ".join(file.read_text().split()), page):
         assert "They do not cover other queries" in text
         assert "optimistic" in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_a_narrow_terminal_gets_whole_figures(table, width):
+    out = io.StringIO()
+    print_table(table, Console(file=out, width=width))
+    text = out.getvalue()
+    assert "…" not in text
+    assert max(len(line) for line in text.splitlines()) <= width
+    assert "LDS" in text
+    assert ("in-sample" in text.split("LDS in %")[0]) == (width == 200)
 
 
 def test_plots_are_drawn_for_every_kind_of_query(table, tmp_path):
