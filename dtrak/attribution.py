@@ -31,7 +31,7 @@ from .features import (
     model_identity,
 )
 from .files import write_atomically
-from .inputs import Subject, load_model_and_data, load_queries
+from .inputs import Subject, guidance_of, load_model_and_data, load_queries
 from .latents import LatentData
 from .measure import TensorMeter, available_bytes, format_bytes
 from .outputs import parse_timesteps
@@ -172,6 +172,8 @@ def run_attribution(options: Options, console: Console) -> Path:
     }
     if not options.fused:
         del facts["gradients never stored"]
+    if options.lora is not None and options.queries == "generated":
+        facts["guidance scale of the pictures"] = f"{guidance_of(run):g}"
     with run.stage("report"):
         _write_results(run, data, queries, scores, settings, facts)
     _write_manifest(run, model, data, settings, facts)

@@ -281,7 +281,8 @@ def _draw_queries(run: Run, model: DiffusionModel) -> tuple[ImageData, list[str]
         every = _prompts(run)
         prompts = choose_prompts(every, seeds)
         # pictures of other prompts live side by side
-        folder = output / f"generated-{_hash_texts([*every, str(_guidance(run)), *_size(run)])[:8]}"
+        deciding = [*every, str(guidance_of(run)), *_size(run)]
+        folder = output / f"generated-{_hash_texts(deciding)[:8]}"
     # picture i depends on its seed i alone, so pictures are added to those drawn before
     missing = [seed for seed in seeds if not (folder / f"{seed:05d}.png").is_file()]
     if not missing:
@@ -310,7 +311,8 @@ def _prompts(run: Run) -> list[str]:
     raise ValueError("--prompts must say what to draw: a text, or a file with one prompt per line")
 
 
-def _guidance(run: Run) -> float:
+def guidance_of(run: Run) -> float:
+    """The guidance scale pictures are drawn with from their prompts."""
     chosen = run.plan.options.guidance_scale
     return GUIDANCE_SCALE if chosen is None else chosen
 
@@ -344,7 +346,7 @@ def _draw_from_prompts(
             model,
             [prompts[seed] for seed in group],
             group,
-            guidance_scale=_guidance(run),
+            guidance_scale=guidance_of(run),
             num_inference_steps=steps,
             size=run.plan.options.resolution,
             batch_size=_DRAWN_TOGETHER,
