@@ -367,6 +367,8 @@ def probe(out: Path) -> dict[str, Any]:
 
 def main() -> int:
     """Run the pieces and print the page; 1 if one failed, 130 after Ctrl-C."""
+    # a process started in the background ignores Ctrl-C otherwise
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

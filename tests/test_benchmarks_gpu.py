@@ -238,7 +238,10 @@ def test_ctrl_c_still_gives_the_page(tmp_path):
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_gpu_is_the_driver():
     done = subprocess.run(
-        ["make", "--dry-run", "gpu", "OUT=somewhere"], cwd=ROOT, capture_output=True, text=True
+        ["make", "--no-print-directory", "--dry-run", "gpu", "OUT=somewhere"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("benchmarks/gpu.py --out somewhere")

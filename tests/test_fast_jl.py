@@ -229,6 +229,7 @@ def test_cards_are_numbers():
         "generator": "fast_jl",
         "num_sms": 80,
         "half_inputs": False,
+        "factor_dim": None,
     }
     assert Projection(**fast_jl("normal", num_sms="l40s").to_dict()).num_sms == 142
 
