@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from .captions import hash_captions
 from .diffusion import hash_tensors
@@ -19,11 +19,10 @@ from .outputs import training_target
 from .text_to_image import TextToImageModel
 from .training import (
     Recipe,
+    Trainer,
     batch_indices,
-    derive_seed,
     dropout_of,
     keyed_generator,
-    learning_rate_factor,
     read_checkpoint,
     save_atomically,
     seeded,
@@ -138,8 +137,8 @@ def _check(
         raise ValueError("ema_decay must be None for an adapter, which is not averaged")
 
 
-class _LoraTrainer:
-    """An adapter, its optimiser and the processes that share the work."""
+class _LoraTrainer(Trainer):
+    """An adapter."""
 
     def __init__(
         self,
@@ -148,22 +147,10 @@ class _LoraTrainer:
         caption_dropout: float,
         accelerator: Accelerator | None,
     ) -> None:
-        self.model, self.recipe, self.accelerator = model, recipe, accelerator
-        self.caption_dropout = caption_dropout
-        if accelerator is not None:
-            model.unet.to(accelerator.device)
         chosen = set(model.lora_names)
-        self.parameters = {n: p for n, p in model.unet.named_parameters() if n in chosen}
-        self.device = next(iter(self.parameters.values())).device
-        self.optimiser: Any = torch.optim.AdamW(
-            self.parameters.values(), betas=recipe.betas, weight_decay=recipe.weight_decay
-        )
-        self.forward: Any = model.unet
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process is the one that writes files."""
-        return self.accelerator is None or bool(self.accelerator.is_main_process)
+        self.adapter = {n: p for n, p in model.unet.named_parameters() if n in chosen}
+        super().__init__(model.unet, self.adapter.values(), recipe, accelerator)
+        self.model, self.caption_dropout = model, caption_dropout
 
     def identity(self, posteriors: Tensor, captions: Sequence[str]) -> dict[str, Any]:
         """Everything that decides the trained adapter."""
@@ -182,38 +169,17 @@ class _LoraTrainer:
             **({} if precision == "no" else {"mixed precision": precision}),
         }
 
-    def prepare(self) -> None:
-        """Hand the model and the optimiser to Accelerate."""
-        if self.accelerator is not None:
-            self.forward, self.optimiser = self.accelerator.prepare(self.model.unet, self.optimiser)
-
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside its identity and its step."""
-        scaler = None if self.accelerator is None else self.accelerator.scaler
-        weights = {name: parameter.detach() for name, parameter in self.parameters.items()}
-        return {"adapter": weights, "optimiser": self.optimiser.state_dict()} | (
-            {} if scaler is None else {"scaler": scaler.state_dict()}
-        )
+        weights = {name: parameter.detach() for name, parameter in self.adapter.items()}
+        return {"adapter": weights, **self.optimiser_state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from ``state``."""
         with torch.no_grad():
-            for name, parameter in self.parameters.items():
+            for name, parameter in self.adapter.items():
                 parameter.copy_(state["adapter"][name])
-        self.optimiser.load_state_dict(state["optimiser"])
-        if self.accelerator is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-
-    def share(self, size: int) -> tuple[slice, float]:
-        """Which rows of a batch this process takes, and their weight in the mean of processes."""
-        if self.accelerator is None or self.accelerator.num_processes == 1:
-            return slice(None), 1.0
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        first, last = rank * size // world, (rank + 1) * size // world
-        if first == last:
-            # every process must take part in every backward pass
-            return slice(0, 1), 0.0
-        return slice(first, last), (last - first) * world / size
+        self.load_optimiser_state(state)
 
     def draw(
         self, posteriors: Tensor, captions: Sequence[str], step: int
@@ -238,7 +204,7 @@ class _LoraTrainer:
 
     def take_step(self, posteriors: Tensor, captions: Sequence[str], step: int, steps: int) -> None:
         """One optimiser step."""
-        recipe, scheduler = self.recipe, self.model.scheduler
+        scheduler = self.model.scheduler
         latents, timesteps, noise, texts = self.draw(posteriors, captions, step)
         # all processes draw the whole batch, so that their number does not change the training
         rows, weight = self.share(len(latents))
@@ -248,42 +214,7 @@ class _LoraTrainer:
         # resumed, a step sees other captions for the first time than it did in one run
         text = self.model.embed_apart(texts[rows], self.device)
         noisy = scheduler.add_noise(latents, noise, timesteps)
-        rank = () if self.accelerator is None else (self.accelerator.process_index,)
-        dropout_seed = derive_seed(recipe.seed, "dropout", step, *(r for r in rank if r))
-        with seeded(self.device, dropout_seed):
+        with seeded(self.device, self.dropout_seed(step)):
             prediction = self.forward(noisy, timesteps, encoder_hidden_states=text).sample
         target = training_target(scheduler, latents, noise, timesteps)
         self.descend(F.mse_loss(prediction.float(), target) * weight, step, steps)
-
-    def descend(self, loss: Tensor, step: int, steps: int) -> None:
-        """Differentiate the loss, clip, and let the optimiser step."""
-        recipe, parameters = self.recipe, list(self.parameters.values())
-        self.optimiser.zero_grad()
-        if self.accelerator is None:
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
-            scaled = False
-        else:
-            self.accelerator.backward(loss)
-            norm = self.accelerator.clip_grad_norm_(parameters, recipe.max_grad_norm)
-            # otherwise a process that fails alone leaves the others waiting
-            loss = self.accelerator.reduce(loss.detach(), "mean")
-            # a scale that is too large overflows: the step is left out and the scale halved
-            scaled = self.accelerator.scaler is not None
-        if not torch.isfinite(loss) or not (scaled or torch.isfinite(norm)):
-            raise ValueError(
-                f"the training loss must stay finite, got {loss.item()} with gradient norm "
-                f"{norm.item()} at step {step + 1} of {steps}: try a learning rate "
-                f"below {recipe.learning_rate}"
-            )
-        factor = learning_rate_factor(step, steps, recipe.warm_up_from_zero)
-        for group in self.optimiser.param_groups:
-            group["lr"] = recipe.learning_rate * factor
-        self.optimiser.step()
-
-    def release(self) -> None:
-        """Take the model back from Accelerate, in evaluation mode and without gradients."""
-        self.optimiser.zero_grad()
-        if self.accelerator is not None and self.forward is not self.model.unet:
-            self.accelerator.unwrap_model(self.forward, keep_fp32_wrapper=False)
-        self.model.unet.eval()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -236,28 +236,32 @@ def read_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-class _Trainer:
-    """A model, its optimiser and the processes that share the work."""
+class Trainer:
+    """Some parameters of a U-Net, their optimiser and the processes that share the work.
+
+    Args:
+        unet: the model.
+        parameters: those that are trained.
+        recipe: how.
+        accelerator: of several processes or mixed precision, or None.
+    """
 
     def __init__(
-        self, model: DiffusionModel, recipe: Recipe, accelerator: Accelerator | None
+        self,
+        unet: nn.Module,
+        parameters: Iterable[nn.Parameter],
+        recipe: Recipe,
+        accelerator: Accelerator | None,
     ) -> None:
-        self.model, self.recipe, self.accelerator = model, recipe, accelerator
-        self.unet = model.unet
+        self.unet, self.recipe, self.accelerator = unet, recipe, accelerator
         if accelerator is not None:
-            self.unet.to(accelerator.device)
-        self.device = next(self.unet.parameters()).device
+            unet.to(accelerator.device)
+        self.parameters = list(parameters)
+        self.device = self.parameters[0].device
         self.optimiser: Any = torch.optim.AdamW(
-            self.unet.parameters(), betas=recipe.betas, weight_decay=recipe.weight_decay
+            self.parameters, betas=recipe.betas, weight_decay=recipe.weight_decay
         )
-        self.ema: EMAModel | None = None
-        if recipe.ema_decay is not None:
-            # the course of the decay is that of the published scripts' defaults
-            self.ema = EMAModel(
-                self.unet.parameters(), decay=recipe.ema_decay, use_ema_warmup=True, power=0.75
-            )
-            self.ema.to(self.device)
-        self.forward: Any = self.unet
+        self.forward: Any = unet
 
     @property
     def is_main(self) -> bool:
@@ -269,24 +273,23 @@ class _Trainer:
         if self.accelerator is not None:
             self.forward, self.optimiser = self.accelerator.prepare(self.unet, self.optimiser)
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside its identity and its step."""
+    def optimiser_state(self) -> dict[str, Any]:
+        """The optimiser's part of a checkpoint."""
         scaler = None if self.accelerator is None else self.accelerator.scaler
-        return (
-            {"model": self.unet.state_dict(), "optimiser": self.optimiser.state_dict()}
-            | ({} if self.ema is None else {"ema": self.ema.state_dict()})
-            | ({} if scaler is None else {"scaler": scaler.state_dict()})
+        return {"optimiser": self.optimiser.state_dict()} | (
+            {} if scaler is None else {"scaler": scaler.state_dict()}
         )
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``, before or after `prepare`."""
-        self.unet.load_state_dict(state["model"])
+    def load_optimiser_state(self, state: dict[str, Any]) -> None:
+        """Go on from `optimiser_state`."""
         self.optimiser.load_state_dict(state["optimiser"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-            self.ema.to(self.device)
         if self.accelerator is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def dropout_seed(self, step: int) -> int:
+        """Of the dropout masks of a step: another in every process."""
+        rank = 0 if self.accelerator is None else self.accelerator.process_index
+        return derive_seed(self.recipe.seed, "dropout", step, *([rank] if rank else []))
 
     def share(self, size: int) -> tuple[slice, float]:
         """Which rows of a batch this process takes, and their weight in the mean of processes."""
@@ -298,6 +301,74 @@ class _Trainer:
             # every process must take part in every backward pass
             return slice(0, 1), 0.0
         return slice(first, last), (last - first) * world / size
+
+    def descend(self, loss: Tensor, step: int, steps: int) -> None:
+        """Differentiate the loss, clip, and let the optimiser step.
+
+        Raises:
+            ValueError: the loss or the gradient is not finite.
+        """
+        recipe = self.recipe
+        self.optimiser.zero_grad()
+        if self.accelerator is None:
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(self.parameters, recipe.max_grad_norm)
+            scaled = False
+        else:
+            self.accelerator.backward(loss)
+            norm = self.accelerator.clip_grad_norm_(self.parameters, recipe.max_grad_norm)
+            # otherwise a process that fails alone leaves the others waiting
+            loss = self.accelerator.reduce(loss.detach(), "mean")
+            # a scale that is too large overflows: the step is left out and the scale halved
+            scaled = self.accelerator.scaler is not None
+        if not torch.isfinite(loss) or not (scaled or torch.isfinite(norm)):
+            raise ValueError(
+                f"the training loss must stay finite, got {loss.item()} with gradient norm "
+                f"{norm.item()} at step {step + 1} of {steps}: try a learning rate "
+                f"below {recipe.learning_rate}"
+            )
+        factor = learning_rate_factor(step, steps, recipe.warm_up_from_zero)
+        for group in self.optimiser.param_groups:
+            group["lr"] = recipe.learning_rate * factor
+        self.optimiser.step()
+
+    def release(self) -> None:
+        """Take the model back from Accelerate, in evaluation mode and without gradients."""
+        self.optimiser.zero_grad()
+        if self.accelerator is not None:
+            # for mixed precision it changes the model's own forward method
+            self.accelerator.unwrap_model(self.forward, keep_fp32_wrapper=False)
+        self.unet.eval()
+
+
+class _ModelTrainer(Trainer):
+    """A whole model, and the average of its weights if that is asked for."""
+
+    def __init__(
+        self, model: DiffusionModel, recipe: Recipe, accelerator: Accelerator | None
+    ) -> None:
+        super().__init__(model.unet, model.unet.parameters(), recipe, accelerator)
+        self.model = model
+        self.ema: EMAModel | None = None
+        if recipe.ema_decay is not None:
+            # the course of the decay is that of the published scripts' defaults
+            self.ema = EMAModel(
+                self.unet.parameters(), decay=recipe.ema_decay, use_ema_warmup=True, power=0.75
+            )
+            self.ema.to(self.device)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside its identity and its step."""
+        ema = {} if self.ema is None else {"ema": self.ema.state_dict()}
+        return {"model": self.unet.state_dict(), **self.optimiser_state(), **ema}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``, before or after `prepare`."""
+        self.unet.load_state_dict(state["model"])
+        self.load_optimiser_state(state)
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+            self.ema.to(self.device)
 
     def take_step(self, images: Tensor, step: int, steps: int) -> None:
         """One optimiser step on a part of a batch of ``images``."""
@@ -320,33 +391,10 @@ class _Trainer:
             tensor[rows].to(self.device) for tensor in (batch, timesteps, noise)
         )
         noisy = scheduler.add_noise(batch, noise, timesteps)
-        rank = () if self.accelerator is None else (self.accelerator.process_index,)
-        dropout_seed = derive_seed(recipe.seed, "dropout", step, *(r for r in rank if r))
-        with seeded(self.device, dropout_seed):
+        with seeded(self.device, self.dropout_seed(step)):
             prediction = self.forward(noisy, timesteps).sample
-        loss = F.mse_loss(prediction, training_target(scheduler, batch, noise, timesteps)) * weight
-        self.optimiser.zero_grad()
-        if self.accelerator is None:
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(self.unet.parameters(), recipe.max_grad_norm)
-            scaled = False
-        else:
-            self.accelerator.backward(loss)
-            norm = self.accelerator.clip_grad_norm_(self.unet.parameters(), recipe.max_grad_norm)
-            # otherwise a process that fails alone leaves the others waiting
-            loss = self.accelerator.reduce(loss.detach(), "mean")
-            # a scale that is too large overflows: the step is left out and the scale halved
-            scaled = self.accelerator.scaler is not None
-        if not torch.isfinite(loss) or not (scaled or torch.isfinite(norm)):
-            raise ValueError(
-                f"the training loss must stay finite, got {loss.item()} with gradient norm "
-                f"{norm.item()} at step {step + 1} of {steps}: try a learning rate "
-                f"below {recipe.learning_rate}"
-            )
-        factor = learning_rate_factor(step, steps, recipe.warm_up_from_zero)
-        for group in self.optimiser.param_groups:
-            group["lr"] = recipe.learning_rate * factor
-        self.optimiser.step()
+        target = training_target(scheduler, batch, noise, timesteps)
+        self.descend(F.mse_loss(prediction, target) * weight, step, steps)
         if self.ema is not None:
             self.ema.step(self.unet.parameters())
 
@@ -362,14 +410,6 @@ class _Trainer:
             yield
         finally:
             self.ema.restore(self.unet.parameters())
-
-    def release(self) -> None:
-        """Take the model back from Accelerate, in evaluation mode and without gradients."""
-        self.optimiser.zero_grad()
-        if self.accelerator is not None:
-            # for mixed precision it changes the model's own forward method
-            self.accelerator.unwrap_model(self.forward, keep_fp32_wrapper=False)
-        self.unet.eval()
 
 
 @contextmanager
@@ -437,7 +477,7 @@ def train(
         raise ValueError("images must be finite, got NaN or infinity")
     steps = recipe.num_steps(len(images))
     start, identity = 0, {}
-    trainer = _Trainer(model, recipe, accelerator)
+    trainer = _ModelTrainer(model, recipe, accelerator)
     if checkpoint is not None:
         precision = "no" if accelerator is None else str(accelerator.mixed_precision)
         identity = _identity(model, images, recipe, precision)

@@ -98,6 +98,14 @@ class Accumulator(ABC):
         ):
             self.add(index, part.grads, out, part.samples, part.rows.start)
 
+    def flatten(self, index: int, grads: Tensor, first_row: int) -> tuple[int, Tensor]:
+        """Where a slice as `add` takes it begins in the flattened gradient, and its ``[b, n]``."""
+        offset = self.offsets[index]
+        if grads.ndim == 3:
+            offset += first_row * grads.shape[2]
+            grads = from_matrix(grads, self.shapes[index])
+        return offset, grads.reshape(len(grads), -1)
+
     def add_whole(self, index: int, grads: Tensor, out: Tensor, samples: slice) -> None:
         """Add ``grads [b, *shape]``, the gradient of a whole parameter."""
         if matrix_shape(self.shapes[index]) is None:
@@ -122,12 +130,9 @@ class DenseAccumulator(Accumulator):
         self, index: int, grads: Tensor, out: Tensor, samples: slice, first_row: int = 0
     ) -> None:
         """See `Accumulator.add`."""
-        offset = self.offsets[index]
-        if grads.ndim == 3:
-            offset += first_row * grads.shape[2]
-            grads = from_matrix(grads, self.shapes[index])
+        offset, flat = self.flatten(index, grads, first_row)
         project_(
-            grads.reshape(len(grads), -1).to(out.dtype).contiguous(),
+            flat.to(out.dtype).contiguous(),
             self.projection,
             offset=offset,
             out=out[samples],
@@ -136,7 +141,24 @@ class DenseAccumulator(Accumulator):
         )
 
 
-class SjltAccumulator(Accumulator):
+class SketchAccumulator(Accumulator):
+    """Sketches of single parameters: each slice goes where its parameter's sketch puts it."""
+
+    sketches: Sequence[ParameterSketch | TwoSidedSketch]
+
+    def add(
+        self, index: int, grads: Tensor, out: Tensor, samples: slice, first_row: int = 0
+    ) -> None:
+        """See `Accumulator.add`."""
+        sketch = self.sketches[index]
+        if grads.ndim == 3:
+            sketch.add_matrix(grads, out[samples], first_row)
+        else:
+            assert isinstance(sketch, ParameterSketch)
+            sketch.add_vector(grads, out[samples])
+
+
+class SjltAccumulator(SketchAccumulator):
     """The tile-chained sparse sketch: each slice of rows is placed with its signs.
 
     With Triton a layer's gradient and its sketch are one kernel, and no slice is ever formed.
@@ -146,8 +168,6 @@ class SjltAccumulator(Accumulator):
         self, shapes: Sequence[Sequence[int]], projection: Projection, implementation: str | None
     ) -> None:
         super().__init__(shapes)
-        if implementation not in (None, *IMPLEMENTATIONS):
-            raise ValueError(f"implementation must be 'torch' or 'triton', got {implementation!r}")
         self.implementation = implementation
         self.sketches: list[ParameterSketch] = sketch_parameters(
             self.shapes, projection.proj_dim, projection.seed
@@ -181,18 +201,8 @@ class SjltAccumulator(Accumulator):
         assert isinstance(module, nn.Linear | nn.Conv2d)
         launch_sketch(module, x, output_grads, self.sketches[index], out, rows_per_sample)
 
-    def add(
-        self, index: int, grads: Tensor, out: Tensor, samples: slice, first_row: int = 0
-    ) -> None:
-        """See `Accumulator.add`."""
-        sketch = self.sketches[index]
-        if grads.ndim == 3:
-            sketch.add_matrix(grads, out[samples], first_row)
-        else:
-            sketch.add_vector(grads, out[samples])
 
-
-class KroneckerAccumulator(Accumulator):
+class KroneckerAccumulator(SketchAccumulator):
     """Two-sided: the factors of a layer's gradient are projected, then multiplied."""
 
     def __init__(
@@ -234,16 +244,6 @@ class KroneckerAccumulator(Accumulator):
         assert isinstance(sketch, TwoSidedSketch)
         sketch.add_product(module, x, output_grads, out, rows_per_sample)
 
-    def add(
-        self, index: int, grads: Tensor, out: Tensor, samples: slice, first_row: int = 0
-    ) -> None:
-        """See `Accumulator.add`."""
-        sketch = self.sketches[index]
-        if isinstance(sketch, TwoSidedSketch):
-            sketch.add_matrix(grads, out[samples], first_row)
-        else:
-            sketch.add_vector(grads, out[samples])
-
 
 class ExactAccumulator(Accumulator):
     """No projection: features are the flattened gradients ``[B, P]``."""
@@ -252,18 +252,20 @@ class ExactAccumulator(Accumulator):
         self, index: int, grads: Tensor, out: Tensor, samples: slice, first_row: int = 0
     ) -> None:
         """See `Accumulator.add`."""
-        offset = self.offsets[index]
-        if grads.ndim == 3:
-            offset += first_row * grads.shape[2]
-            grads = from_matrix(grads, self.shapes[index])
-        flat = grads.reshape(len(grads), -1)
+        offset, flat = self.flatten(index, grads, first_row)
         out[samples, offset : offset + flat.shape[1]] += flat
 
 
 def make_accumulator(
     shapes: Sequence[Sequence[int]], projection: Projection, implementation: str | None = None
 ) -> Accumulator:
-    """The accumulator of a projection for parameters of these shapes."""
+    """The accumulator of a projection for parameters of these shapes.
+
+    Raises:
+        ValueError: the implementation is unknown, or the projection has none of that name.
+    """
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation must be 'torch' or 'triton', got {implementation!r}")
     if projection.kind == "sjlt":
         return SjltAccumulator(shapes, projection, implementation)
     if projection.kind == "kronecker":

@@ -40,7 +40,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from .sjlt import ParameterSketch, as_matrix, matrix_shape
+from .sjlt import ParameterSketch, matrix_shape, sketch_gradients
 from .streams import Stream, philox_words
 from .weight_gradient import (
     TRANSPOSED,
@@ -350,11 +350,4 @@ def project_kronecker(
     out: Tensor,
 ) -> Tensor:
     """Sketch dense per-sample gradients ``[B, P]`` into ``out [B, K]``, in place."""
-    for sketch in two_sided_parameters(shapes, proj_dim, factor_dim, seed):
-        size = math.prod(sketch.shape)
-        part = grads[:, sketch.offset : sketch.offset + size].to(out.dtype)
-        if isinstance(sketch, ParameterSketch):
-            sketch.add_vector(part, out)
-        elif size:
-            sketch.add_matrix(as_matrix(part.unflatten(1, sketch.shape)), out)
-    return out
+    return sketch_gradients(grads, two_sided_parameters(shapes, proj_dim, factor_dim, seed), out)

@@ -38,9 +38,10 @@ the CountSketch bound (Charikar, Chen and Farach-Colton 2002), with no factor of
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -263,11 +264,9 @@ def sketch_parameters(
     return sketches
 
 
-def project_sjlt(
-    grads: Tensor, proj_dim: int, seed: int, shapes: Sequence[Sequence[int]], out: Tensor
-) -> Tensor:
+def sketch_gradients(grads: Tensor, sketches: Iterable[Any], out: Tensor) -> Tensor:
     """Sketch dense per-sample gradients ``[B, P]`` into ``out [B, K]``, in place."""
-    for sketch in sketch_parameters(shapes, proj_dim, seed):
+    for sketch in sketches:
         size = math.prod(sketch.shape)
         part = grads[:, sketch.offset : sketch.offset + size].to(out.dtype)
         if matrix_shape(sketch.shape) is None:
@@ -275,3 +274,10 @@ def project_sjlt(
         elif size:
             sketch.add_matrix(as_matrix(part.unflatten(1, sketch.shape)), out)
     return out
+
+
+def project_sjlt(
+    grads: Tensor, proj_dim: int, seed: int, shapes: Sequence[Sequence[int]], out: Tensor
+) -> Tensor:
+    """Sketch dense per-sample gradients ``[B, P]`` into ``out [B, K]``, in place."""
+    return sketch_gradients(grads, sketch_parameters(shapes, proj_dim, seed), out)

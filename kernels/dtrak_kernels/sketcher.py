@@ -27,7 +27,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from .accumulators import Accumulator, make_accumulator
 from .gradient_norms import NormingAccumulator
 from .layer_rules import Rule, find_rule
-from .ops import IMPLEMENTATIONS, Projection
+from .ops import Projection
 from .planning import Plan, make_plan
 from .weight_gradient import WEIGHT_MODULES
 
@@ -167,8 +167,6 @@ class GradientSketcher:
                     f"model must not be compiled, got {name or 'the model itself'!r} that is: its "
                     "modules are traced away; pass what was given to torch.compile"
                 )
-        if implementation not in (None, *IMPLEMENTATIONS):
-            raise ValueError(f"implementation must be 'torch' or 'triton', got {implementation!r}")
         if rows_per_sample < 1:
             raise ValueError(f"rows_per_sample must be at least 1, got {rows_per_sample}")
         self.model, self.projection, self.rows_per_sample = model, projection, rows_per_sample
