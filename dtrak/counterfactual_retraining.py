@@ -134,8 +134,9 @@ class Experiment:
             raise CounterfactualError(f"{file} is damaged: delete it and run again") from error
         if identity != self._identity(job):
             raise CounterfactualError(
-                f"{file} was drawn by a model trained without other images: the scores or the "
-                "run's queries have changed since. Choose another --output, or delete that file"
+                f"{file} was drawn by a model trained without other images: the scores, the draw "
+                "or the run's queries have changed since. Choose another --output, or delete that "
+                "file"
             )
         return pictures
 
@@ -195,26 +196,6 @@ def removal_positions(scores: Tensor, rows: Sequence[int], k: int) -> Tensor:
     if not torch.isfinite(chosen).all():
         raise ValueError("scores must be finite, got NaN or infinity")
     return chosen.argsort(dim=1, descending=True, stable=True)[:, :k]
-
-
-def choose_queries(total: int, count: int, seed: int) -> list[int]:
-    """Draw queries of a run at random; more of them are those before and others.
-
-    Args:
-        total: M, the run's queries.
-        count: Q, at most M.
-        seed: of the draw.
-
-    Returns:
-        Q positions.
-
-    Raises:
-        ValueError: ``count`` is out of range.
-    """
-    if not 1 <= count <= total:
-        raise ValueError(f"--queries must be in [1, {total}], the run's queries, got {count}")
-    order: list[int] = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
-    return order[:count]
 
 
 def prepare(

@@ -17,7 +17,7 @@ import html
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -35,6 +35,10 @@ from .influence import (
     write_png,
 )
 from .pages import format_seconds, render_page, render_table
+from .scores import top_k
+
+if TYPE_CHECKING:
+    from .inputs import Subject
 
 _OPPONENTS = 3
 
@@ -115,6 +119,34 @@ def _render_tables(
         render_table("Time per stage", times, timed=True),
     ]
     return f'<div class="tables">\n{"".join(tables)}</div>'
+
+
+def ranked_matches(
+    train: Subject, queries: Subject, scores: Tensor, num_proponents: int
+) -> dict[str, Any]:
+    """The images, scores, names and captions that `write_report` and `influence.gather` take.
+
+    Args:
+        train: N training images.
+        queries: at least M queries, of which the first M are taken.
+        scores: ``[M, N]``, positive for proponents.
+        num_proponents: R; all N where there are fewer.
+    """
+    M, N = scores.shape
+    ranked = top_k(scores, min(num_proponents, N))
+    opposed = top_k(scores, min(_OPPONENTS, N))
+    captions = queries.captions
+    return {
+        "queries": queries.pictures.images[:M],
+        "train": train.pictures.images,
+        "proponents": (ranked.proponents, ranked.proponent_scores),
+        "opponents": (opposed.opponents, opposed.opponent_scores),
+        "train_ids": train.pictures.ids,
+        "query_ids": queries.pictures.ids[:M],
+        "train_labels": train.pictures.labels,
+        "train_captions": train.captions,
+        "query_captions": None if captions is None else captions[:M],
+    }
 
 
 def gather_report(
@@ -198,32 +230,22 @@ def _is_plain(value: Any) -> bool:
 
 def _influence_part(folder: Path, source: str | None, num_queries: int) -> tuple[str, str]:
     """The strips of a run of `dtrak.attribute`, and its tables of settings."""
+    from .inputs import drawing_facts
     from .results import load_attribution
-    from .scores import top_k
 
     run = load_attribution(folder)
     inputs = run.load_inputs(source)
-    train, queries = inputs.train.pictures, inputs.queries.pictures
     scores = run.scores[:num_queries]
-    ranked = top_k(scores, min(run.options.top_k, len(train)))
-    opposed = top_k(scores, min(_OPPONENTS, len(train)))
-    rows = gather(
-        queries.images[:num_queries],
-        train.images,
-        (ranked.proponents, ranked.proponent_scores),
-        (opposed.opponents, opposed.opponent_scores),
-        train.ids,
-        queries.ids[:num_queries],
-        train.labels,
-    )
+    rows = gather(**ranked_matches(inputs.train, inputs.queries, scores, run.options.top_k))
     more = (
-        f'<p class="soft">The first {len(rows)} of {len(queries)}.</p>'
-        if len(rows) < len(queries)
+        f'<p class="soft">The first {len(rows)} of {len(run.scores)}.</p>'
+        if len(rows) < len(run.scores)
         else ""
     )
     manifest = run.manifest
     stages = [(stage["name"], stage["seconds"]) for stage in manifest["stages"]]
-    tables = _render_tables(manifest["settings"], manifest["facts"], stages)
+    facts = manifest["facts"] | drawing_facts(inputs.run, inputs.queries)
+    tables = _render_tables(manifest["settings"], facts, stages)
     # without the grid round them: more tables join
     tables = tables.removeprefix('<div class="tables">\n').removesuffix("</div>")
     tables += render_table("Environment", list(manifest["environment"].items()))

@@ -7,11 +7,14 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from finished_run import make_run
+from finished_run import OPTIONS, make_run
 from page import HOSTILE, Page, case, decoded, quantised, write
+from rich.console import Console
 from test_counterfactual_results import example
+from tiny_stable_diffusion import build_pipeline, load_tiny, write_pictures
 from typer.testing import CliRunner
 
+from dtrak.attribution import run_attribution
 from dtrak.counterfactual_results import save_counterfactual
 from dtrak.lds_statistics import predict_groups
 from dtrak.lds_table import (
@@ -22,8 +25,10 @@ from dtrak.lds_table import (
     make_table,
     save_results,
 )
+from dtrak.lora import save_lora
 from dtrak.report import app, gather_report
 from dtrak.results import load_attribution
+from dtrak.runs import Options
 
 
 @pytest.mark.parametrize("C", [1, 3])
@@ -230,6 +235,36 @@ def test_the_whole_report_has_all_there_is(finished):
         assert text in cells, text
     # loading it again neither trains nor draws
     assert len(list((finished / "generated").iterdir())) == 4
+
+
+@pytest.mark.filterwarnings("ignore:.*captions have more than 16 tokens.*")
+def test_text_to_image_runs_show_captions_prompts_and_guidance(tmp_path):
+    base = build_pipeline(tmp_path / "base")
+    save_lora(load_tiny(base).unet, tmp_path / "lora")
+    write_pictures(tmp_path / "pictures")
+    (tmp_path / "prompts.txt").write_text("a wave\na <b>fog</b>\n")
+    places = {"model": base, "lora": tmp_path / "lora", "data": tmp_path / "pictures",
+              "output": tmp_path / "run", "prompts": tmp_path / "prompts.txt"}  # fmt: skip
+    places = {name: str(place) for name, place in places.items()}
+    options = Options(**{**OPTIONS, **places, "num_queries": 3, "guidance_scale": 3.5})
+    run_attribution(options, Console(quiet=True))
+    own = Page((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
+    page, _ = headings(gather_report(tmp_path / "run"))
+    shown = [e["text"] for e in page.all("small")]
+    assert shown == [e["text"] for e in own.all("small")]
+    queries = [e["text"] for e in page.all("small")[:1]]
+    assert queries == ["“a wave”"]
+    assert {"“a <b>fog</b>”", "“monk by the sea”", "no caption"} <= set(shown)
+    for found in (own, page):
+        cells = [e["text"] for e in found.all("th") + found.all("td")]
+        for text in ("guidance scale of the pictures", "3.5", "“a wave”, “a <b>fog</b>”"):
+            assert text in cells, text
+    # a run of a version that did not say so
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    manifest["facts"] = {}
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
+    cells = [e["text"] for e in Page(gather_report(tmp_path / "run")).all("td")]
+    assert "3.5" in cells
 
 
 def test_the_whole_report_is_self_contained(finished):
