@@ -258,7 +258,8 @@ def _influence_part(folder: Path, source: str | None, num_queries: int) -> tuple
 
 def _find_lds(folder: Path, given: Path | None, console: Console) -> dict[str, Any] | None:
     """The table of a run of `dtrak.lds` on the same images; None where there is none."""
-    from .lds_table import digest, load_results, make_table, packaged_results
+    from .lds_report import read_table
+    from .lds_table import load_results, make_table, packaged_results
 
     place = given or next(
         (
@@ -277,11 +278,9 @@ def _find_lds(folder: Path, given: Path | None, console: Console) -> dict[str, A
         if given is None:
             return None
         raise ValueError(f"--lds must be a run on the images of {folder}, got one on others")
-    kept = place / "report" / "table.json"
-    if kept.is_file():
-        table: dict[str, Any] = json.loads(kept.read_text())
-        if table["results"] == digest(results):
-            return table
+    kept = read_table(place / "report" / "table.json", results)
+    if kept is not None:
+        return kept
     with progress_bar(console, "intervals of the LDS") as progress:
         return make_table(results, progress=progress)
 
