@@ -71,6 +71,13 @@ def test_writes_a_lora_that_diffusers_and_dtrak_read(run, folder, tmp_path):
     assert (code, "already trained" in output) == (0, True)
 
 
+@pytest.mark.filterwarnings("default:.*captions have more than 16 tokens.*")
+def test_captions_that_are_cut_are_told_once(run, tmp_path):
+    code, output = run("--caption", "a painting of more letters than the model reads")
+    assert code == 0, output
+    assert output.count("5 captions have more than 16 tokens and are cut") == 1
+
+
 def test_an_interrupted_training_resumes_with_the_same_bits(run, folder, tmp_path, monkeypatch):
     from dtrak import lora_training
 
