@@ -58,6 +58,8 @@ from .counterfactual_results import (
 from .counterfactual_retraining import (
     Experiment,
     RetrainJob,
+    check_output,
+    check_removal,
     prepare,
     removal_positions,
 )
@@ -108,12 +110,9 @@ class _Scorer:
             )
         kind, similarity = name.split("-")
         if kind == "clip":
-            if self.clip is None:
-                raise ValueError(f"--clip must name a folder with a CLIP model for method {name!r}")
+            assert self.clip is not None
             train, queries = clip_embeddings(train, self.clip), clip_embeddings(queries, self.clip)
         if kind == "latent":
-            if self.vae is None:
-                raise ValueError(f"--vae must name a folder with a VAE for method {name!r}")
             train, queries = vae_latents(train, self.vae), vae_latents(queries, self.vae)
         return raw_similarity(queries, train, similarity)
 
@@ -175,24 +174,30 @@ def run_counterfactual(
         FileNotFoundError: a path does not exist.
     """
     names = [method.partition("=")[0] for method in methods]
-    _check_methods(methods, names)
+    _check_methods(methods, names, clip, vae)
+    for option, value in (("retrainings", retrainings), ("processes", processes)):
+        if value < 1:
+            raise ValueError(f"--{option} must be at least 1, got {value}")
+    output = folder / "counterfactual" if output is None else output
+    check_output(output)
     origin = open_origin(folder, preset=preset, source=source, timesteps=timesteps)
     drawn = choose_draw(draw, seed, origin.preset, origin.queries.ids, len(origin.data))
     rows = drawn.choose_queries(len(origin.queries), num_queries)
     k = max(1, round(DEFAULT_PART * len(origin.data))) if top_k is None else top_k
-    output = folder / "counterfactual" if output is None else output
+    check_removal(k, len(origin.data))
     scorer = _Scorer(origin, output, device, console, clip, vae, drawn)
+    # features take hours: a file that is refused is refused before
     removed = {
-        name: torch.zeros(len(rows), 0, dtype=torch.int64)
-        if name == NOTHING
-        else removal_positions(scorer.scores(method), rows, k)
-        for name, method in zip(names, methods, strict=True)
+        method: removal_positions(scorer.scores(method), rows, k)
+        for method in sorted(methods, key=GRADIENT_METHODS.__contains__)
+        if method != NOTHING
     }
+    removed[NOTHING] = torch.zeros(len(rows), 0, dtype=torch.int64)
     experiment = prepare(
         output,
         origin,
         [origin.queries.ids[row] for row in rows],
-        removed,
+        {name: removed[method] for name, method in zip(names, methods, strict=True)},
         top_k=k,
         retrainings=retrainings,
         preset=preset,
@@ -208,12 +213,21 @@ def run_counterfactual(
     return _measure(experiment, k, drawn, clip, vae, device)
 
 
-def _check_methods(methods: Sequence[str], names: Sequence[str]) -> None:
+def _check_methods(
+    methods: Sequence[str], names: Sequence[str], clip: Clip | None, vae: Any
+) -> None:
     for name, method in zip(names, methods, strict=True):
         if "=" not in method:
             check_choice("--methods", name, METHODS)
-        elif not name or "/" in name:
-            raise ValueError(f"--methods must name scores as name=file, got {method!r}")
+            if name.startswith("clip-") and clip is None:
+                raise ValueError(f"--clip must name a folder with a CLIP model for method {name!r}")
+            if name.startswith("latent-") and vae is None:
+                raise ValueError(f"--vae must name a folder with a VAE for method {name!r}")
+        elif "/" in name or name in ("", ".", "..", NOTHING):
+            # a name is a folder, and nothing is removed for this one
+            raise ValueError(
+                f"--methods must name scores as name=file, not {NOTHING!r}, got {method!r}"
+            )
     if not names or len(set(names)) < len(names):
         raise ValueError(f"--methods must be different and at least one, got {','.join(names)!r}")
 

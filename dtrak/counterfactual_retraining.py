@@ -190,12 +190,39 @@ def removal_positions(scores: Tensor, rows: Sequence[int], k: int) -> Tensor:
     Raises:
         ValueError: ``k`` is out of range, or a score is not finite.
     """
-    if not 1 <= k < scores.shape[1]:
-        raise ValueError(f"--top-k must be in [1, {scores.shape[1]}), got {k}")
+    check_removal(k, scores.shape[1])
     chosen = scores[list(rows)]
     if not torch.isfinite(chosen).all():
         raise ValueError("scores must be finite, got NaN or infinity")
     return chosen.argsort(dim=1, descending=True, stable=True)[:, :k]
+
+
+def check_output(folder: Path) -> None:
+    """Refuse a place that is no folder, or whose content is not of an experiment.
+
+    Raises:
+        CounterfactualError: it is one of these.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise CounterfactualError(f"--output must be a folder, got the file {folder}")
+    if not folder.exists() or (folder / "plan.json").is_file():
+        return
+    # the scores come before the plan
+    if any(path.name != "scores" and path.suffix != ".partial" for path in folder.iterdir()):
+        raise CounterfactualError(
+            f"{folder} is not empty and holds no plan.json of dtrak.counterfactual: choose another "
+            "--output"
+        )
+
+
+def check_removal(k: int, num_train: int) -> None:
+    """Refuse a number of removed images that leaves none, or removes none.
+
+    Raises:
+        ValueError: it does.
+    """
+    if not 1 <= k < num_train:
+        raise ValueError(f"--top-k must be in [1, {num_train}), got {k}")
 
 
 def prepare(

@@ -360,6 +360,7 @@ def _read_note(run: Attribution, data: ImageData) -> dict[str, Any]:
     try:
         note: dict[str, Any] = json.loads(file.read_text())["settings"]
         trained_on = note["data"]["fingerprint"], note["data"]["rows"]
+        _read_recipe(note["recipe"])
     except (ValueError, KeyError, TypeError) as error:
         raise CounterfactualError(
             f"{file} is damaged: say with --preset how the model was trained"
@@ -373,7 +374,13 @@ def _read_note(run: Attribution, data: ImageData) -> dict[str, Any]:
 
 
 def _read_recipe(values: dict[str, Any]) -> Recipe:
-    return Recipe(**{**values, "betas": tuple(values["betas"])})
+    try:
+        return Recipe(**{**values, "betas": tuple(values["betas"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise CounterfactualError(
+            "the recipe the model was trained with must be one of this version: say with --preset "
+            "how it was trained"
+        ) from error
 
 
 def _shapes(model: DiffusionModel) -> dict[str, tuple[int, ...]]:

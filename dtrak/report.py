@@ -273,6 +273,10 @@ def _find_lds(folder: Path, given: Path | None, console: Console) -> dict[str, A
     data = json.loads(file.read_text())["data"] if file.is_file() else None
     if place is None:
         return _packaged_table(packaged_results, data)
+    if not (place / "results.npz").is_file():
+        raise FileNotFoundError(
+            f"--lds must be a run that dtrak.lds has evaluated, got no {place / 'results.npz'}"
+        )
     results = load_results(place / "results.npz")
     if data is not None and results.about["data"] != data:
         if given is None:
@@ -341,6 +345,9 @@ def report(
     """Gather pictures, LDS and counterfactual retraining of a run into one HTML file."""
     console = Console(stderr=True)
     with reporting_errors(console, traceback):
+        file = Path(output) if output else Path(run) / "results.html"
+        if output and (file.is_dir() or not file.parent.is_dir()):
+            raise ValueError(f"--output must be a file in an existing folder, got {file}")
         page = gather_report(
             run,
             lds=lds,
@@ -349,7 +356,6 @@ def report(
             num_queries=num_queries,
             console=console,
         )
-        file = Path(output) if output else Path(run) / "results.html"
         write_atomically(file, page.encode())
         Console().print(f"report: {file}", soft_wrap=True)
 

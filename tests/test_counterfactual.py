@@ -172,7 +172,9 @@ def test_ctrl_c_ends_without_a_traceback(finished, tmp_path):
         (["--methods", "dtrak"], "--methods must be one of d-trak, .* did you mean 'd-trak'"),
         (["--methods", ""], "--methods must be different and at least one"),
         (["--methods", "trak,trak"], "--methods must be different and at least one, got 'trak,"),
-        (["--methods", "a/b=file"], "--methods must name scores as name=file, got 'a/b=file'"),
+        (["--methods", "a/b=file"], "--methods must name scores as name=file, .* got 'a/b=file'"),
+        (["--methods", "..=file"], "--methods must name scores as name=file, .* got '..=file'"),
+        (["--methods", "none=file"], "as name=file, not 'none', got 'none=file'"),
         (["--methods", "x=absent"], "scores must be an existing file, got absent"),
         (["--methods", "clip-dot", "--queries", "1"], "--clip must name a folder with a CLIP"),
         (["--methods", "latent-dot", "--queries", "1"], "--vae must name a folder with a VAE"),
@@ -193,6 +195,32 @@ def test_misuse_is_one_clear_line(run, arguments, message):
     assert code == 2, output
     assert re.search(message, output), output
     assert "Traceback" not in output
+
+
+def test_what_costs_nothing_is_refused_before_features_are_made(run, tmp_path):
+    """No gradient is taken where another option is wrong."""
+    wrong = [
+        ["--top-k", "60"], ["--queries", "5"], ["--retrainings", "0"], ["--processes", "0"],
+        ["--methods", "trak,clip-dot"], ["--methods", "trak,latent-dot"],
+        ["--methods", "trak,mine=absent"], ["--draw", "published"],
+    ]  # fmt: skip
+    for arguments in wrong:
+        code, _ = run("--methods", "trak", *arguments)
+        assert code == 2, arguments
+        assert not (tmp_path / "cf").exists(), arguments
+
+
+def test_a_place_that_is_no_folder_of_this_is_refused(run, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "me.png").write_bytes(b"mine")
+    code, output = run("--methods", "trak", output=tmp_path / "photos")
+    assert code == 2
+    assert "is not empty and holds no plan.json of dtrak.counterfactual" in output
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["me.png"]
+    code, output = run("--methods", "trak", output=tmp_path / "photos" / "me.png")
+    assert code == 2
+    assert "--output must be a folder, got the file" in output
+    assert (tmp_path / "photos" / "me.png").read_bytes() == b"mine"
 
 
 def test_an_output_folder_of_another_experiment_is_refused(run, tmp_path):

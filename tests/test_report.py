@@ -329,7 +329,9 @@ def test_the_command(finished, tmp_path):
     [
         (["absent"], "a run must be an existing folder, got absent"),
         (["{}", "--num-queries", "0"], "--num-queries must be at least 1, got 0"),
-        (["{}", "--lds", "absent"], "absent/results.npz"),
+        (["{}", "--lds", "absent"], "--lds must be a run that dtrak.lds has evaluated, got no abs"),
+        (["{}", "--output", "absent/x.html"], "--output must be a file in an existing folder, got"),
+        (["{}", "--output", "{}"], "--output must be a file in an existing folder, got"),
         (["{}", "--counterfactual", "absent"], "absent must hold the results of dtrak.counterfac"),
         (["{}", "--data", "absent.parquet"], "no file or folder at 'absent.parquet'"),
         (["{}/generated"], "must hold a finished run of dtrak.attribute, or results of dtrak.lds"),
@@ -338,5 +340,25 @@ def test_the_command(finished, tmp_path):
 def test_misuse_is_one_clear_line(finished, arguments, message):
     code, output = command(*(argument.format(finished) for argument in arguments))
     assert code == 2, output
+    assert output.startswith("error: ")
     assert message in output
     assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    "name, keep",
+    [("scores.safetensors", 100), ("manifest.json", 50), ("run.json", 10),
+     ("counterfactual/results.safetensors", 400), ("lds/results.npz", 300)],
+)  # fmt: skip
+def test_truncated_files_are_one_clear_line(finished, tmp_path, name, keep):
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.copytree(finished.parent / "lds-run", tmp_path / "run" / "lds")
+    file = tmp_path / "run" / name
+    file.write_bytes(file.read_bytes()[:keep])
+    code, output = command(tmp_path / "run", "--lds", tmp_path / "run" / "lds")
+    assert code == 2, output
+    assert output.startswith("error: ")
+    assert output.count("error: ") == 1
+    assert file.name in output
+    assert "damaged" in output
+    assert not (tmp_path / "run" / "results.html").exists()
