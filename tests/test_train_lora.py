@@ -1,6 +1,7 @@
 """The command that fine-tunes: what it writes, resumes and refuses."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -71,9 +72,10 @@ def test_writes_a_lora_that_diffusers_and_dtrak_read(run, folder, tmp_path):
     assert (code, "already trained" in output) == (0, True)
 
 
-@pytest.mark.filterwarnings("default:.*captions have more than 16 tokens.*")
-def test_captions_that_are_cut_are_told_once(run, tmp_path):
-    code, output = run("--caption", "a painting of more letters than the model reads")
+def test_captions_that_are_cut_are_told_once(run):
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        code, output = run("--caption", "a painting of more letters than the model reads")
     assert code == 0, output
     assert output.count("5 captions have more than 16 tokens and are cut") == 1
 
