@@ -38,6 +38,7 @@ from .pages import format_seconds, render_page, render_table
 from .scores import top_k
 
 if TYPE_CHECKING:
+    from .counterfactual_results import Counterfactual
     from .inputs import Subject
 
 _OPPONENTS = 3
@@ -186,6 +187,8 @@ def gather_report(
         raise FileNotFoundError(f"a run must be an existing folder, got {folder}")
     if num_queries < 1:
         raise ValueError(f"--num-queries must be at least 1, got {num_queries}")
+    # read first: what follows takes minutes where the intervals of an LDS are still to be made
+    changed = _find_counterfactual(folder, lds, counterfactual)
     parts: list[tuple[str, str, str]] = []
     tables = ""
     if (folder / "manifest.json").is_file() or (folder / "scores.safetensors").is_file():
@@ -196,15 +199,12 @@ def gather_report(
         from .lds_section import render_section
 
         parts.append(("lds", "Do scores predict retraining? (LDS)", render_section(table)))
-    changed = _find_counterfactual(folder, lds, counterfactual)
     if changed is not None:
         from .counterfactual_pictures import render_section as render_counterfactual
-        from .counterfactual_results import load_counterfactual
 
-        results = load_counterfactual(changed)
-        body = render_counterfactual(results, num_queries)
+        body = render_counterfactual(changed, num_queries)
         parts.append(("counterfactual", "Do pictures change without them?", body))
-        tables += render_table("Counterfactual retraining", list(results.settings.items()))
+        tables += render_table("Counterfactual retraining", list(changed.settings.items()))
     if table is not None:
         about = [(name, value) for name, value in table["about"].items() if _is_plain(value)]
         tables += render_table("LDS", about)
@@ -303,13 +303,16 @@ def _packaged_table(find: Any, data: str | None) -> dict[str, Any] | None:
 
 def _find_counterfactual(
     folder: Path, lds: str | Path | None, given: str | Path | None
-) -> Path | None:
+) -> Counterfactual | None:
+    from .counterfactual_results import load_counterfactual
+
     if given is not None:
-        return Path(given)
+        return load_counterfactual(given)
     places = [folder, folder / "counterfactual"]
     if lds is not None:
         places.append(Path(lds) / "counterfactual")
-    return next((place for place in places if (place / "results.safetensors").is_file()), None)
+    found = next((place for place in places if (place / "results.safetensors").is_file()), None)
+    return None if found is None else load_counterfactual(found)
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
