@@ -31,15 +31,12 @@ from .features import (
     model_identity,
 )
 from .files import write_atomically
-from .inputs import Subject, guidance_of, load_model_and_data, load_queries
+from .inputs import Subject, drawing_facts, load_model_and_data, load_queries
 from .latents import LatentData
 from .measure import TensorMeter, available_bytes, format_bytes
 from .outputs import parse_timesteps
-from .report import write_report
+from .report import ranked_matches, write_report
 from .runs import Options, Run, make_plan
-from .scores import top_k
-
-_OPPONENTS = 3
 
 
 def _make_extractor(run: Run, model: DiffusionModel) -> Extractor:
@@ -172,8 +169,7 @@ def run_attribution(options: Options, console: Console) -> Path:
     }
     if not options.fused:
         del facts["gradients never stored"]
-    if options.lora is not None and options.queries == "generated":
-        facts["guidance scale of the pictures"] = f"{guidance_of(run):g}"
+    facts |= drawing_facts(run, queries)
     with run.stage("report"):
         _write_results(run, data, queries, scores, settings, facts)
     _write_manifest(run, model, data, settings, facts)
@@ -190,37 +186,26 @@ def _write_results(
     facts: dict[str, str],
 ) -> None:
     plan, output = run.plan, run.plan.output
-    train, shown = data.pictures, queries.pictures
     write_atomically(
         output / "scores.safetensors",
         save(
             {"scores": scores.contiguous()},
             metadata={
-                "rows": json.dumps(shown.ids),
-                "columns": json.dumps(train.ids),
+                "rows": json.dumps(queries.pictures.ids),
+                "columns": json.dumps(data.pictures.ids),
                 "settings": json.dumps(settings),
                 "sign": "positive = proponent: its presence lowers the model's loss on the query",
             },
         ),
     )
-    ranked = top_k(scores, min(plan.options.top_k, len(train)))
-    opposed = top_k(scores, min(_OPPONENTS, len(train)))
     stages = [(stage.name, stage.seconds) for stage in run.clock.stages]
     write_report(
         output / "report.html",
         output / "report.png",
-        queries=shown.images,
-        train=train.images,
-        proponents=(ranked.proponents, ranked.proponent_scores),
-        opponents=(opposed.opponents, opposed.opponent_scores),
-        train_ids=train.ids,
-        query_ids=shown.ids,
+        **ranked_matches(data, queries, scores, plan.options.top_k),
         settings=settings,
         stages=stages,
         facts=facts,
-        train_labels=train.labels,
-        train_captions=data.captions,
-        query_captions=queries.captions,
         query_kind="generated picture" if plan.options.queries == "generated" else "picture",
     )
 

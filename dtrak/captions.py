@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
@@ -160,13 +161,17 @@ def _by_file(folder: Path) -> Callable[[str], Any] | None:
 
 
 def _read_rows(file: Path) -> list[Any]:
+    is_csv = file.suffix == ".csv"
     try:
-        text = file.read_text(encoding="utf-8")
-        if file.suffix == ".csv":
-            return list(csv.DictReader(text.splitlines()))
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except ValueError as error:
-        raise DataError(f"{file} must be lines of JSON, got {first_line(error)}") from error
+        # spreadsheets put a byte order mark first
+        text = file.read_text(encoding="utf-8-sig")
+        if is_csv:
+            return list(csv.DictReader(io.StringIO(text, newline="")))
+        # not splitlines, which also splits at characters that a caption may hold
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (ValueError, csv.Error) as error:
+        kind = "CSV" if is_csv else "lines of JSON"
+        raise DataError(f"{file} must be {kind} in UTF-8, got {first_line(error)}") from error
 
 
 def _parquet_files(folder: Path, data: ImageData) -> list[Path]:
@@ -190,7 +195,12 @@ def _parquet_column(file: Path, columns: Sequence[str]) -> list[Any] | None:
         names = info["info"]["features"][column]["names"]
     except (KeyError, TypeError, ValueError):
         return values
-    return [None if value is None else names[value] for value in values]
+    return [_class_name(names, value) for value in values]
+
+
+def _class_name(names: Sequence[str], value: Any) -> str | None:
+    """The name of a class number; None where it says that there is no class, as -1 does."""
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
 
 
 def _dataset_column(
@@ -213,7 +223,7 @@ def _dataset_column(
         values = None if column is None else list(loaded[column])
         names = None if column is None else getattr(loaded.features[column], "names", None)
         if values is not None and names is not None:
-            values = [None if value is None else names[value] for value in values]
+            values = [_class_name(names, value) for value in values]
         found[table] = values
     return found
 

@@ -76,13 +76,18 @@ def reporting_errors(console: Console, traceback: bool = False) -> Iterator[None
 
 @contextmanager
 def _warnings_on(console: Console) -> Iterator[None]:
-    """Print this package's own warnings as one line each."""
+    """Print this package's own warnings as one line each, and once."""
     with warnings.catch_warnings():
         show = warnings.showwarning
+        shown: set[str] = set()
 
         def one_line(message: Any, category: type[Warning], filename: str, *rest: Any) -> None:
             if Path(filename).parent == Path(__file__).parent:
-                console.print(f"warning: {message}", style="yellow", highlight=False, markup=False)
+                # the same from two places says no more than once
+                if str(message) not in shown:
+                    shown.add(str(message))
+                    text = f"warning: {message}"
+                    console.print(text, style="yellow", highlight=False, markup=False)
             else:
                 show(message, category, filename, *rest)
 

@@ -32,11 +32,18 @@ from .baselines import (
     clip_embeddings,
     load_clip,
     load_vae,
-    random_scores,
     raw_similarity,
     vae_latents,
 )
 from .console import choose_device, progress_bar, reporting_errors, run_app
+from .counterfactual_draw import (
+    DEFAULT_QUERIES,
+    DEFAULT_SEED,
+    PUBLISHED_QUERIES,
+    PUBLISHED_SEEDS,
+    Draw,
+    choose_draw,
+)
 from .counterfactual_origin import Origin, open_origin
 from .counterfactual_pictures import write_box_plot, write_strips
 from .counterfactual_results import (
@@ -51,7 +58,8 @@ from .counterfactual_results import (
 from .counterfactual_retraining import (
     Experiment,
     RetrainJob,
-    choose_queries,
+    check_output,
+    check_removal,
     prepare,
     removal_positions,
 )
@@ -74,7 +82,6 @@ SIMILARITY_METHODS = (
 METHODS = (*GRADIENT_METHODS, RANDOM, NOTHING, *SIMILARITY_METHODS)
 # the published part of the training set, 1,000 of 5,000
 DEFAULT_PART = 0.2
-DEFAULT_QUERIES = 10
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ class _Scorer:
     console: Console
     clip: Clip | None
     vae: Any
-    seed: int
+    draw: Draw
 
     def scores(self, method: str) -> Tensor:
         """``[M, N]``, positive for proponents."""
@@ -96,19 +103,16 @@ class _Scorer:
         if file:
             return self._read(file)
         if name == RANDOM:
-            return random_scores(len(queries), len(train), self.seed)
+            return self.draw.random_scores(len(queries), len(train))
         if name in GRADIENT_METHODS:
             return self.origin.gradient_scores(
                 GRADIENT_METHODS[name], self.folder / "scores" / name, self.device, self.console
             )
         kind, similarity = name.split("-")
         if kind == "clip":
-            if self.clip is None:
-                raise ValueError(f"--clip must name a folder with a CLIP model for method {name!r}")
+            assert self.clip is not None
             train, queries = clip_embeddings(train, self.clip), clip_embeddings(queries, self.clip)
         if kind == "latent":
-            if self.vae is None:
-                raise ValueError(f"--vae must name a folder with a VAE for method {name!r}")
             train, queries = vae_latents(train, self.vae), vae_latents(queries, self.vae)
         return raw_similarity(queries, train, similarity)
 
@@ -129,7 +133,8 @@ def run_counterfactual(
     top_k: int | None,
     num_queries: int | None,
     retrainings: int,
-    seed: int,
+    draw: str | None,
+    seed: int | None,
     preset: str | None,
     source: str | None,
     timesteps: int | None,
@@ -146,9 +151,11 @@ def run_counterfactual(
         folder: of a finished run of `dtrak.attribute`, or one of `dtrak.lds` with its full model.
         methods: of `METHODS`, or ``name=file`` for scores computed elsewhere.
         top_k: how many training images are removed; None takes a fifth of them.
-        num_queries: Q, queries of the run that are drawn again; None takes 10, or all there are.
+        num_queries: Q, queries of the run that are drawn again; None takes the published 60, or
+            10 of our own draw, or all there are.
         retrainings: R, models trained for each removal.
-        seed: of the draw of queries and of the random removals.
+        draw: of the queries and of the random removals, as `counterfactual_draw.choose_draw`.
+        seed: likewise.
         preset: that trained the model, where the run does not know.
         source: where the training images lie, if not where the run found them.
         timesteps: S of gradient features; None takes the run's.
@@ -167,25 +174,30 @@ def run_counterfactual(
         FileNotFoundError: a path does not exist.
     """
     names = [method.partition("=")[0] for method in methods]
-    _check_methods(methods, names)
-    origin = open_origin(folder, preset=preset, source=source, timesteps=timesteps)
-    total = len(origin.queries)
-    count = min(DEFAULT_QUERIES, total) if num_queries is None else num_queries
-    rows = choose_queries(total, count, seed)
-    k = max(1, round(DEFAULT_PART * len(origin.data))) if top_k is None else top_k
+    _check_methods(methods, names, clip, vae)
+    for option, value in (("retrainings", retrainings), ("processes", processes)):
+        if value < 1:
+            raise ValueError(f"--{option} must be at least 1, got {value}")
     output = folder / "counterfactual" if output is None else output
-    scorer = _Scorer(origin, output, device, console, clip, vae, seed)
+    check_output(output)
+    origin = open_origin(folder, preset=preset, source=source, timesteps=timesteps)
+    drawn = choose_draw(draw, seed, origin.preset, origin.queries.ids, len(origin.data))
+    rows = drawn.choose_queries(len(origin.queries), num_queries)
+    k = max(1, round(DEFAULT_PART * len(origin.data))) if top_k is None else top_k
+    check_removal(k, len(origin.data))
+    scorer = _Scorer(origin, output, device, console, clip, vae, drawn)
+    # features take hours: a file that is refused is refused before
     removed = {
-        name: torch.zeros(len(rows), 0, dtype=torch.int64)
-        if name == NOTHING
-        else removal_positions(scorer.scores(method), rows, k)
-        for name, method in zip(names, methods, strict=True)
+        method: removal_positions(scorer.scores(method), rows, k)
+        for method in sorted(methods, key=GRADIENT_METHODS.__contains__)
+        if method != NOTHING
     }
+    removed[NOTHING] = torch.zeros(len(rows), 0, dtype=torch.int64)
     experiment = prepare(
         output,
         origin,
         [origin.queries.ids[row] for row in rows],
-        removed,
+        {name: removed[method] for name, method in zip(names, methods, strict=True)},
         top_k=k,
         retrainings=retrainings,
         preset=preset,
@@ -198,15 +210,24 @@ def run_counterfactual(
     if left:
         console.print(f"another command is at work on {len(left)} of {len(experiment.jobs)} models")
         return None
-    return _measure(experiment, k, seed, clip, vae, device)
+    return _measure(experiment, k, drawn, clip, vae, device)
 
 
-def _check_methods(methods: Sequence[str], names: Sequence[str]) -> None:
+def _check_methods(
+    methods: Sequence[str], names: Sequence[str], clip: Clip | None, vae: Any
+) -> None:
     for name, method in zip(names, methods, strict=True):
         if "=" not in method:
             check_choice("--methods", name, METHODS)
-        elif not name or "/" in name:
-            raise ValueError(f"--methods must name scores as name=file, got {method!r}")
+            if name.startswith("clip-") and clip is None:
+                raise ValueError(f"--clip must name a folder with a CLIP model for method {name!r}")
+            if name.startswith("latent-") and vae is None:
+                raise ValueError(f"--vae must name a folder with a VAE for method {name!r}")
+        elif "/" in name or name in ("", ".", "..", NOTHING):
+            # a name is a folder, and nothing is removed for this one
+            raise ValueError(
+                f"--methods must name scores as name=file, not {NOTHING!r}, got {method!r}"
+            )
     if not names or len(set(names)) < len(names):
         raise ValueError(f"--methods must be different and at least one, got {','.join(names)!r}")
 
@@ -230,7 +251,7 @@ def _retrain(
 
 
 def _measure(
-    experiment: Experiment, k: int, seed: int, clip: Clip | None, vae: Any, device: torch.device
+    experiment: Experiment, k: int, draw: Draw, clip: Clip | None, vae: Any, device: torch.device
 ) -> Counterfactual:
     origin = experiment.origin
     model = origin.load_model()
@@ -246,7 +267,7 @@ def _measure(
         "removed": k,
         "queries": len(experiment.query_ids),
         "retrainings of each removal": experiment.retrainings,
-        "seed of queries and random removals": seed,
+        "draw of queries and random removals": draw.description,
         "training steps": origin.training.recipe.num_steps(len(origin.data) - k),
         # what the run's own model, drawing alone instead of in a batch, already changes
         "largest change by drawing again": f"{_largest_change(originals, again)} of 255",
@@ -320,14 +341,27 @@ def counterfactual(
         typer.Option(help="Training images removed per query. Default: a fifth of them."),
     ] = None,
     queries: Annotated[
-        int | None, typer.Option(help="Queries of the run to draw again. Default: 10, or all.")
+        int | None,
+        typer.Option(
+            help=f"Queries of the run to draw again. Default: the published {PUBLISHED_QUERIES}, "
+            f"else {DEFAULT_QUERIES}, or all."
+        ),
     ] = None,
     retrainings: Annotated[
         int, typer.Option(help="Models trained for each removal, with other seeds.")
     ] = 1,
+    draw: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the queries and of random removals: published (there is one for "
+            f"{', '.join(PUBLISHED_SEEDS)} with 1,000 generated queries), or seed, from --seed. "
+            "Default: published where there is one."
+        ),
+    ] = None,
     seed: Annotated[
-        int, typer.Option(help="Seed of the draw of queries and of random removals.")
-    ] = 0,
+        int | None,
+        typer.Option(help=f"Seed of a draw that is not the published. Default: {DEFAULT_SEED}."),
+    ] = None,
     preset: Annotated[
         str | None,
         typer.Option(help="Preset that trained the run's model. Default: what trained it wrote."),
@@ -369,6 +403,7 @@ def counterfactual(
             top_k=top_k,
             num_queries=queries,
             retrainings=retrainings,
+            draw=draw,
             seed=seed,
             preset=preset,
             source=data,

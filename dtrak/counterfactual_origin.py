@@ -16,7 +16,7 @@ from dtrak_kernels.ridge import RidgeSolver
 
 from .console import progress_bar
 from .counterfactual_results import CounterfactualError
-from .counterfactual_training import PixelTraining, Training, find_training
+from .counterfactual_training import PixelTraining, Training, find_preset, find_training
 from .data import ImageData
 from .diffusion import DiffusionModel
 from .features import (
@@ -48,6 +48,7 @@ class Origin:
         drawn: M pictures the model drew; the picture of seed 3 is called ``00003.png``.
         load_model: loads the model, on the CPU.
         training: how it was trained.
+        preset: whose experiment it is, as far as is known.
         settings: of gradient features, whatever their output function.
         damping: λ of its scores, in units of the Gram matrix; None chooses it.
         scores: ``[M, N]`` by output function, where the run has any that fit the settings.
@@ -59,6 +60,7 @@ class Origin:
     load_model: Callable[[], DiffusionModel]
     training: Training
     settings: FeatureSettings
+    preset: str | None = None
     damping: float | None = None
     scores: dict[str, Tensor] = field(default_factory=dict)
 
@@ -164,6 +166,7 @@ def open_origin(
         run.load_model,
         find_training(run, inputs, preset),
         settings,
+        find_preset(run, preset),
         inputs.run.plan.damping,
         scores,
     )
@@ -184,4 +187,5 @@ def _open_lds(folder: Path, timesteps: int | None) -> Origin:
         experiment.load_model,
         PixelTraining(preset.recipe, preset.make_model, data.images, preset.num_inference_steps),
         FeatureSettings("loss", tuple(chosen), 0, Projection("sjlt", DEFAULT_PROJ_DIM["sjlt"])),
+        preset.name,
     )

@@ -134,8 +134,9 @@ class Experiment:
             raise CounterfactualError(f"{file} is damaged: delete it and run again") from error
         if identity != self._identity(job):
             raise CounterfactualError(
-                f"{file} was drawn by a model trained without other images: the scores or the "
-                "run's queries have changed since. Choose another --output, or delete that file"
+                f"{file} was drawn by a model trained without other images: the scores, the draw "
+                "or the run's queries have changed since. Choose another --output, or delete that "
+                "file"
             )
         return pictures
 
@@ -189,32 +190,39 @@ def removal_positions(scores: Tensor, rows: Sequence[int], k: int) -> Tensor:
     Raises:
         ValueError: ``k`` is out of range, or a score is not finite.
     """
-    if not 1 <= k < scores.shape[1]:
-        raise ValueError(f"--top-k must be in [1, {scores.shape[1]}), got {k}")
+    check_removal(k, scores.shape[1])
     chosen = scores[list(rows)]
     if not torch.isfinite(chosen).all():
         raise ValueError("scores must be finite, got NaN or infinity")
     return chosen.argsort(dim=1, descending=True, stable=True)[:, :k]
 
 
-def choose_queries(total: int, count: int, seed: int) -> list[int]:
-    """Draw queries of a run at random; more of them are those before and others.
-
-    Args:
-        total: M, the run's queries.
-        count: Q, at most M.
-        seed: of the draw.
-
-    Returns:
-        Q positions.
+def check_output(folder: Path) -> None:
+    """Refuse a place that is no folder, or whose content is not of an experiment.
 
     Raises:
-        ValueError: ``count`` is out of range.
+        CounterfactualError: it is one of these.
     """
-    if not 1 <= count <= total:
-        raise ValueError(f"--queries must be in [1, {total}], the run's queries, got {count}")
-    order: list[int] = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
-    return order[:count]
+    if folder.exists() and not folder.is_dir():
+        raise CounterfactualError(f"--output must be a folder, got the file {folder}")
+    if not folder.exists() or (folder / "plan.json").is_file():
+        return
+    # the scores come before the plan
+    if any(path.name != "scores" and path.suffix != ".partial" for path in folder.iterdir()):
+        raise CounterfactualError(
+            f"{folder} is not empty and holds no plan.json of dtrak.counterfactual: choose another "
+            "--output"
+        )
+
+
+def check_removal(k: int, num_train: int) -> None:
+    """Refuse a number of removed images that leaves none, or removes none.
+
+    Raises:
+        ValueError: it does.
+    """
+    if not 1 <= k < num_train:
+        raise ValueError(f"--top-k must be in [1, {num_train}), got {k}")
 
 
 def prepare(

@@ -267,7 +267,7 @@ def find_training(run: Attribution, inputs: Inputs, preset: str | None) -> Train
     elif recipe is not None:
         training = PixelTraining(_read_recipe(recipe), digits_model, data.images)
     else:
-        note = _read_note(run, run.model_folder, data)
+        note = _read_note(run, data)
         training = PixelTraining(
             _read_recipe(note["recipe"]),
             get_preset(note["preset"]).make_model,
@@ -283,18 +283,39 @@ def find_training(run: Attribution, inputs: Inputs, preset: str | None) -> Train
     return training
 
 
+def find_preset(run: Attribution, preset: str | None) -> str | None:
+    """Name of the preset a run belongs to: as given, as the run or its model's trainer says."""
+    given = preset or run.options.preset
+    if given is not None:
+        return given
+    try:
+        note = json.loads(_note_file(run).read_text())
+        found = note["settings"]["preset"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _note_file(run: Attribution) -> Path:
+    """Where `dtrak.train` or `dtrak.train_lora` wrote how it trained what the run explains."""
+    if run.options.lora is None:
+        return run.model_folder / TRAINING_FILE
+    place = Path(run.options.lora)
+    return (place if place.is_dir() else place.parent) / TRAINING_FILE
+
+
 def _find_lora_training(run: Attribution, inputs: Inputs, preset: str | None) -> LoraTraining:
     options, model = run.options, inputs.model
     assert isinstance(model, TextToImageModel)
     assert options.lora is not None
     assert options.model is not None
     data, captions = inputs.train.pictures, inputs.train.captions or []
-    place = Path(options.lora)
     if preset is None:
-        note = _read_note(run, place if place.is_dir() else place.parent, data)
+        note = _read_note(run, data)
         if note["captions"] != hash_captions(captions, model.tokenize(captions)):
             raise CounterfactualError(
-                f"the LoRA {place} must be trained with the captions of {run.folder}, got others"
+                f"the LoRA {options.lora} must be trained with the captions of {run.folder}, got "
+                "others"
             )
         recipe, rank = _read_recipe(note["recipe"]), note["rank"]
         dropout, precision = note["caption_dropout"], note["mixed_precision"]
@@ -328,9 +349,9 @@ def _find_lora_training(run: Attribution, inputs: Inputs, preset: str | None) ->
     )
 
 
-def _read_note(run: Attribution, folder: Path, data: ImageData) -> dict[str, Any]:
+def _read_note(run: Attribution, data: ImageData) -> dict[str, Any]:
     """What `dtrak.train` or `dtrak.train_lora` wrote beside what it trained."""
-    file = folder / TRAINING_FILE
+    file = _note_file(run)
     if not file.is_file():
         raise CounterfactualError(
             f"--preset must say how the model of {run.folder} was trained, got none: no "
@@ -339,20 +360,27 @@ def _read_note(run: Attribution, folder: Path, data: ImageData) -> dict[str, Any
     try:
         note: dict[str, Any] = json.loads(file.read_text())["settings"]
         trained_on = note["data"]["fingerprint"], note["data"]["rows"]
+        _read_recipe(note["recipe"])
     except (ValueError, KeyError, TypeError) as error:
         raise CounterfactualError(
             f"{file} is damaged: say with --preset how the model was trained"
         ) from error
     if trained_on != (data.fingerprint, len(data)):
         raise CounterfactualError(
-            f"the model in {folder} must be trained on the images of {run.folder}, got one trained "
-            "on others"
+            f"the model in {file.parent} must be trained on the images of {run.folder}, got one "
+            "trained on others"
         )
     return note
 
 
 def _read_recipe(values: dict[str, Any]) -> Recipe:
-    return Recipe(**{**values, "betas": tuple(values["betas"])})
+    try:
+        return Recipe(**{**values, "betas": tuple(values["betas"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise CounterfactualError(
+            "the recipe the model was trained with must be one of this version: say with --preset "
+            "how it was trained"
+        ) from error
 
 
 def _shapes(model: DiffusionModel) -> dict[str, tuple[int, ...]]:

@@ -35,6 +35,7 @@ NUM_INFERENCE_STEPS = 50
 _TRAINING, _GENERATION = "train the model", "generate the queries"
 # pictures drawn, and kept, at a time
 _DRAWN_TOGETHER = 8
+_PROMPTS_SHOWN = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -315,6 +316,19 @@ def guidance_of(run: Run) -> float:
     """The guidance scale pictures are drawn with from their prompts."""
     chosen = run.plan.options.guidance_scale
     return GUIDANCE_SCALE if chosen is None else chosen
+
+
+def drawing_facts(run: Run, queries: Subject) -> dict[str, str]:
+    """How queries were drawn from prompts, as name and text; nothing for those that were not."""
+    prompts = list(dict.fromkeys(queries.captions or []))
+    if run.plan.options.queries != "generated" or not prompts:
+        return {}
+    shown = ", ".join(f"“{prompt}”" for prompt in prompts[:_PROMPTS_SHOWN])
+    more = len(prompts) - _PROMPTS_SHOWN
+    return {
+        "prompts of the pictures": shown + (f" and {more} more" if more > 0 else ""),
+        "guidance scale of the pictures": f"{guidance_of(run):g}",
+    }
 
 
 def _size(run: Run) -> list[str]:

@@ -44,14 +44,13 @@ from .lds_experiment import (
 )
 from .lds_losses import LossSettings, claim_settings, evaluate_one, load_losses, measured_names
 from .lds_methods import PROJECTIONS, Predictor, Setting, list_settings
-from .lds_report import print_table, render_markdown, write_plots
+from .lds_report import print_table, read_table, render_markdown, write_plots
 from .lds_statistics import DampingChoice, choose_damping, lds, lds_per_query
 from .lds_table import (
     NUM_RESAMPLES,
     Entry,
     Results,
     dense_ranks,
-    digest,
     fitted_entries,
     load_results,
     make_table,
@@ -406,10 +405,9 @@ def _table(
             return table
     else:
         results = load_results(file)
-        if kept.is_file():
-            found: dict[str, Any] = json.loads(kept.read_text())
-            if (found["results"], found["num_resamples"]) == (digest(results), resamples):
-                return found
+        found = read_table(kept, results)
+        if found is not None and found["num_resamples"] == resamples:
+            return found
     with progress_bar(console, "intervals") as progress:
         return make_table(results, num_resamples=resamples, progress=progress)
 

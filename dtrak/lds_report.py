@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .lds_table import AUTO, UNIT, select_rows
-from .plots import Curve, default_style, plot_bars, plot_curves, write_png
+from .lds_plots import REFERENCES, plot_lds
+from .lds_table import AUTO, UNIT, Results, digest, packaged_results, select_rows
+from .plots import default_style, write_png
 
-_MAIN = ("D-TRAK", "TRAK", "Relative influence", "Renormalised influence")
-_REFERENCES = ("Random", "Raw pixels, dot", "Raw pixels, cosine")
 _COLUMNS = (
     "method",
     "S",
@@ -87,7 +87,7 @@ def print_table(table: Mapping[str, Any], console: Console) -> None:
                 is_text = column in ("method", "projection")
                 shown.add_column(column, justify="left" if is_text else "right", no_wrap=True)
             for row in select_rows(table, kind):
-                style = "dim" if row["method"] in _REFERENCES else None
+                style = "dim" if row["method"] in REFERENCES else None
                 cells = dict(zip(_COLUMNS, _cells(row), strict=True))
                 shown.add_row(*(cells[column] for column in columns), style=style)
             unbounded = console.options.update_width(10_000)
@@ -107,12 +107,16 @@ def _legend(table: Mapping[str, Any]) -> list[str]:
 def render_markdown(table: Mapping[str, Any]) -> str:
     """The table and the differences as a page of documentation."""
     about = table["about"]
+    origin = f"Made by `python -m dtrak.lds report --preset {about['preset']} --markdown FILE`"
+    if _is_packaged(table):
+        origin += (
+            "; every figure follows from the losses and ranks in the package, and a test "
+            "recomputes them"
+        )
     lines = [
         f"# Linear datamodelling score: {about['preset']}",
         "",
-        f"Made by `python -m dtrak.lds report --preset {about['preset']} --markdown FILE`; "
-        "every figure follows from the losses and ranks in the package, and a test recomputes "
-        "them.",
+        f"{origin}.",
         "",
         f"{about['models']} models, each trained on {about['subset_size']} of {about['samples']} "
         f"images ({about['steps']} steps); the loss of a query is its mean over "
@@ -150,6 +154,33 @@ def render_markdown(table: Mapping[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _is_packaged(table: Mapping[str, Any]) -> bool:
+    """Whether a table is the one that comes with the package, not of a user's own run."""
+    packaged = packaged_results(table["about"]["preset"])
+    return packaged is not None and packaged[1] == table
+
+
+def read_table(file: Path, results: Results) -> dict[str, Any] | None:
+    """The table an earlier report left in a run.
+
+    Args:
+        file: ``report/table.json``.
+        results: of the run.
+
+    Returns:
+        The table; None where there is none, it is damaged or of other results, and is to be made
+        anew.
+    """
+    try:
+        table = json.loads(file.read_text(encoding="utf-8"))
+        fits = table["results"] == digest(results) and isinstance(table["num_resamples"], int)
+        shown = [row["held_out"]["bca"] for row in table["rows"]]
+        is_whole = bool(shown and table["about"]) and "differences" in table
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return dict(table) if fits and is_whole else None
+
+
 def _markdown_rows(
     columns: Sequence[str], rows: Sequence[Sequence[str]], num_left: int
 ) -> list[str]:
@@ -167,83 +198,7 @@ def write_plots(table: Mapping[str, Any], folder: Path) -> list[Path]:
     written = []
     with default_style():
         for kind in _kinds(table):
-            rows = select_rows(table, kind)
-            plots = {
-                "damping": _plot_damping(rows),
-                "timesteps": _plot_timesteps(rows),
-                "methods": _plot_methods(rows),
-            }
-            for name, figure in plots.items():
-                if figure is not None:
-                    written.append(folder / f"lds-{name}-{kind}.png")
-                    write_png(figure, written[-1])
+            for name, figure in plot_lds(select_rows(table, kind)).items():
+                written.append(folder / f"lds-{name}-{kind}.png")
+                write_png(figure, written[-1])
     return written
-
-
-def _first_projection(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The projection every method was evaluated with."""
-    kinds = [row["projection"] for row in rows if row["projection"]]
-    return max(set(kinds), key=kinds.count) if kinds else ""
-
-
-def _plot_damping(rows: Sequence[Mapping[str, Any]]) -> Any:
-    projection = _first_projection(rows)
-    curves, marked = [], {}
-    most = max(row["timesteps"] for row in rows)
-    for name in _MAIN:
-        for row in rows:
-            if (row["method"], row["projection"], row["timesteps"]) == (name, projection, most):
-                unit = row["sweep"][UNIT]["damping"]
-                points = sorted(
-                    (point["damping"] / unit, 100 * point["lds"]) for point in row["sweep"].values()
-                )
-                x, y = zip(*points, strict=True)
-                curves.append(Curve(name, x, y))
-                marked[name] = row["sweep"][AUTO]["damping"] / unit
-    if not curves:
-        return None
-    return plot_curves(
-        curves,
-        f"λ / mean squared feature norm, S = {most}; large point: λ auto",
-        "LDS on all models (%)",
-        log_x=True,
-        marked=marked,
-    )
-
-
-def _plot_timesteps(rows: Sequence[Mapping[str, Any]]) -> Any:
-    projection = _first_projection(rows)
-    curves = []
-    for name in (*_MAIN, "Gradient dot", "GAS"):
-        found = sorted(
-            (row for row in rows if row["method"] == name and row["projection"] == projection),
-            key=lambda row: row["timesteps"],
-        )
-        if len(found) > 1:
-            curves.append(
-                Curve(
-                    name,
-                    [row["timesteps"] for row in found],
-                    [100 * row["held_out"]["lds"] for row in found],
-                    [_percent_pair(row["held_out"]["bca"]) for row in found],
-                )
-            )
-    if not curves:
-        return None
-    return plot_curves(curves, "S, timesteps per feature", "held-out LDS (%)", log_x=True)
-
-
-def _percent_pair(interval: Sequence[float]) -> tuple[float, float]:
-    return 100 * interval[0], 100 * interval[1]
-
-
-def _plot_methods(rows: Sequence[Mapping[str, Any]]) -> Any:
-    projection = _first_projection(rows)
-    most = max(row["timesteps"] for row in rows)
-    chosen = {
-        row["method"]: (100 * row["held_out"]["lds"], _percent_pair(row["held_out"]["bca"]))
-        for row in rows
-        if row["timesteps"] in (0, most) and row["projection"] in ("", projection)
-    }
-    label = f"held-out LDS (%), S = {most}, 95 % interval"
-    return plot_bars(chosen, label, [name for name in _REFERENCES if name in chosen])

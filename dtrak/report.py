@@ -17,7 +17,7 @@ import html
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -35,6 +35,11 @@ from .influence import (
     write_png,
 )
 from .pages import format_seconds, render_page, render_table
+from .scores import top_k
+
+if TYPE_CHECKING:
+    from .counterfactual_results import Counterfactual
+    from .inputs import Subject
 
 _OPPONENTS = 3
 
@@ -117,6 +122,34 @@ def _render_tables(
     return f'<div class="tables">\n{"".join(tables)}</div>'
 
 
+def ranked_matches(
+    train: Subject, queries: Subject, scores: Tensor, num_proponents: int
+) -> dict[str, Any]:
+    """The images, scores, names and captions that `write_report` and `influence.gather` take.
+
+    Args:
+        train: N training images.
+        queries: at least M queries, of which the first M are taken.
+        scores: ``[M, N]``, positive for proponents.
+        num_proponents: R; all N where there are fewer.
+    """
+    M, N = scores.shape
+    ranked = top_k(scores, min(num_proponents, N))
+    opposed = top_k(scores, min(_OPPONENTS, N))
+    captions = queries.captions
+    return {
+        "queries": queries.pictures.images[:M],
+        "train": train.pictures.images,
+        "proponents": (ranked.proponents, ranked.proponent_scores),
+        "opponents": (opposed.opponents, opposed.opponent_scores),
+        "train_ids": train.pictures.ids,
+        "query_ids": queries.pictures.ids[:M],
+        "train_labels": train.pictures.labels,
+        "train_captions": train.captions,
+        "query_captions": None if captions is None else captions[:M],
+    }
+
+
 def gather_report(
     folder: str | Path,
     *,
@@ -154,6 +187,8 @@ def gather_report(
         raise FileNotFoundError(f"a run must be an existing folder, got {folder}")
     if num_queries < 1:
         raise ValueError(f"--num-queries must be at least 1, got {num_queries}")
+    # read first: what follows takes minutes where the intervals of an LDS are still to be made
+    changed = _find_counterfactual(folder, lds, counterfactual)
     parts: list[tuple[str, str, str]] = []
     tables = ""
     if (folder / "manifest.json").is_file() or (folder / "scores.safetensors").is_file():
@@ -164,15 +199,12 @@ def gather_report(
         from .lds_section import render_section
 
         parts.append(("lds", "Do scores predict retraining? (LDS)", render_section(table)))
-    changed = _find_counterfactual(folder, lds, counterfactual)
     if changed is not None:
         from .counterfactual_pictures import render_section as render_counterfactual
-        from .counterfactual_results import load_counterfactual
 
-        results = load_counterfactual(changed)
-        body = render_counterfactual(results, num_queries)
+        body = render_counterfactual(changed, num_queries)
         parts.append(("counterfactual", "Do pictures change without them?", body))
-        tables += render_table("Counterfactual retraining", list(results.settings.items()))
+        tables += render_table("Counterfactual retraining", list(changed.settings.items()))
     if table is not None:
         about = [(name, value) for name, value in table["about"].items() if _is_plain(value)]
         tables += render_table("LDS", about)
@@ -198,32 +230,22 @@ def _is_plain(value: Any) -> bool:
 
 def _influence_part(folder: Path, source: str | None, num_queries: int) -> tuple[str, str]:
     """The strips of a run of `dtrak.attribute`, and its tables of settings."""
+    from .inputs import drawing_facts
     from .results import load_attribution
-    from .scores import top_k
 
     run = load_attribution(folder)
     inputs = run.load_inputs(source)
-    train, queries = inputs.train.pictures, inputs.queries.pictures
     scores = run.scores[:num_queries]
-    ranked = top_k(scores, min(run.options.top_k, len(train)))
-    opposed = top_k(scores, min(_OPPONENTS, len(train)))
-    rows = gather(
-        queries.images[:num_queries],
-        train.images,
-        (ranked.proponents, ranked.proponent_scores),
-        (opposed.opponents, opposed.opponent_scores),
-        train.ids,
-        queries.ids[:num_queries],
-        train.labels,
-    )
+    rows = gather(**ranked_matches(inputs.train, inputs.queries, scores, run.options.top_k))
     more = (
-        f'<p class="soft">The first {len(rows)} of {len(queries)}.</p>'
-        if len(rows) < len(queries)
+        f'<p class="soft">The first {len(rows)} of {len(run.scores)}.</p>'
+        if len(rows) < len(run.scores)
         else ""
     )
     manifest = run.manifest
     stages = [(stage["name"], stage["seconds"]) for stage in manifest["stages"]]
-    tables = _render_tables(manifest["settings"], manifest["facts"], stages)
+    facts = manifest["facts"] | drawing_facts(inputs.run, inputs.queries)
+    tables = _render_tables(manifest["settings"], facts, stages)
     # without the grid round them: more tables join
     tables = tables.removeprefix('<div class="tables">\n').removesuffix("</div>")
     tables += render_table("Environment", list(manifest["environment"].items()))
@@ -236,7 +258,8 @@ def _influence_part(folder: Path, source: str | None, num_queries: int) -> tuple
 
 def _find_lds(folder: Path, given: Path | None, console: Console) -> dict[str, Any] | None:
     """The table of a run of `dtrak.lds` on the same images; None where there is none."""
-    from .lds_table import digest, load_results, make_table, packaged_results
+    from .lds_report import read_table
+    from .lds_table import load_results, make_table, packaged_results
 
     place = given or next(
         (
@@ -250,16 +273,18 @@ def _find_lds(folder: Path, given: Path | None, console: Console) -> dict[str, A
     data = json.loads(file.read_text())["data"] if file.is_file() else None
     if place is None:
         return _packaged_table(packaged_results, data)
+    if not (place / "results.npz").is_file():
+        raise FileNotFoundError(
+            f"--lds must be a run that dtrak.lds has evaluated, got no {place / 'results.npz'}"
+        )
     results = load_results(place / "results.npz")
     if data is not None and results.about["data"] != data:
         if given is None:
             return None
         raise ValueError(f"--lds must be a run on the images of {folder}, got one on others")
-    kept = place / "report" / "table.json"
-    if kept.is_file():
-        table: dict[str, Any] = json.loads(kept.read_text())
-        if table["results"] == digest(results):
-            return table
+    kept = read_table(place / "report" / "table.json", results)
+    if kept is not None:
+        return kept
     with progress_bar(console, "intervals of the LDS") as progress:
         return make_table(results, progress=progress)
 
@@ -278,13 +303,16 @@ def _packaged_table(find: Any, data: str | None) -> dict[str, Any] | None:
 
 def _find_counterfactual(
     folder: Path, lds: str | Path | None, given: str | Path | None
-) -> Path | None:
+) -> Counterfactual | None:
+    from .counterfactual_results import load_counterfactual
+
     if given is not None:
-        return Path(given)
+        return load_counterfactual(given)
     places = [folder, folder / "counterfactual"]
     if lds is not None:
         places.append(Path(lds) / "counterfactual")
-    return next((place for place in places if (place / "results.safetensors").is_file()), None)
+    found = next((place for place in places if (place / "results.safetensors").is_file()), None)
+    return None if found is None else load_counterfactual(found)
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -320,6 +348,9 @@ def report(
     """Gather pictures, LDS and counterfactual retraining of a run into one HTML file."""
     console = Console(stderr=True)
     with reporting_errors(console, traceback):
+        file = Path(output) if output else Path(run) / "results.html"
+        if output and (file.is_dir() or not file.parent.is_dir()):
+            raise ValueError(f"--output must be a file in an existing folder, got {file}")
         page = gather_report(
             run,
             lds=lds,
@@ -328,7 +359,6 @@ def report(
             num_queries=num_queries,
             console=console,
         )
-        file = Path(output) if output else Path(run) / "results.html"
         write_atomically(file, page.encode())
         Console().print(f"report: {file}", soft_wrap=True)
 

@@ -136,15 +136,36 @@ def load_attribution(folder: str | Path) -> Attribution:
             contents[name] = json.loads(file.read_text())
         except ValueError as error:
             raise ResultsError(f"{file} must be JSON, but is damaged: run again") from error
+    manifest, deciding = contents["manifest.json"], contents["run.json"]
+    _check_contents(folder, manifest, deciding)
     scores, metadata = read_scores(folder / "scores.safetensors")
     return Attribution(
         folder,
-        contents["manifest.json"],
-        contents["run.json"],
+        manifest,
+        deciding,
         scores,
         json.loads(metadata["rows"]),
         json.loads(metadata["columns"]),
     )
+
+
+def _check_contents(folder: Path, manifest: Any, deciding: Any) -> None:
+    """Refuse a run whose files are JSON, but not what `dtrak.attribute` writes."""
+    try:
+        Options(**manifest["options"])
+        for name in ("settings", "facts", "environment"):
+            dict(manifest[name])
+        if not all(isinstance(stage["name"], str) for stage in manifest["stages"]):
+            raise TypeError
+        sum(stage["seconds"] for stage in manifest["stages"])
+        whole = isinstance(manifest["data"], str) and isinstance(deciding["model"], dict)
+    except (KeyError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise ResultsError(
+            f"{folder} must be a run of this version of dtrak.attribute, but its manifest.json or "
+            "run.json is not: run again"
+        )
 
 
 def read_scores(file: str | Path) -> tuple[Tensor, dict[str, str]]:
@@ -167,7 +188,10 @@ def read_scores(file: str | Path) -> tuple[Tensor, dict[str, str]]:
     missing = [name for name in ("rows", "columns") if name not in metadata]
     if missing:
         raise ResultsError(f"{file} must name its {' and '.join(missing)} in its metadata")
-    shape = [len(json.loads(metadata[name])) for name in ("rows", "columns")]
+    try:
+        shape = [len(list(json.loads(metadata[name]))) for name in ("rows", "columns")]
+    except (TypeError, ValueError) as error:
+        raise ResultsError(f"{file} must name its rows and columns as lists of JSON") from error
     if list(scores.shape) != shape:
         raise ResultsError(f"{file} must hold scores {shape}, got {list(scores.shape)}")
     return scores, metadata

@@ -100,7 +100,8 @@ def test_end_to_end(run, folder, pictures, tmp_path):
     assert manifest["captions"] == store["deciding"]["captions"]
     assert manifest["facts"]["parameters"] == "1,968"
     page = (tmp_path / "run" / "report.html").read_text()
-    assert page.count("“a wave”") == 3
+    # below each picture, and among the facts of the run
+    assert page.count("“a wave”") == 3 + 1
     assert "“monk by the sea”" in page
     assert "no caption" in page
 

@@ -1,5 +1,6 @@
 """Captions by id, from every place they may lie in."""
 
+import csv
 import json
 
 import pytest
@@ -198,3 +199,43 @@ def test_the_hash_sees_text_order_and_tokens():
     ]
     assert len(set(hashes)) == 5
     assert hash_captions(["a", "b"], [[1], [2]]) == hashes[0]
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_tables_of_spreadsheets_and_captions_of_any_letters(pictures, tmp_path, name):
+    """A byte order mark, line breaks within a caption, and separators that are no line ends."""
+    source, data = pictures
+    (tmp_path / "pictures" / "metadata.jsonl").unlink()
+    texts = ["two\nlines", "one\u2028line", 'a "quoted" one', "form\x0cfeed", ", comma"]
+    file = tmp_path / "pictures" / name
+    with file.open("w", encoding="utf-8-sig", newline="") as opened:
+        if name.endswith("csv"):
+            writer = csv.writer(opened)
+            writer.writerows([("file_name", "text"), *zip(data.ids, texts, strict=True)])
+        else:
+            for id_, text in zip(data.ids, texts, strict=True):
+                row = {"file_name": id_, "text": text}
+                opened.write(json.dumps(row, ensure_ascii=False) + "\n")
+    assert read_captions(source, data) == texts
+
+
+@pytest.mark.parametrize(
+    "content", [b"file_name,text\na,\xff\n", b"file_name,text\na," + b"x" * 200_000]
+)
+def test_damaged_tables(pictures, tmp_path, content):
+    source, data = pictures
+    (tmp_path / "pictures" / "metadata.csv").write_bytes(content)
+    with pytest.raises(DataError, match=r"metadata\.csv must be CSV in UTF-8, got "):
+        read_captions(source, data)
+
+
+@pytest.mark.parametrize("number", [-1, 2])
+def test_a_class_number_without_a_name_is_no_class(tmp_path, number):
+    info = {"info": {"features": {"label": {"names": ["ukiyo_e", "baroque"]}}}}
+    metadata = {b"huggingface": json.dumps(info).encode()}
+    source = write_parquet(tmp_path / "a.parquet", {"label": [0, 1, number]}, metadata)
+    assert caption_all("a {label} one", source, _of("a").select([1, 0])) == [
+        "a baroque one", "a ukiyo e one"
+    ]  # fmt: skip
+    with pytest.raises(DataError, match=r"must have labels for --caption with \{label\}"):
+        caption_all("a {label} one", source, _of("a"))

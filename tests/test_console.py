@@ -62,7 +62,10 @@ def test_own_warnings_are_lines_and_others_stay_themselves(console):
         with reporting_errors(console):
             warnings.warn_explicit("mine", UserWarning, module.__file__, 1)
             warnings.warn_explicit("theirs", UserWarning, "/elsewhere/file.py", 1)
-    assert printed(console) == "warning: mine\n"
+            # the same from two places is one line
+            warnings.warn_explicit("mine", UserWarning, module.__file__, 2)
+            warnings.warn_explicit("mine too", UserWarning, module.__file__, 2)
+    assert printed(console) == "warning: mine\nwarning: mine too\n"
     assert [str(warning.message) for warning in seen] == ["theirs"]
 
 

@@ -7,17 +7,22 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from finished_run import make_run
 from safetensors.torch import load_file, save_file
+from sklearn.model_selection import train_test_split
 from test_baselines import clip_folder, vae_folder  # noqa: F401
 from typer.testing import CliRunner
 
+from dtrak import counterfactual_draw
 from dtrak.counterfactual import app
 from dtrak.counterfactual_results import load_counterfactual
 from dtrak.data import load_data, to_uint8
+from dtrak.presets import PRESETS, Draw
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +106,24 @@ def test_clip_latents_and_scores_of_another_run(run, finished, tmp_path, clip_fo
     assert "scores of the run's images, got columns of other names" in output
 
 
+def test_the_published_draw_decides_queries_and_random_removals(run, tmp_path, monkeypatch):
+    """In miniature: the published experiment would be 2 of 4 queries on 60 images."""
+    monkeypatch.setattr(counterfactual_draw, "PUBLISHED_SEEDS", {"digits": 3})
+    monkeypatch.setattr(counterfactual_draw, "PUBLISHED_POOL", 4)
+    monkeypatch.setattr(counterfactual_draw, "PUBLISHED_QUERIES", 2)
+    small = replace(PRESETS["digits"], train=Draw(60, 60))
+    monkeypatch.setattr(counterfactual_draw, "get_preset", lambda name: small)
+    code, output = run("--methods", "random")
+    assert code == 0, output
+    _, chosen = train_test_split(range(4), test_size=2, random_state=3)
+    results = load_counterfactual(tmp_path / "cf")
+    assert results.query_ids == [f"{row:05d}.png" for row in chosen]
+    assert "published" in results.settings["draw of queries and random removals"]
+    scores = np.random.RandomState(42).uniform(size=(4, 60))[chosen]
+    removed = load_file(tmp_path / "cf" / "removed.safetensors")["random"]
+    assert removed.tolist() == (-scores).argsort(1)[:, :10].tolist()
+
+
 def test_killed_runs_resume(run, finished, tmp_path):
     """kill -9 while a model is trained, then the same command again."""
     folder = tmp_path / "cf"
@@ -149,11 +172,16 @@ def test_ctrl_c_ends_without_a_traceback(finished, tmp_path):
         (["--methods", "dtrak"], "--methods must be one of d-trak, .* did you mean 'd-trak'"),
         (["--methods", ""], "--methods must be different and at least one"),
         (["--methods", "trak,trak"], "--methods must be different and at least one, got 'trak,"),
-        (["--methods", "a/b=file"], "--methods must name scores as name=file, got 'a/b=file'"),
+        (["--methods", "a/b=file"], "--methods must name scores as name=file, .* got 'a/b=file'"),
+        (["--methods", "..=file"], "--methods must name scores as name=file, .* got '..=file'"),
+        (["--methods", "none=file"], "as name=file, not 'none', got 'none=file'"),
         (["--methods", "x=absent"], "scores must be an existing file, got absent"),
         (["--methods", "clip-dot", "--queries", "1"], "--clip must name a folder with a CLIP"),
         (["--methods", "latent-dot", "--queries", "1"], "--vae must name a folder with a VAE"),
         (["--queries", "5"], r"--queries must be in \[1, 4\], the run's queries, got 5"),
+        (["--draw", "published"], "--draw published must be for one of cifar2, .*preset 'digits'"),
+        (["--draw", "other"], "--draw must be one of published, seed"),
+        (["--draw", "published", "--seed", "0"], "--seed is for --draw seed, got 0"),
         (["--queries", "1", "--top-k", "60"], r"--top-k must be in \[1, 60\), got 60"),
         (["--queries", "1", "--retrainings", "0"], "--retrainings must be at least 1, got 0"),
         (["--queries", "1", "--processes", "0"], "processes must be at least 1, got 0"),
@@ -167,6 +195,32 @@ def test_misuse_is_one_clear_line(run, arguments, message):
     assert code == 2, output
     assert re.search(message, output), output
     assert "Traceback" not in output
+
+
+def test_what_costs_nothing_is_refused_before_features_are_made(run, tmp_path):
+    """No gradient is taken where another option is wrong."""
+    wrong = [
+        ["--top-k", "60"], ["--queries", "5"], ["--retrainings", "0"], ["--processes", "0"],
+        ["--methods", "trak,clip-dot"], ["--methods", "trak,latent-dot"],
+        ["--methods", "trak,mine=absent"], ["--draw", "published"],
+    ]  # fmt: skip
+    for arguments in wrong:
+        code, _ = run("--methods", "trak", *arguments)
+        assert code == 2, arguments
+        assert not (tmp_path / "cf").exists(), arguments
+
+
+def test_a_place_that_is_no_folder_of_this_is_refused(run, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "me.png").write_bytes(b"mine")
+    code, output = run("--methods", "trak", output=tmp_path / "photos")
+    assert code == 2
+    assert "is not empty and holds no plan.json of dtrak.counterfactual" in output
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["me.png"]
+    code, output = run("--methods", "trak", output=tmp_path / "photos" / "me.png")
+    assert code == 2
+    assert "--output must be a folder, got the file" in output
+    assert (tmp_path / "photos" / "me.png").read_bytes() == b"mine"
 
 
 def test_an_output_folder_of_another_experiment_is_refused(run, tmp_path):

@@ -15,6 +15,7 @@ from dtrak import inputs, lds_experiment
 from dtrak.attribution import run_attribution
 from dtrak.counterfactual_origin import open_origin
 from dtrak.counterfactual_results import CounterfactualError
+from dtrak.counterfactual_training import find_preset
 from dtrak.data import load_data
 from dtrak.diffusion import hash_model, load_model
 from dtrak.presets import PRESETS
@@ -42,6 +43,30 @@ def test_the_recipe_is_what_the_trainer_wrote(finished):
     assert hash_model(model.unet) == hash_model(origin.load_model().unet)
     assert origin.identity()["model"] == {"model": hash_model(model.unet)}
     assert origin.identity()["training"]["recipe"] == RECIPE.to_dict()
+
+
+def test_the_preset_is_what_is_said_or_written_down(finished, tmp_path):
+    """Of the option, of the run, of the trainer's note, in this order."""
+    assert open_origin(finished).preset == "digits"
+    shutil.copytree(finished.parent, tmp_path / "here")
+    run = replace(
+        load_attribution(finished),
+        manifest={"options": {**OPTIONS, "model": str(tmp_path / "here" / "model")}},
+    )
+    note = tmp_path / "here" / "model" / "training.json"
+    assert find_preset(run, None) == "digits"
+    assert find_preset(run, "cifar2") == "cifar2"
+    run.manifest["options"]["preset"] = "celeba"
+    assert find_preset(run, None) == "celeba"
+    run.manifest["options"]["preset"] = None
+    for damaged in ("{", "[]", '{"settings": {"preset": 3}}'):
+        note.write_text(damaged)
+        assert find_preset(run, None) is None
+    note.unlink()
+    assert find_preset(run, None) is None
+    run.manifest["options"]["lora"] = str(tmp_path / "here" / "lora.safetensors")
+    (tmp_path / "here" / "training.json").write_text('{"settings": {"preset": "artbench2"}}')
+    assert find_preset(run, None) == "artbench2"
 
 
 def test_the_runs_own_scores_are_used_and_others_computed(finished, tmp_path):
@@ -104,6 +129,7 @@ def test_a_run_of_the_lds(tmp_path, monkeypatch):
     assert origin.queries.ids == ["00000.png", "00001.png", "00002.png"]
     assert origin.settings.timesteps == (0, 200, 400, 600, 800)
     assert not origin.scores
+    assert origin.preset == "tiny"
     assert hash_model(origin.load_model().unet) == hash_model(experiment.load_model().unet)
 
 

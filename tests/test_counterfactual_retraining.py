@@ -12,7 +12,6 @@ from dtrak.counterfactual_origin import open_origin
 from dtrak.counterfactual_results import CounterfactualError
 from dtrak.counterfactual_retraining import (
     RetrainJob,
-    choose_queries,
     load_experiment,
     prepare,
     removal_positions,
@@ -62,17 +61,6 @@ def test_removal_positions_are_the_highest_scores():
     with pytest.raises(ValueError, match="scores must be finite"):
         removal_positions(scores, [1], 2)
     assert removal_positions(scores, [0], 1).tolist() == [[1]]
-
-
-def test_more_queries_are_those_before_and_others():
-    drawn = choose_queries(20, 20, seed=3)
-    assert sorted(drawn) == list(range(20))
-    for count in (1, 7, 19):
-        assert choose_queries(20, count, seed=3) == drawn[:count]
-    assert choose_queries(20, 7, seed=4) != drawn[:7]
-    for count in (0, 21):
-        with pytest.raises(ValueError, match=rf"--queries must be in \[1, 20\].* got {count}"):
-            choose_queries(20, count, seed=0)
 
 
 def test_models_are_those_trained_by_hand(origin, experiment):

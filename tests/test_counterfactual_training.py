@@ -83,9 +83,15 @@ def test_a_model_trained_on_other_images(changed):
 
 def test_damaged_notes(changed):
     run = changed()
-    (run.parent / "model" / "training.json").write_text("{}")
-    with pytest.raises(CounterfactualError, match="is damaged: say with --preset how"):
-        open_origin(run)
+    file = run.parent / "model" / "training.json"
+    note = json.loads(file.read_text())
+    settings = note["settings"]
+    other = {**settings, "recipe": {**settings["recipe"], "of another version": 1}}
+    without = {name: value for name, value in settings.items() if name != "recipe"}
+    for damaged in ({}, {"settings": other}, {"settings": without}):
+        file.write_text(json.dumps(damaged))
+        with pytest.raises(CounterfactualError, match="is damaged: say with --preset how"):
+            open_origin(run)
 
 
 def test_what_dtrak_train_writes_is_understood(tmp_path):

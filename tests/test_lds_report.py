@@ -2,14 +2,15 @@
 
 import copy
 import io
+import json
 
 import pytest
 from PIL import Image
 from rich.console import Console
 from test_lds_table import small_results
 
-from dtrak.lds_report import print_table, render_markdown, write_plots
-from dtrak.lds_table import make_table
+from dtrak.lds_report import print_table, read_table, render_markdown, write_plots
+from dtrak.lds_table import make_table, packaged_results
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,42 @@ def test_terminal_and_page_show_the_numbers_of_the_table(table, tmp_path):
     for text in (" ".join(file.read_text().split()), page):
         assert "They do not cover other queries" in text
         assert "optimistic" in text
+
+
+def test_only_packaged_results_are_said_to_be_tested(table):
+    """A user's own figures follow from no file of the package."""
+    _, packaged = packaged_results("digits")
+    claim = "every figure follows from the losses and ranks in the package, and a test"
+    assert claim in render_markdown(packaged)
+    other = packaged | {"results": "0" * 64}
+    own = copy.deepcopy(packaged)
+    own["rows"][0]["held_out"]["lds"] += 0.01
+    for theirs in (table, other, own):
+        page = render_markdown(theirs)
+        assert "in the package" not in page
+        preset = theirs["about"]["preset"]
+        assert f"Made by `python -m dtrak.lds report --preset {preset} --markdown FILE`." in page
+
+
+def test_a_table_that_cannot_be_used_is_none(tmp_path):
+    results = small_results()
+    table = make_table(results, num_resamples=100)
+    file = tmp_path / "table.json"
+    assert read_table(file, results) is None
+    whole = json.dumps(table)
+    file.write_text(whole)
+    assert read_table(file, results) == json.loads(whole)
+    damaged = [
+        whole[: len(whole) // 2], "", "[]", "null", "{}", json.dumps(table | {"rows": None}),
+        json.dumps(table | {"rows": []}), json.dumps(table | {"rows": [{"method": "TRAK"}]}),
+        json.dumps(table | {"results": "of others"}), json.dumps(table | {"about": None}),
+        json.dumps({key: value for key, value in table.items() if key != "differences"}),
+    ]  # fmt: skip
+    for text in damaged:
+        file.write_text(text)
+        assert read_table(file, results) is None, text[:80]
+    file.write_bytes(b"\xff\xfe\x00")
+    assert read_table(file, results) is None
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])

@@ -7,11 +7,14 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from finished_run import make_run
+from finished_run import OPTIONS, make_run
 from page import HOSTILE, Page, case, decoded, quantised, write
+from rich.console import Console
 from test_counterfactual_results import example
+from tiny_stable_diffusion import build_pipeline, load_tiny, write_pictures
 from typer.testing import CliRunner
 
+from dtrak.attribution import run_attribution
 from dtrak.counterfactual_results import save_counterfactual
 from dtrak.lds_statistics import predict_groups
 from dtrak.lds_table import (
@@ -22,8 +25,10 @@ from dtrak.lds_table import (
     make_table,
     save_results,
 )
+from dtrak.lora import save_lora
 from dtrak.report import app, gather_report
 from dtrak.results import load_attribution
+from dtrak.runs import Options
 
 
 @pytest.mark.parametrize("C", [1, 3])
@@ -232,6 +237,35 @@ def test_the_whole_report_has_all_there_is(finished):
     assert len(list((finished / "generated").iterdir())) == 4
 
 
+@pytest.mark.filterwarnings("ignore:.*captions have more than 16 tokens.*")
+def test_text_to_image_runs_show_captions_prompts_and_guidance(tmp_path):
+    base = build_pipeline(tmp_path / "base")
+    save_lora(load_tiny(base).unet, tmp_path / "lora")
+    write_pictures(tmp_path / "pictures")
+    (tmp_path / "prompts.txt").write_text("a wave\na <b>fog</b>\n")
+    places = {"model": base, "lora": tmp_path / "lora", "data": tmp_path / "pictures",
+              "output": tmp_path / "run", "prompts": tmp_path / "prompts.txt"}  # fmt: skip
+    places = {name: str(place) for name, place in places.items()}
+    options = Options(**{**OPTIONS, **places, "num_queries": 3, "guidance_scale": 3.5})
+    run_attribution(options, Console(quiet=True))
+    own = Page((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
+    page, _ = headings(gather_report(tmp_path / "run"))
+    shown = [e["text"] for e in page.all("small")]
+    assert shown == [e["text"] for e in own.all("small")]
+    assert [shown.count(text) for text in ("“a wave”", "“a <b>fog</b>”")] == [2, 1]
+    assert {"“a ukiyo e painting”", "“a romanticism painting”"} & set(shown)
+    for found in (own, page):
+        cells = [e["text"] for e in found.all("th") + found.all("td")]
+        for text in ("guidance scale of the pictures", "3.5", "“a wave”, “a <b>fog</b>”"):
+            assert text in cells, text
+    # a run of a version that did not say so
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    manifest["facts"] = {}
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
+    cells = [e["text"] for e in Page(gather_report(tmp_path / "run")).all("td")]
+    assert "3.5" in cells
+
+
 def test_the_whole_report_is_self_contained(finished):
     text = gather_report(finished)
     assert text == gather_report(finished)
@@ -270,6 +304,9 @@ def test_the_table_of_dtrak_lds_is_taken_where_it_is_of_these_results(finished, 
     assert "bootstraps with 50 resamples" in gather_report(tmp_path / "lds")
     kept.write_text(json.dumps(table | {"results": "of others"}))
     assert "bootstraps with 2,000 resamples" in gather_report(tmp_path / "lds")
+    # damaged, it is made anew
+    kept.write_text(json.dumps(table)[:100])
+    assert "bootstraps with 2,000 resamples" in gather_report(tmp_path / "lds")
 
 
 def command(*arguments):
@@ -292,7 +329,9 @@ def test_the_command(finished, tmp_path):
     [
         (["absent"], "a run must be an existing folder, got absent"),
         (["{}", "--num-queries", "0"], "--num-queries must be at least 1, got 0"),
-        (["{}", "--lds", "absent"], "absent/results.npz"),
+        (["{}", "--lds", "absent"], "--lds must be a run that dtrak.lds has evaluated, got no abs"),
+        (["{}", "--output", "absent/x.html"], "--output must be a file in an existing folder, got"),
+        (["{}", "--output", "{}"], "--output must be a file in an existing folder, got"),
         (["{}", "--counterfactual", "absent"], "absent must hold the results of dtrak.counterfac"),
         (["{}", "--data", "absent.parquet"], "no file or folder at 'absent.parquet'"),
         (["{}/generated"], "must hold a finished run of dtrak.attribute, or results of dtrak.lds"),
@@ -301,5 +340,25 @@ def test_the_command(finished, tmp_path):
 def test_misuse_is_one_clear_line(finished, arguments, message):
     code, output = command(*(argument.format(finished) for argument in arguments))
     assert code == 2, output
+    assert output.startswith("error: ")
     assert message in output
     assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    "name, keep",
+    [("scores.safetensors", 100), ("manifest.json", 50), ("run.json", 10),
+     ("counterfactual/results.safetensors", 400), ("lds/results.npz", 300)],
+)  # fmt: skip
+def test_truncated_files_are_one_clear_line(finished, tmp_path, name, keep):
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.copytree(finished.parent / "lds-run", tmp_path / "run" / "lds")
+    file = tmp_path / "run" / name
+    file.write_bytes(file.read_bytes()[:keep])
+    code, output = command(tmp_path / "run", "--lds", tmp_path / "run" / "lds")
+    assert code == 2, output
+    assert output.startswith("error: ")
+    assert output.count("error: ") == 1
+    assert file.name in output
+    assert "damaged" in output
+    assert not (tmp_path / "run" / "results.html").exists()

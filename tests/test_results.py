@@ -72,6 +72,28 @@ def test_unfinished_and_damaged_runs(copy, tmp_path, name):
         load_attribution(tmp_path / "absent")
 
 
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("manifest.json", lambda content: []),
+        ("manifest.json", lambda content: {**content, "options": None}),
+        ("manifest.json", lambda content: {**content, "options": {"a": 1}}),
+        ("manifest.json", lambda content: {**content, "facts": 3}),
+        ("manifest.json", lambda content: {**content, "stages": [{"name": "report"}]}),
+        ("manifest.json", lambda content: {**content, "stages": [{"name": 1, "seconds": 1}]}),
+        ("manifest.json", lambda content: {k: v for k, v in content.items() if k != "data"}),
+        ("run.json", lambda content: "model"),
+        ("run.json", lambda content: {}),
+    ],
+)
+def test_runs_of_another_version_are_refused(copy, name, change):
+    load_attribution(copy)
+    content = json.loads((copy / name).read_text())
+    (copy / name).write_text(json.dumps(change(content)))
+    with pytest.raises(ResultsError, match=r"must be a run of this version of dtrak\.attribute"):
+        load_attribution(copy)
+
+
 def test_scores_that_cannot_be_used(tmp_path):
     file = tmp_path / "scores.safetensors"
     with pytest.raises(FileNotFoundError, match="scores must be an existing file"):
@@ -89,3 +111,7 @@ def test_scores_that_cannot_be_used(tmp_path):
     save_file({"scores": torch.zeros(2, 3)}, file, metadata=metadata)
     with pytest.raises(ResultsError, match=r"must hold scores \[1, 3\], got \[2, 3\]"):
         read_scores(file)
+    for rows in ("{", "3", "null"):
+        save_file({"scores": torch.zeros(2, 3)}, file, metadata={**metadata, "rows": rows})
+        with pytest.raises(ResultsError, match="must name its rows and columns as lists of JSON"):
+            read_scores(file)

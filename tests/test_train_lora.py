@@ -1,6 +1,7 @@
 """The command that fine-tunes: what it writes, resumes and refuses."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -69,6 +70,14 @@ def test_writes_a_lora_that_diffusers_and_dtrak_read(run, folder, tmp_path):
     assert not (tmp_path / "lora" / "training.pt").exists()
     code, output = run("--keep-checkpoints", "2")
     assert (code, "already trained" in output) == (0, True)
+
+
+def test_captions_that_are_cut_are_told_once(run):
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        code, output = run("--caption", "a painting of more letters than the model reads")
+    assert code == 0, output
+    assert output.count("5 captions have more than 16 tokens and are cut") == 1
 
 
 def test_an_interrupted_training_resumes_with_the_same_bits(run, folder, tmp_path, monkeypatch):
