@@ -13,7 +13,7 @@ from .lds_table import AUTO, UNIT, select_rows
 from .plots import Curve, default_style, plot_bars, plot_curves, write_png
 
 _MAIN = ("D-TRAK", "TRAK", "Relative influence", "Renormalised influence")
-_REFERENCES = ("Random", "Raw pixels, dot", "Raw pixels, cosine")
+_REFERENCES = ("Random", "Raw pixels, dot", "Raw pixels, cosine", "CLIP, dot", "CLIP, cosine")
 _COLUMNS = (
     "method",
     "S",
@@ -29,6 +29,19 @@ _COLUMNS = (
 _NARROW = ("method", "S", "projection", "LDS", "95 % interval", "λ auto")
 _NARROWEST = ("method", "S", "projection", "LDS")
 _FEW_MODELS = 20
+_CROSS_FITTED = (
+    "Datamodel and empirical influence are cross-fitted: to one half of the models, and judged on "
+    "the other, both ways. Published: fitted to 64 to 512 models of their own."
+)
+_RETRAINED = (
+    "Datamodel and empirical influence, n models: fitted to the losses of the first n models of a "
+    "family of their own, which nothing is judged on."
+)
+_ENSEMBLES = (
+    "Mean of n models: scores averaged over the first n models of the retrain family, each trained "
+    "on half of the data; λ is one multiple, for all, of each model's own mean squared norm, "
+    "chosen as for other methods."
+)
 _LEGEND = (
     "LDS in %, mean over queries. λ in units of the mean squared feature norm. "
     "LDS: λ chosen on one half of the models and judged on the other, both ways; methods without λ "
@@ -100,8 +113,16 @@ def print_table(table: Mapping[str, Any], console: Console) -> None:
 
 def _legend(table: Mapping[str, Any]) -> list[str]:
     models = table["about"]["models"]
-    few = f"Only {models} models: too few for the intervals to mean much."
-    return [*_LEGEND, few] if models < _FEW_MODELS else list(_LEGEND)
+    lines = [*_LEGEND]
+    if any("sweep" not in row and "all" not in row for row in table["rows"]):
+        lines.append(_CROSS_FITTED)
+    if "retrain" in table["about"]:
+        lines.append(_RETRAINED)
+    if any("half-data" in row["method"] for row in table["rows"]):
+        lines.append(_ENSEMBLES)
+    if models < _FEW_MODELS:
+        lines.append(f"Only {models} models: too few for the intervals to mean much.")
+    return lines
 
 
 def render_markdown(table: Mapping[str, Any]) -> str:
