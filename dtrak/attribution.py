@@ -176,7 +176,7 @@ def run_attribution(options: Options, console: Console) -> Path:
         facts["guidance scale of the pictures"] = f"{guidance_of(run):g}"
     with run.stage("report"):
         _write_results(run, data, queries, scores, settings, facts)
-    _write_manifest(run, model, data, settings, facts)
+    _write_manifest(run, model, data, queries, settings, facts)
     _print_summary(run, facts)
     return plan.output
 
@@ -229,6 +229,7 @@ def _write_manifest(
     run: Run,
     model: DiffusionModel,
     data: Subject,
+    queries: Subject,
     settings: dict[str, Any],
     facts: dict[str, str],
 ) -> None:
@@ -244,6 +245,7 @@ def _write_manifest(
                 "environment": _environment(plan.device),
                 **model_identity(model),
                 "data": data.samples.fingerprint,
+                "queries": queries.pictures.fingerprint,
                 **_captions_hash(data),
                 "files": ["scores.safetensors", "report.html", "report.png"],
             },
