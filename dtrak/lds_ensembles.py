@@ -45,8 +45,8 @@ def find_members(experiment: Experiment, size: int) -> list[str]:
     if size > R:
         raise ExperimentError(
             f"--ensemble {size} must have a retrain family of {size} subsets or more, "
-            f"{experiment.folder} has {R} (scores of the models they are judged on would be no "
-            f"test): run prepare --num-retrain {size}, then train --family {RETRAIN} --last {size}"
+            f"{experiment.folder} has {R} (a score must not be judged on models it has seen): "
+            f"run prepare --num-retrain {size}, then train --family {RETRAIN} --last {size}"
         )
     members = experiment.names(0, size, RETRAIN)
     missing = [name for name in members if not experiment.is_trained(name)]

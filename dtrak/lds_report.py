@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .lds_experiment import RETRAIN
 from .lds_table import AUTO, UNIT, select_rows
 from .plots import Curve, default_style, plot_bars, plot_curves, write_png
 
@@ -25,9 +26,13 @@ _COLUMNS = (
     "λ auto",
     "in-sample",
 )
-# for terminals that do not hold them all
-_NARROW = ("method", "S", "projection", "LDS", "95 % interval", "λ auto")
-_NARROWEST = ("method", "S", "projection", "LDS")
+# for terminals that do not hold them all, the first that fit
+_NARROWER = (
+    ("method", "S", "projection", "LDS", "95 % interval", "λ auto"),
+    ("method", "S", "projection", "LDS", "95 % interval"),
+    ("method", "S", "projection", "LDS"),
+    ("method", "S", "LDS"),
+)
 _FEW_MODELS = 20
 _CROSS_FITTED = (
     "Datamodel and empirical influence are cross-fitted: to one half of the models, and judged on "
@@ -94,7 +99,7 @@ def print_table(table: Mapping[str, Any], console: Console) -> None:
     A narrow terminal gets fewer columns, never shortened figures.
     """
     for kind in _kinds(table):
-        for columns in (_COLUMNS, _NARROW, _NARROWEST):
+        for columns in (_COLUMNS, *_NARROWER):
             shown = Table(title=_title(table, kind), header_style="bold", title_justify="left")
             for column in columns:
                 is_text = column in ("method", "projection")
@@ -113,16 +118,19 @@ def print_table(table: Mapping[str, Any], console: Console) -> None:
 
 def _legend(table: Mapping[str, Any]) -> list[str]:
     models = table["about"]["models"]
-    lines = [*_LEGEND]
-    if any("sweep" not in row and "all" not in row for row in table["rows"]):
-        lines.append(_CROSS_FITTED)
-    if "retrain" in table["about"]:
-        lines.append(_RETRAINED)
-    if any("half-data" in row["method"] for row in table["rows"]):
-        lines.append(_ENSEMBLES)
-    if models < _FEW_MODELS:
-        lines.append(f"Only {models} models: too few for the intervals to mean much.")
-    return lines
+    few = f"Only {models} models: too few for the intervals to mean much."
+    return [*_LEGEND, *row_notes(table), *([few] if models < _FEW_MODELS else [])]
+
+
+def row_notes(table: Mapping[str, Any]) -> list[str]:
+    """What rows that not every table has are, a paragraph each."""
+    rows = table["rows"]
+    notes = {
+        _CROSS_FITTED: any("sweep" not in row and "all" not in row for row in rows),
+        _RETRAINED: RETRAIN in table["about"],
+        _ENSEMBLES: any("half-data" in row["method"] for row in rows),
+    }
+    return [note for note, is_needed in notes.items() if is_needed]
 
 
 def render_markdown(table: Mapping[str, Any]) -> str:
