@@ -172,7 +172,7 @@ def run_attribution(options: Options, console: Console) -> Path:
     facts |= drawing_facts(run, queries)
     with run.stage("report"):
         _write_results(run, data, queries, scores, settings, facts)
-    _write_manifest(run, model, data, settings, facts)
+    _write_manifest(run, model, data, queries, settings, facts)
     _print_summary(run, facts)
     return plan.output
 
@@ -214,6 +214,7 @@ def _write_manifest(
     run: Run,
     model: DiffusionModel,
     data: Subject,
+    queries: Subject,
     settings: dict[str, Any],
     facts: dict[str, str],
 ) -> None:
@@ -229,6 +230,7 @@ def _write_manifest(
                 "environment": _environment(plan.device),
                 **model_identity(model),
                 "data": data.samples.fingerprint,
+                "queries": queries.pictures.fingerprint,
                 **_captions_hash(data),
                 "files": ["scores.safetensors", "report.html", "report.png"],
             },

@@ -30,10 +30,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from . import __version__
 from .console import choose_device, progress_bar, reporting_errors, run_app
-from .data import ImageData
 from .files import write_atomically
+from .lds_clip import ClipEncoder
+from .lds_ensembles import ensemble_predictions, find_members, parse_sizes
 from .lds_experiment import (
+    FAMILIES,
     FULL,
+    LDS,
+    RETRAIN,
     Experiment,
     generated_queries,
     load_experiment,
@@ -43,12 +47,14 @@ from .lds_experiment import (
     trained_names,
 )
 from .lds_losses import LossSettings, claim_settings, evaluate_one, load_losses, measured_names
-from .lds_methods import PROJECTIONS, Predictor, Setting, list_settings
+from .lds_methods import PROJECTIONS, Prediction, Predictor, Setting, list_settings
 from .lds_report import print_table, read_table, render_markdown, write_plots
 from .lds_statistics import DampingChoice, choose_damping, lds, lds_per_query
 from .lds_table import (
+    FEWEST_FITTED,
     NUM_RESAMPLES,
     Entry,
+    Family,
     Results,
     dense_ranks,
     fitted_entries,
@@ -172,6 +178,13 @@ def prepare_command(
         int | None,
         typer.Option(help="Images the full model draws as queries. Default: the preset's."),
     ] = None,
+    num_retrain: Annotated[
+        int | None,
+        typer.Option(
+            help="Subsets of the retrain family, to whose models datamodels and empirical "
+            "influence are fitted. Default: the preset's."
+        ),
+    ] = None,
     traceback: _TRACEBACK = False,
 ) -> None:
     """Draw the subsets and take the queries; run again with larger numbers to add models."""
@@ -185,6 +198,7 @@ def prepare_command(
             num_model_seeds=num_model_seeds,
             num_validation=num_validation,
             num_generated=num_generated,
+            num_retrain=num_retrain,
         )
         size = int(experiment.subsets[0].sum())
         console.print(
@@ -192,12 +206,21 @@ def prepare_command(
             f"{len(experiment.data)} images, {len(experiment.names()) + 1} models to train",
             highlight=False,
         )
+        if len(experiment.retrain):
+            console.print(
+                f"retrain family: {len(experiment.retrain)} subsets more, for methods that are "
+                f"fitted to models, and for ensembles: train --family {RETRAIN}",
+                highlight=False,
+            )
 
 
 @app.command("train")
 def train_command(
     preset: _PRESET = "digits",
     output: _OUTPUT = None,
+    family: Annotated[
+        str, typer.Option(help=f"Whose models: {', '.join(FAMILIES)}; both have the full one.")
+    ] = LDS,
     first: _FIRST = 0,
     last: _LAST = None,
     processes: _PROCESSES = 1,
@@ -209,7 +232,7 @@ def train_command(
     with reporting_errors(console, traceback):
         folder = _folder(preset, output)
         experiment = load_experiment(folder)
-        names = [FULL, *experiment.names(first, last)]
+        names = [FULL, *experiment.names(first, last, check_choice("--family", family, FAMILIES))]
         missing = [name for name in names if not experiment.is_trained(name)]
         if missing:
             with _model_bar(console, "train", len(missing)) as report:
@@ -228,6 +251,13 @@ def _say_what_is_left(console: Console, done: int, total: int, verb: str) -> Non
 def evaluate_command(
     preset: _PRESET = "digits",
     output: _OUTPUT = None,
+    family: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Whose losses are measured: {', '.join(FAMILIES)}. Default: of both, or with "
+            f"--first or --last those of {LDS}."
+        ),
+    ] = None,
     first: _FIRST = 0,
     last: _LAST = None,
     processes: _PROCESSES = 1,
@@ -251,6 +281,17 @@ def evaluate_command(
             "first is for all methods, the others for D-TRAK and TRAK."
         ),
     ] = "sjlt",
+    ensemble: Annotated[
+        str | None,
+        typer.Option(
+            help="Add D-TRAK and TRAK averaged over the first N models of the retrain family, and "
+            "with the first alone; several N separated by commas (published: 2,4,8)."
+        ),
+    ] = None,
+    clip: Annotated[
+        str | None,
+        typer.Option(help="Folder of a CLIP model: adds CLIP similarity, dot and cosine."),
+    ] = None,
     losses_only: Annotated[
         bool, typer.Option("--losses-only", help="Measure losses, leave the methods for later.")
     ] = False,
@@ -260,31 +301,55 @@ def evaluate_command(
     console = Console(stderr=True)
     with reporting_errors(console, traceback):
         folder = _folder(preset, output)
-        settings = _settings(timesteps, projection)
+        settings = _settings(timesteps, projection, with_clip=clip is not None)
+        sizes = [] if ensemble is None else parse_sizes(ensemble)
+        if family is not None:
+            check_choice("--family", family, FAMILIES)
         experiment = load_experiment(folder)
         losses = LossSettings(loss_timesteps, noise_seeds)
         main_device = _worker_device(device, 0)
-        trained = trained_names(experiment, experiment.names(first, last))
-        done = set(measured_names(experiment))
+        # what is missing is said before hours are spent on the losses
+        if sizes and not losses_only:
+            find_members(experiment, sizes[-1])
+        encoder = None if clip is None or losses_only else ClipEncoder(clip, main_device)
+        families = _families(experiment, family, (first, last))
+        wanted = [name for each in families for name in experiment.names(first, last, each)]
+        trained = trained_names(experiment, wanted)
+        done = {name for each in families for name in measured_names(experiment, each)}
         missing = [name for name in trained if name not in done]
         queries = query_sets(experiment, main_device)
         claim_settings(experiment, losses)
         if missing:
             with _model_bar(console, "losses", len(missing)) as report:
                 work(_LossJob(folder, device, losses, batch_size), missing, processes, report)
-        measured = len(measured_names(experiment))
-        console.print(
-            f"losses of {measured} of {len(experiment.names())} models are measured",
-            highlight=False,
-        )
+        for each in families:
+            total = len(experiment.names(family=each))
+            label = "" if each == LDS else f"{each} family: "
+            console.print(
+                f"{label}losses of {len(measured_names(experiment, each))} of {total} models are "
+                "measured",
+                highlight=False,
+            )
         if losses_only:
             return
-        results = _predict(experiment, queries, losses, settings, main_device, console)
+        bars = partial(progress_bar, console)
+        predictor = Predictor(experiment, queries, main_device, bars, encoder)
+        results = _predict(predictor, losses, settings, sizes, console)
         save_results(folder / "results.npz", results)
         console.print(f"results: {folder / 'results.npz'}", highlight=False)
 
 
-def _settings(timesteps: str, projection: str) -> list[Setting]:
+def _families(
+    experiment: Experiment, family: str | None, bounds: tuple[int, int | None]
+) -> list[str]:
+    """The families whose losses are to be measured."""
+    if family is not None:
+        return [family]
+    both = len(experiment.retrain) > 0 and bounds == (0, None)
+    return list(FAMILIES) if both else [LDS]
+
+
+def _settings(timesteps: str, projection: str, *, with_clip: bool = False) -> list[Setting]:
     """What to evaluate, from the command line."""
     try:
         numbers = [int(part) for part in timesteps.split(",")]
@@ -295,43 +360,64 @@ def _settings(timesteps: str, projection: str) -> list[Setting]:
     kinds = [part.strip() for part in projection.split(",")]
     for kind in kinds:
         check_choice("--projection", kind, PROJECTIONS)
-    return list_settings(numbers, kinds)
+    return list_settings(numbers, kinds, with_clip=with_clip)
 
 
 def _predict(
-    experiment: Experiment,
-    queries: dict[str, ImageData],
+    predictor: Predictor,
     losses: LossSettings,
     settings: Sequence[Setting],
-    device: torch.device,
+    sizes: Sequence[int],
     console: Console,
 ) -> Results:
     """The results of an experiment as far as it has come."""
+    experiment = predictor.experiment
     complete, measured = load_losses(experiment)
     if len(complete) < 4:
         raise ValueError(
             f"models must be trained and measured on at least 4 subsets, got {len(complete)}"
         )
-    predictor = Predictor(experiment, queries, device, partial(progress_bar, console))
-    entries = [
-        Entry(
-            prediction.setting.method.name,
-            prediction.setting.num_timesteps,
-            prediction.setting.projection,
-            prediction.kinds,
-            prediction.rules,
-            prediction.dampings,
-            dense_ranks(prediction.values[:, complete]),
-        )
-        for prediction in predictor.predict(settings)
-    ]
-    subsets = experiment.subsets[complete]
+    entries = [_entry(prediction, complete) for prediction in predictor.predict(settings)]
+    if sizes:
+        predictions = ensemble_predictions(predictor, settings, sizes)
+        entries += [_entry(prediction, complete) for prediction in predictions]
+    subsets, about = experiment.subsets[complete], _about(experiment, complete, measured, losses)
+    retrain = _retrain_family(experiment, about, console)
     return Results(
-        _about(experiment, complete, measured, losses),
-        subsets,
-        measured,
-        entries + fitted_entries(subsets, measured),
+        about, subsets, measured, entries + fitted_entries(subsets, measured, retrain), retrain
     )
+
+
+def _entry(prediction: Prediction, complete: Sequence[int]) -> Entry:
+    setting = prediction.setting
+    return Entry(
+        setting.method.name,
+        setting.num_timesteps,
+        setting.projection,
+        prediction.kinds,
+        prediction.rules,
+        prediction.dampings,
+        dense_ranks(prediction.values[:, list(complete)]),
+    )
+
+
+def _retrain_family(
+    experiment: Experiment, about: dict[str, Any], console: Console
+) -> Family | None:
+    """The retrain family as far as it has come, noted in ``about``; None where it is too small."""
+    if not len(experiment.retrain):
+        return None
+    complete, measured = load_losses(experiment, RETRAIN)
+    if len(complete) < FEWEST_FITTED:
+        console.print(
+            f"datamodels and empirical influence are cross-fitted on the models they are judged "
+            f"on: of the retrain family {FEWEST_FITTED} models must be measured, got "
+            f"{len(complete)}",
+            highlight=False,
+        )
+        return None
+    about[RETRAIN] = {"models": len(complete), "subsets": complete, "seed": experiment.seeds[0]}
+    return Family(experiment.retrain[complete], measured)
 
 
 def _about(

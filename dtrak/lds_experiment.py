@@ -3,6 +3,9 @@
 A run folder holds the subsets, the queries, the full model and one model per subset and seed. Model
 k, r depends on subset k and seed r alone, so models can be added later without changing earlier
 ones, trained by several processes or commands at once, and given up at any moment.
+
+A second family, ``retrain``, has one model on each of further subsets. Datamodels and empirical
+influence are fitted to it, and its models make ensembles: no score is judged on them.
 """
 
 from __future__ import annotations
@@ -27,11 +30,17 @@ from .diffusion import DiffusionModel, hash_tensors, load_model
 from .features import describe_differences
 from .files import write_atomically
 from .generation import generate
-from .presets import Preset, get_preset
+from .outputs import check_choice
+from .presets import SUBSET_FAMILIES, Preset, get_preset
 from .training import Recipe, train
 
 FULL = "full"
+# of models: those scores are judged on, and those that methods are fitted on
+LDS, RETRAIN = "lds", "retrain"
+FAMILIES = (LDS, RETRAIN)
 _FORMAT = 1
+# from this subset on, those of the first family are those of the second
+_MOST_SUBSETS = (SUBSET_FAMILIES["retrain"] - SUBSET_FAMILIES["lds-val"]) // 2
 # parts of the training at which TracInCP looks at the full model, besides its end
 _QUARTERS = 4
 
@@ -54,6 +63,7 @@ class Experiment:
         seeds: of the trainings of every subset.
         validation: the first kind of queries: images the model was not trained on.
         num_generated: how many queries of the second kind there are, images the full model draws.
+        retrain: ``[R, N]`` bool, subsets of the ``retrain`` family; there may be none.
     """
 
     folder: Path
@@ -63,6 +73,7 @@ class Experiment:
     seeds: tuple[int, ...]
     validation: ImageData
     num_generated: int
+    retrain: Tensor
 
     @property
     def checkpoint_steps(self) -> tuple[int, ...]:
@@ -70,19 +81,32 @@ class Experiment:
         steps = self.preset.recipe.num_steps(len(self.data))
         return tuple(steps * part // _QUARTERS for part in range(1, _QUARTERS))
 
-    def names(self, first: int = 0, last: int | None = None) -> list[str]:
-        """Names of the models on subsets ``first`` to ``last`` (excluded), seed by seed.
+    def names(self, first: int = 0, last: int | None = None, family: str = LDS) -> list[str]:
+        """Names of a family's models on subsets ``first`` to ``last`` (excluded), seed by seed.
 
         Raises:
-            ValueError: there are no such subsets.
+            ValueError: there are no such subsets, or no such family.
         """
-        R = len(self.subsets)
+        check_choice("family", family, FAMILIES)
+        if family == RETRAIN and not len(self.retrain):
+            raise ExperimentError(
+                f"{self.folder} must have a retrain family: run prepare with --num-retrain first"
+            )
+        R = len(self.subsets if family == LDS else self.retrain)
         if not 0 <= first < R:
             raise ValueError(f"--first must be in [0, {R}), the run's subsets, got {first}")
         if last is not None and not first < last <= R:
             raise ValueError(f"--last must be in [{first + 1}, {R}], got {last}")
         chosen = range(first, R if last is None else last)
+        if family == RETRAIN:
+            return [f"{RETRAIN}-{subset:03d}-{self.seeds[0]}" for subset in chosen]
         return [f"{subset:03d}-{seed}" for seed in self.seeds for subset in chosen]
+
+    def training_of(self, name: str) -> tuple[Tensor, int]:
+        """Which images the model called ``name``, one of `names`, is trained on, and its seed."""
+        *family, subset, seed = name.split("-")
+        masks = self.retrain if family else self.subsets
+        return masks[int(subset)], int(seed)
 
     def model_folder(self, name: str) -> Path:
         """Where the model called ``name`` lies, trained or not yet."""
@@ -117,6 +141,7 @@ def prepare(
     num_model_seeds: int | None = None,
     num_validation: int | None = None,
     num_generated: int | None = None,
+    num_retrain: int | None = None,
 ) -> Experiment:
     """Draw the subsets and take the validation queries, or add subsets and seeds to those there.
 
@@ -129,10 +154,13 @@ def prepare(
         num_validation: how many validation images become queries, the first of the draw; by default
             all of them.
         num_generated: how many images the full model will draw as queries; by default the preset's.
+        num_retrain: subsets of the ``retrain`` family; by default the preset's. An existing run
+            keeps those it has.
 
     Raises:
         ExperimentError: the folder holds another run (what differs), or something else.
-        ValueError: a number is below 1, there are fewer validation images than asked for, or the
+        ValueError: a number is below 1 (0 for the retrain family), there are more subsets than are
+            apart from the retrain family, there are fewer validation images than asked for, or the
             preset fine-tunes a text-to-image model.
     """
     counts = {
@@ -145,6 +173,9 @@ def prepare(
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
+    counts["num_retrain"] = preset.num_retrain if num_retrain is None else num_retrain
+    if counts["num_retrain"] < 0:
+        raise ValueError(f"num_retrain must be at least 0, got {counts['num_retrain']}")
     if preset.lora is not None:
         raise ValueError(
             f"preset must be of a model trained from scratch, got {preset.name!r}, which "
@@ -168,7 +199,7 @@ def prepare(
         "recipe": preset.recipe.to_dict(),
     }
     # an existing run is never cut down: what was trained stays part of it
-    sizes = {"num_subsets": 0, "num_model_seeds": 0}
+    sizes = {"num_subsets": 0, "num_model_seeds": 0, "num_retrain": 0}
     if folder.exists() and any(path.name != "report" for path in folder.iterdir()):
         found = _read_manifest(folder)
         found["deciding"]["recipe"] = Recipe().to_dict() | found["deciding"]["recipe"]
@@ -177,11 +208,18 @@ def prepare(
             raise ExperimentError(
                 f"{folder} holds another run: {differing}. Choose another --output, or delete it"
             )
-        sizes = {name: found[name] for name in sizes}
+        # a run prepared before there was a retrain family has none
+        sizes = {name: found.get(name, 0) for name in sizes}
     sizes = {name: max(size, counts[name]) for name, size in sizes.items()}
+    if sizes["num_retrain"] and sizes["num_subsets"] > _MOST_SUBSETS:
+        raise ValueError(
+            f"num_subsets must be at most {_MOST_SUBSETS} beside a retrain family, whose subsets "
+            f"the next ones would be again, got {sizes['num_subsets']}"
+        )
     subsets = preset.subsets(data, sizes["num_subsets"])
+    retrain = preset.subsets(data, sizes["num_retrain"], RETRAIN)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "subsets.safetensors", save({"subsets": subsets}))
+    write_atomically(folder / "subsets.safetensors", save({"subsets": subsets, RETRAIN: retrain}))
     write_atomically(
         folder / "validation.safetensors",
         save({"images": validation.images}, metadata={"ids": json.dumps(validation.ids)}),
@@ -191,10 +229,11 @@ def prepare(
         "source": source,
         "num_validation": len(validation),
         "subsets": hash_tensors({"subsets": subsets}),
+        RETRAIN: hash_tensors({RETRAIN: retrain}),
         **sizes,
     }
     write_atomically(folder / "experiment.json", json.dumps(manifest, indent=1).encode())
-    return _assemble(folder, preset, data, subsets, validation, manifest)
+    return _assemble(folder, preset, data, subsets, retrain, validation, manifest)
 
 
 def load_experiment(folder: Path) -> Experiment:
@@ -223,12 +262,16 @@ def load_experiment(folder: Path) -> Experiment:
         raise ExperimentError(f"{folder} was prepared with something else: {differing}")
     file = folder / "subsets.safetensors"
     try:
-        subsets = load_file(file)["subsets"]
+        masks = load_file(file)
+        subsets = masks["subsets"]
     except (OSError, KeyError, SafetensorError) as error:
         raise ExperimentError(f"{file} is damaged: run prepare again to draw it anew") from error
-    if hash_tensors({"subsets": subsets}) != manifest["subsets"]:
+    retrain = masks.get(RETRAIN, torch.zeros(0, len(data), dtype=torch.bool))
+    found_hashes = hash_tensors({"subsets": subsets}), hash_tensors({RETRAIN: retrain})
+    # a run prepared before there was a retrain family has none
+    if found_hashes != (manifest["subsets"], manifest.get(RETRAIN, found_hashes[1])):
         raise ExperimentError(f"{file} is not what prepare wrote: run prepare again")
-    return _assemble(folder, preset, data, subsets, validation, manifest)
+    return _assemble(folder, preset, data, subsets, retrain, validation, manifest)
 
 
 def _assemble(
@@ -236,6 +279,7 @@ def _assemble(
     preset: Preset,
     data: ImageData,
     subsets: Tensor,
+    retrain: Tensor,
     validation: ImageData,
     manifest: dict[str, Any],
 ) -> Experiment:
@@ -249,6 +293,7 @@ def _assemble(
         tuple(itertools.islice(seeds, manifest["num_model_seeds"])),
         validation,
         manifest["deciding"]["num_generated"],
+        retrain,
     )
 
 
@@ -312,9 +357,9 @@ def train_one(
             return False
         recipe, data = experiment.preset.recipe, experiment.data
         if name != FULL:
-            subset, seed = (int(part) for part in name.split("-"))
+            mask, seed = experiment.training_of(name)
             recipe = replace(recipe, seed=seed)
-            data = data.select(experiment.subsets[subset])
+            data = data.select(mask)
         marks = experiment.checkpoint_steps if name == FULL else ()
         model = experiment.preset.make_model(recipe.seed)
         model.unet.to(device)

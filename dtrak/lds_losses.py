@@ -18,7 +18,7 @@ from .data import ImageData
 from .diffusion import DiffusionModel
 from .features import FeatureSettings, check_prediction, describe_differences, noisy_rows
 from .files import write_atomically
-from .lds_experiment import Experiment, ExperimentError, Progress, claim
+from .lds_experiment import LDS, Experiment, ExperimentError, Progress, claim
 from .outputs import evaluate_output, select_timesteps
 
 # before the ids that decide the noise: no query meets here the noise its features were made with
@@ -166,17 +166,17 @@ def evaluate_one(
         return True
 
 
-def measured_names(experiment: Experiment) -> list[str]:
-    """The subset models whose losses are there."""
+def measured_names(experiment: Experiment, family: str = LDS) -> list[str]:
+    """The models of a family whose losses are there."""
     return [
         name
-        for name in experiment.names()
+        for name in experiment.names(family=family)
         if (experiment.folder / "losses" / f"{name}.safetensors").is_file()
     ]
 
 
-def load_losses(experiment: Experiment) -> tuple[list[int], dict[str, Tensor]]:
-    """The losses of the subsets that are complete: every seed trained and measured.
+def load_losses(experiment: Experiment, family: str = LDS) -> tuple[list[int], dict[str, Tensor]]:
+    """The losses of the subsets of a family that are complete: every seed trained and measured.
 
     Returns:
         R subset numbers, and by kind of query ``[R, M]`` float32, averaged over the seeds of the
@@ -185,17 +185,17 @@ def load_losses(experiment: Experiment) -> tuple[list[int], dict[str, Tensor]]:
     Raises:
         ExperimentError: a file is damaged.
     """
-    names = set(measured_names(experiment))
-    complete = [
-        subset
-        for subset in range(len(experiment.subsets))
-        if all(f"{subset:03d}-{seed}" in names for seed in experiment.seeds)
+    measured = set(measured_names(experiment, family))
+    names = [
+        experiment.names(subset, subset + 1, family)
+        for subset in range(len(experiment.subsets if family == LDS else experiment.retrain))
     ]
+    complete = [subset for subset, trainings in enumerate(names) if measured.issuperset(trainings)]
     losses: dict[str, list[Tensor]] = {}
     for subset in complete:
         parts: dict[str, list[Tensor]] = {}
-        for seed in experiment.seeds:
-            file = experiment.folder / "losses" / f"{subset:03d}-{seed}.safetensors"
+        for name in names[subset]:
+            file = experiment.folder / "losses" / f"{name}.safetensors"
             try:
                 found = load_file(file)
             except (OSError, SafetensorError) as error:

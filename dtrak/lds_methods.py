@@ -38,7 +38,8 @@ from .features import (
 )
 from .files import write_atomically
 from .generation import draw_batches
-from .lds_experiment import Experiment, ExperimentError
+from .lds_clip import ClipEncoder
+from .lds_experiment import FULL, Experiment, ExperimentError, generated_queries
 from .lds_statistics import predict_groups
 from .outputs import select_timesteps
 from .runs import DEFAULT_PROJ_DIM
@@ -84,6 +85,8 @@ METHODS = (
     Method("Raw pixels, cosine", "raw_cosine"),
     Method("Random", "random"),
 )
+# where a CLIP model is at hand
+CLIP_METHODS = (Method("CLIP, dot", "clip_dot"), Method("CLIP, cosine", "clip_cosine"))
 # the methods whose projection is compared with other kinds
 _COMPARED = ("D-TRAK", "TRAK")
 
@@ -105,27 +108,36 @@ class Setting:
         method: which.
         num_timesteps: S of its features; 0 for a method without.
         projection: kind of the random matrix; empty for a method without.
+        model: name of the model its features are of; the full one by default.
     """
 
     method: Method
     num_timesteps: int = 0
     projection: str = ""
+    model: str = FULL
 
     @property
     def key(self) -> str:
         """A name for files: lower case, no blanks."""
         words = self.method.name.lower().replace(",", "").replace(" ", "-")
+        if self.model != FULL:
+            words += f"-{self.model}"
         return f"{words}-{self.projection}-{self.num_timesteps}" if self.projection else words
 
 
-def list_settings(num_timesteps: Sequence[int], projections: Sequence[str]) -> list[Setting]:
+def list_settings(
+    num_timesteps: Sequence[int], projections: Sequence[str], *, with_clip: bool = False
+) -> list[Setting]:
     """What is evaluated: every method with the first projection, D-TRAK and TRAK with all.
 
     Args:
         num_timesteps: S, one or more.
         projections: kinds, one or more.
+        with_clip: add the methods that need a CLIP model.
     """
     settings = [Setting(method) for method in METHODS if not method.output_function]
+    if with_clip:
+        settings += [Setting(method) for method in CLIP_METHODS]
     for kind in projections:
         settings += [
             Setting(method, S, kind)
@@ -163,6 +175,7 @@ class Predictor:
         queries: by their kind.
         device: where features are computed.
         progress_bar: opens a progress bar with a label, as `console.progress_bar` does.
+        clip: of the methods that compare embeddings.
     """
 
     def __init__(
@@ -171,6 +184,7 @@ class Predictor:
         queries: Mapping[str, ImageData],
         device: torch.device,
         progress_bar: Callable[[str], Any],
+        clip: ClipEncoder | None = None,
     ) -> None:
         self.experiment, self.device = experiment, device
         self.sizes = {kind: len(images) for kind, images in queries.items()}
@@ -180,7 +194,7 @@ class Predictor:
             None,
             "queries",
         )
-        self.progress_bar = progress_bar
+        self.progress_bar, self.clip = progress_bar, clip
         self._models: list[DiffusionModel] = []
 
     def predict(self, settings: Sequence[Setting]) -> Iterator[Prediction]:
@@ -191,9 +205,10 @@ class Predictor:
             ValueError: as the features and scores of a method.
         """
         # those of one kind of features one after the other, so that its solver is shared
-        groups: dict[tuple[str | None, str, int], list[Setting]] = {}
+        groups: dict[tuple[str | None, str, int, str], list[Setting]] = {}
         for setting in settings:
-            group = (setting.method.output_function, setting.projection, setting.num_timesteps)
+            function = setting.method.output_function
+            group = (function, setting.projection, setting.num_timesteps, setting.model)
             groups.setdefault(group, []).append(setting)
         for members in groups.values():
             missing = [setting for setting in members if not self._file(setting).is_file()]
@@ -205,9 +220,12 @@ class Predictor:
     def _file(self, setting: Setting) -> Path:
         return self.experiment.folder / "predictions" / f"{setting.key}.safetensors"
 
-    def _identity(self) -> str:
+    def _identity(self, setting: Setting) -> str:
         """What a kept prediction is of, besides its setting: it is made anew when that changes."""
-        return hash_tensors({"subsets": self.experiment.subsets}) + self.queries.fingerprint
+        identity = hash_tensors({"subsets": self.experiment.subsets}) + self.queries.fingerprint
+        if setting.method in CLIP_METHODS and self.clip is not None:
+            identity += self.clip.identity
+        return identity
 
     def _read(self, setting: Setting) -> Prediction:
         file = self._file(setting)
@@ -217,7 +235,7 @@ class Predictor:
                 values = opened.get_tensor("values")
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise ExperimentError(f"{file} is damaged: delete it and run again") from error
-        if about["identity"] != self._identity():
+        if about["identity"] != self._identity(setting):
             self._compute([setting])
             return self._read(setting)
         kinds = (_GENERATED,) if setting.method.kind == "journey" else tuple(self.sizes)
@@ -226,7 +244,7 @@ class Predictor:
     def _write(self, setting: Setting, parts: Sequence[tuple[str, float, Tensor]]) -> None:
         """Keep the predictions of (rule, damping, scores ``[Q, N]``) triples."""
         about = {
-            "identity": self._identity(),
+            "identity": self._identity(setting),
             "rules": [rule for rule, _, _ in parts],
             "dampings": [damping for _, damping, _ in parts],
         }
@@ -271,15 +289,37 @@ class Predictor:
     def _plain_scores(self, method: Method) -> Tensor:
         if method.kind == "random":
             return random_scores(len(self.queries), len(self.experiment.data), 0)
+        if method in CLIP_METHODS:
+            return raw_similarity(*self._embeddings(), method.kind.removeprefix("clip_"))
         images = self.queries.images, self.experiment.data.images
         return raw_similarity(*images, method.kind.removeprefix("raw_"))
+
+    def _embeddings(self) -> tuple[Tensor, Tensor]:
+        """CLIP's of the queries and of the training images."""
+        if self.clip is None:
+            raise ValueError("clip must be given for the methods that compare CLIP's embeddings")
+        experiment, folder = self.experiment, self.experiment.folder / "clip"
+        # the pictures, whatever the model is given in their place
+        pictures = {
+            kind: generated_queries(experiment, self.device)
+            if kind == _GENERATED
+            else experiment.validation
+            for kind in self.sizes
+        }
+        with self.progress_bar("CLIP") as progress:
+            queries = [
+                self.clip.embed(folder / f"{kind}.safetensors", images)
+                for kind, images in pictures.items()
+            ]
+            train = self.clip.embed(folder / "train.safetensors", experiment.data, progress)
+        return torch.cat(queries), train
 
     @property
     def _num_checkpoints(self) -> int:
         return len(self.experiment.checkpoint_steps) + 1
 
     def _feature_folder(self, setting: Setting, number: int) -> Path:
-        checkpoint = number % self._num_checkpoints
+        checkpoint = number % self._num_checkpoints if setting.model == FULL else setting.model
         return (
             self.experiment.folder
             / "features"
@@ -294,15 +334,17 @@ class Predictor:
         projection = Projection(setting.projection, DEFAULT_PROJ_DIM[setting.projection])
         return FeatureSettings(setting.method.output_function, tuple(timesteps), 0, projection)
 
-    def _model(self, number: int) -> DiffusionModel:
-        """The full model at a checkpoint; -1 is its end."""
+    def _model(self, number: int, name: str = FULL) -> DiffusionModel:
+        """The full model at a checkpoint, of which -1 is its end; or another one."""
+        if name != FULL:
+            return self.experiment.load_model(name)
         if not self._models:
             self._models = self.experiment.load_checkpoints()
         return self._models[number]
 
     def _features(self, setting: Setting, number: int) -> tuple[FeatureStore, Tensor]:
-        """Features of the training images and of the queries at a checkpoint of the full model."""
-        model = self._model(number)
+        """Features of the training images and of the queries at a checkpoint of the model."""
+        model = self._model(number, setting.model)
         timesteps = select_timesteps(setting.num_timesteps, "uniform", model.num_train_timesteps)
         settings = self._feature_settings(setting, timesteps)
         folder = self._feature_folder(setting, number)

@@ -11,7 +11,7 @@ from typing import Any
 from .lds_table import AUTO, UNIT
 from .plots import FIXED, Curve, plot_bars, plot_curves
 
-REFERENCES = ("Random", "Raw pixels, dot", "Raw pixels, cosine")
+REFERENCES = ("Random", "Raw pixels, dot", "Raw pixels, cosine", "CLIP, dot", "CLIP, cosine")
 # more lines than this cannot be told apart
 _MOST_CURVES = 6
 

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .lds_experiment import RETRAIN
 from .lds_plots import REFERENCES, plot_lds
 from .lds_table import AUTO, UNIT, Results, digest, packaged_results, select_rows
 from .plots import default_style, write_png
@@ -25,10 +26,27 @@ _COLUMNS = (
     "λ auto",
     "in-sample",
 )
-# for terminals that do not hold them all
-_NARROW = ("method", "S", "projection", "LDS", "95 % interval", "λ auto")
-_NARROWEST = ("method", "S", "projection", "LDS")
+# for terminals that do not hold them all, the first that fit
+_NARROWER = (
+    ("method", "S", "projection", "LDS", "95 % interval", "λ auto"),
+    ("method", "S", "projection", "LDS", "95 % interval"),
+    ("method", "S", "projection", "LDS"),
+    ("method", "S", "LDS"),
+)
 _FEW_MODELS = 20
+_CROSS_FITTED = (
+    "Datamodel and empirical influence are cross-fitted: to one half of the models, and judged on "
+    "the other, both ways. Published: fitted to 64 to 512 models of their own."
+)
+_RETRAINED = (
+    "Datamodel and empirical influence, n models: fitted to the losses of the first n models of a "
+    "family of their own, which nothing is judged on."
+)
+_ENSEMBLES = (
+    "Mean of n models: scores averaged over the first n models of the retrain family, each trained "
+    "on half of the data; λ is one multiple, for all, of each model's own mean squared norm, "
+    "chosen as for other methods."
+)
 _LEGEND = (
     "LDS in %, mean over queries. λ in units of the mean squared feature norm. "
     "LDS: λ chosen on one half of the models and judged on the other, both ways; methods without λ "
@@ -81,7 +99,7 @@ def print_table(table: Mapping[str, Any], console: Console) -> None:
     A narrow terminal gets fewer columns, never shortened figures.
     """
     for kind in _kinds(table):
-        for columns in (_COLUMNS, _NARROW, _NARROWEST):
+        for columns in (_COLUMNS, *_NARROWER):
             shown = Table(title=_title(table, kind), header_style="bold", title_justify="left")
             for column in columns:
                 is_text = column in ("method", "projection")
@@ -101,7 +119,18 @@ def print_table(table: Mapping[str, Any], console: Console) -> None:
 def _legend(table: Mapping[str, Any]) -> list[str]:
     models = table["about"]["models"]
     few = f"Only {models} models: too few for the intervals to mean much."
-    return [*_LEGEND, few] if models < _FEW_MODELS else list(_LEGEND)
+    return [*_LEGEND, *row_notes(table), *([few] if models < _FEW_MODELS else [])]
+
+
+def row_notes(table: Mapping[str, Any]) -> list[str]:
+    """What rows that not every table has are, a paragraph each."""
+    rows = table["rows"]
+    notes = {
+        _CROSS_FITTED: any("sweep" not in row and "all" not in row for row in rows),
+        _RETRAINED: RETRAIN in table["about"],
+        _ENSEMBLES: any("half-data" in row["method"] for row in rows),
+    }
+    return [note for note, is_needed in notes.items() if is_needed]
 
 
 def render_markdown(table: Mapping[str, Any]) -> str:

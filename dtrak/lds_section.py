@@ -11,6 +11,7 @@ from typing import Any
 
 from .canvas import default_style
 from .lds_plots import plot_lds
+from .lds_report import row_notes
 from .lds_table import AUTO, select_rows
 from .pages import render_columns
 from .plots import render_svg
@@ -38,7 +39,8 @@ def render_section(table: Mapping[str, Any]) -> str:
         "main figure was chosen on other models than those it is judged on. “In-sample λ” is the "
         "published protocol, which picks the λ that looks best on the very models it reports: it "
         "flatters the methods that have one. “Auto λ” looks at no retrained model. Intervals are "
-        f"bootstraps with {table['num_resamples']:,} resamples of the subset models.</p>"
+        f"bootstraps with {table['num_resamples']:,} resamples of the subset models.</p>",
+        *(f"<p>{html.escape(note)}</p>" for note in row_notes(table)),
     ]
     for kind in dict.fromkeys(row["queries"] for row in table["rows"]):
         rows = select_rows(table, kind)

@@ -34,6 +34,10 @@ from .lds_statistics import (
 )
 
 NUM_RESAMPLES = 2000
+# models a datamodel can be fitted to: with fewer a fold of its cross-validation has no R²
+FEWEST_FITTED = 10
+_PUBLISHED_SIZES = (64, 128, 256, 512)
+_CROSS_FITTED = "cross-fitted"
 AUTO, UNIT = "auto", "1"
 # what D-TRAK is compared with, besides chance
 _RIVALS = (
@@ -82,6 +86,19 @@ class Entry:
 
 
 @dataclass(frozen=True, eq=False)
+class Family:
+    """Retrained models that methods are fitted to, and that nothing is judged on.
+
+    Attributes:
+        subsets: ``[R, N]`` bool.
+        losses: by kind of query, ``[R, M]`` float32.
+    """
+
+    subsets: Tensor
+    losses: dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
 class Results:
     """All that the table needs.
 
@@ -90,12 +107,15 @@ class Results:
         subsets: ``[R, N]`` bool.
         losses: by kind of query, ``[R, M]`` float32.
         entries: one per method, S and projection.
+        retrain: the models that datamodels and empirical influence were fitted to, if there are
+            any beside those of ``subsets``.
     """
 
     about: dict[str, Any]
     subsets: Tensor
     losses: dict[str, Tensor]
     entries: list[Entry]
+    retrain: Family | None = None
 
     def ranks(self, entry: Entry, kind: str) -> Tensor:
         """``[L, R, M]``: the columns of ``entry`` that are queries of ``kind``."""
@@ -122,23 +142,31 @@ def dense_ranks(predictions: Tensor) -> Tensor:
     return torch.from_numpy(ranks.astype(np.uint8))
 
 
-def fitted_entries(subsets: Tensor, losses: Mapping[str, Tensor]) -> list[Entry]:
-    """The methods that need retrained models: fitted to each half for the sake of the other.
+def fitted_entries(
+    subsets: Tensor, losses: Mapping[str, Tensor], retrain: Family | None = None
+) -> list[Entry]:
+    """The methods that need retrained models: empirical influence and datamodels.
 
     Args:
-        subsets: ``[R, N]`` bool.
+        subsets: ``[R, N]`` bool, of the models the methods are judged on.
         losses: by kind of query, ``[R, M]``.
+        retrain: other models, to which the methods are fitted: to the first 64, 128, 256 and 512 as
+            far as there are so many, and to all.
 
     Returns:
-        Empirical influence, and a datamodel where a half has enough models to cross-validate.
+        Fits to ``retrain`` where it has `FEWEST_FITTED` models or more. Else fits to each half of
+        the models judged on for the sake of the other: empirical influence, and a datamodel where a
+        half has enough models to cross-validate.
     """
+    if retrain is not None and len(retrain.subsets) >= FEWEST_FITTED:
+        return _retrained_entries(subsets, retrain)
     kinds, targets = tuple(losses), torch.cat(list(losses.values()), 1).double()
     first, second = halves(len(subsets), _SEED)
     fits: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "Empirical influence": empirical_influence
+        f"Empirical influence, {_CROSS_FITTED}": empirical_influence
     }
-    if min(len(first), len(second)) >= 10:
-        fits["Datamodel"] = datamodel
+    if min(len(first), len(second)) >= FEWEST_FITTED:
+        fits[f"Datamodel, {_CROSS_FITTED}"] = datamodel
     entries = []
     for name, fit in fits.items():
         predictions = torch.zeros_like(targets)
@@ -146,6 +174,20 @@ def fitted_entries(subsets: Tensor, losses: Mapping[str, Tensor]) -> list[Entry]
             predictions[there] = predict_groups(fit(subsets[here], targets[here]), subsets[there])
         ranks = dense_ranks(predictions[None])
         entries.append(Entry(name, 0, "", kinds, ("",), (float("nan"),), ranks, is_fitted=True))
+    return entries
+
+
+def _retrained_entries(subsets: Tensor, retrain: Family) -> list[Entry]:
+    kinds, targets = tuple(retrain.losses), torch.cat(list(retrain.losses.values()), 1).double()
+    R = len(retrain.subsets)
+    entries = []
+    for size in sorted({*(size for size in _PUBLISHED_SIZES if size < R), R}):
+        fits = {"Empirical influence": empirical_influence, "Datamodel": datamodel}
+        for name, fit in fits.items():
+            scores = fit(retrain.subsets[:size], targets[:size])
+            ranks = dense_ranks(predict_groups(scores, subsets)[None])
+            title = f"{name}, {size} models"
+            entries.append(Entry(title, 0, "", kinds, ("",), (float("nan"),), ranks))
     return entries
 
 
@@ -161,6 +203,10 @@ def save_results(file: Path, results: Results) -> None:
     }
     for kind, losses in results.losses.items():
         arrays[f"losses {kind}"] = losses.numpy()
+    if results.retrain is not None:
+        arrays["retrain subsets"] = np.packbits(results.retrain.subsets.numpy(), axis=1)
+        for kind, losses in results.retrain.losses.items():
+            arrays[f"retrain losses {kind}"] = losses.numpy()
     for number, entry in enumerate(results.entries):
         fields = asdict(entry)
         ranks = fields.pop("ranks").numpy()
@@ -190,13 +236,10 @@ def load_results(source: Path | bytes) -> Results:
         content = io.BytesIO(source) if isinstance(source, bytes) else source
         with np.load(content, allow_pickle=False) as arrays:
             about = json.loads(arrays["about"].tobytes())
-            size = int(arrays["num_samples"])
-            subsets = np.unpackbits(arrays["subsets"], axis=1, count=size).astype(bool)
-            losses = {
-                key.removeprefix("losses "): torch.from_numpy(arrays[key])
-                for key in arrays.files
-                if key.startswith("losses ")
-            }
+            family = _read_family(arrays, "")
+            retrain = None
+            if "retrain subsets" in arrays.files:
+                retrain = _read_family(arrays, "retrain ")
             entries = [
                 Entry(
                     **{key: _tuple(value) for key, value in fields.items() if key != "dampings"},
@@ -214,7 +257,19 @@ def load_results(source: Path | bytes) -> Results:
         raise ResultsError(f"{name} must be results of dtrak.lds, but is damaged") from error
     if about["format"] != _FORMAT:
         raise ResultsError(f"{name} must be of format {_FORMAT}, got {about['format']}")
-    return Results(about["about"], torch.from_numpy(subsets), losses, entries)
+    return Results(about["about"], family.subsets, family.losses, entries, retrain)
+
+
+def _read_family(arrays: Any, prefix: str) -> Family:
+    size = int(arrays["num_samples"])
+    subsets = np.unpackbits(arrays[f"{prefix}subsets"], axis=1, count=size).astype(bool)
+    start = f"{prefix}losses "
+    losses = {
+        key.removeprefix(start): torch.from_numpy(arrays[key])
+        for key in arrays.files
+        if key.startswith(start)
+    }
+    return Family(torch.from_numpy(subsets), losses)
 
 
 def _tuple(value: Any) -> Any:
@@ -233,7 +288,9 @@ def packaged_results(preset: str) -> tuple[Results, dict[str, Any]] | None:
 def digest(results: Results) -> str:
     """SHA-256 of everything the table is computed from."""
     value = hashlib.sha256()
-    for tensor in (results.subsets, *results.losses.values()):
+    retrain = results.retrain
+    fitted = () if retrain is None else (retrain.subsets, *retrain.losses.values())
+    for tensor in (results.subsets, *results.losses.values(), *fitted):
         value.update(tensor.numpy().tobytes())
     for entry in results.entries:
         value.update(repr((entry.method, entry.num_timesteps, entry.projection)).encode())
@@ -425,6 +482,10 @@ def _differences(
             wanted += [("TRAK - Gradient dot", key, (kind, "Gradient dot", S, projection))]
         if method in ("D-TRAK", "Gradient dot"):
             wanted += [(f"{method} - Random", key, (kind, "Random", 0, ""))]
+        base, _, rest = method.partition(", ")
+        if rest.startswith("mean of "):
+            others = (base, f"{base}, single half-data model")
+            wanted += [(f"{method} - {o}", key, (kind, o, S, projection)) for o in others]
     for name, one, other in wanted:
         if other in held_out:
             difference = held_out[one] - held_out[other]

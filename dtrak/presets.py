@@ -92,6 +92,7 @@ class Preset:
         subset_fraction: α, the part of the training set a subset model sees.
         num_subsets: M, subset models of the linear datamodelling score.
         num_model_seeds: trainings of each subset, with seeds 0, 1, ….
+        num_retrain: subset models of the ``retrain`` family, one training each.
         stratified: whether draws keep the proportions of the classes.
         classes: names of all classes of the data set, in the order of their labels.
         labels: the classes that count; None for all.
@@ -116,6 +117,7 @@ class Preset:
     subset_fraction: float = 0.5
     num_subsets: int = 64
     num_model_seeds: int = 3
+    num_retrain: int = 0
     stratified: bool = True
     classes: tuple[str, ...] = ()
     labels: tuple[int, ...] | None = None
@@ -422,6 +424,7 @@ PRESETS: dict[str, Preset] = {
             train=Draw(10_000, 5_000),
             validation=Draw(2_000, 1_000),
             labels=(CIFAR10_CLASSES.index("automobile"), CIFAR10_CLASSES.index("horse")),
+            num_retrain=512,
             stems=("cifar2", "cifar10"),
         ),
         _cifar(
@@ -438,6 +441,7 @@ PRESETS: dict[str, Preset] = {
             Draw(162_770, 5_000),
             Draw(19_867, 1_000),
             size=64,
+            num_retrain=512,
             stratified=False,
             crop=140,
             unet=_CELEBA_UNET,
@@ -449,6 +453,7 @@ PRESETS: dict[str, Preset] = {
             train=Draw(10_000, 5_000),
             validation=Draw(2_000, 1_000),
             labels=tuple(map(ARTBENCH_CLASSES.index, ("post_impressionism", "ukiyo_e"))),
+            num_retrain=512,
             prompt_classes=("ukiyo_e", "post_impressionism"),
         ),
         _artbench(

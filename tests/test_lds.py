@@ -9,6 +9,10 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
+from scipy.stats import rankdata
+from sklearn.linear_model import RidgeCV
+from test_baselines import clip_folder  # noqa: F401
 from tiny_lds import CPU, NAME, PRESET, register
 from typer.testing import CliRunner
 
@@ -72,7 +76,7 @@ def test_from_the_first_subset_to_the_table(run, tmp_path, monkeypatch):
     assert [(e.method, e.num_timesteps) for e in results.entries] == [
         ("Random", 0),
         *((m.name, S) for S in (2, 5) for m in METHODS if m.output_function),
-        ("Empirical influence", 0),
+        ("Empirical influence, cross-fitted", 0),
     ]
     page = tmp_path / "table.md"
     code, text = run("report", "--resamples", 1000, "--markdown", page)
@@ -95,6 +99,53 @@ def test_from_the_first_subset_to_the_table(run, tmp_path, monkeypatch):
     register()
     code, text = run("prepare", "--num-subsets", 5)
     assert (code, "5 subsets" in text) == (0, True)
+
+
+def test_a_retrain_family_ensembles_and_clip(run, tmp_path, clip_folder):  # noqa: F811
+    code, text = run("prepare", "--num-subsets", 4, "--num-retrain", 10)
+    assert (code, "retrain family: 10 subsets more" in text) == (0, True)
+    assert run("train")[0] == 0
+    code, text = run("evaluate", *SMALL[:-1], 2, "--ensemble", "2")
+    assert (code, "'retrain-000-1' is not: run train --family retrain" in text) == (2, True)
+    assert not (tmp_path / "run" / "losses").exists(), "said before losses are measured"
+    code, text = run("train", "--family", "retrain", "--first", 1, "--last", 4)
+    assert (code, "4 of 4 models are trained" in text) == (0, True)
+    code, text = run("evaluate", *SMALL[:-1], 2)
+    assert (code, "of the retrain family 10 models must be measured, got 3" in text) == (0, True)
+    results = load_results(tmp_path / "run" / "results.npz")
+    assert results.entries[-1].method == "Empirical influence, cross-fitted"
+    code, text = run("train", "--family", "retrain", "--processes", 1)
+    assert (code, "11 of 11 models are trained" in text) == (0, True)
+    assert "train retrain-000-1" in text
+    assert "train retrain-001-1" not in text
+    code, text = run("evaluate", *SMALL[:-1], 2, "--ensemble", "2", "--clip", clip_folder)
+    assert (code, "retrain family: losses of 10 of 10 models are measured" in text) == (0, True)
+    assert "losses retrain-001-1" not in text, "what was measured is not measured again"
+    results = load_results(tmp_path / "run" / "results.npz")
+    names = [entry.method for entry in results.entries]
+    added = [
+        "Random", "CLIP, dot", "CLIP, cosine", "D-TRAK", "TRAK", "Gradient dot",
+        *(f"{name}, {title}" for name in ("D-TRAK", "TRAK")
+          for title in ("single half-data model", "mean of 2 models")),
+        "Empirical influence, 10 models", "Datamodel, 10 models",
+    ]  # fmt: skip
+    assert names == added
+    assert results.about["retrain"] == {"models": 10, "subsets": list(range(10)), "seed": 1}
+    experiment = load_experiment(tmp_path / "run")
+    assert torch.equal(results.retrain.subsets, experiment.retrain)
+    # fitted to the family, judged on the others
+    losses = torch.cat(list(results.retrain.losses.values()), 1).double().numpy()
+    ridge = RidgeCV(alphas=(0.1, 1.0, 10.0), cv=5).fit(experiment.retrain.numpy(), losses[:, 7])
+    expected = rankdata(ridge.predict(experiment.subsets.numpy())) - 1
+    assert results.entries[-1].ranks[0, :, 7].tolist() == expected.tolist()
+    page = tmp_path / "table.md"
+    assert run("report", "--resamples", 1000, "--markdown", page)[0] == 0
+    text = page.read_text(encoding="utf-8")
+    for name in added[-6:]:
+        assert f"| {name} |" in text
+    assert "which nothing is judged on" in text
+    assert "cross-fitted" not in text
+    assert "D-TRAK, mean of 2 models - D-TRAK, single half-data model" in text
 
 
 def test_the_table_of_the_package_is_shown_without_a_run(tmp_path, monkeypatch):
@@ -195,6 +246,9 @@ def test_a_trained_model_does_not_depend_on_what_else_was_trained(run, tmp_path)
         (["evaluate"], "must be a folder that prepare made, got no experiment.json"),
         (["evaluate", "--timesteps", "10,x"], "--timesteps must be positive integers, got '10,x'"),
         (["evaluate", "--projection", "sjl"], "got 'sjl'; did you mean 'sjlt'?"),
+        (["evaluate", "--ensemble", "1"], "numbers of models, at least 2, separated by commas"),
+        (["evaluate", "--family", "retrian"], "got 'retrian'; did you mean 'retrain'?"),
+        (["prepare", "--num-retrain", "-1"], "num_retrain must be at least 0, got -1"),
         (["report"], "must hold results.npz: run evaluate first"),
         (["report", "--resamples", "999"], "--resamples must be at least 1000, got 999"),
     ],
@@ -209,6 +263,11 @@ def test_mistakes_are_one_line_and_two(run, tmp_path, arguments, message):
 
 def test_mistakes_in_a_prepared_run(run, tmp_path):
     assert run("prepare", "--num-subsets", 2)[0] == 0
+    for command in ("train", "evaluate"):
+        code, text = run(command, "--family", "retrain")
+        assert (code, "must have a retrain family: run prepare with --num" in text) == (2, True)
+    code, text = run("evaluate", "--clip", "absent")
+    assert (code, "CLIP must be an existing folder" in text) == (2, True)
     code, text = run("train", "--processes", 0)
     assert (code, "processes must be at least 1, got 0" in text) == (2, True)
     code, text = run("train", "--device", "tpu")

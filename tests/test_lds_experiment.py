@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sklearn.model_selection import train_test_split
 from tiny import tiny_model
 from tiny_lds import CPU, PRESET, register, trained
@@ -14,6 +15,7 @@ from tiny_lds import CPU, PRESET, register, trained
 from dtrak.data import load_data
 from dtrak.diffusion import hash_model
 from dtrak.lds_experiment import (
+    RETRAIN,
     ExperimentError,
     claim,
     generated_queries,
@@ -67,6 +69,73 @@ def test_adding_subsets_and_seeds_changes_nothing_that_was_there(tmp_path):
     third = prepare(tmp_path / "run", PRESET, num_subsets=2, num_model_seeds=1)
     assert third.names() == second.names()
     assert load_experiment(tmp_path / "run").names() == second.names()
+
+
+def test_the_retrain_family_has_the_published_seeds(tmp_path):
+    experiment = prepare(tmp_path / "run", PRESET, num_subsets=2, num_retrain=3)
+    labels = experiment.data.labels
+    assert experiment.names(family=RETRAIN) == [f"retrain-{k:03d}-1" for k in range(3)]
+    assert experiment.names(1, 2, RETRAIN) == ["retrain-001-1"]
+    assert experiment.names() == ["000-1", "001-1"]
+    for number, name in enumerate(experiment.names(family=RETRAIN)):
+        chosen, _ = train_test_split(
+            range(40), train_size=20, random_state=554 + 2 * number, stratify=labels
+        )
+        assert sorted(chosen) == experiment.retrain[number].nonzero().flatten().tolist()
+        mask, seed = experiment.training_of(name)
+        assert (mask.nonzero().flatten().tolist(), seed) == (sorted(chosen), 1)
+    assert torch.equal(experiment.training_of("001-1")[0], experiment.subsets[1])
+    # published: one training each, of the first seed
+    several = prepare(tmp_path / "several", PRESET, num_model_seeds=2, num_retrain=1)
+    assert several.names(family=RETRAIN) == ["retrain-000-1"]
+
+
+def test_a_retrain_family_is_added_to_a_run_prepared_without(tmp_path):
+    folder = tmp_path / "run"
+    before = prepare(folder, PRESET, num_subsets=3)
+    assert before.retrain.shape == (0, 40)
+    # as such a run was written before there was the family
+    manifest = json.loads((folder / "experiment.json").read_text())
+    assert manifest.pop("num_retrain") == 0
+    del manifest["retrain"]
+    (folder / "experiment.json").write_text(json.dumps(manifest))
+    save_file({"subsets": before.subsets}, folder / "subsets.safetensors")
+    old = load_experiment(folder)
+    assert torch.equal(old.subsets, before.subsets)
+    assert len(old.retrain) == 0
+    with pytest.raises(ExperimentError, match="must have a retrain family: run prepare with --num"):
+        old.names(family=RETRAIN)
+    after = prepare(folder, PRESET, num_subsets=3, num_retrain=2)
+    assert torch.equal(after.subsets, before.subsets)
+    assert len(load_experiment(folder).retrain) == 2
+    # and it is never taken away
+    assert len(prepare(folder, PRESET, num_retrain=0).retrain) == 2
+
+
+def test_a_model_of_the_retrain_family_is_what_its_subset_gives_and_resumes(tmp_path, monkeypatch):
+    preset = replace(PRESET, recipe=Recipe(steps=103, batch_size=1))
+    monkeypatch.setitem(PRESETS, preset.name, preset)
+    experiment = prepare(tmp_path / "run", preset, num_subsets=1, num_retrain=2)
+    chosen, _ = train_test_split(
+        range(40), train_size=20, random_state=556, stratify=experiment.data.labels
+    )
+    images = load_data("digits", limit=40).images[sorted(chosen)]
+    expected = train(tiny_model(1), images, Recipe(steps=103, batch_size=1, seed=1))
+    name = "retrain-001-1"
+
+    def stop(done, total):
+        if done == 102:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_one(experiment, name, CPU, stop)
+    assert not experiment.is_trained(name)
+    seen = []
+    with claim(experiment.folder / "locks" / f"{name}.lock"):
+        assert not train_one(experiment, name, CPU)
+    assert train_one(experiment, name, CPU, lambda done, total: seen.append(done))
+    assert seen[0] > 50, "the checkpoint was used"
+    assert hash_model(experiment.load_model(name).unet) == hash_model(expected.unet)
 
 
 def test_a_model_is_what_training_on_its_subset_gives(tmp_path):
@@ -178,6 +247,11 @@ def test_refusals(tmp_path):
             prepare(folder, PRESET, **{option: 0})
     with pytest.raises(ValueError, match=r"num_validation must be at most 6.* got 7"):
         prepare(folder, PRESET, num_validation=7)
+    with pytest.raises(ValueError, match="num_retrain must be at least 0, got -1"):
+        prepare(folder, PRESET, num_retrain=-1)
+    # subset 256 of the one family is subset 0 of the other
+    with pytest.raises(ValueError, match="num_subsets must be at most 256 beside a retrain family"):
+        prepare(folder, PRESET, num_subsets=257, num_retrain=1)
     with pytest.raises(ValueError, match="trained from scratch, got 'artbench2'"):
         prepare(folder, get_preset("artbench2"))
     assert not folder.exists()
@@ -192,9 +266,14 @@ def test_refusals(tmp_path):
     with pytest.raises(ExperimentError, match="must be a folder that prepare made"):
         prepare(other, PRESET)
 
+    with pytest.raises(ValueError, match="did you mean 'retrain'"):
+        prepare(folder, PRESET).names(family="retrian")
     masks = folder / "subsets.safetensors"
     kept = masks.read_bytes()
     masks.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    with pytest.raises(ExperimentError, match="is not what prepare wrote"):
+        load_experiment(folder)
+    save_file({**load_file(masks), "retrain": torch.ones(1, 40, dtype=torch.bool)}, masks)
     with pytest.raises(ExperimentError, match="is not what prepare wrote"):
         load_experiment(folder)
     masks.write_bytes(kept[:-9])

@@ -7,7 +7,14 @@ from tiny import tiny_model
 from tiny_lds import CPU, PRESET, register
 
 from dtrak.data import ImageData, load_data
-from dtrak.lds_experiment import ExperimentError, claim, prepare, query_sets, train_one
+from dtrak.lds_experiment import (
+    RETRAIN,
+    ExperimentError,
+    claim,
+    prepare,
+    query_sets,
+    train_one,
+)
 from dtrak.lds_losses import (
     LossSettings,
     claim_settings,
@@ -109,6 +116,24 @@ def test_losses_are_measured_once_and_averaged_over_seeds(tmp_path):
         4,
         5,
     )
+
+
+def test_losses_of_the_retrain_family_are_its_own(tmp_path):
+    experiment = prepare(tmp_path / "run", PRESET, num_subsets=1, num_model_seeds=2, num_retrain=3)
+    claim_settings(experiment, SETTINGS)
+    queries = {"validation": images()}
+    for name in ("000-1", "retrain-000-1", "retrain-002-1"):
+        train_one(experiment, name, CPU)
+        assert evaluate_one(experiment, queries, SETTINGS, name, CPU)
+    assert measured_names(experiment) == ["000-1"]
+    assert measured_names(experiment, RETRAIN) == ["retrain-000-1", "retrain-002-1"]
+    assert load_losses(experiment) == ([], {})
+    complete, losses = load_losses(experiment, RETRAIN)
+    assert complete == [0, 2]
+    for row, subset in enumerate(complete):
+        model = experiment.load_model(f"retrain-{subset:03d}-1")
+        expected = query_losses(model, images(), SETTINGS, CPU).double().mean((0, 1))
+        assert (losses["validation"][row].double() - expected).abs().max() < 1e-6
 
 
 def test_a_model_another_process_measures_is_left_alone(tmp_path):

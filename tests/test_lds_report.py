@@ -9,7 +9,8 @@ from PIL import Image
 from rich.console import Console
 from test_lds_table import small_results
 
-from dtrak.lds_report import print_table, read_table, render_markdown, write_plots
+from dtrak.lds_report import print_table, read_table, render_markdown, row_notes, write_plots
+from dtrak.lds_section import render_section
 from dtrak.lds_table import make_table, packaged_results
 
 
@@ -101,6 +102,23 @@ def test_a_table_that_cannot_be_used_is_none(tmp_path):
         assert read_table(file, results) is None, text[:80]
     file.write_bytes(b"\xff\xfe\x00")
     assert read_table(file, results) is None
+
+
+def test_rows_that_need_it_are_explained(table):
+    # the table at hand has empirical influence fitted to halves
+    (note,) = row_notes(table)
+    assert "cross-fitted: to one half of the models, and judged on the other" in note
+    rows = [row for row in table["rows"] if "sweep" in row or "all" in row]
+    assert row_notes({**table, "rows": rows}) == []
+    fitted = {**table["about"], "retrain": {"models": 64}}
+    (note,) = row_notes({**table, "rows": rows, "about": fitted})
+    assert "the first n models of a family of their own, which nothing is judged on" in note
+    several = [*rows, {**rows[0], "method": "D-TRAK, single half-data model"}]
+    (note,) = row_notes({**table, "rows": several})
+    assert "scores averaged over the first n models of the retrain family" in note
+    for page in (render_markdown, render_section):
+        assert "scores averaged over" in page({**table, "rows": several})
+        assert "scores averaged over" not in page(table)
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])

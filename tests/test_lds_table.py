@@ -1,17 +1,20 @@
 """The table from first principles, with scipy, and the results that come with the package."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import rankdata, spearmanr
+from sklearn.linear_model import RidgeCV
 
 from dtrak.baselines import empirical_influence
 from dtrak.lds_report import render_markdown
 from dtrak.lds_table import (
     Entry,
+    Family,
     Results,
     ResultsError,
     dense_ranks,
@@ -147,7 +150,7 @@ def test_a_resample_chooses_its_damping_anew_on_one_half():
 
 def test_fitted_methods_are_judged_on_models_they_have_not_seen():
     results = small_results()
-    (entry,) = [e for e in results.entries if e.method == "Empirical influence"]
+    (entry,) = [e for e in results.entries if e.method == "Empirical influence, cross-fitted"]
     first, second = split(12)
     losses = torch.cat(list(results.losses.values()), 1)
     for here, there in ((first, second), (second, first)):
@@ -157,9 +160,98 @@ def test_fitted_methods_are_judged_on_models_they_have_not_seen():
             correlation = spearmanr(expected[:, q], entry.ranks[0, there, q]).statistic
             assert correlation == pytest.approx(1)
     # a datamodel needs more models in each half
-    assert not [e for e in results.entries if e.method == "Datamodel"]
+    assert not [e for e in results.entries if e.method == "Datamodel, cross-fitted"]
     larger = small_results(models=20)
-    assert [e for e in larger.entries if e.method == "Datamodel"]
+    assert [e for e in larger.entries if e.method == "Datamodel, cross-fitted"]
+
+
+def retrain_family(models, kinds=("validation", "generated"), samples=20):
+    """Models whose losses depend on which of the samples they hold, a little at random."""
+    generator = torch.Generator().manual_seed(7)
+    subsets = torch.rand(models, samples, generator=generator) < 0.5
+    losses = {}
+    for kind, queries in zip(kinds, (3, 2), strict=True):
+        weights = torch.randn(samples, queries, generator=generator)
+        noise = torch.randn(models, queries, generator=generator)
+        losses[kind] = subsets.float() @ weights + noise
+    return Family(subsets, losses)
+
+
+def test_methods_fitted_to_a_family_of_their_own_are_judged_on_the_others():
+    results, retrain = small_results(), retrain_family(70)
+    entries = fitted_entries(results.subsets, results.losses, retrain)
+    names = ("Empirical influence", "Datamodel")
+    assert [e.method for e in entries] == [f"{n}, {M} models" for M in (64, 70) for n in names]
+    masks = retrain.subsets.double().numpy()
+    judged = results.subsets.double().numpy()
+    targets = np.concatenate([values.double().numpy() for values in retrain.losses.values()], 1)
+    for entry in entries:
+        name, M = entry.method.split(", ")
+        M = int(M.split()[0])
+        assert entry.kinds == ("validation", "generated")
+        assert not entry.is_fitted
+        for q in range(5):
+            if name == "Datamodel":
+                ridge = RidgeCV(alphas=(0.1, 1.0, 10.0), cv=5).fit(masks[:M], targets[:M, q])
+                expected = ridge.predict(judged)
+            else:
+                with_sample = masks[:M].T @ targets[:M, q] / masks[:M].sum(0)
+                without = (1 - masks[:M]).T @ targets[:M, q] / (1 - masks[:M]).sum(0)
+                expected = judged @ (with_sample - without)
+            assert entry.ranks[0, :, q].tolist() == (rankdata(expected) - 1).tolist()
+    # judged on all models, with nothing chosen
+    rows = make_table(replace(results, entries=entries), num_resamples=100)["rows"]
+    for row in rows:
+        kind = row["queries"]
+        columns = slice(0, 3) if kind == "validation" else slice(3, 5)
+        (entry,) = [e for e in entries if e.method == row["method"]]
+        ranks = entry.ranks[0, :, columns].numpy()
+        whole = mean_spearman(ranks, results.losses[kind].numpy(), list(range(12)))
+        assert row["all"]["lds"] == pytest.approx(whole, abs=2e-6)
+
+
+def test_a_family_too_small_to_fit_leaves_the_halves():
+    results = small_results(models=20)
+    halves = fitted_entries(results.subsets, results.losses)
+    for family in (None, retrain_family(9)):
+        entries = fitted_entries(results.subsets, results.losses, family)
+        assert [e.method for e in entries] == [
+            "Empirical influence, cross-fitted",
+            "Datamodel, cross-fitted",
+        ]
+        for a, b in zip(entries, halves, strict=True):
+            assert a.is_fitted
+            assert torch.equal(a.ranks, b.ranks)
+    assert len(fitted_entries(results.subsets, results.losses, retrain_family(10))) == 2
+
+
+def test_a_file_holds_what_the_fits_can_be_made_from_again(tmp_path):
+    results, retrain = small_results(), retrain_family(12)
+    entries = fitted_entries(results.subsets, results.losses, retrain)
+    save_results(tmp_path / "r.npz", replace(results, entries=entries, retrain=retrain))
+    found = load_results(tmp_path / "r.npz")
+    assert torch.equal(found.retrain.subsets, retrain.subsets)
+    assert list(found.losses) == list(found.retrain.losses) == ["validation", "generated"]
+    again = fitted_entries(found.subsets, found.losses, found.retrain)
+    assert all(torch.equal(a.ranks, b.ranks) for a, b in zip(again, found.entries, strict=True))
+    assert digest(found) == digest(replace(results, entries=entries, retrain=retrain))
+    assert digest(found) != digest(replace(results, entries=entries))
+    # a file of before there was such a family
+    save_results(tmp_path / "old.npz", results)
+    with np.load(tmp_path / "old.npz") as arrays:
+        assert not [name for name in arrays.files if name.startswith("retrain")]
+    assert load_results(tmp_path / "old.npz").retrain is None
+
+
+def test_ensembles_are_compared_with_one_model():
+    results = small_results()
+    one = results.entries[0]
+    names = ("D-TRAK, single half-data model", "D-TRAK, mean of 8 models")
+    entries = [*results.entries, *(replace(one, method=name) for name in names)]
+    table = make_table(replace(results, entries=entries), num_resamples=50)
+    found = {d["name"]: d for d in table["differences"] if d["queries"] == "validation"}
+    for other in ("D-TRAK", "D-TRAK, single half-data model"):
+        assert found[f"D-TRAK, mean of 8 models - {other}"]["difference"] == 0
 
 
 def test_results_survive_the_disk(tmp_path):

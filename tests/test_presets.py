@@ -114,6 +114,8 @@ def test_published_recipes():
         preset = get_preset(name)
         assert (preset.num_inference_steps, preset.num_generated) == (50, 1000)
         assert (preset.subset_fraction, preset.num_subsets, preset.num_model_seeds) == (0.5, 64, 3)
+        has_more = preset.name in ("cifar2", "celeba", "artbench2")
+        assert preset.num_retrain == (512 if has_more else 0)
 
 
 def test_published_sizes():
