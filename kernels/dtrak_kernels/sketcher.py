@@ -67,8 +67,9 @@ class _Call:
     """What one forward of a layer saw."""
 
     rule: Rule | None
-    # holds the tensors among the arguments, and the output of a module without a rule
-    node: Any
+    # its node saves the tensors among the arguments, and the output of a module without a rule;
+    # before torch 2.13 a node lives no longer than the tensor it made
+    keeper: Tensor
     leaves: list[Any]
     structure: TreeSpec
     autocast: tuple[str, bool, torch.dtype]
@@ -76,7 +77,8 @@ class _Call:
     def arguments(self, layer: _Layer) -> tuple[tuple[Any, ...], dict[str, Any], list[Tensor]]:
         """Its positional and keyword arguments, and whatever else the node holds."""
         try:
-            saved = list(self.node.saved_tensors)
+            node: Any = self.keeper.grad_fn
+            saved = list(node.saved_tensors)
         except RuntimeError as error:
             if "inplace" not in str(error):
                 raise
@@ -457,7 +459,7 @@ class GradientSketcher:
             device_type = output.device.type
             call = _Call(
                 rule,
-                _Keep.apply(batch.anchor, *kept).grad_fn,
+                _Keep.apply(batch.anchor, *kept),
                 [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves],
                 structure,
                 (
