@@ -39,7 +39,7 @@ from .features import (
 from .files import write_atomically
 from .generation import draw_batches
 from .lds_clip import ClipEncoder
-from .lds_experiment import FULL, Experiment, ExperimentError
+from .lds_experiment import FULL, Experiment, ExperimentError, generated_queries
 from .lds_statistics import predict_groups
 from .outputs import select_timesteps
 from .runs import DEFAULT_PROJ_DIM
@@ -298,11 +298,21 @@ class Predictor:
         """CLIP's of the queries and of the training images."""
         if self.clip is None:
             raise ValueError("clip must be given for the methods that compare CLIP's embeddings")
-        folder = self.experiment.folder / "clip"
+        experiment, folder = self.experiment, self.experiment.folder / "clip"
+        # the pictures, whatever the model is given in their place
+        pictures = {
+            kind: generated_queries(experiment, self.device)
+            if kind == _GENERATED
+            else experiment.validation
+            for kind in self.sizes
+        }
         with self.progress_bar("CLIP") as progress:
-            queries = self.clip.embed(folder / "query.safetensors", self.queries)
-            train = self.clip.embed(folder / "train.safetensors", self.experiment.data, progress)
-        return queries, train
+            queries = [
+                self.clip.embed(folder / f"{kind}.safetensors", images)
+                for kind, images in pictures.items()
+            ]
+            train = self.clip.embed(folder / "train.safetensors", experiment.data, progress)
+        return torch.cat(queries), train
 
     @property
     def _num_checkpoints(self) -> int:
