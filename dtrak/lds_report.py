@@ -13,7 +13,10 @@ from .lds_table import AUTO, UNIT, select_rows
 from .plots import Curve, default_style, plot_bars, plot_curves, write_png
 
 _MAIN = ("D-TRAK", "TRAK", "Relative influence", "Renormalised influence")
-_REFERENCES = ("Random", "Raw pixels, dot", "Raw pixels, cosine")
+_REFERENCES = (
+    "Random",
+    *(f"Raw {what}, {kind}" for what in ("pixels", "latents") for kind in ("dot", "cosine")),
+)
 _COLUMNS = (
     "method",
     "S",

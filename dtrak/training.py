@@ -412,6 +412,16 @@ class _ModelTrainer(Trainer):
             self.ema.restore(self.unet.parameters())
 
 
+def one_process_accelerator(mixed_precision: str, device: torch.device) -> Accelerator | None:
+    """For a training of one process; None where that changes nothing."""
+    if mixed_precision == "no":
+        return None
+    if device.type == "cuda":
+        # an accelerator of one process takes the current device
+        torch.cuda.set_device(device)
+    return Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu")
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Run on one CPU thread: layers as small as the digits' gain little from a second one.
