@@ -16,7 +16,7 @@ if __name__ == "__main__":
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -323,7 +323,7 @@ def _settings(timesteps: str, projection: str) -> list[Setting]:
 
 def _predict(
     experiment: Experiment,
-    queries: dict[str, Samples],
+    queries: Mapping[str, Samples],
     losses: LossSettings,
     settings: Sequence[Setting],
     device: torch.device,

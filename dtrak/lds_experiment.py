@@ -25,8 +25,9 @@ from torch import Tensor
 from .captions import write_captions
 from .data import ImageData, encode_png, load_data, to_uint8
 from .diffusion import DiffusionModel, hash_tensors
-from .features import Samples, describe_differences
+from .features import describe_differences
 from .files import write_atomically
+from .latents import LatentData
 from .lds_tasks import (
     GENERATED,
     VALIDATION,
@@ -505,7 +506,7 @@ def _picture(seed: int) -> str:
 
 def query_sets(
     experiment: Experiment, device: torch.device, progress: Progress | None = None
-) -> dict[str, Samples]:
+) -> dict[str, ImageData | LatentData]:
     """The queries by the name of their kind, validation and generated, as models are given them."""
     pictures = {
         VALIDATION: experiment.validation,

@@ -20,6 +20,7 @@ from .data import ImageData
 from .diffusion import DiffusionModel, load_model
 from .features import Samples
 from .generation import draw_batches
+from .latents import LatentData
 from .lora import LORA_FILES
 from .presets import Preset
 from .training import Recipe, train
@@ -135,7 +136,7 @@ class Task(Protocol):
         pictures: ImageData,
         device: torch.device,
         progress: Progress | None = None,
-    ) -> Samples:
+    ) -> ImageData | LatentData:
         """What a model is given for the pictures of ``role``: `TRAIN`, `VALIDATION`, `GENERATED`.
 
         Raises:
@@ -276,11 +277,11 @@ class PixelTask:
         pictures: ImageData,
         device: torch.device,
         progress: Progress | None = None,
-    ) -> Samples:
+    ) -> ImageData:
         """The pictures themselves."""
         return pictures
 
-    def join(self, parts: Mapping[str, Samples]) -> Samples:
+    def join(self, parts: Mapping[str, Samples]) -> ImageData:
         """As `Task.join`."""
         return join_pictures(list(parts.values()))
 

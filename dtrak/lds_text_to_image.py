@@ -330,7 +330,7 @@ class TextToImageTask:
         pictures: ImageData,
         device: torch.device,
         progress: Progress | None = None,
-    ) -> Samples:
+    ) -> LatentData:
         """As `Task.samples`: modes of the VAE's posterior, with captions or prompts."""
         model, captions = self.base_model(), self.captions[role]
         if role == TRAIN:
@@ -342,7 +342,7 @@ class TextToImageTask:
             fill_latents(store, model, pictures, device, progress=progress)
         return read_latents(store, model, pictures, captions)
 
-    def join(self, parts: Mapping[str, Samples]) -> Samples:
+    def join(self, parts: Mapping[str, Samples]) -> LatentData:
         """As `Task.join`."""
         sets = [part for part in parts.values() if isinstance(part, LatentData)]
         captions = [caption for part in sets for caption in part.captions]

@@ -338,6 +338,8 @@ class Trainer:
         if self.accelerator is not None:
             # for mixed precision it changes the model's own forward method
             self.accelerator.unwrap_model(self.forward, keep_fp32_wrapper=False)
+            # left behind, that mark keeps a second training of the model from mixed precision
+            vars(self.unet).pop("_is_accelerate_prepared", None)
         self.unet.eval()
 
 

@@ -24,7 +24,7 @@ from dtrak.lds_experiment import (
     train_one,
     trained_names,
 )
-from dtrak.presets import PRESETS, get_preset
+from dtrak.presets import PRESETS
 from dtrak.training import Recipe, train
 
 
@@ -178,8 +178,8 @@ def test_refusals(tmp_path):
             prepare(folder, PRESET, **{option: 0})
     with pytest.raises(ValueError, match=r"num_validation must be at most 6.* got 7"):
         prepare(folder, PRESET, num_validation=7)
-    with pytest.raises(ValueError, match="trained from scratch, got 'artbench2'"):
-        prepare(folder, get_preset("artbench2"))
+    with pytest.raises(ValueError, match=r"--model must be left out for 'tiny', which .* got 'sd'"):
+        prepare(folder, PRESET, model="sd")
     assert not folder.exists()
     with pytest.raises(ExperimentError, match="must be a folder that prepare made"):
         load_experiment(folder)

@@ -10,13 +10,15 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from numerics import relative_error
+from rich.console import Console
 from safetensors.torch import load_file
 from tiny_lds_lora import CPU, NAME, PRESET, pictures, register
 from tiny_stable_diffusion import build_pipeline
 from typer.testing import CliRunner
 
 from dtrak import attribute, lds, lds_methods, lds_text_to_image, train_lora
-from dtrak.data import load_data
+from dtrak.counterfactual_origin import open_origin
+from dtrak.data import load_data, to_uint8
 from dtrak.features import FeatureSettings, FeatureStore, FusedExtractor
 from dtrak.latents import LatentData
 from dtrak.lds_experiment import (
@@ -52,6 +54,8 @@ def quiet(label):
 def small(monkeypatch):
     register()
     monkeypatch.setattr(lds_methods, "DEFAULT_PROJ_DIM", {"sjlt": K, "none": 0})
+    # measuring one sample takes longer here than all of them
+    monkeypatch.setattr(lds_methods, "fitting_batch_size", lambda *_: 8)
     # it remembers the precision of the first run of a process
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
@@ -400,12 +404,9 @@ def test_bases_that_cannot_be_used(base, tmp_path, options, message):
 
 def test_a_model_from_scratch_has_no_base(tmp_path):
     digits = get_preset("digits")
-    for option, value in (("model", "sd"), ("mixed_precision", "bf16")):
-        name = f"--{option.replace('_', '-')}"
-        with pytest.raises(
-            ValueError, match=f"{name} must be left out for 'digits', which .* got '{value}'"
-        ):
-            prepare(tmp_path / "run", digits, **{option: value})
+    message = "--mixed-precision must be left out for 'digits', which .* got 'bf16'"
+    with pytest.raises(ValueError, match=message):
+        prepare(tmp_path / "run", digits, mixed_precision="bf16")
 
 
 def test_another_base_is_refused(folder, base, tmp_path):
@@ -470,3 +471,19 @@ def test_a_recipe_that_changed_is_refused(folder, monkeypatch):
     monkeypatch.setitem(PRESETS, NAME, changed)
     with pytest.raises(ExperimentError, match=r"something else: lora\.rank is 2 there and 3 here"):
         load_experiment(folder)
+
+
+def test_a_counterfactual_takes_the_run(folder, experiment, tmp_path):
+    """Retrained on everything with its own seed, the full LoRA and its pictures come back."""
+    origin = open_origin(folder)
+    console = Console(quiet=True)
+    origin.training.prepare(tmp_path, CPU, console)
+    everything = torch.ones(8, dtype=torch.bool)
+    model = origin.training.retrain(
+        everything, (42, 42), tmp_path, CPU, tmp_path / "training.pt", None
+    )
+    assert hash_lora(model.unet) == hash_lora(experiment.load_model().unet)
+    drawn = origin.training.draw(model, ["00001.png", "00003.png"])
+    assert torch.equal(drawn, to_uint8(origin.queries.images[[1, 3]]))
+    scores = origin.gradient_scores("mean_squared_l2_norm", tmp_path / "f", CPU, console)
+    assert scores.shape == (4, 8)
