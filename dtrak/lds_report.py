@@ -14,7 +14,14 @@ from .lds_table import AUTO, UNIT, select_rows
 from .plots import Curve, default_style, plot_bars, plot_curves, write_png
 
 _MAIN = ("D-TRAK", "TRAK", "Relative influence", "Renormalised influence")
-_REFERENCES = ("Random", "Raw pixels, dot", "Raw pixels, cosine", "CLIP, dot", "CLIP, cosine")
+_REFERENCES = (
+    "Random",
+    *(
+        f"{what}, {kind}"
+        for what in ("Raw pixels", "Raw latents", "CLIP")
+        for kind in ("dot", "cosine")
+    ),
+)
 _COLUMNS = (
     "method",
     "S",
