@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 from numerics import relative_error
 from rich.console import Console
 from safetensors.torch import load_file
+from test_baselines import clip_folder  # noqa: F401
 from tiny_lds_lora import CPU, NAME, PRESET, pictures, register
 from tiny_stable_diffusion import build_pipeline
 from typer.testing import CliRunner
@@ -487,3 +488,29 @@ def test_a_counterfactual_takes_the_run(folder, experiment, tmp_path):
     assert torch.equal(drawn, to_uint8(origin.queries.images[[1, 3]]))
     scores = origin.gradient_scores("mean_squared_l2_norm", tmp_path / "f", CPU, console)
     assert scores.shape == (4, 8)
+
+
+def test_a_retrain_family_of_loras_its_ensemble_and_clip(folder, base, tmp_path, clip_folder):  # noqa: F811
+    copy = shutil.copytree(folder, tmp_path / "run")
+    code, text = lds_run("prepare", copy, "--model", base, "--num-retrain", 2)
+    assert (code, "retrain family: 2 subsets more" in text) == (0, True), text
+    code, text = lds_run("train", copy, "--family", "retrain")
+    assert (code, "3 of 3 models are trained" in text) == (0, True), text
+    code, text = lds_run("evaluate", copy, *SMALL, "--ensemble", 2, "--clip", clip_folder)
+    assert (code, "retrain family: losses of 2 of 2 models are measured" in text) == (0, True), text
+    names = {entry.method for entry in load_results(copy / "results.npz").entries}
+    titles = ("single half-data model", "mean of 2 models")
+    added = {f"{name}, {title}" for name in ("D-TRAK", "TRAK") for title in titles}
+    assert added | {"CLIP, dot", "CLIP, cosine", "Empirical influence, cross-fitted"} < names
+    # each of its own LoRA: the features are those of the model loaded by hand
+    experiment = load_experiment(copy)
+    settings = FeatureSettings("loss", (0, 500), 0, Projection("sjlt", K))
+    train, found = experiment.task.samples("train", experiment.data, CPU), []
+    for name in experiment.names(family="retrain"):
+        place = copy / "features" / f"loss-sjlt-2-{name}" / "train"
+        kept = FeatureStore(place, json.loads((place / "manifest.json").read_text())).load()
+        extractor = FusedExtractor(experiment.load_model(name), settings, CPU)
+        ids = [f"train/{image}" for image in train.ids]
+        found.append(extractor.extract(train.images, ids, train.captions))
+        assert relative_error(kept, found[-1]) < 1e-4
+    assert relative_error(found[0], found[1]) > 1e-3
