@@ -40,7 +40,6 @@ from .lds_experiment import (
     RETRAIN,
     Experiment,
     encode,
-    generated_queries,
     load_experiment,
     missing_queries,
     prepare,
@@ -261,7 +260,7 @@ def train_command(
         _say_what_is_left(console, len(trained_names(experiment, names)), len(names), "trained")
         if experiment.is_trained(FULL) and missing_queries(experiment):
             with progress_bar(console, "draw the queries") as progress:
-                generated_queries(experiment, _worker_device(device, 0), progress)
+                query_sets(experiment, _worker_device(device, 0), progress)
 
 
 def _say_what_is_left(console: Console, done: int, total: int, verb: str) -> None:

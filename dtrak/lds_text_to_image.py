@@ -138,7 +138,7 @@ class TextToImageTask:
     def deciding(self) -> dict[str, Any]:
         """As `Task.deciding`."""
         model = self.base_model()
-        return {
+        deciding = {
             "base": _identify(model),
             "schedule": model.schedule,
             "lora": lora_settings(self.lora),
@@ -148,6 +148,9 @@ class TextToImageTask:
                 for role, texts in self.captions.items()
             },
         }
+        # as it will be read back: tuples in a schedule are lists then
+        read_back: dict[str, Any] = json.loads(json.dumps(deciding))
+        return read_back
 
     def encode(self, device: torch.device, progress_bar: ProgressBar) -> str | None:
         """Make the latents that are missing; the SHA-256 of those to train on.
