@@ -6,12 +6,13 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from string import Formatter
 from typing import Any
 
 from .data import ImageData
+from .files import write_atomically
 from .sources import DataError, first_line
 
 CAPTION_COLUMNS = ("text", "caption")
@@ -101,6 +102,13 @@ def load_captions(source: str, data: ImageData, template: str | None = None) -> 
     if captions is None:
         raise DataError(f"the images of '{source}' must have captions: {_HOW}")
     return captions
+
+
+def write_captions(folder: Path, captions: Mapping[str, str]) -> None:
+    """Write ``metadata.jsonl`` for pictures by their file names, as `read_captions` reads it."""
+    rows = [{"file_name": name, "text": text} for name, text in captions.items()]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    write_atomically(folder / "metadata.jsonl", lines.encode())
 
 
 def hash_captions(captions: Sequence[str], tokens: Sequence[Sequence[int]]) -> str:

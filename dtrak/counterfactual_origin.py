@@ -16,7 +16,13 @@ from dtrak_kernels.ridge import RidgeSolver
 
 from .console import progress_bar
 from .counterfactual_results import CounterfactualError
-from .counterfactual_training import PixelTraining, Training, find_preset, find_training
+from .counterfactual_training import (
+    LoraTraining,
+    PixelTraining,
+    Training,
+    find_preset,
+    find_training,
+)
 from .data import ImageData
 from .diffusion import DiffusionModel
 from .features import (
@@ -29,8 +35,11 @@ from .features import (
     model_identity,
 )
 from .inputs import Subject
-from .lds_experiment import generated_queries
+from .lds_experiment import Experiment, generated_queries
 from .lds_experiment import load_experiment as load_lds
+from .lds_tasks import GENERATED as LDS_GENERATED
+from .lds_tasks import TRAIN
+from .lds_text_to_image import TextToImageTask
 from .outputs import select_timesteps
 from .results import GENERATED, load_attribution
 from .runs import DEFAULT_PROJ_DIM
@@ -178,14 +187,35 @@ def _open_lds(folder: Path, timesteps: int | None) -> Origin:
     chosen = select_timesteps(
         _TIMESTEPS if timesteps is None else timesteps, "uniform", model.num_train_timesteps
     )
-    data, preset = experiment.data, experiment.preset
-    queries = generated_queries(experiment, torch.device("cpu"))
+    data, device = experiment.data, torch.device("cpu")
+    queries = generated_queries(experiment, device)
     return Origin(
         folder,
-        Subject(data, data),
-        Subject(queries, queries),
+        Subject(data, experiment.task.samples(TRAIN, data, device)),
+        Subject(queries, experiment.task.samples(LDS_GENERATED, queries, device)),
         experiment.load_model,
-        PixelTraining(preset.recipe, preset.make_model, data.images, preset.num_inference_steps),
+        _find_lds_training(experiment, queries),
         FeatureSettings("loss", tuple(chosen), 0, Projection("sjlt", DEFAULT_PROJ_DIM["sjlt"])),
-        preset.name,
+        experiment.preset.name,
+    )
+
+
+def _find_lds_training(experiment: Experiment, queries: ImageData) -> Training:
+    preset, task = experiment.preset, experiment.task
+    if not isinstance(task, TextToImageTask):
+        return PixelTraining(
+            preset.recipe, preset.make_model, experiment.data.images, preset.num_inference_steps
+        )
+    return LoraTraining(
+        preset.recipe,
+        task.base,
+        task.lora.rank,
+        experiment.data,
+        task.captions[TRAIN],
+        dict(zip(queries.ids, task.captions[LDS_GENERATED], strict=True)),
+        task.lora.caption_dropout,
+        task.mixed_precision,
+        task.lora.guidance_scale,
+        preset.size,
+        preset.num_inference_steps,
     )

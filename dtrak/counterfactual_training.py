@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor
 
@@ -33,7 +32,7 @@ from .text_to_image import (
     generate_from_prompts,
     load_text_to_image,
 )
-from .training import Recipe, train
+from .training import Recipe, one_process_accelerator, train
 
 Progress = Callable[[int, int], None]
 
@@ -114,7 +113,7 @@ class PixelTraining:
             replace(self.recipe, seed=seeds[1]),
             checkpoint=checkpoint,
             progress=progress,
-            accelerator=_accelerator(self.mixed_precision, device),
+            accelerator=one_process_accelerator(self.mixed_precision, device),
         )
         return model
 
@@ -196,7 +195,7 @@ class LoraTraining:
             caption_dropout=self.caption_dropout,
             checkpoint=checkpoint,
             progress=progress,
-            accelerator=_accelerator(self.mixed_precision, device),
+            accelerator=one_process_accelerator(self.mixed_precision, device),
         )
 
     def draw(self, model: DiffusionModel, query_ids: Sequence[str]) -> Tensor:
@@ -230,16 +229,6 @@ class LoraTraining:
 def seeds_of(query_ids: Sequence[str]) -> list[int]:
     """The seed each generated picture was drawn from, which its name is."""
     return [int(Path(query).stem) for query in query_ids]
-
-
-def _accelerator(mixed_precision: str, device: torch.device) -> Accelerator | None:
-    """What the run was trained with; None where that changes nothing."""
-    if mixed_precision == "no":
-        return None
-    if device.type == "cuda":
-        # an accelerator of one process takes the current device
-        torch.cuda.set_device(device)
-    return Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu")
 
 
 def find_training(run: Attribution, inputs: Inputs, preset: str | None) -> Training:

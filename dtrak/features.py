@@ -256,7 +256,9 @@ class FusedExtractor:
             return f * (scale / len(self.settings.timesteps))
 
         # features are linear in f: scaling it keeps half-precision gradients out of the subnormals
-        scale = 1024.0 if self.settings.dtype == "float16" else 1.0
+        half = self.settings.dtype == "float16"
+        # a sum over thousands of elements is large enough, and overflows if it is made larger
+        scale = 1024.0 if half and self.settings.output_function != "l1_norm" else 1.0
         return self.sketcher.sketch(outputs, len(images)) / scale
 
 

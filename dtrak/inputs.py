@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .captions import caption_all, load_captions, read_captions
+from .captions import caption_all, load_captions, read_captions, write_captions
 from .console import check_source
 from .data import DataError, ImageData, encode_png, load_data, to_uint8
 from .diffusion import DiffusionModel, digits_model, load_model
@@ -351,9 +351,7 @@ def _draw_from_prompts(
 ) -> None:
     """Draw in small groups, so that a run that was killed keeps what it drew."""
     steps = min(NUM_INFERENCE_STEPS, model.num_train_timesteps)
-    rows = [{"file_name": f"{s:05d}.png", "text": text} for s, text in enumerate(prompts)]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    write_atomically(folder / "metadata.jsonl", lines.encode())
+    write_captions(folder, {f"{seed:05d}.png": text for seed, text in enumerate(prompts)})
     groups = [seeds[i : i + _DRAWN_TOGETHER] for i in range(0, len(seeds), _DRAWN_TOGETHER)]
     for number, group in enumerate(groups):
         images = generate_from_prompts(

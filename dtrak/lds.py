@@ -39,15 +39,16 @@ from .lds_experiment import (
     LDS,
     RETRAIN,
     Experiment,
-    generated_queries,
+    encode,
     load_experiment,
+    missing_queries,
     prepare,
     query_sets,
     train_one,
     trained_names,
 )
 from .lds_losses import LossSettings, claim_settings, evaluate_one, load_losses, measured_names
-from .lds_methods import PROJECTIONS, Prediction, Predictor, Setting, list_settings
+from .lds_methods import PROJECTIONS, Prediction, Predictor, Setting, list_settings, name_raw
 from .lds_report import print_table, read_table, render_markdown, write_plots
 from .lds_statistics import DampingChoice, choose_damping, lds, lds_per_query
 from .lds_table import (
@@ -185,6 +186,21 @@ def prepare_command(
             "influence are fitted. Default: the preset's."
         ),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Base of artbench2 and artbench5: a Stable Diffusion folder that Diffusers wrote, "
+            "or a hub name. Default: the preset's."
+        ),
+    ] = None,
+    mixed_precision: Annotated[
+        str | None,
+        typer.Option(
+            help="Of artbench2 and artbench5: no, fp16 or bf16. Default: fp16, as published, or no "
+            "where there is no GPU."
+        ),
+    ] = None,
+    device: _DEVICE = "auto",
     traceback: _TRACEBACK = False,
 ) -> None:
     """Draw the subsets and take the queries; run again with larger numbers to add models."""
@@ -199,7 +215,10 @@ def prepare_command(
             num_validation=num_validation,
             num_generated=num_generated,
             num_retrain=num_retrain,
+            model=model,
+            mixed_precision=mixed_precision,
         )
+        encode(experiment, _worker_device(device, 0), partial(progress_bar, console))
         size = int(experiment.subsets[0].sum())
         console.print(
             f"{experiment.folder}: {len(experiment.subsets)} subsets of {size} of "
@@ -238,8 +257,9 @@ def train_command(
             with _model_bar(console, "train", len(missing)) as report:
                 work(_TrainJob(folder, device), missing, processes, report)
         _say_what_is_left(console, len(trained_names(experiment, names)), len(names), "trained")
-        if experiment.is_trained(FULL):
-            generated_queries(experiment, _worker_device(device, 0))
+        if experiment.is_trained(FULL) and missing_queries(experiment):
+            with progress_bar(console, "draw the queries") as progress:
+                query_sets(experiment, _worker_device(device, 0), progress)
 
 
 def _say_what_is_left(console: Console, done: int, total: int, verb: str) -> None:
@@ -317,6 +337,7 @@ def evaluate_command(
         trained = trained_names(experiment, wanted)
         done = {name for each in families for name in measured_names(experiment, each)}
         missing = [name for name in trained if name not in done]
+        settings = name_raw(settings, experiment.task.raw)
         queries = query_sets(experiment, main_device)
         claim_settings(experiment, losses)
         if missing:
@@ -440,6 +461,7 @@ def _about(
         "queries": {kind: values.shape[1] for kind, values in losses.items()},
         "loss_timesteps": settings.num_timesteps,
         "noise_seeds": settings.num_noise_seeds,
+        **experiment.task.deciding(),
         "versions": {"dtrak": __version__, "torch": torch.__version__},
     }
 

@@ -25,14 +25,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from .captions import write_captions
 from .data import ImageData, encode_png, load_data, to_uint8
-from .diffusion import DiffusionModel, hash_tensors, load_model
+from .diffusion import DiffusionModel, hash_tensors
 from .features import describe_differences
 from .files import write_atomically
-from .generation import generate
+from .latents import LatentData
+from .lds_tasks import (
+    GENERATED,
+    VALIDATION,
+    PixelTask,
+    Progress,
+    ProgressBar,
+    Task,
+    is_saved,
+)
+from .lds_tasks import ExperimentError as ExperimentError
+from .lds_text_to_image import TextToImageTask, default_precision, lora_settings
 from .outputs import check_choice
 from .presets import SUBSET_FAMILIES, Preset, get_preset
-from .training import Recipe, train
+from .training import Recipe
 
 FULL = "full"
 # of models: those scores are judged on, and those that methods are fitted on
@@ -43,12 +55,6 @@ _FORMAT = 1
 _MOST_SUBSETS = (SUBSET_FAMILIES["retrain"] - SUBSET_FAMILIES["lds-val"]) // 2
 # parts of the training at which TracInCP looks at the full model, besides its end
 _QUARTERS = 4
-
-Progress = Callable[[int, int], None]
-
-
-class ExperimentError(ValueError):
-    """A run folder that cannot be used; the message says why."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +70,7 @@ class Experiment:
         validation: the first kind of queries: images the model was not trained on.
         num_generated: how many queries of the second kind there are, images the full model draws.
         retrain: ``[R, N]`` bool, subsets of the ``retrain`` family; there may be none.
+        task: what is trained and measured.
     """
 
     folder: Path
@@ -74,12 +81,18 @@ class Experiment:
     validation: ImageData
     num_generated: int
     retrain: Tensor
+    task: Task
 
     @property
     def checkpoint_steps(self) -> tuple[int, ...]:
         """Steps of the full model's training at which its weights are kept, the last excluded."""
         steps = self.preset.recipe.num_steps(len(self.data))
         return tuple(steps * part // _QUARTERS for part in range(1, _QUARTERS))
+
+    @property
+    def checkpoint_names(self) -> tuple[str, ...]:
+        """Names of the full model at every quarter of its training, the end included."""
+        return (*map(_checkpoint_name, self.checkpoint_steps), FULL)
 
     def names(self, first: int = 0, last: int | None = None, family: str = LDS) -> list[str]:
         """Names of a family's models on subsets ``first`` to ``last`` (excluded), seed by seed.
@@ -114,22 +127,24 @@ class Experiment:
 
     def is_trained(self, name: str) -> bool:
         """Whether the model called ``name`` is finished."""
-        return (self.model_folder(name) / "model_index.json").is_file()
+        return is_saved(self.model_folder(name))
 
     def load_model(self, name: str = FULL) -> DiffusionModel:
-        """A finished model.
+        """A finished model, on the CPU unless it takes the place of one on another device.
+
+        The LoRAs of a run share one base: loading one ends the use of the one before.
 
         Raises:
             ExperimentError: it is not trained yet.
         """
         if not self.is_trained(name):
             raise ExperimentError(f"model {name!r} of {self.folder} is not trained yet: run train")
-        return load_model(self.model_folder(name))
+        return self.task.load_model(self.model_folder(name))
 
-    def load_checkpoints(self) -> list[DiffusionModel]:
-        """The full model at every quarter of its training, the end included."""
-        names = [_checkpoint_name(step) for step in self.checkpoint_steps]
-        return [self.load_model(name) for name in (*names, FULL)]
+    def load_checkpoints(self) -> Iterator[DiffusionModel]:
+        """The full model at every quarter of its training, each for use before the next."""
+        for name in self.checkpoint_names:
+            yield self.load_model(name)
 
 
 def prepare(
@@ -142,6 +157,8 @@ def prepare(
     num_validation: int | None = None,
     num_generated: int | None = None,
     num_retrain: int | None = None,
+    model: str | None = None,
+    mixed_precision: str | None = None,
 ) -> Experiment:
     """Draw the subsets and take the validation queries, or add subsets and seeds to those there.
 
@@ -156,12 +173,17 @@ def prepare(
         num_generated: how many images the full model will draw as queries; by default the preset's.
         num_retrain: subsets of the ``retrain`` family; by default the preset's. An existing run
             keeps those it has.
+        model: folder of the base of a preset that fine-tunes; by default the run's own or, in a new
+            run, the preset's, by its hub name.
+        mixed_precision: of a preset that fine-tunes: ``"no"``, ``"fp16"`` or ``"bf16"``; by default
+            the run's own or, in a new run, the published ``"fp16"`` where there is a GPU.
 
     Raises:
         ExperimentError: the folder holds another run (what differs), or something else.
         ValueError: a number is below 1 (0 for the retrain family), there are more subsets than are
-            apart from the retrain family, there are fewer validation images than asked for, or the
-            preset fine-tunes a text-to-image model.
+            apart from the retrain family, there are fewer validation images than asked for, or a
+            model or a precision is given for a preset that fine-tunes nothing.
+        FileNotFoundError, ModelError: the base, as `text_to_image.load_text_to_image`.
     """
     counts = {
         "num_subsets": preset.num_subsets if num_subsets is None else num_subsets,
@@ -176,11 +198,15 @@ def prepare(
     counts["num_retrain"] = preset.num_retrain if num_retrain is None else num_retrain
     if counts["num_retrain"] < 0:
         raise ValueError(f"num_retrain must be at least 0, got {counts['num_retrain']}")
-    if preset.lora is not None:
-        raise ValueError(
-            f"preset must be of a model trained from scratch, got {preset.name!r}, which "
-            "fine-tunes a text-to-image model"
-        )
+    for option, value in (("--model", model), ("--mixed-precision", mixed_precision)):
+        if preset.lora is None and value is not None:
+            raise ValueError(
+                f"{option} must be left out for {preset.name!r}, which fine-tunes no model, got "
+                f"{value!r}"
+            )
+    is_new = not folder.exists() or all(path.name == "report" for path in folder.iterdir())
+    found = None if is_new else _read_manifest(folder)
+    about = {} if preset.lora is None else _choose_base(preset, found, model, mixed_precision)
     data = preset.load_data("train", source)
     validation = preset.load_data("validation", source, limit=num_validation)
     if num_validation is not None and len(validation) < num_validation:
@@ -188,6 +214,7 @@ def prepare(
             f"num_validation must be at most {len(validation)}, the validation images there are, "
             f"got {num_validation}"
         )
+    task = _make_task(folder, preset, data, validation, counts["num_generated"], about)
     deciding = {
         "format": _FORMAT,
         "preset": preset.name,
@@ -197,11 +224,11 @@ def prepare(
         "num_inference_steps": preset.num_inference_steps,
         "subset_fraction": preset.subset_fraction,
         "recipe": preset.recipe.to_dict(),
+        **task.deciding(),
     }
     # an existing run is never cut down: what was trained stays part of it
     sizes = {"num_subsets": 0, "num_model_seeds": 0, "num_retrain": 0}
-    if folder.exists() and any(path.name != "report" for path in folder.iterdir()):
-        found = _read_manifest(folder)
+    if found is not None:
         found["deciding"]["recipe"] = Recipe().to_dict() | found["deciding"]["recipe"]
         differing = describe_differences(found["deciding"], deciding)
         if differing:
@@ -231,9 +258,42 @@ def prepare(
         "subsets": hash_tensors({"subsets": subsets}),
         RETRAIN: hash_tensors({RETRAIN: retrain}),
         **sizes,
+        **about,
     }
-    write_atomically(folder / "experiment.json", json.dumps(manifest, indent=1).encode())
-    return _assemble(folder, preset, data, subsets, retrain, validation, manifest)
+    _write_manifest(folder, manifest)
+    return _assemble(folder, preset, data, subsets, retrain, validation, manifest, task)
+
+
+def encode(experiment: Experiment, device: torch.device, progress_bar: ProgressBar) -> None:
+    """Make what all models of a run share: the latents of a preset that fine-tunes.
+
+    Args:
+        experiment: as `prepare` returned it.
+        device: where.
+        progress_bar: opens a progress bar with a label.
+
+    Raises:
+        ExperimentError: the run was prepared before, with other latents.
+        ValueError: as `lds_tasks.Task.encode`.
+    """
+    digest = experiment.task.encode(device, progress_bar)
+    if digest is not None:
+        manifest = _read_manifest(experiment.folder)
+        _write_manifest(experiment.folder, manifest | {"latents": digest})
+
+
+def _choose_base(
+    preset: Preset,
+    found: dict[str, Any] | None,
+    model: str | None,
+    mixed_precision: str | None,
+) -> dict[str, Any]:
+    """What a manifest says about the base, from the options and from the one that is there."""
+    assert preset.lora is not None
+    there = {"base": preset.lora.base_model, "mixed_precision": default_precision()}
+    there |= {key: found[key] for key in (*there, "latents") if found and key in found}
+    given = {"base": model, "mixed_precision": mixed_precision}
+    return there | {key: value for key, value in given.items() if value is not None}
 
 
 def load_experiment(folder: Path) -> Experiment:
@@ -253,6 +313,7 @@ def load_experiment(folder: Path) -> Experiment:
         "data": data.fingerprint,
         "validation": validation.fingerprint,
         "recipe": preset.recipe.to_dict(),
+        **({} if preset.lora is None else {"lora": lora_settings(preset.lora)}),
     }
     # a field that recipes had not yet when the run was prepared has its default there
     found = {key: deciding[key] for key in here}
@@ -271,7 +332,32 @@ def load_experiment(folder: Path) -> Experiment:
     # a run prepared before there was a retrain family has none
     if found_hashes != (manifest["subsets"], manifest.get(RETRAIN, found_hashes[1])):
         raise ExperimentError(f"{file} is not what prepare wrote: run prepare again")
-    return _assemble(folder, preset, data, subsets, retrain, validation, manifest)
+    task = _make_task(folder, preset, data, validation, deciding["num_generated"], manifest)
+    return _assemble(folder, preset, data, subsets, retrain, validation, manifest, task)
+
+
+def _make_task(
+    folder: Path,
+    preset: Preset,
+    data: ImageData,
+    validation: ImageData,
+    num_generated: int,
+    about: dict[str, Any],
+) -> Task:
+    """What is trained: ``about`` is a manifest, or what `_choose_base` returns."""
+    if preset.lora is None:
+        return PixelTask(preset, data)
+    return TextToImageTask(
+        preset,
+        data,
+        validation,
+        num_generated,
+        folder,
+        about["base"],
+        about["mixed_precision"],
+        about.get("deciding", {}).get("base"),
+        about.get("latents"),
+    )
 
 
 def _assemble(
@@ -282,6 +368,7 @@ def _assemble(
     retrain: Tensor,
     validation: ImageData,
     manifest: dict[str, Any],
+    task: Task,
 ) -> Experiment:
     # a subset model never shares the seed of the model it stands in for
     seeds = (seed for seed in itertools.count() if seed != preset.recipe.seed)
@@ -294,6 +381,7 @@ def _assemble(
         validation,
         manifest["deciding"]["num_generated"],
         retrain,
+        task,
     )
 
 
@@ -309,6 +397,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if known != _FORMAT:
         raise ExperimentError(f"{file} must be of format {_FORMAT}, got {known}")
     return manifest
+
+
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    write_atomically(folder / "experiment.json", json.dumps(manifest, indent=1).encode())
 
 
 @contextmanager
@@ -348,25 +440,31 @@ def train_one(
         Whether this call finished the model.
 
     Raises:
-        ValueError: as `training.train`.
+        ValueError: as `lds_tasks.Task.train`.
     """
     if experiment.is_trained(name):
         return False
     with claim(experiment.folder / "locks" / f"{name}.lock") as is_ours:
         if not is_ours or experiment.is_trained(name):
             return False
-        recipe, data = experiment.preset.recipe, experiment.data
+        recipe, task = experiment.preset.recipe, experiment.task
+        chosen: Tensor | None = None
         if name != FULL:
-            mask, seed = experiment.training_of(name)
+            chosen, seed = experiment.training_of(name)
             recipe = replace(recipe, seed=seed)
-            data = data.select(mask)
         marks = experiment.checkpoint_steps if name == FULL else ()
-        model = experiment.preset.make_model(recipe.seed)
-        model.unet.to(device)
+        model = task.fresh_model(recipe.seed, device)
+
+        def save(name: str) -> None:
+            save_model(
+                model,
+                experiment.model_folder(name),
+                lambda folder: task.save(model, folder, chosen, recipe),
+            )
 
         def after_step(done: int, total: int) -> None:
             if done in marks:
-                save_model(model, experiment.model_folder(_checkpoint_name(done)))
+                save(_checkpoint_name(done))
             if progress is not None:
                 progress(done, total)
 
@@ -374,15 +472,15 @@ def train_one(
         every = next(e for e in range(100, 1, -1) if all(mark % e for mark in marks))
         checkpoint = experiment.folder / "training" / f"{name}.pt"
         checkpoint.parent.mkdir(exist_ok=True)
-        train(
+        task.train(
             model,
-            data.images,
+            chosen,
             recipe,
             checkpoint=checkpoint,
             checkpoint_every=every,
             progress=after_step,
         )
-        save_model(model, experiment.model_folder(name))
+        save(name)
         checkpoint.unlink(missing_ok=True)
         return True
 
@@ -391,15 +489,23 @@ def _checkpoint_name(step: int) -> str:
     return f"{FULL}-step-{step:06d}"
 
 
-def save_model(model: DiffusionModel, folder: Path) -> None:
-    """Save a model so that a killed process leaves none that passes for a whole one."""
-    if (folder / "model_index.json").is_file():
+def save_model(
+    model: DiffusionModel, folder: Path, write: Callable[[Path], None] | None = None
+) -> None:
+    """Save a model so that a killed process leaves none that passes for a whole one.
+
+    Args:
+        model: to save, unless one is there.
+        folder: where.
+        write: writes it into a folder that is not there yet; by default ``model.save``.
+    """
+    if is_saved(folder):
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(folder.name + ".partial")
     if partial.exists():
         shutil.rmtree(partial)
-    model.save(partial)
+    (write or model.save)(partial)
     partial.rename(folder)
 
 
@@ -408,6 +514,8 @@ def generated_queries(
 ) -> ImageData:
     """The images the full model draws, image i from seed i; drawn where they are missing.
 
+    A model that reads captions draws image i from prompt i, the prompts in ``metadata.jsonl``.
+
     Returns:
         The images as saved, 8 bits a channel.
 
@@ -415,31 +523,42 @@ def generated_queries(
         ExperimentError: the full model is not trained yet.
     """
     folder = experiment.folder / "generated"
-    wanted = [folder / f"{seed:05d}.png" for seed in range(experiment.num_generated)]
-    missing = [seed for seed, file in enumerate(wanted) if not file.is_file()]
+    missing = missing_queries(experiment)
     if missing:
-        model = experiment.load_model()
-        model.unet.to(device)
-        images = generate(
-            model,
-            missing,
-            num_inference_steps=experiment.preset.num_inference_steps,
-            progress=progress,
-        )
+        model, task = experiment.load_model(), experiment.task
         folder.mkdir(exist_ok=True)
-        for seed, image in zip(missing, images, strict=True):
-            write_atomically(wanted[seed], encode_png(to_uint8(image)))
+        prompts = task.prompts(range(experiment.num_generated))
+        if prompts is not None:
+            write_captions(folder, {_picture(seed): text for seed, text in enumerate(prompts)})
+        for seeds, images in task.draw(model, missing, device, progress):
+            for seed, image in zip(seeds, images, strict=True):
+                write_atomically(folder / _picture(seed), encode_png(to_uint8(image)))
     channels = experiment.data.images.shape[1]
     return load_data(folder, channels=channels, limit=experiment.num_generated)
 
 
+def missing_queries(experiment: Experiment) -> list[int]:
+    """Seeds of the generated queries that are not drawn yet."""
+    folder = experiment.folder / "generated"
+    seeds = range(experiment.num_generated)
+    return [seed for seed in seeds if not (folder / _picture(seed)).is_file()]
+
+
+def _picture(seed: int) -> str:
+    return f"{seed:05d}.png"
+
+
 def query_sets(
     experiment: Experiment, device: torch.device, progress: Progress | None = None
-) -> dict[str, ImageData]:
-    """The queries by the name of their kind, validation and generated."""
+) -> dict[str, ImageData | LatentData]:
+    """The queries by the name of their kind, validation and generated, as models are given them."""
+    pictures = {
+        VALIDATION: experiment.validation,
+        GENERATED: generated_queries(experiment, device, progress),
+    }
     return {
-        "validation": experiment.validation,
-        "generated": generated_queries(experiment, device, progress),
+        role: experiment.task.samples(role, images, device, progress)
+        for role, images in pictures.items()
     }
 
 

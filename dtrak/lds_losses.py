@@ -14,9 +14,17 @@ from torch import Tensor
 
 from dtrak_kernels import Projection
 
-from .data import ImageData
 from .diffusion import DiffusionModel
-from .features import FeatureSettings, check_prediction, describe_differences, noisy_rows
+from .features import (
+    FeatureSettings,
+    Samples,
+    autocast,
+    check_prediction,
+    describe_differences,
+    noisy_rows,
+    predict,
+    text_rows,
+)
 from .files import write_atomically
 from .lds_experiment import LDS, Experiment, ExperimentError, Progress, claim
 from .outputs import evaluate_output, select_timesteps
@@ -47,21 +55,23 @@ class LossSettings:
 @torch.no_grad()
 def query_losses(
     model: DiffusionModel,
-    queries: ImageData,
+    queries: Samples,
     settings: LossSettings,
     device: torch.device,
     *,
     batch_size: int = 256,
+    dtype: str = "float32",
     progress: Progress | None = None,
 ) -> Tensor:
     """The plain denoising loss of every query at every timestep and noise.
 
     Args:
         model: moved to ``device``.
-        queries: M images.
+        queries: M images, or latents with their captions, which are read without guidance.
         settings: timesteps and noises.
         device: where.
         batch_size: noisy images per forward pass.
+        dtype: a key of `features.DTYPES`; 16-bit types run under autocast.
         progress: called with (queries and noises done, of how many).
 
     Returns:
@@ -71,12 +81,13 @@ def query_losses(
         ValueError: S is out of range, or the model's output is not finite (for which query).
 
     Source:
-        D-TRAK's eval_unconditional.py at e2a0c2e, but with noise that does not depend on the
-        position in a batch.
+        D-TRAK's eval_unconditional.py and eval_text_to_image_lora.py at e2a0c2e, but with noise
+        that does not depend on the position in a batch.
     """
     model.unet.to(device)
     timesteps = select_timesteps(settings.num_timesteps, "uniform", model.num_train_timesteps)
     size, num_queries = max(1, batch_size // len(timesteps)), len(queries)
+    captions = getattr(queries, "captions", None)
     losses = torch.empty(settings.num_noise_seeds, len(timesteps), num_queries)
     done, total = 0, settings.num_noise_seeds * num_queries
     for seed in range(settings.num_noise_seeds):
@@ -86,14 +97,15 @@ def query_losses(
             ids = [_ROLE + name for name in queries.ids[chosen]]
             images = queries.images[chosen].to(device)
             noisy, target, times = noisy_rows(model, rows, images, ids)
-            prediction = torch.cat(
-                [
-                    model.unet(part, part_times).sample
-                    for part, part_times in zip(
-                        noisy.split(batch_size), times.split(batch_size), strict=True
-                    )
-                ]
-            )
+            text = text_rows(model, captions and captions[chosen], len(timesteps), images)
+            parts = [slice(row, row + batch_size) for row in range(0, len(noisy), batch_size)]
+            with autocast(device, dtype):
+                prediction = torch.cat(
+                    [
+                        predict(model.unet, noisy[p], times[p], None if text is None else text[p])
+                        for p in parts
+                    ]
+                )
             check_prediction(prediction, ids, times)
             values = evaluate_output("loss", prediction, target, model.scheduler, times)
             losses[seed, :, chosen] = values.reshape(len(ids), len(timesteps)).T.cpu()
@@ -128,7 +140,7 @@ def claim_settings(experiment: Experiment, settings: LossSettings) -> None:
 
 def evaluate_one(
     experiment: Experiment,
-    queries: Mapping[str, ImageData],
+    queries: Mapping[str, Samples],
     settings: LossSettings,
     name: str,
     device: torch.device,
@@ -147,6 +159,7 @@ def evaluate_one(
     with claim(experiment.folder / "locks" / f"losses-{name}.lock") as is_ours:
         if not is_ours or file.is_file():
             return False
+        dtype = experiment.task.dtype(device)
         model = experiment.load_model(name)
         total = settings.num_noise_seeds * sum(len(images) for images in queries.values())
         losses, before = {}, 0
@@ -157,7 +170,13 @@ def evaluate_one(
                     progress(before + done, total)
 
             losses[kind] = query_losses(
-                model, images, settings, device, batch_size=batch_size, progress=shifted
+                model,
+                images,
+                settings,
+                device,
+                batch_size=batch_size,
+                dtype=dtype,
+                progress=shifted,
             )
             before += settings.num_noise_seeds * len(images)
         write_atomically(file, save(losses))

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -26,21 +25,21 @@ from dtrak_kernels.ridge import RidgeSolver
 
 from . import scores
 from .baselines import random_scores, raw_similarity
-from .data import ImageData
 from .diffusion import DiffusionModel, hash_tensors
 from .features import (
     FeatureSettings,
     FeatureStore,
     FusedExtractor,
+    Samples,
     deciding_settings,
     fill_store,
     fitting_batch_size,
 )
 from .files import write_atomically
-from .generation import draw_batches
 from .lds_clip import ClipEncoder
 from .lds_experiment import FULL, Experiment, ExperimentError, generated_queries
 from .lds_statistics import predict_groups
+from .lds_tasks import GENERATED, TRAIN
 from .outputs import select_timesteps
 from .runs import DEFAULT_PROJ_DIM
 
@@ -48,7 +47,6 @@ from .runs import DEFAULT_PROJ_DIM
 DAMPING_FACTORS = tuple(float(f"{digit}e{power}") for power in range(-4, 4) for digit in (1, 3))
 PROJECTIONS = KINDS
 _MEMORY_BUDGET = 2 * 2**30
-_GENERATED = "generated"
 
 
 @dataclass(frozen=True)
@@ -148,6 +146,16 @@ def list_settings(
     return settings
 
 
+def name_raw(settings: Sequence[Setting], raw: str) -> list[Setting]:
+    """The same settings, raw similarities called after what they compare: pixels or latents."""
+    return [
+        replace(setting, method=replace(method, name=method.name.replace("pixels", raw)))
+        if (method := setting.method).kind.startswith("raw_")
+        else setting
+        for setting in settings
+    ]
+
+
 @dataclass(frozen=True, eq=False)
 class Prediction:
     """What a method predicts for every subset and query, at every damping tried.
@@ -181,21 +189,17 @@ class Predictor:
     def __init__(
         self,
         experiment: Experiment,
-        queries: Mapping[str, ImageData],
+        queries: Mapping[str, Samples],
         device: torch.device,
         progress_bar: Callable[[str], Any],
         clip: ClipEncoder | None = None,
     ) -> None:
         self.experiment, self.device = experiment, device
         self.sizes = {kind: len(images) for kind, images in queries.items()}
-        self.queries = ImageData(
-            torch.cat([images.images for images in queries.values()]),
-            [name for images in queries.values() for name in images.ids],
-            None,
-            "queries",
-        )
+        self.queries = experiment.task.join(queries)
+        self.train = experiment.task.samples(TRAIN, experiment.data, device)
         self.progress_bar, self.clip = progress_bar, clip
-        self._models: list[DiffusionModel] = []
+        self._loaded: tuple[str, DiffusionModel] | None = None
 
     def predict(self, settings: Sequence[Setting]) -> Iterator[Prediction]:
         """The predictions of ``settings``, one after the other; what is in the folder is reused.
@@ -238,7 +242,7 @@ class Predictor:
         if about["identity"] != self._identity(setting):
             self._compute([setting])
             return self._read(setting)
-        kinds = (_GENERATED,) if setting.method.kind == "journey" else tuple(self.sizes)
+        kinds = (GENERATED,) if setting.method.kind == "journey" else tuple(self.sizes)
         return Prediction(setting, kinds, tuple(about["dampings"]), tuple(about["rules"]), values)
 
     def _write(self, setting: Setting, parts: Sequence[tuple[str, float, Tensor]]) -> None:
@@ -288,10 +292,10 @@ class Predictor:
 
     def _plain_scores(self, method: Method) -> Tensor:
         if method.kind == "random":
-            return random_scores(len(self.queries), len(self.experiment.data), 0)
+            return random_scores(len(self.queries), len(self.train), 0)
         if method in CLIP_METHODS:
             return raw_similarity(*self._embeddings(), method.kind.removeprefix("clip_"))
-        images = self.queries.images, self.experiment.data.images
+        images = self.queries.images, self.train.images
         return raw_similarity(*images, method.kind.removeprefix("raw_"))
 
     def _embeddings(self) -> tuple[Tensor, Tensor]:
@@ -302,7 +306,7 @@ class Predictor:
         # the pictures, whatever the model is given in their place
         pictures = {
             kind: generated_queries(experiment, self.device)
-            if kind == _GENERATED
+            if kind == GENERATED
             else experiment.validation
             for kind in self.sizes
         }
@@ -332,15 +336,19 @@ class Predictor:
     def _feature_settings(self, setting: Setting, timesteps: Sequence[int]) -> FeatureSettings:
         assert setting.method.output_function is not None
         projection = Projection(setting.projection, DEFAULT_PROJ_DIM[setting.projection])
-        return FeatureSettings(setting.method.output_function, tuple(timesteps), 0, projection)
+        dtype = self.experiment.task.dtype(self.device)
+        return FeatureSettings(
+            setting.method.output_function, tuple(timesteps), 0, projection, dtype
+        )
 
     def _model(self, number: int, name: str = FULL) -> DiffusionModel:
         """The full model at a checkpoint, of which -1 is its end; or another one."""
-        if name != FULL:
-            return self.experiment.load_model(name)
-        if not self._models:
-            self._models = self.experiment.load_checkpoints()
-        return self._models[number]
+        if name == FULL:
+            name = self.experiment.checkpoint_names[number]
+        # one at a time: loading one may end the use of the one before
+        if self._loaded is None or self._loaded[0] != name:
+            self._loaded = name, self.experiment.load_model(name)
+        return self._loaded[1]
 
     def _features(self, setting: Setting, number: int) -> tuple[FeatureStore, Tensor]:
         """Features of the training images and of the queries at a checkpoint of the model."""
@@ -350,7 +358,7 @@ class Predictor:
         folder = self._feature_folder(setting, number)
         extractor = FusedExtractor(model, settings, self.device)
         stores = []
-        for role, data in (("train", self.experiment.data), ("query", self.queries)):
+        for role, data in (("train", self.train), ("query", self.queries)):
             store = FeatureStore.open(
                 folder / role,
                 {**deciding_settings(model, settings, data, extractor.method), "role": role},
@@ -369,28 +377,20 @@ class Predictor:
 
         The clean image predicted at each step is given fresh noise of that step's timestep.
         """
-        experiment, model = self.experiment, self._model(-1)
-        steps = experiment.preset.num_inference_steps
-        scheduler = DDIMScheduler.from_config(model.scheduler.config)
-        scheduler.set_timesteps(steps)
-        timesteps = scheduler.timesteps.tolist()
+        task, model = self.experiment.task, self._model(-1)
+        timesteps = task.journey_timesteps(model)
         extractor = FusedExtractor(
             model, self._feature_settings(setting, timesteps[:1]), self.device
         )
         batches = []
         with self.progress_bar(f"journeys {setting.key}") as progress:
-            for batch in draw_batches(
-                model,
-                range(self.sizes[_GENERATED]),
-                num_inference_steps=steps,
-                trajectories=True,
-                progress=progress,
-            ):
-                assert batch.trajectories is not None
-                ids = [f"journey/{seed}" for seed in batch.seeds]
+            seeds = range(self.sizes[GENERATED])
+            for journey in task.journeys(model, seeds, self.device, progress):
+                ids = [f"journey/{seed}" for seed in journey.seeds]
                 features = []
                 for step, timestep in enumerate(timesteps):
                     extractor.settings = replace(extractor.settings, timesteps=(timestep,))
-                    features.append(extractor.extract(batch.trajectories[:, step], ids).cpu())
+                    predicted = journey.predicted[:, step]
+                    features.append(extractor.extract(predicted, ids, journey.captions).cpu())
                 batches.append(scores.journey_query_features(torch.stack(features)))
         return torch.cat(batches)

@@ -11,7 +11,14 @@ from typing import Any
 from .lds_table import AUTO, UNIT
 from .plots import FIXED, Curve, plot_bars, plot_curves
 
-REFERENCES = ("Random", "Raw pixels, dot", "Raw pixels, cosine", "CLIP, dot", "CLIP, cosine")
+REFERENCES = (
+    "Random",
+    *(
+        f"{what}, {kind}"
+        for what in ("Raw pixels", "Raw latents", "CLIP")
+        for kind in ("dot", "cosine")
+    ),
+)
 # more lines than this cannot be told apart
 _MOST_CURVES = 6
 

@@ -107,6 +107,12 @@ def load_lora(unet: UNet2DConditionModel, path: str | Path) -> None:
     _freeze_the_rest(unet)
 
 
+def remove_lora(unet: UNet2DConditionModel) -> None:
+    """Take the adapter out of ``unet``, if it has one: it is the base then, ready for another."""
+    if lora_names(unet):
+        unet.unload_lora()
+
+
 def save_lora(unet: UNet2DConditionModel, folder: str | Path) -> None:
     """Write the adapter as a folder that `load_lora` and Diffusers' ``load_lora_weights`` read."""
     from diffusers.loaders import StableDiffusionLoraLoaderMixin

@@ -421,37 +421,27 @@ def generate_from_prompts(
         Song et al. 2021 (arXiv:2010.02502); Ho and Salimans 2022 (arXiv:2207.12598); one generator
         per image as in D-TRAK's gen_text_to_image_lora.py at e2a0c2e.
     """
-    height, width = _check_drawing(
+    height, width = check_drawing(
         model, prompts, seeds, guidance_scale, num_inference_steps, size, batch_size
     )
-    pipeline = _make_pipeline(model)
+    pipeline = make_pipeline(model)
     device = next(model.unet.parameters()).device
     firsts = range(0, len(seeds), batch_size)
-    done, total = 0, len(firsts) * num_inference_steps
-
-    def count(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, total)
-        return values
-
+    count = count_steps(progress, len(firsts) * num_inference_steps)
     images = torch.empty(len(seeds), 3, height, width)
     for first in firsts:
         rows = slice(first, first + batch_size)
-        # prompts are cut as captions are, which is said where they are read
-        with quiet("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"):
-            drawn = pipeline(
-                list(prompts[rows]),
-                height=height,
-                width=width,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                eta=0.0,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds[rows]],
-                output_type="pt",
-                callback_on_step_end=count,
-            ).images
+        drawn = run_pipeline(
+            pipeline,
+            prompts[rows],
+            seeds[rows],
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            output_type="pt",
+            callback_on_step_end=count,
+        )
         for seed, image in zip(seeds[rows], drawn, strict=True):
             if not torch.isfinite(image).all():
                 raise ValueError(f"the model drew a non-finite image from seed {seed}")
@@ -460,7 +450,36 @@ def generate_from_prompts(
     return images
 
 
-def _check_drawing(
+def run_pipeline(
+    pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], **options: Any
+) -> Tensor:
+    """What a pipeline of Diffusers returns as images, each from a generator of its own."""
+    # prompts are cut as captions are, which is said where they are read
+    with quiet("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"):
+        drawn: Tensor = pipeline(
+            list(prompts),
+            eta=0.0,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            **options,
+        ).images
+    return drawn
+
+
+def count_steps(progress: Callable[[int, int], None] | None, total: int) -> Callable[..., Any]:
+    """What a pipeline calls after every step."""
+    done = 0
+
+    def count(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+        return values
+
+    return count
+
+
+def check_drawing(
     model: TextToImageModel,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -469,6 +488,7 @@ def _check_drawing(
     size: int | tuple[int, int] | None,
     batch_size: int,
 ) -> tuple[int, int]:
+    """Refuse what `generate_from_prompts` refuses; (height, width) of the images."""
     if len(prompts) != len(seeds):
         raise ValueError(f"seeds must be {len(prompts)}, one for each prompt, got {len(seeds)}")
     for seed in seeds:
@@ -497,7 +517,14 @@ def _check_drawing(
     return height, width
 
 
-def _make_pipeline(model: TextToImageModel) -> Any:
+def drawing_scheduler(model: TextToImageModel) -> DDIMScheduler:
+    """The DDIM scheduler pictures are drawn with; nothing is clipped."""
+    # what Diffusers' pipeline sets anyway, with a page of advice
+    return DDIMScheduler.from_config(model.scheduler.config, clip_sample=False, steps_offset=1)
+
+
+def make_pipeline(model: TextToImageModel) -> Any:
+    """Diffusers' own pipeline around the parts of ``model``, on the device of its U-Net."""
     with quiet("transformers", "diffusers"):
         from diffusers import StableDiffusionPipeline
 
@@ -506,10 +533,7 @@ def _make_pipeline(model: TextToImageModel) -> Any:
             text_encoder=model.text_encoder,
             tokenizer=model.tokenizer,
             unet=model.unet,
-            # what the pipeline sets anyway, with a page of advice
-            scheduler=DDIMScheduler.from_config(
-                model.scheduler.config, clip_sample=False, steps_offset=1
-            ),
+            scheduler=drawing_scheduler(model),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,

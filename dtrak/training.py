@@ -338,6 +338,8 @@ class Trainer:
         if self.accelerator is not None:
             # for mixed precision it changes the model's own forward method
             self.accelerator.unwrap_model(self.forward, keep_fp32_wrapper=False)
+            # left behind, that mark keeps a second training of the model from mixed precision
+            vars(self.unet).pop("_is_accelerate_prepared", None)
         self.unet.eval()
 
 
@@ -410,6 +412,16 @@ class _ModelTrainer(Trainer):
             yield
         finally:
             self.ema.restore(self.unet.parameters())
+
+
+def one_process_accelerator(mixed_precision: str, device: torch.device) -> Accelerator | None:
+    """For a training of one process; None where that changes nothing."""
+    if mixed_precision == "no":
+        return None
+    if device.type == "cuda":
+        # an accelerator of one process takes the current device
+        torch.cuda.set_device(device)
+    return Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu")
 
 
 @contextmanager

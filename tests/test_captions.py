@@ -7,7 +7,13 @@ import pytest
 import torch
 from tiny_stable_diffusion import PICTURES, write_pictures
 
-from dtrak.captions import caption_all, hash_captions, load_captions, read_captions
+from dtrak.captions import (
+    caption_all,
+    hash_captions,
+    load_captions,
+    read_captions,
+    write_captions,
+)
 from dtrak.data import ImageData, encode_png, load_data
 from dtrak.sources import DataError
 
@@ -44,6 +50,15 @@ def test_metadata_lines_beside_the_images(pictures):
     assert read_captions(source, data) == expected(data)
     order = data.select([4, 0, 2])
     assert read_captions(source, order) == expected(order)
+
+
+def test_captions_written_are_read(tmp_path):
+    folder = write_pictures(tmp_path / "bare", metadata=False)
+    # lines, quotes and letters beyond ASCII
+    texts = {name: f'"{name}"\né' for name in PICTURES}
+    write_captions(folder, texts)
+    data = load_data(folder)
+    assert read_captions(str(folder), data) == [texts[name] for name in data.ids]
 
 
 def test_metadata_in_every_folder_and_as_a_table(pictures, tmp_path):

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -200,6 +201,17 @@ def test_dtypes(dtype, tolerance):
     features = FusedExtractor(make_model(), settings, CPU).extract(data.images, data.ids)
     assert features.dtype == (torch.float64 if dtype == "float64" else torch.float32)
     assert relative_error(features, expected) < tolerance
+
+
+def test_sums_over_pixels_do_not_overflow_in_half_precision():
+    data = make_data(3)
+    model = make_model()
+    with torch.no_grad():
+        model.unet.conv_out.weight.mul_(300)
+    settings = replace(SETTINGS, output_function="l1_norm")
+    expected = FusedExtractor(model, settings, CPU).extract(data.images, data.ids)
+    half = FusedExtractor(model, replace(settings, dtype="float16"), CPU)
+    assert relative_error(half.extract(data.images, data.ids), expected) < 0.02
 
 
 def test_a_model_that_breaks_is_refused_by_sample_and_timestep():

@@ -26,7 +26,7 @@ from dtrak.lds_experiment import (
     train_one,
     trained_names,
 )
-from dtrak.presets import PRESETS, get_preset
+from dtrak.presets import PRESETS
 from dtrak.training import Recipe, train
 
 
@@ -252,8 +252,8 @@ def test_refusals(tmp_path):
     # subset 256 of the one family is subset 0 of the other
     with pytest.raises(ValueError, match="num_subsets must be at most 256 beside a retrain family"):
         prepare(folder, PRESET, num_subsets=257, num_retrain=1)
-    with pytest.raises(ValueError, match="trained from scratch, got 'artbench2'"):
-        prepare(folder, get_preset("artbench2"))
+    with pytest.raises(ValueError, match=r"--model must be left out for 'tiny', which .* got 'sd'"):
+        prepare(folder, PRESET, model="sd")
     assert not folder.exists()
     with pytest.raises(ExperimentError, match="must be a folder that prepare made"):
         load_experiment(folder)

@@ -17,6 +17,7 @@ from dtrak.lora import (
     load_lora,
     lora_names,
     lora_weights,
+    remove_lora,
     save_lora,
 )
 
@@ -254,3 +255,24 @@ def test_refuses_a_second_adapter_a_rank_of_zero_and_a_model_without_attention(t
         add_lora(build_unet(), 0)
     with pytest.raises(LoraError, match="must have layers to_x, got none"):
         add_lora(build_unet(), 4, targets=["to_x"])
+
+
+def test_an_adapter_taken_out_leaves_the_base_for_another(folder, trained, saved):
+    base, unet = fresh_unet(folder), trained.unet
+    swapped = hash_base(unet)
+    remove_lora(unet)
+    assert not lora_names(unet)
+    assert [name for name, _ in unet.named_parameters()] == [
+        name for name, _ in base.named_parameters()
+    ]
+    with torch.no_grad():
+        assert torch.equal(unet(*arguments()).sample, base(*arguments()).sample)
+    # nothing to take out
+    remove_lora(unet)
+    load_lora(unet, saved)
+    assert (hash_lora(unet), hash_base(unet)) == (hash_lora(load_tiny(folder).unet), swapped)
+    remove_lora(unet)
+    add_lora(unet, 5, seed=2)
+    add_lora(base, 5, seed=2)
+    assert hash_lora(unet) == hash_lora(base)
+    assert not any(p.requires_grad for n, p in unet.named_parameters() if ".lora_" not in n)

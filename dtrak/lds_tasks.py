@@ -1,0 +1,296 @@
+"""What a linear datamodelling experiment trains and measures: the part that depends on the model.
+
+`PixelTask` is for models trained from scratch, `lds_text_to_image.TextToImageTask` for the LoRA of
+a text-to-image model. Everything else of an experiment (subsets, locks, files, scores) is shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from .data import ImageData
+from .diffusion import DiffusionModel, load_model
+from .features import Samples
+from .generation import draw_batches
+from .latents import LatentData
+from .lora import LORA_FILES
+from .presets import Preset
+from .training import Recipe, train
+
+Progress = Callable[[int, int], None]
+# opens a progress bar with a label, as `console.progress_bar` does
+ProgressBar = Callable[[str], AbstractContextManager[Progress]]
+TRAIN, VALIDATION, GENERATED = "train", "validation", "generated"
+_WEIGHTS = ("model_index.json", LORA_FILES[0])
+
+
+class ExperimentError(ValueError):
+    """A run folder that cannot be used; the message says why."""
+
+
+class Journey(NamedTuple):
+    """The paths on which some generated queries came about.
+
+    Attributes:
+        seeds: B seeds, which are the numbers of the queries.
+        predicted: ``[B, S, C, H, W]`` float32 on the CPU: what the model is given, pixels or
+            latents, as it predicted them without noise at each of the S steps, the noisiest first.
+        captions: B prompts, or None for a model that reads none.
+    """
+
+    seeds: list[int]
+    predicted: Tensor
+    captions: list[str] | None = None
+
+
+class Task(Protocol):
+    """A kind of model, with the data and recipe of one experiment."""
+
+    @property
+    def raw(self) -> str:
+        """What raw similarities compare: ``"pixels"`` or ``"latents"``."""
+        ...
+
+    def deciding(self) -> dict[str, Any]:
+        """What decides the numbers besides data and recipe; JSON-serialisable."""
+        ...
+
+    def encode(self, device: torch.device, progress_bar: ProgressBar) -> str | None:
+        """Make what all models share, where it is missing; its SHA-256, or None for nothing."""
+        ...
+
+    def dtype(self, device: torch.device) -> str:
+        """Of forward passes when losses and features are made: a key of `features.DTYPES`.
+
+        Raises:
+            ValueError: the device cannot compute in it.
+        """
+        ...
+
+    def fresh_model(self, seed: int, device: torch.device) -> DiffusionModel:
+        """A model to train, on its device."""
+        ...
+
+    def load_model(self, folder: Path) -> DiffusionModel:
+        """The model `save` wrote; it may take the place of the one loaded before."""
+        ...
+
+    def train(
+        self,
+        model: DiffusionModel,
+        chosen: Tensor | None,
+        recipe: Recipe,
+        *,
+        checkpoint: Path,
+        checkpoint_every: int,
+        progress: Progress,
+    ) -> None:
+        """Train ``model`` in place on the images ``chosen`` ``[N]`` bool, or on all."""
+        ...
+
+    def save(
+        self, model: DiffusionModel, folder: Path, chosen: Tensor | None, recipe: Recipe
+    ) -> None:
+        """Write a model, trained as `train` was told, into a folder that is not there yet."""
+        ...
+
+    def draw(
+        self,
+        model: DiffusionModel,
+        seeds: Sequence[int],
+        device: torch.device,
+        progress: Progress | None = None,
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Draw one picture per seed: (seeds, ``[B, C, H, W]`` in [-1, 1]) batch by batch."""
+        ...
+
+    def prompts(self, seeds: Sequence[int]) -> list[str] | None:
+        """What the pictures of ``seeds`` are drawn from; None for a model that reads nothing."""
+        ...
+
+    def journey_timesteps(self, model: DiffusionModel) -> list[int]:
+        """The S timesteps of `journeys`, the noisiest first."""
+        ...
+
+    def journeys(
+        self,
+        model: DiffusionModel,
+        seeds: Sequence[int],
+        device: torch.device,
+        progress: Progress | None = None,
+    ) -> Iterator[Journey]:
+        """Draw the pictures of ``seeds`` again, watching what the model predicts on the way."""
+        ...
+
+    def samples(
+        self,
+        role: str,
+        pictures: ImageData,
+        device: torch.device,
+        progress: Progress | None = None,
+    ) -> ImageData | LatentData:
+        """What a model is given for the pictures of ``role``: `TRAIN`, `VALIDATION`, `GENERATED`.
+
+        Raises:
+            ValueError: what is kept of them is incomplete, damaged or of something else.
+        """
+        ...
+
+    def join(self, parts: Mapping[str, Samples]) -> Samples:
+        """Samples of several roles as one set, in that order."""
+        ...
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether ``folder`` holds a finished model, whichever task wrote it."""
+    return any((folder / name).is_file() for name in _WEIGHTS)
+
+
+@dataclass(frozen=True, eq=False)
+class PixelTask:
+    """An unconditional model, trained from scratch.
+
+    Attributes:
+        preset: model and generation recipe.
+        data: N training images.
+    """
+
+    preset: Preset
+    data: ImageData
+
+    @property
+    def raw(self) -> str:
+        """As `Task.raw`."""
+        return "pixels"
+
+    def deciding(self) -> dict[str, Any]:
+        """Nothing: the preset says it all."""
+        return {}
+
+    def encode(self, device: torch.device, progress_bar: ProgressBar) -> str | None:
+        """Nothing: the images are all there is."""
+        return None
+
+    def dtype(self, device: torch.device) -> str:
+        """As `Task.dtype`: single precision, as published."""
+        return "float32"
+
+    def fresh_model(self, seed: int, device: torch.device) -> DiffusionModel:
+        """As `Task.fresh_model`."""
+        model = self.preset.make_model(seed)
+        model.unet.to(device)
+        return model
+
+    def load_model(self, folder: Path) -> DiffusionModel:
+        """As `Task.load_model`; always a new one."""
+        return load_model(folder)
+
+    def train(
+        self,
+        model: DiffusionModel,
+        chosen: Tensor | None,
+        recipe: Recipe,
+        *,
+        checkpoint: Path,
+        checkpoint_every: int,
+        progress: Progress,
+    ) -> None:
+        """As `Task.train`.
+
+        Raises:
+            ValueError: as `training.train`.
+        """
+        data = self.data if chosen is None else self.data.select(chosen)
+        train(
+            model,
+            data.images,
+            recipe,
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+            progress=progress,
+        )
+
+    def save(
+        self, model: DiffusionModel, folder: Path, chosen: Tensor | None, recipe: Recipe
+    ) -> None:
+        """As `Task.save`."""
+        model.save(folder)
+
+    def draw(
+        self,
+        model: DiffusionModel,
+        seeds: Sequence[int],
+        device: torch.device,
+        progress: Progress | None = None,
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """As `Task.draw`.
+
+        Raises:
+            ValueError: as `generation.draw_batches`.
+        """
+        model.unet.to(device)
+        steps = self.preset.num_inference_steps
+        for batch in draw_batches(model, seeds, num_inference_steps=steps, progress=progress):
+            yield batch.seeds, batch.images
+
+    def prompts(self, seeds: Sequence[int]) -> list[str] | None:
+        """None."""
+        return None
+
+    def journey_timesteps(self, model: DiffusionModel) -> list[int]:
+        """As `Task.journey_timesteps`."""
+        scheduler = DDIMScheduler.from_config(model.scheduler.config)
+        scheduler.set_timesteps(self.preset.num_inference_steps)
+        timesteps: list[int] = scheduler.timesteps.tolist()
+        return timesteps
+
+    def journeys(
+        self,
+        model: DiffusionModel,
+        seeds: Sequence[int],
+        device: torch.device,
+        progress: Progress | None = None,
+    ) -> Iterator[Journey]:
+        """As `Task.journeys`."""
+        model.unet.to(device)
+        for batch in draw_batches(
+            model,
+            seeds,
+            num_inference_steps=self.preset.num_inference_steps,
+            trajectories=True,
+            progress=progress,
+        ):
+            assert batch.trajectories is not None
+            yield Journey(batch.seeds, batch.trajectories)
+
+    def samples(
+        self,
+        role: str,
+        pictures: ImageData,
+        device: torch.device,
+        progress: Progress | None = None,
+    ) -> ImageData:
+        """The pictures themselves."""
+        return pictures
+
+    def join(self, parts: Mapping[str, Samples]) -> ImageData:
+        """As `Task.join`."""
+        return join_pictures(list(parts.values()))
+
+
+def join_pictures(parts: Sequence[Samples]) -> ImageData:
+    """Pictures of one size one after the other."""
+    return ImageData(
+        torch.cat([part.images for part in parts]),
+        [name for part in parts for name in part.ids],
+        None,
+        "queries",
+    )

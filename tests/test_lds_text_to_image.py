@@ -1,0 +1,516 @@
+"""LoRA experiments: what is trained, measured and predicted, against the parts taken by hand."""
+
+import json
+import shutil
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import StableDiffusionPipeline
+from numerics import relative_error
+from rich.console import Console
+from safetensors.torch import load_file
+from test_baselines import clip_folder  # noqa: F401
+from tiny_lds_lora import CPU, NAME, PRESET, pictures, register
+from tiny_stable_diffusion import build_pipeline
+from typer.testing import CliRunner
+
+from dtrak import attribute, lds, lds_methods, lds_text_to_image, train_lora
+from dtrak.counterfactual_origin import open_origin
+from dtrak.data import load_data, to_uint8
+from dtrak.features import FeatureSettings, FeatureStore, FusedExtractor
+from dtrak.latents import LatentData
+from dtrak.lds_experiment import (
+    ExperimentError,
+    encode,
+    generated_queries,
+    load_experiment,
+    prepare,
+    query_sets,
+    train_one,
+)
+from dtrak.lds_losses import LossSettings, claim_settings, evaluate_one, query_losses
+from dtrak.lds_methods import METHODS, Predictor, Setting
+from dtrak.lds_table import load_results
+from dtrak.lora import LoraError, hash_lora
+from dtrak.noise import sample_noise
+from dtrak.presets import PRESETS, get_preset
+from dtrak.prompt_paths import follow_prompts
+from dtrak.text_to_image import generate_from_prompts, load_text_to_image
+from dtrak_kernels import Projection
+
+BY_NAME = {method.name: method for method in METHODS}
+SMALL = ("--loss-timesteps", 4, "--noise-seeds", 1, "--timesteps", "2")
+K = 512
+
+
+@contextmanager
+def quiet(label):
+    yield lambda done, total: None
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    register()
+    monkeypatch.setattr(lds_methods, "DEFAULT_PROJ_DIM", {"sjlt": K, "none": 0})
+    # measuring one sample takes longer here than all of them
+    monkeypatch.setattr(lds_methods, "fitting_batch_size", lambda *_: 8)
+    # it remembers the precision of the first run of a process
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return build_pipeline(tmp_path_factory.mktemp("sd") / "pipeline")
+
+
+def run(command, *arguments, app=lds.app):
+    """Run a command; gives (exit code, everything printed)."""
+    result = CliRunner().invoke(app, [*command.split(), *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, " ".join(result.output.split())
+
+
+def lds_run(command, folder, *arguments):
+    return run(command, "--preset", NAME, "--output", folder, "--device", "cpu", *arguments)
+
+
+@pytest.fixture(scope="module")
+def folder(base, tmp_path_factory):
+    """A run with every model trained, by the commands."""
+    register()
+    folder = tmp_path_factory.mktemp("lds") / "run"
+    code, text = lds_run("prepare", folder, "--model", base)
+    assert (code, "4 subsets of 4 of 8 images, 5 models to train" in text) == (0, True), text
+    code, text = lds_run("train", folder)
+    assert (code, "5 of 5 models are trained" in text) == (0, True), text
+    return folder
+
+
+@pytest.fixture
+def experiment(folder):
+    return load_experiment(folder)
+
+
+def ready(folder, base, preset=PRESET, **options):
+    """A prepared run without models."""
+    register(preset)
+    experiment = prepare(folder, preset, model=str(base), **options)
+    encode(experiment, CPU, quiet)
+    return experiment
+
+
+def test_from_the_trained_models_to_the_table(folder, tmp_path, monkeypatch):
+    copy = shutil.copytree(folder, tmp_path / "run")
+    loaded = []
+    load = load_text_to_image
+    monkeypatch.setattr(
+        lds_text_to_image, "load_text_to_image", lambda *a: loaded.append(a) or load(*a)
+    )
+    code, text = lds_run("evaluate", copy, *SMALL)
+    assert (code, "losses of 4 of 4 models are measured" in text) == (0, True), text
+    assert len(loaded) == 2, "once by the command, once by its worker, whatever the models"
+    results = load_results(copy / "results.npz")
+    assert results.about["mixed_precision"] == "no"
+    assert results.about["lora"]["rank"] == 2
+    assert results.about["steps"] == 8
+    expected = {name.replace("pixels", "latents") for name in BY_NAME} | {"Empirical influence"}
+    assert {entry.method for entry in results.entries} == expected
+    assert {kind: tuple(v.shape) for kind, v in results.losses.items()} == {
+        "validation": (4, 3),
+        "generated": (4, 4),
+    }
+    code, text = lds_run_report(copy)
+    assert code == 0, text
+    assert "Raw latents, cosine" in text
+    assert "tiny-lora, 4 generated queries, 4 models" in text
+    # what is done is not done again, and subsets can be added; the base is remembered
+    code, text = lds_run("prepare", copy, "--num-subsets", 5)
+    assert (code, "5 subsets" in text) == (0, True), text
+    code, text = lds_run("train", copy)
+    assert (code, "train 004-0" in text, "train 003-0" in text) == (0, True, False), text
+
+
+def lds_run_report(folder):
+    return run("report", "--preset", NAME, "--output", folder, "--resamples", 1000)
+
+
+def test_loras_are_those_of_the_training_command(folder, base, experiment, tmp_path):
+    """Subset and seed, and the full LoRA at every quarter, are what `dtrak.train_lora` makes."""
+    for arguments, names in (
+        (["--subset", 2, "--seed", 0], {"": "002-0"}),
+        (
+            ["--keep-checkpoints", 4],
+            {f"checkpoint-{s}": f"full-step-{s:06d}" for s in (2, 4, 6)} | {"": "full"},
+        ),
+    ):
+        output = tmp_path / names[""]
+        AcceleratorState._reset_state(reset_partial_state=True)
+        code, text = run(
+            "--preset", NAME, "--model", base, "--device", "cpu", "--output", output, *arguments,
+            app=train_lora.app,
+        )  # fmt: skip
+        assert code == 0, text
+        hashes = set()
+        for there, name in names.items():
+            lora = load_text_to_image(base, output / there).unet
+            assert hash_lora(lora) == hash_lora(experiment.load_model(name).unet)
+            hashes.add(hash_lora(lora))
+        assert len(hashes) == len(names)
+    assert experiment.checkpoint_names == (*(f"full-step-{s:06d}" for s in (2, 4, 6)), "full")
+
+
+def test_a_lora_never_sees_the_other_half(base, folder, tmp_path):
+    experiment = ready(tmp_path / "run", base)
+    experiment.task._posteriors[~experiment.subsets[1]] = float("nan")
+    experiment.task.captions["train"] = [
+        caption if kept else "a hill"
+        for caption, kept in zip(
+            experiment.task.captions["train"], experiment.subsets[1].tolist(), strict=True
+        )
+    ]
+    experiment.task._checked_posteriors = lambda: experiment.task._posteriors
+    assert train_one(experiment, "001-0", CPU)
+    found = hash_lora(experiment.load_model("001-0").unet)
+    assert found == hash_lora(load_experiment(folder).load_model("001-0").unet)
+
+
+def test_folders_are_as_diffusers_writes_and_reads_them(folder, base, experiment):
+    model = experiment.load_model("003-0")
+    place = folder / "models" / "003-0"
+    pipeline = StableDiffusionPipeline.from_pretrained(base, local_files_only=True)
+    pipeline.load_lora_weights(place)
+    arguments = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 16, 12)
+    with torch.no_grad():
+        assert torch.equal(pipeline.unet(*arguments).sample, model.unet(*arguments).sample)
+    record = json.loads((place / "training.json").read_text())
+    assert record["facts"]["trained weights"] == hash_lora(model.unet)
+    assert record["settings"]["data"] == {
+        "fingerprint": pictures("train").fingerprint,
+        "rows": 4,
+    }
+    assert record["settings"]["recipe"]["seed"] == 0
+    assert hash_lora(load_text_to_image(base, place).unet) == hash_lora(model.unet)
+
+
+def test_a_killed_training_goes_on_and_ends_with_the_same_bits(base, tmp_path):
+    preset = replace(PRESET, recipe=replace(PRESET.recipe, steps=104, batch_size=1))
+    whole = ready(tmp_path / "whole", base, preset)
+    train_one(whole, "full", CPU)
+    cut = ready(tmp_path / "cut", base, preset)
+
+    def stop(done, total):
+        if done == 102:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_one(cut, "full", CPU, stop)
+    assert not cut.is_trained("full")
+    first = []
+    # another process starts from the base anew
+    train_one(load_experiment(cut.folder), "full", CPU, lambda done, total: first.append(done))
+    assert first[0] == 101, "the checkpoint at step 100 was used"
+    for a, b in zip(whole.load_checkpoints(), cut.load_checkpoints(), strict=True):
+        assert hash_lora(a.unet) == hash_lora(b.unet)
+    register()
+
+
+def test_one_base_serves_trainings_one_after_the_other_in_mixed_precision(base, tmp_path):
+    both = ready(tmp_path / "both", base, mixed_precision="bf16")
+    one = ready(tmp_path / "one", base, mixed_precision="bf16")
+    for name in ("000-0", "001-0"):
+        assert train_one(both, name, CPU)
+    assert train_one(one, "001-0", CPU)
+    hashes = [hash_lora(run.load_model("001-0").unet) for run in (both, one)]
+    assert hashes[0] == hashes[1]
+    single = ready(tmp_path / "single", base)
+    train_one(single, "001-0", CPU)
+    assert hash_lora(single.load_model("001-0").unet) != hashes[0]
+    # losses are measured in it too
+    train_one(both, "full", CPU)
+    queries = {"validation": query_sets(both, CPU)["validation"]}
+    settings = LossSettings(2, 1)
+    claim_settings(both, settings)
+    assert evaluate_one(both, queries, settings, "001-0", CPU)
+    mixed = load_file(both.folder / "losses" / "001-0.safetensors")["validation"]
+    exact = query_losses(both.load_model("001-0"), queries["validation"], settings, CPU)
+    assert 1e-5 < relative_error(mixed, exact) < 0.05
+
+
+def parts(base, place):
+    """Diffusers' own pipeline with a LoRA, in float64."""
+    pipeline = StableDiffusionPipeline.from_pretrained(base, local_files_only=True)
+    pipeline.load_lora_weights(place)
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        part.double().eval()
+    return pipeline
+
+
+def test_losses_equal_the_denoising_loss_written_out(folder, base, experiment):
+    settings = LossSettings(num_timesteps=4, num_noise_seeds=2)
+    queries = query_sets(experiment, CPU)
+    captions = {
+        "validation": ["a fog painting", "a sea painting", "a fog painting"],
+        "generated": ["a sea painting"] * 2 + ["a fog painting"] * 2,
+    }
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    survive = (1 - betas).cumprod(0)
+    pictures_of = {
+        "validation": pictures("validation"),
+        "generated": load_data(folder / "generated"),
+    }
+    for name in ("002-0", "000-0"):
+        pipeline = parts(base, folder / "models" / name)
+        model = experiment.load_model(name)
+        for kind, images in pictures_of.items():
+            actual = query_losses(model, queries[kind], settings, CPU, batch_size=6)
+            for row, image in enumerate(images.images.double()):
+                ids = pipeline.tokenizer(
+                    captions[kind][row], padding="max_length", max_length=16, return_tensors="pt"
+                ).input_ids
+                with torch.no_grad():
+                    text = pipeline.text_encoder(ids)[0]
+                    posterior = pipeline.vae.encode(image[None]).latent_dist
+                    clean = posterior.mode() * pipeline.vae.config.scaling_factor
+                for seed, (place, t) in [(s, p) for s in (0, 1) for p in enumerate((0, 250, 750))]:
+                    place = 3 if t == 750 else place
+                    key = [f"lds/{images.ids[row]}"]
+                    noise = sample_noise(key, [t], (4, 8, 8), seed=seed, dtype=torch.float64)[0]
+                    noisy = survive[t].sqrt() * clean + (1 - survive[t]).sqrt() * noise
+                    with torch.no_grad():
+                        out = pipeline.unet(noisy, t, encoder_hidden_states=text).sample
+                    expected = (out - noise).square().mean()
+                    assert float(actual[seed, place, row]) == pytest.approx(
+                        float(expected), rel=1e-4
+                    )
+
+
+def test_queries_are_drawn_from_prompts_by_index_with_guidance(folder, base, experiment):
+    texts = ["a sea painting", "a sea painting", "a fog painting", "a fog painting"]
+    lines = (folder / "generated" / "metadata.jsonl").read_text().splitlines()
+    assert [json.loads(line)["text"] for line in lines] == texts
+    model = load_text_to_image(base, folder / "models" / "full")
+    drawn = generate_from_prompts(
+        model, texts, [0, 1, 2, 3], guidance_scale=7.5, num_inference_steps=2
+    )
+    saved = load_data(folder / "generated").images
+    # 8 bits a channel
+    assert (saved - drawn).abs().max() <= 0.51 / 127.5
+    # a picture that is missing is drawn again, the others are left
+    file = folder / "generated" / "00002.png"
+    before = file.read_bytes()
+    file.unlink()
+    generated_queries(experiment, CPU)
+    assert file.read_bytes() == before
+
+
+@pytest.fixture
+def predictor(experiment):
+    return Predictor(experiment, query_sets(experiment, CPU), CPU, quiet)
+
+
+def groups(experiment, scores):
+    """Minus the sum over the images of each subset, by a loop."""
+    return torch.stack([-scores[:, mask].sum(1) for mask in experiment.subsets])
+
+
+def test_features_are_those_of_the_main_command(folder, base, predictor, tmp_path):
+    output = tmp_path / "attribution"
+    code, text = run(
+        "", "--preset", NAME, "--model", base, "--lora", folder / "models" / "full",
+        "--queries", "validation", "--num-queries", 3, "--timesteps", 2, "--proj-dim", K,
+        "--device", "cpu", "--output", output, "--output-function", "mean_squared_l2_norm",
+        app=attribute.app,
+    )  # fmt: skip
+    assert code == 0, text
+    setting = Setting(BY_NAME["D-TRAK"], 2, "sjlt")
+    train, queries = predictor._features(setting, -1)
+    for found, name in ((train.load(), "train"), (queries[:3], "query-*")):
+        (place,) = (output / "features").glob(name)
+        manifest = json.loads((place / "manifest.json").read_text())
+        expected = FeatureStore(place, manifest).load()
+        assert relative_error(found, expected.double()) < 1e-5
+
+
+def test_checkpoints_and_journeys_are_of_the_right_lora(folder, base, experiment, predictor):
+    settings = [Setting(BY_NAME[name], 2, "sjlt") for name in ("TracInCP", "Journey-TRAK")]
+    found = {p.setting.method.name: p for p in predictor.predict(settings)}
+    train, joined = predictor.train, predictor.queries
+    assert isinstance(train, LatentData)
+    projection = Projection("sjlt", K)
+    dots = 0
+    for name in ("full-step-000002", "full-step-000004", "full-step-000006", "full"):
+        model = load_text_to_image(base, folder / "models" / name)
+        extractor = FusedExtractor(model, FeatureSettings("loss", (0, 500), 0, projection), CPU)
+        features, queries = (
+            extractor.extract(s.images, [role + i for i in s.ids], s.captions).double()
+            for s, role in ((train, "train/"), (joined, "query/"))
+        )
+        dots = dots + queries @ features.T
+    assert relative_error(found["TracInCP"].values[0], groups(experiment, dots / 4)) < 1e-4
+    # the clean latents predicted with guidance, each under its own noise and the prompt
+    prompts = ["a sea painting"] * 2 + ["a fog painting"] * 2
+    paths = follow_prompts(model, prompts, range(4), num_inference_steps=2)
+    total = 0
+    for step, t in enumerate((501, 1)):
+        at = FusedExtractor(model, FeatureSettings("loss", (t,), 0, projection), CPU)
+        ids = [f"journey/{seed}" for seed in range(4)]
+        total = total + at.extract(paths[:, step], ids, prompts).double()
+    damping = found["Journey-TRAK"].dampings[8]
+    gram = features.T @ features + damping * torch.eye(K, dtype=torch.float64)
+    scores = total / 2 @ torch.linalg.solve(gram, features.T)
+    assert found["Journey-TRAK"].kinds == ("generated",)
+    assert relative_error(found["Journey-TRAK"].values[8], groups(experiment, scores)) < 1e-4
+
+
+def test_raw_similarities_are_of_latents(base, experiment, predictor):
+    setting = Setting(BY_NAME["Raw pixels, dot"])
+    (named,) = lds_methods.name_raw([setting], experiment.task.raw)
+    assert named.method.name == "Raw latents, dot"
+    (found,) = predictor.predict([named])
+    vae = StableDiffusionPipeline.from_pretrained(base, local_files_only=True).vae.double()
+    images = [
+        pictures("train").images,
+        torch.cat([pictures("validation").images, generated_queries(experiment, CPU).images]),
+    ]
+    with torch.no_grad():
+        train, queries = (vae.encode(i.double()).latent_dist.mode().flatten(1) for i in images)
+    scores = queries @ train.T * vae.config.scaling_factor**2
+    assert relative_error(found.values[0], groups(experiment, scores)) < 1e-4
+
+
+def refused(text, code, message):
+    assert code == 2, text
+    assert text.count("error:") == 1
+    assert message in text, text
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"model": "no/such/folder"}, "model must be a folder that Diffusers wrote, or a hub name"),
+        ({"mixed_precision": "fp15"}, "--mixed-precision must be"),
+    ],
+)
+def test_bases_that_cannot_be_used(base, tmp_path, options, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        prepare(tmp_path / "run", PRESET, **{"model": str(base), **options})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_from_scratch_has_no_base(tmp_path):
+    digits = get_preset("digits")
+    message = "--mixed-precision must be left out for 'digits', which .* got 'bf16'"
+    with pytest.raises(ValueError, match=message):
+        prepare(tmp_path / "run", digits, mixed_precision="bf16")
+
+
+def test_another_base_is_refused(folder, base, tmp_path):
+    other = build_pipeline(tmp_path / "other", seed=1)
+    code, text = lds_run("prepare", folder, "--model", other)
+    refused(text, code, "holds another run: base.model is")
+    code, text = lds_run("prepare", folder, "--mixed-precision", "bf16")
+    refused(text, code, 'mixed_precision is "no" there and "bf16" here')
+    # the same one elsewhere is welcome, and where it lies is kept
+    moved = shutil.copytree(base, tmp_path / "moved")
+    copy = shutil.copytree(folder, tmp_path / "run")
+    assert lds_run("prepare", copy, "--model", moved)[0] == 0
+    assert json.loads((copy / "experiment.json").read_text())["base"] == str(moved)
+    # a base that changed since
+    shutil.rmtree(moved)
+    shutil.copytree(other, moved)
+    shutil.rmtree(copy / "models" / "000-0")
+    code, text = lds_run("train", copy)
+    refused(text, code, "must be the one")
+    assert "model is" in text
+
+
+def test_half_precision_needs_a_gpu(base, tmp_path):
+    ready(tmp_path / "run", base, mixed_precision="fp16")
+    code, text = lds_run("train", tmp_path / "run")
+    refused(text, code, "--device must be a GPU for mixed precision fp16")
+
+
+def test_latents_that_are_gone_or_others(base, tmp_path):
+    experiment = ready(tmp_path / "run", base)
+    latents = experiment.folder / "latents" / "train"
+    (shard,) = latents.glob("*.safetensors")
+    content = shard.read_bytes()
+    shard.unlink()
+    with pytest.raises(ExperimentError, match="train is incomplete: run prepare again"):
+        train_one(load_experiment(experiment.folder), "full", CPU)
+    # prepare makes the same ones again
+    assert lds_run("prepare", experiment.folder)[0] == 0
+    assert shard.read_bytes() == content
+    damaged = bytearray(content)
+    damaged[-1] ^= 1
+    shard.write_bytes(bytes(damaged))
+    with pytest.raises(ExperimentError, match="does not hold what prepare wrote: run prepare"):
+        train_one(load_experiment(experiment.folder), "full", CPU)
+    code, text = lds_run("prepare", experiment.folder)
+    refused(text, code, "must hold the latents this run was prepared with, got others")
+
+
+def test_a_damaged_lora_is_refused(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "run")
+    experiment = load_experiment(copy)
+    file = copy / "models" / "001-0" / "pytorch_lora_weights.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(LoraError, match="must hold LoRA weights, got an unreadable file"):
+        experiment.load_model("001-0")
+    # and the next one is loaded all the same
+    assert experiment.load_model("002-0").lora_names
+
+
+def test_a_recipe_that_changed_is_refused(folder, monkeypatch):
+    changed = replace(PRESET, lora=replace(PRESET.lora, rank=3))
+    monkeypatch.setitem(PRESETS, NAME, changed)
+    with pytest.raises(ExperimentError, match=r"something else: lora\.rank is 2 there and 3 here"):
+        load_experiment(folder)
+
+
+def test_a_counterfactual_takes_the_run(folder, experiment, tmp_path):
+    """Retrained on everything with its own seed, the full LoRA and its pictures come back."""
+    origin = open_origin(folder)
+    console = Console(quiet=True)
+    origin.training.prepare(tmp_path, CPU, console)
+    everything = torch.ones(8, dtype=torch.bool)
+    model = origin.training.retrain(
+        everything, (42, 42), tmp_path, CPU, tmp_path / "training.pt", None
+    )
+    assert hash_lora(model.unet) == hash_lora(experiment.load_model().unet)
+    drawn = origin.training.draw(model, ["00001.png", "00003.png"])
+    assert torch.equal(drawn, to_uint8(origin.queries.images[[1, 3]]))
+    scores = origin.gradient_scores("mean_squared_l2_norm", tmp_path / "f", CPU, console)
+    assert scores.shape == (4, 8)
+
+
+def test_a_retrain_family_of_loras_its_ensemble_and_clip(folder, base, tmp_path, clip_folder):  # noqa: F811
+    copy = shutil.copytree(folder, tmp_path / "run")
+    code, text = lds_run("prepare", copy, "--model", base, "--num-retrain", 2)
+    assert (code, "retrain family: 2 subsets more" in text) == (0, True), text
+    code, text = lds_run("train", copy, "--family", "retrain")
+    assert (code, "3 of 3 models are trained" in text) == (0, True), text
+    code, text = lds_run("evaluate", copy, *SMALL, "--ensemble", 2, "--clip", clip_folder)
+    assert (code, "retrain family: losses of 2 of 2 models are measured" in text) == (0, True), text
+    names = {entry.method for entry in load_results(copy / "results.npz").entries}
+    titles = ("single half-data model", "mean of 2 models")
+    added = {f"{name}, {title}" for name in ("D-TRAK", "TRAK") for title in titles}
+    assert added | {"CLIP, dot", "CLIP, cosine", "Empirical influence, cross-fitted"} < names
+    # each of its own LoRA: the features are those of the model loaded by hand
+    experiment = load_experiment(copy)
+    settings = FeatureSettings("loss", (0, 500), 0, Projection("sjlt", K))
+    train, found = experiment.task.samples("train", experiment.data, CPU), []
+    for name in experiment.names(family="retrain"):
+        place = copy / "features" / f"loss-sjlt-2-{name}" / "train"
+        kept = FeatureStore(place, json.loads((place / "manifest.json").read_text())).load()
+        extractor = FusedExtractor(experiment.load_model(name), settings, CPU)
+        ids = [f"train/{image}" for image in train.ids]
+        found.append(extractor.extract(train.images, ids, train.captions))
+        assert relative_error(kept, found[-1]) < 1e-4
+    assert relative_error(found[0], found[1]) > 1e-3
