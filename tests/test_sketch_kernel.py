@@ -12,7 +12,8 @@ from torch import nn
 from dtrak_kernels import GradientSketcher, Projection, project, sketch_kernel
 from dtrak_kernels.reference_sjlt import sjlt_matrix
 from dtrak_kernels.sjlt import ParameterSketch
-from dtrak_kernels.sketch_kernel import Config, default_config, launch_sketch
+from dtrak_kernels.sketch_config import Config, default_config
+from dtrak_kernels.sketch_kernel import launch_sketch
 from dtrak_kernels.weight_gradient import weight_grads
 
 # a parameter before the weight, so that its offset matters
