@@ -29,7 +29,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -262,7 +262,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def judge(
     problem: Problem,
     config: dict[str, Any],
-    expected: Tensor,
+    expect: Callable[[], Tensor],
     timer: Callable[[Callable[[], Any]], float],
 ) -> dict[str, Any]:
     """Seconds of a candidate, or the reason why it does not count.
@@ -271,7 +271,7 @@ def judge(
         DeviceLostError: nothing can be tried in this process any more.
     """
     try:
-        error = relative_error(problem.run(config), expected)
+        error = relative_error(problem.run(config), expect())
         if not error <= ALLOWED_ERROR:
             return {"reason": f"its result differs by {error:.1e}"}
         return {"seconds": timer(lambda: problem.run(config))}
@@ -307,10 +307,12 @@ def search(
         DeviceLostError: nothing can be tried in this process any more.
     """
     journal = journal or Journal()
-    expected: Tensor | None = None
+
+    @cache
+    def expect() -> Tensor:
+        return problem.run(problem.default)
 
     def seconds_of(config: dict[str, Any]) -> float | None:
-        nonlocal expected
         row = journal.find(problem, config)
         if row is None:
             is_default = config == problem.default
@@ -320,9 +322,7 @@ def search(
             else:
                 journal.write(problem, config)
                 try:
-                    if expected is None:
-                        expected = problem.run(problem.default)
-                    result = judge(problem, config, expected, timer)
+                    result = judge(problem, config, expect, timer)
                 except DeviceLostError as error:
                     journal.write(problem, config, reason=str(error))
                     raise

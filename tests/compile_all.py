@@ -2,7 +2,8 @@
 
 Not a test file: an interpreted kernel cannot be compiled, so `test_compile.py` runs this in a
 process without TRITON_INTERPRET. No GPU is needed; ptxas, cuobjdump and nvdisasm come with Triton.
-With a folder as argument, only the configurations in its files are compiled, each for its card.
+With a folder as argument, only the configurations in its files are compiled, each for its card;
+with the word ``candidates``, what `benchmarks/tune.py` tries of the fused sketch (minutes).
 """
 
 import json
@@ -330,8 +331,38 @@ def tuned_cases(arch, folder):
                 }
 
 
+def candidate_cases(arch):
+    """Of each form and number of warps the candidates that need most of a card."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    from sketch_layers import LAYERS, candidates
+
+    longest = {}
+    for layer in LAYERS:
+        longest[layer.form] = max(layer.reduction, longest.get(layer.form, 0))
+    for form, reduction in longest.items():
+        tried = [c for c, why in candidates(form, TARGETS[arch].arch, reduction) if not why]
+        largest = {}
+        for config in sorted(tried, key=lambda c: (c.block_t, c.num_stages)):
+            largest[config.num_warps] = config
+        for config in largest.values():
+            yield {
+                "kernel": "sketch",
+                "form": str(form),
+                "dtype": "fp32" if form.dtype == torch.float32 else "bf16",
+                "config": asdict(config),
+                "build": partial(build_form, form, config),
+            }
+
+
 def main():
     results = []
+    if sys.argv[1:] == ["candidates"]:
+        for arch, target in TARGETS.items():
+            for case in candidate_cases(arch):
+                build = case.pop("build")
+                results.append(case | {"arch": arch} | report(build(target)))
+        json.dump(results, sys.stdout, indent=1)
+        return
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     for arch, target in TARGETS.items():
         shipped = tuned_cases(arch, folder or tuning.CONFIGS)

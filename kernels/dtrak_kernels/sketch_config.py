@@ -235,6 +235,24 @@ def config_on(device: torch.device, form: Form, reduction: int) -> Config:
     return find_config(form, tuning.arch_of(device), reduction, torch.cuda.get_device_name(device))
 
 
+def _most_positions(config: Config, form: Form, arch: int | str) -> int:
+    """Longest step whose operands fit beside the sums, by what spilled when it was compiled."""
+    num_warps, is_single = config.num_warps, form.dtype.itemsize == 4
+    if not isinstance(arch, int):
+        # more warps share a compute unit's registers
+        return 128 if num_warps <= 4 and not is_single else 32
+    if math.prod(form.tile) >= 2**13:
+        if is_single:
+            return 64 if arch < 90 else 16
+        # Hopper's tensor cores read operands from shared memory
+        if arch == 90:
+            return 128
+        return 64 if num_warps <= 8 else 0
+    if num_warps <= 4:
+        return 64 if arch >= 90 else 32
+    return 128 if num_warps == 8 else 64
+
+
 def refusal(config: Config, form: Form, arch: int | str, reduction: int) -> str:
     """Why a configuration is not worth trying on a card, empty if it is.
 
@@ -253,6 +271,8 @@ def refusal(config: Config, form: Form, arch: int | str, reduction: int) -> str:
     per_thread = size / (config.num_warps * (32 if is_cuda else 64))
     if per_thread > 128 // bytes_each:
         return f"{per_thread:.0f} entries a thread do not fit into registers"
+    if config.block_t > _most_positions(config, form, arch):
+        return f"operands of {config.block_t} positions a step do not fit into registers"
     if per_thread < 8 and config.num_warps > 4:
         return f"{per_thread:.0f} entries a thread leave most of it without work"
     buffers = config.num_stages - (arch == 80 or not is_cuda)
