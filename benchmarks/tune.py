@@ -162,7 +162,7 @@ def sketch_problems(device: torch.device, *, smoke: bool) -> Iterator[Problem]:
         def refuse(
             config: dict[str, Any], form: sketch_config.Form = form, reduction: int = reduction
         ) -> str:
-            return sketch_config.refusal(sketch_config.Config(**config), form, arch, reduction)
+            return sketch_layers.why_not(sketch_config.Config(**config), form, arch, reduction)
 
         yield Problem(
             sketch_config.OPERATION,

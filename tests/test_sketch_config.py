@@ -238,6 +238,20 @@ def test_candidates_are_few_and_have_the_default_among_them(arch):
         assert 3 <= reasons.count("") <= 36, layer
 
 
+def test_what_spilled_is_not_tried():
+    for (arch, text), configs in sketch_layers.SPILLED.items():
+        form = read_form(text)
+        assert str(form) in {str(layer.form) for layer in sketch_layers.LAYERS}
+        found = {
+            (c.num_warps, c.block_t, c.num_stages): why
+            for c, why in sketch_layers.candidates(form, arch, 2**14)
+        }
+        for config in configs:
+            # whatever a rule refuses needs no entry
+            assert found[config] == "it spills on this architecture"
+            assert refusal(Config(config[1], config[0], config[2]), form, arch, 2**14) == ""
+
+
 def test_no_two_layers_are_stored_as_one():
     keys = [json.dumps(sizes_of(x.form, x.reduction)) for x in sketch_layers.LAYERS]
     assert len(set(keys)) == len(keys)

@@ -278,7 +278,7 @@ def refusal(config: Config, form: Form, arch: int | str, reduction: int) -> str:
     buffers = config.num_stages - (arch == 80 or not is_cuda)
     # the roll reuses the memory of the loads
     shared = max(4 * size, buffers * sum(form.tile) * config.block_t * bytes_each)
-    limit = _SHARED.get(arch, _LEAST_SHARED) if is_cuda else _LEAST_SHARED
+    limit = _SHARED.get(arch, _LEAST_SHARED) if isinstance(arch, int) else _LEAST_SHARED
     if shared > limit:
         return f"{shared} bytes of shared memory, and a program has {limit}"
     return ""
