@@ -106,6 +106,7 @@ SPILLED: dict[tuple[int | str, str], set[tuple[int, int, int]]] = {
     (80, "one tap, channels last, 16 bits, tile 128x128"): {(8, 32, 3)},
     (80, "one axis, channels last, 16 bits, tile 128x128"): {(8, 32, 3), (8, 32, 4)},
     (80, "several taps, channels last, 16 bits, tile 128x32"): {(8, 64, 2)},
+    (100, "several taps, channels last, 16 bits, tile 128x32"): {(8, 64, 4)},
 }
 
 
