@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OUT ?= out
 
-.PHONY: help run test lint compile smoke bench gpu clean
+.PHONY: help run test lint compile smoke bench gpu tune clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,9 @@ bench: $(READY) ## time everything here, append rows to benchmarks/results, rewr
 # the environment if there is one, else the machine's own python with torch, triton and pytest
 gpu: ## on a machine with a GPU, no network: every kernel checked and timed, results under OUT
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py --out $(OUT)
+
+tune: ## on a machine with a GPU: launch configurations for its card, at most half an hour
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/tune.py --journal $(OUT)/tune.jsonl
 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -110,8 +110,8 @@ def make_pieces(cuda: bool, out: Path) -> list[Piece]:
     """
     folder = ("--out", str(out))
     smoke = () if cuda else ("--smoke",)
-    agreement, stages, modelled = (
-        str(HERE / f"{name}.py") for name in ("agreement", "stages", "modelled")
+    agreement, stages, modelled, tune = (
+        str(HERE / f"{name}.py") for name in ("agreement", "stages", "modelled", "tune")
     )
     pieces = [
         Piece(f"agreement {kernel}", (agreement, "--kernel", kernel, *folder), 40)
@@ -153,6 +153,10 @@ def make_pieces(cuda: bool, out: Path) -> list[Piece]:
         xml = f"--junitxml={out / name.replace(' ', '_')}.xml"
         command = (*pytest, str(file), "--benchmark-only", *record, xml)
         pieces.append(Piece(name, command, 90, absent))
+    # a taste of it: all of it is one command of its own, make tune
+    found = ("--out", str(out / "configs"), "--journal", str(out / "tune.jsonl"))
+    length = ("--operation", "sketch", "--seconds", "4", "--minutes", "1")
+    pieces.append(Piece("tune", (tune, *found, *length, *smoke), 90))
     return pieces
 
 
@@ -317,6 +321,25 @@ def modelled_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
         yield f"{row['case']:34.34} {time_text:>12} {text:>12}   {row['limit']}, {row['card']}"
 
 
+def tuned_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """A line per size: its default's time and the best one's; candidates that did not count."""
+    yield f"{'tuned: candidates that ran, of all':72} {'default':>12} {'best':>12}"
+    sizes = {json.dumps(row["sizes"], sort_keys=True): row["sizes"] for row in rows}
+    for key, size in sizes.items():
+        of = [row for row in rows if json.dumps(row["sizes"], sort_keys=True) == key]
+        # a line is written before a candidate is tried, too
+        of = list({json.dumps(row["config"], sort_keys=True): row for row in of}.values())
+        seconds = [row["seconds"] for row in of if "seconds" in row]
+        words = [v if isinstance(v, str) else f"{k} {v:,}" for k, v in size.items()]
+        name = f"{of[0]['operation']} {', '.join(words)}: {len(seconds)} of {len(of)}"
+        # the default comes first
+        if "seconds" in of[0]:
+            times = f"{1e3 * of[0]['seconds']:9.3f} ms {1e3 * min(seconds):9.3f} ms"
+        else:
+            times = of[0].get("reason", "it ended the process")[:40]
+        yield f"  {name:70.70} {times}"
+
+
 def suite_lines(folder: Path) -> Iterator[str]:
     """Our providers beside their baselines."""
     for file in sorted(folder.glob("*.jsonl")):
@@ -340,6 +363,7 @@ def table(facts: dict[str, Any], outcomes: list[Outcome], out: Path, seconds: fl
         (read_rows(out / "agreement.jsonl"), agreement_lines),
         (read_rows(out / "stages.jsonl"), stage_lines),
         (read_rows(out / "modelled.jsonl"), modelled_lines),
+        (read_rows(out / "tune.jsonl"), tuned_lines),
     ]
     for rows, write in sections:
         if rows:
@@ -392,8 +416,9 @@ def main() -> int:
         sys.stdout.writelines(f"{piece.name}\n" for piece in pieces)
         return 0
     # rows of another run would be taken for this one's
-    for stale in ("agreement.jsonl", "stages.jsonl", "modelled.jsonl", "summary.json"):
-        (out / stale).unlink(missing_ok=True)
+    for stale in ("agreement", "stages", "modelled", "tune"):
+        (out / f"{stale}.jsonl").unlink(missing_ok=True)
+    (out / "summary.json").unlink(missing_ok=True)
     budget = options.budget or (BUDGET_GPU if facts["cuda"] else BUDGET_CPU)
     variables = environment(out, facts["cuda"])
     sys.stdout.write(f"{facts['device']}: {len(pieces)} pieces, at most {budget:.0f} s\n")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -31,23 +32,19 @@ os.environ.pop("TRITON_INTERPRET", None)
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from compile_all import (
-    CHANNELS_LAST,
     DIVISIBLE,
-    ONE_AXIS,
     PACK,
     PRODUCT,
     REDUCE,
-    SKETCH,
-    SKETCH_DIVISIBLE,
-    UNIT_STEPS,
+    build_form,
     compile_kernel,
     disassembly,
 )
+from sketch_layers import Layer
 from triton.backends.compiler import GPUTarget
 
-from dtrak_kernels import gram_kernel, projection, sketch_kernel
+from dtrak_kernels import gram_kernel, projection, sketch_config, sketch_kernel
 from dtrak_kernels.ops import Projection
-from dtrak_kernels.sjlt import ParameterSketch
 
 NOTE = "a model: compiled instructions and bytes over nominal rates"
 
@@ -91,6 +88,12 @@ CARDS = {
         Card("H200", 90, 132, 1.83e9, 989e12, 4.8e12, 128),
     )
 }
+
+SKETCHED = (
+    Layer("conv 3x3 256 @16", (256, 256, 3, 3), 16),
+    Layer("conv 3x3 256 @4", (256, 256, 3, 3), 4),
+    Layer("linear 512x512", (512, 512), 1),
+)
 
 # opcodes by pipe; the first that fits
 PIPES = (
@@ -339,64 +342,30 @@ def reduce_case(B: int, K: int, splits: int) -> Case:
     )
 
 
-def sketch_case(
-    name: str, weight: tuple[int, ...], size: int, B: int, S: int, K: int, card: Card
-) -> Case:
-    """A layer's gradient and its sketch: convolution 3 x 3 at ``size``², or Linear (size 0)."""
-    sketch = ParameterSketch(weight, 0, K, 1)
-    (BM, BN), positions = sketch.tile, max(size, 1) ** 2
-    rows, columns = weight[0], weight[1] * (9 if size else 1)
-    tiles = ceil_div(rows, BM) * ceil_div(columns, BN)
-    reduction = S * positions
-    is_one_tap = not size or weight[1] % BN == 0
-    config = sketch_kernel.default_config(
-        card.arch,
-        sketch.tile,
-        torch.bfloat16,
-        reduction,
-        is_one_tap=is_one_tap,
-        is_wide=False,
-        is_channels_last=True,
-    )
-    flags: dict[str, Any] = CHANNELS_LAST | UNIT_STEPS
-    flags |= {"HO": size, "WO": size} if size else ONE_AXIS
-    flags = {"IS_ONE_TAP": is_one_tap, "IS_PADDED": True} | flags
-    flags |= {"IS_GROUPED": False, "IS_WIDE": False, "IS_FLIPPED": True}
-    flags |= {"IS_ROLLED": config.is_rolled, "INPUT_PRECISION": config.input_precision}
-    flags |= {"BM": BM, "BN": BN, "BLOCK_T": config.block_t}
-    used = min(sketch.num_blocks, tiles)
+def sketch_case(layer: Layer, card: Card, device_name: str = "") -> Case:
+    """A layer's gradient and its sketch, as `launch_sketch` launches it on the card."""
+    sketch, form = layer.sketch, layer.form
+    (BM, BN), (rows, channels) = sketch.tile, layer.shape[:2]
+    tiles, used = math.prod(sketch.grid), min(sketch.num_blocks, math.prod(sketch.grid))
+    config = sketch_config.find_config(form, card.arch, layer.reduction, device_name)
+    positions = layer.reduction // layer.timesteps
 
     def run() -> Callable[[], Any]:
-        layer: torch.nn.Module
-        if size:
-            layer = torch.nn.Conv2d(weight[1], rows, 3, padding=1, device="cuda")
-            x = torch.randn(B * S, weight[1], size, size, device="cuda", dtype=torch.bfloat16)
-            d = torch.randn(B * S, rows, size, size, device="cuda", dtype=torch.bfloat16)
-            x, d = (a.contiguous(memory_format=torch.channels_last) for a in (x, d))
-        else:
-            layer = torch.nn.Linear(weight[1], rows, device="cuda")
-            x = torch.randn(B * S, weight[1], device="cuda", dtype=torch.bfloat16)
-            d = torch.randn(B * S, rows, device="cuda", dtype=torch.bfloat16)
-        out = torch.zeros(B, K, device="cuda")
-        return partial(sketch_kernel.launch_sketch, layer, x, d, sketch, out, S)
+        module, x, d = layer.make(torch.device("cuda"))
+        out = torch.zeros(layer.samples, layer.proj_dim, device="cuda")
+        return partial(
+            sketch_kernel.launch_sketch, module, x, d, sketch, out, layer.timesteps, config
+        )
 
-    moved = 2.0 * B * S * positions * (weight[1] + rows)
+    moved = layer.dtype.itemsize * layer.samples * layer.timesteps * positions * (channels + rows)
     return Case(
-        f"sketch {name}, B {B}, S {S}, K {K}",
-        partial(
-            compile_kernel,
-            sketch_kernel._sketch_kernel,
-            SKETCH.format(dtype="bf16"),
-            flags,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            divisible=SKETCH_DIVISIBLE,
-        ),
-        programs=B * used,
+        f"sketch {layer.name}, B {layer.samples}, S {layer.timesteps}, K {layer.proj_dim}",
+        partial(build_form, form, config, size=layer.size),
+        programs=layer.samples * used,
         warps=config.num_warps,
-        trips=(tiles / used, ceil_div(reduction, config.block_t)),
-        flops=2.0 * B * tiles * BM * BN * reduction,
-        bytes=moved + 8.0 * B * used * BM * BN,
+        trips=(tiles / used, ceil_div(layer.reduction, config.block_t)),
+        flops=2.0 * layer.samples * tiles * BM * BN * layer.reduction,
+        bytes=float(moved + 8 * layer.samples * used * BM * BN),
         run=run,
     )
 
@@ -432,8 +401,8 @@ def gram_case(N: int, K: int, M: int) -> Case:
     )
 
 
-def make_cases(card: Card, *, smoke: bool) -> Iterator[Case]:
-    """Every kernel at a size it is used at."""
+def make_cases(card: Card, *, smoke: bool, device_name: str = "") -> Iterator[Case]:
+    """Every kernel at a size it is used at, with the configuration that a device launches."""
     yield product_case("rademacher", 128, 2**20, 4096, torch.bfloat16, card)
     if smoke:
         yield gram_case(5000, 32768, 32)
@@ -442,9 +411,8 @@ def make_cases(card: Card, *, smoke: bool) -> Iterator[Case]:
     yield product_case("normal", 128, 2**18, 4096, torch.float16, card)
     yield pack_case(128, 2**20)
     yield reduce_case(128, 4096, 8)
-    yield sketch_case("conv 3x3 256 @16", (256, 256, 3, 3), 16, 16, 10, 32768, card)
-    yield sketch_case("conv 3x3 256 @4", (256, 256, 3, 3), 4, 16, 10, 32768, card)
-    yield sketch_case("linear 512x512", (512, 512), 0, 16, 10, 32768, card)
+    for layer in SKETCHED:
+        yield sketch_case(layer, card, device_name)
     yield gram_case(5000, 32768, 32)
 
 
@@ -480,7 +448,8 @@ def main() -> int:
     is_measured = here is not None and card is here
     sys.stdout.write(f"{card.name}: {NOTE}\n")
     failures = 0
-    for case in make_cases(card, smoke=options.smoke):
+    name = torch.cuda.get_device_name() if is_measured else ""
+    for case in make_cases(card, smoke=options.smoke, device_name=name):
         row: dict[str, Any] = {"case": case.name, "card": card.name, "note": NOTE}
         try:
             parts = cost(case, card)

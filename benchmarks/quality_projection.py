@@ -4,20 +4,16 @@
 the table of docs/projection.md from the newest row, ``--check`` only says whether it is up to date.
 """
 
-import argparse
 import json
 import sys
-from pathlib import Path
 
 import torch
+from pages import ROOT, Table, newest, record, run
 from torch import Tensor
 
 from dtrak_kernels import Projection, project
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "projection_statistics.jsonl"
-PAGE = ROOT / "docs" / "projection.md"
-BEGIN, END = "<!-- statistics: begin -->", "<!-- statistics: end -->"
 
 PROJ_DIM, NUM_SMS = 1024, 132
 SEEDS = {100: 40, 1000: 40, 50_000: 8, 1_000_000: 2}
@@ -124,12 +120,11 @@ def statistics(smoke: bool) -> list[dict]:
     return cases
 
 
-def table() -> str:
-    """The page's table, markers included."""
-    row = json.loads(RESULTS.read_text().splitlines()[-1])
+def table() -> list[str]:
+    """Lines of the page's table."""
+    row = newest(RESULTS)
     found = {(c["family"], c["grad_dim"], c["matrix"]): c for c in row["cases"]}
     lines = [
-        BEGIN,
         f"| gradients | P | {' | '.join(MATRICES)} |",
         "|---|--:|" + "--:|" * len(MATRICES),
     ]
@@ -137,55 +132,33 @@ def table() -> str:
         cells = [found[family, grad_dim, matrix] for matrix in MATRICES]
         text = [f"{c['ratio']:.2f} ± {c['standard_error']:.2f}" for c in cells]
         lines.append(f"| {family} | {grad_dim:,} | {' | '.join(text)} |")
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Root mean square error of inner products over its theoretical value, K = "
-            f"{row['proj_dim']}, fast_jl for {row['num_sms']} multiprocessors; 1 is right, ± what "
-            "uncorrelated errors would scatter by. "
-            f"Measured on {row['device']}, torch {row['torch']}, commit {row['commit']}, "
-            f"{row['utc'][:10]}.",
-            END,
-        ]
-    )
+    return [
+        *lines,
+        "",
+        f"Root mean square error of inner products over its theoretical value, K = "
+        f"{row['proj_dim']}, fast_jl for {row['num_sms']} multiprocessors; 1 is right, ± what "
+        "uncorrelated errors would scatter by. "
+        f"Measured on {row['device']}, torch {row['torch']}, commit {row['commit']}, "
+        f"{row['utc'][:10]}.",
+    ]
 
 
-def rewritten(page: str) -> str:
-    """The page with its table replaced."""
-    before, rest = page.split(BEGIN)
-    return before + table() + rest.split(END)[1]
+TABLE = Table(ROOT / "docs" / "projection.md", "statistics", table)
+
+
+def measure_and_record(is_recorded: bool, smoke: bool) -> None:
+    """Print a line per case; append the row if it is to be recorded."""
+    cases = statistics(smoke)
+    for case in cases:
+        sys.stdout.write(json.dumps(case) + "\n")
+    if is_recorded:
+        row = {"case": "projection_statistics", "proj_dim": PROJ_DIM, "num_sms": NUM_SMS}
+        record(RESULTS, row | {"cases": cases})
 
 
 def main() -> None:
     """Measure, or rewrite or check the page."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    for flag in ("record", "smoke", "docs", "check"):
-        parser.add_argument(f"--{flag}", action="store_true")
-    options = parser.parse_args()
-    if options.docs or options.check:
-        old = PAGE.read_text()
-        new = rewritten(old)
-        if options.check and new != old:
-            sys.exit("docs/projection.md does not match benchmarks/results: run with --docs")
-        if new != old:
-            PAGE.write_text(new)
-        return
-    cases = statistics(options.smoke)
-    for case in cases:
-        sys.stdout.write(json.dumps(case) + "\n")
-    if options.record and not options.smoke:
-        from conftest import environment
-
-        row = {
-            "case": "projection_statistics",
-            "proj_dim": PROJ_DIM,
-            "num_sms": NUM_SMS,
-            "cases": cases,
-            **environment(),
-        }
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    run(TABLE, __doc__, measure_and_record)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,11 @@
 the table of docs/sketches.md from the newest row, ``--check`` only says whether it is up to date.
 """
 
-import argparse
 import json
 import sys
-from pathlib import Path
 
 import torch
+from pages import ROOT, Table, newest, record, run
 from torch import Tensor
 
 from dtrak.data import load_data
@@ -19,10 +18,7 @@ from dtrak.outputs import evaluate_output, select_timesteps
 from dtrak.training import Recipe, train
 from dtrak_kernels import GradientSketcher, Projection, project
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "sketch_statistics.jsonl"
-PAGE = ROOT / "docs" / "sketches.md"
-BEGIN, END = "<!-- sketches: begin -->", "<!-- sketches: end -->"
 
 PROJ_DIM, SAMPLES, TIMESTEPS, DRAWS = 8192, 12, 10, 60
 SKETCHES = {
@@ -71,53 +67,36 @@ def measure(grads: Tensor, shapes: list[tuple[int, ...]], fields: dict, draws: i
     }
 
 
-def table() -> str:
-    """The page's table, markers included."""
-    row = json.loads(RESULTS.read_text().splitlines()[-1])
-    lines = [BEGIN, "| sketch | rms error | variance over the bound | bias |", "|---|--:|--:|--:|"]
+def table() -> list[str]:
+    """Lines of the page's table."""
+    row = newest(RESULTS)
+    lines = ["| sketch | rms error | variance over the bound | bias |", "|---|--:|--:|--:|"]
     for name, case in row["cases"].items():
         lines.append(
             f"| {name} | {case['rms_error']:.4f} | {case['ratio']:.2f} ± "
             f"{case['standard_error']:.2f} | {case['bias']:+.4f} ± {case['bias_error']:.4f} |"
         )
-    lines += [
+    return [
+        *lines,
         "",
         f"Inner products of {row['samples']} gradients of norm 1 (their mean cosine is "
         f"{row['mean_cosine']:.2f}), S = {row['timesteps']}, P = {row['grad_dim']:,}, K = "
         f"{row['proj_dim']:,}, {row['draws']} draws; ± one standard error. Measured on "
         f"{row['device']}, torch {row['torch']}, commit {row['commit']}, {row['utc'][:10]}.",
-        END,
     ]
-    return "\n".join(lines)
 
 
-def rewritten(page: str) -> str:
-    """The page with its table replaced."""
-    before, rest = page.split(BEGIN)
-    return before + table() + rest.split(END)[1]
+TABLE = Table(ROOT / "docs" / "sketches.md", "sketches", table)
 
 
-def main() -> None:
-    """Measure, or rewrite or check the page."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    for flag in ("record", "smoke", "docs", "check"):
-        parser.add_argument(f"--{flag}", action="store_true")
-    options = parser.parse_args()
-    if options.docs or options.check:
-        old = PAGE.read_text()
-        new = rewritten(old)
-        if options.check and new != old:
-            sys.exit("docs/sketches.md does not match benchmarks/results: run with --docs")
-        PAGE.write_text(new)
-        return
-    grads, shapes = trained_gradients(20 if options.smoke else Recipe().steps)
-    draws = 2 if options.smoke else DRAWS
+def measure_and_record(is_recorded: bool, smoke: bool) -> None:
+    """Print a line per sketch; append the row if it is to be recorded."""
+    grads, shapes = trained_gradients(20 if smoke else Recipe().steps)
+    draws = 2 if smoke else DRAWS
     cases = {name: measure(grads, shapes, fields, draws) for name, fields in SKETCHES.items()}
     for name, case in cases.items():
         sys.stdout.write(f"{name}: {json.dumps(case)}\n")
-    if options.record and not options.smoke:
-        from rows import environment
-
+    if is_recorded:
         gram = grads @ grads.T
         row = {
             "case": "sketch_statistics",
@@ -128,10 +107,13 @@ def main() -> None:
             "grad_dim": grads.shape[1],
             "mean_cosine": gram[~torch.eye(SAMPLES, dtype=torch.bool)].mean().item(),
             "cases": cases,
-            **environment(),
         }
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        record(RESULTS, row)
+
+
+def main() -> None:
+    """Measure, or rewrite or check the page."""
+    run(TABLE, __doc__, measure_and_record)
 
 
 if __name__ == "__main__":

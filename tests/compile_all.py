@@ -2,7 +2,8 @@
 
 Not a test file: an interpreted kernel cannot be compiled, so `test_compile.py` runs this in a
 process without TRITON_INTERPRET. No GPU is needed; ptxas, cuobjdump and nvdisasm come with Triton.
-With a folder as argument, only the configurations in its files are compiled, each for its card.
+With a folder as argument, only the configurations in its files are compiled, each for its card;
+with the word ``candidates``, what `benchmarks/tune.py` tries of the fused sketch (minutes).
 """
 
 import json
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dtrak_kernels import gram_kernel, projection, sketch_kernel, tuning
+from dtrak_kernels import gram_kernel, projection, sketch_config, sketch_kernel, tuning
 
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -181,7 +183,7 @@ def sketch_cases(arch):
             "IS_WIDE": False,
             "IS_FLIPPED": True,
         } | changes
-        config = sketch_kernel.default_config(
+        config = sketch_config.default_config(
             TARGETS[arch].arch,
             tile,
             dtypes[dtype],
@@ -190,31 +192,40 @@ def sketch_cases(arch):
             is_wide=flags["IS_WIDE"],
             is_channels_last="stride_xc" in flags,
         )
-        flags |= {
-            "IS_ROLLED": config.is_rolled,
-            "INPUT_PRECISION": config.input_precision,
-            "BM": tile[0],
-            "BN": tile[1],
-            "BLOCK_T": config.block_t,
-        }
         for ones in (False, True) if name == "smallest tile" and arch == "sm_80" else (False,):
             yield {
                 "kernel": "sketch",
                 "form": f"{name}, every size 1" if ones else name,
                 "dtype": dtype,
-                "build": lambda target, dtype=dtype, flags=flags, config=config, ones=ones: (
-                    compile_kernel(
-                        sketch_kernel._sketch_kernel,
-                        SKETCH.format(dtype=dtype),
-                        flags,
-                        target,
-                        ones=ones,
-                        num_warps=config.num_warps,
-                        num_stages=config.num_stages,
-                        divisible=SKETCH_DIVISIBLE,
-                    )
-                ),
+                "build": partial(build_sketch, dtype, tile, flags, config, ones=ones),
             }
+
+
+def build_sketch(dtype, tile, flags, config, target, *, ones=False):
+    """The fused sketch of one form under a configuration."""
+    return compile_kernel(
+        sketch_kernel._sketch_kernel,
+        SKETCH.format(dtype=dtype),
+        flags
+        | {"IS_ROLLED": config.is_rolled, "INPUT_PRECISION": config.input_precision}
+        | {"BM": tile[0], "BN": tile[1], "BLOCK_T": config.block_t},
+        target,
+        ones=ones,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        divisible=SKETCH_DIVISIBLE,
+    )
+
+
+def build_form(form, config, target, *, size=16):
+    """The fused sketch of a layer of a form, as `sketch_config` finds configurations for it."""
+    flags = {"HO": size, "WO": size, "IS_ONE_TAP": form.is_one_tap, "IS_PADDED": True}
+    flags |= {"IS_GROUPED": form.is_grouped, "IS_WIDE": form.is_wide, "IS_FLIPPED": True}
+    flags |= UNIT_STEPS | (CHANNELS_LAST if form.is_channels_last else {})
+    flags |= ONE_AXIS if form.is_one_axis else {}
+    flags |= {} if form.is_one_tap else THREE_CHANNELS
+    dtype = "fp32" if form.dtype == torch.float32 else "bf16"
+    return build_sketch(dtype, form.tile, flags, config, target)
 
 
 def cases(arch):
@@ -274,8 +285,11 @@ def cases(arch):
             }
 
 
-def build_tuned(operation, config, target):
+def build_tuned(operation, sizes, config, target):
     """The kernel of an operation under a configuration from a file."""
+    if operation == "sketch":
+        form = sketch_config.read_form(sizes["form"])
+        return build_form(form, sketch_config.read_config(config, "sketch.json"), target)
     if operation == "gram_product":
         kernel, types, constexprs, options = gram_kernel.KERNELS["gram_product_float32"]
         constexprs = {name: config[name] for name in constexprs}
@@ -297,27 +311,58 @@ def tuned_cases(arch, folder):
     """Every configuration of a folder whose card is ``arch``, or is not known."""
     for file in sorted(folder.glob("*.json")):
         operation = file.stem
-        if operation not in ("project_rademacher", "project_normal", "gram_product"):
+        if operation not in ("project_rademacher", "project_normal", "gram_product", "sketch"):
             raise SystemExit(f"{file.name}: no operation is called {operation!r}")
         for device, entries in json.loads(file.read_text()).items():
             of_card = {a for name, a in CARDS.items() if name in device} or set(TARGETS)
             if arch not in of_card:
                 continue
             for entry in entries:
-                config = entry["config"]
+                config, sizes = entry["config"], entry["sizes"]
+                fields = asdict(projection.Config(**config)) if "project" in operation else {}
                 yield {
                     "kernel": operation.removeprefix("project_"),
                     "tuned": device,
-                    "sizes": entry["sizes"],
-                    "build": lambda target, operation=operation, config=config: build_tuned(
-                        operation, config, target
-                    ),
-                    **({} if operation == "gram_product" else asdict(projection.Config(**config))),
+                    "sizes": sizes,
+                    # what a sketch multiplies, for which tests ask
+                    **({"dtype": sizes["form"]} if operation == "sketch" else {}),
+                    "build": partial(build_tuned, operation, sizes, config),
+                    **fields,
                 }
+
+
+def candidate_cases(arch):
+    """Of each form and number of warps the candidates that need most of a card."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    from sketch_layers import LAYERS, candidates
+
+    longest = {}
+    for layer in LAYERS:
+        longest[layer.form] = max(layer.reduction, longest.get(layer.form, 0))
+    for form, reduction in longest.items():
+        tried = [c for c, why in candidates(form, TARGETS[arch].arch, reduction) if not why]
+        largest = {}
+        for config in sorted(tried, key=lambda c: (c.block_t, c.num_stages)):
+            largest[config.num_warps] = config
+        for config in largest.values():
+            yield {
+                "kernel": "sketch",
+                "form": str(form),
+                "dtype": "fp32" if form.dtype == torch.float32 else "bf16",
+                "config": asdict(config),
+                "build": partial(build_form, form, config),
+            }
 
 
 def main():
     results = []
+    if sys.argv[1:] == ["candidates"]:
+        for arch, target in TARGETS.items():
+            for case in candidate_cases(arch):
+                build = case.pop("build")
+                results.append(case | {"arch": arch} | report(build(target)))
+        json.dump(results, sys.stdout, indent=1)
+        return
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     for arch, target in TARGETS.items():
         shipped = tuned_cases(arch, folder or tuning.CONFIGS)

@@ -117,7 +117,7 @@ def test_pieces_are_what_is_in_the_repository(cuda, tmp_path):
         assert files
         for file in files:
             assert Path(file).exists(), file
-    wanted = {"stages", "modelled", "gpu tests", "kernel tests", "memcheck"}
+    wanted = {"stages", "modelled", "gpu tests", "kernel tests", "memcheck", "tune"}
     assert wanted <= set(names)
     if cuda:
         suites = {p.stem.removeprefix("test_") for p in (ROOT / "benchmarks").glob("test_*.py")}
@@ -207,6 +207,23 @@ def test_stages_and_models_have_their_lines():
     assert lines[2].split()[1:5] == ["1.000", "ms", "2.000", "ms"]
 
 
+def test_what_was_tuned_has_its_lines():
+    row = {"operation": "sketch", "sizes": {"form": "one tap", "T": 2560}, "device": "a card"}
+    rows = [
+        row | {"config": {"a": 1}},
+        row | {"config": {"a": 1}, "seconds": 4e-3},
+        row | {"config": {"a": 2}, "reason": "it does not fit"},
+        row | {"config": {"a": 3}},
+        row | {"config": {"a": 3}, "seconds": 1e-3},
+        row | {"sizes": {"T": 7}, "config": {"a": 1}},
+    ]
+    head, tuned, ended = gpu.tuned_lines(rows)
+    assert "best" in head
+    assert " ".join(tuned.split()) == "sketch one tap, T 2,560: 2 of 3 4.000 ms 1.000 ms"
+    assert ended.split()[:3] == ["sketch", "T", "7:"]
+    assert ended.endswith("it ended the process")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_ctrl_c_still_gives_the_page(tmp_path):
     code = (
@@ -236,15 +253,22 @@ def test_ctrl_c_still_gives_the_page(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-def test_make_gpu_is_the_driver():
+@pytest.mark.parametrize(
+    "target, command",
+    [
+        ("gpu", "benchmarks/gpu.py --out somewhere"),
+        ("tune", "benchmarks/tune.py --journal somewhere/tune.jsonl"),
+    ],
+)
+def test_make_runs_the_drivers(target, command):
     done = subprocess.run(
-        ["make", "--no-print-directory", "--dry-run", "gpu", "OUT=somewhere"],
+        ["make", "--no-print-directory", "--dry-run", target, "OUT=somewhere"],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith("benchmarks/gpu.py --out somewhere")
+    assert done.stdout.strip().endswith(command)
 
 
 def test_a_rehearsal(tmp_path):
@@ -253,10 +277,13 @@ def test_a_rehearsal(tmp_path):
         pytest.skip("there is a GPU: no rehearsal")
     command = [sys.executable, str(SCRIPT), "--out", str(tmp_path)]
     done = subprocess.run(
-        [*command, "--only", "modelled", "--budget", "200"],
+        [*command, "--only", "modelled", "--only", "tune", "--budget", "200"],
         capture_output=True,
         text=True,
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "limited by (model)" in done.stdout
+    assert "tuned: candidates that ran" in done.stdout
+    tuned = json.loads((tmp_path / "configs" / "sketch.json").read_text())
+    assert len(tuned["cpu"]) == 3

@@ -36,7 +36,8 @@ SASS = """
 def run(code: str) -> dict:
     """In a process of its own: what compiles must not be interpreted."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(SCRIPT.parent)
+    before = os.environ.get("PYTHONPATH")
+    environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parent), *([before] if before else [])])
     done = subprocess.run(
         [sys.executable, "-c", f"import json, modelled as m\n{code}"],
         capture_output=True,
@@ -145,6 +146,61 @@ def test_products_without_matrix_units_are_limited_by_others(found):
 
 def test_cards_are_found_by_name(found):
     assert found["cards"] == ["H200", "A100", None]
+
+
+LAUNCHES = """
+import compile_all
+from dataclasses import replace
+
+compiled, launches, rows = [], [], []
+compile_all.compile_kernel = lambda *what, **options: compiled.append((what[2], options))
+
+class Recorder:
+    def __getitem__(self, grid):
+        return lambda **arguments: launches.append(arguments | {"grid": grid[0]})
+
+m.sketch_kernel._sketch_kernel = Recorder()
+for layer in m.SKETCHED:
+    # one sample is launched like many; without a GPU the default is that of an A100
+    layer = replace(layer, samples=1)
+    case = m.sketch_case(layer, m.CARDS["A100"])
+    case.build(None)
+    inputs = layer.make(m.torch.device("cpu"))
+    out = m.torch.zeros(1, layer.proj_dim)
+    launches.clear()
+    m.sketch_kernel.launch_sketch(*inputs, layer.sketch, out, layer.timesteps)
+    (launch,), (constants, options) = launches, compiled[-1]
+    # without groups nobody reads how many rows one has
+    names = set(constants) & set(launch) - {"rows_per_group"}
+    tables = launch["blocks_ptr"], launch["tiles_ptr"]
+    rows.append({
+        "names": sorted(names),
+        "modelled": [constants[name] for name in sorted(names)],
+        "launched": [launch[name] for name in sorted(names)],
+        "options": [options["num_warps"], options["num_stages"], case.warps, case.programs],
+        "launched_options": [launch[n] for n in ("num_warps", "num_stages", "num_warps", "grid")],
+        "trips": case.trips,
+        # tiles of a block on average, steps of the reduction
+        "launched_trips": [
+            len(tables[1]) / len(tables[0]),
+            -(-launch["rows_per_sample"] * launch["HO"] * launch["WO"] // launch["BLOCK_T"]),
+        ],
+        "bytes": case.bytes,
+        "moved": sum(a.numel() * a.element_size() for a in inputs[1:])
+        + 8 * len(tables[0]) * launch["BM"] * launch["BN"],
+    })
+print(json.dumps(rows))
+"""
+
+
+def test_sketches_are_modelled_as_they_are_launched():
+    """The constants, the configuration, the loops and the bytes of the launch itself."""
+    for row in run(LAUNCHES):
+        assert {"BLOCK_T", "BM", "BN", "IS_ONE_TAP", "HO", "INPUT_PRECISION"} <= set(row["names"])
+        assert row["modelled"] == row["launched"]
+        assert row["options"] == row["launched_options"]
+        assert row["trips"] == row["launched_trips"]
+        assert row["bytes"] == row["moved"]
 
 
 def test_it_says_that_it_is_a_model(tmp_path):

@@ -2,13 +2,15 @@
 
 import importlib
 import json
+import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from dtrak_kernels import gram_kernel, projection, tuning
+from dtrak_kernels import gram_kernel, projection, sketch_config, tuning
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 tune = importlib.import_module("tune")
@@ -100,8 +102,8 @@ def test_kernels_launch_what_was_written(tmp_path, monkeypatch):
     tune.store(tmp_path, dense, "Some card", config)
     gram = tune.Problem("gram_product", {"N": 8, "K": 64, "M": 2}, {}, {}, None)
     tune.store(tmp_path, gram, "Some card", gram_kernel.DEFAULT_CONFIG | {"BLOCK_N": 32})
-    original = tuning.nearest
-    monkeypatch.setattr(tuning, "nearest", lambda *arguments: original(*arguments, tmp_path))
+    monkeypatch.setattr(tuning, "CONFIGS", tmp_path)
+    tuning._entries.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Card)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: Card.name)
     monkeypatch.setattr(torch.version, "hip", None)
@@ -118,21 +120,163 @@ def test_kernels_launch_what_was_written(tmp_path, monkeypatch):
     assert gram_kernel._config(OnACard(), 2)["BLOCK_N"] == 32
 
 
+def run_main(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["tune.py", *arguments])
+    return tune.main()
+
+
 @pytest.mark.parametrize("operation", tune.OPERATIONS)
 def test_a_rehearsal_writes_a_file(operation, tmp_path, monkeypatch, capsys):
-    out = str(tmp_path)
     # one round of each
-    monkeypatch.setattr(tune, "measure", lambda run: float(run().numel()))
-    monkeypatch.setattr(sys, "argv", ["tune.py", "--smoke", "--operation", operation, "--out", out])
-    assert tune.main() == 0
+    monkeypatch.setattr(tune, "measure", lambda run, rounds: float(run().numel()))
+    where = ("--out", str(tmp_path), "--journal", str(tmp_path / "tune.jsonl"))
+    assert run_main(monkeypatch, "--worker", "--smoke", "--operation", operation, *where) == 0
     ((device, entries),) = json.loads((tmp_path / f"{operation}.json").read_text()).items()
     assert device == (torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
     made = entries[0]["config"]
     if operation == "gram_product":
         assert set(made) == set(gram_kernel.DEFAULT_CONFIG)
+    elif operation == "sketch":
+        assert len(entries) == len(tune.sketch_layers.TINY)
+        for entry in entries:
+            sketch_config.read_config(entry["config"], "sketch")
+            sketch_config.read_form(entry["sizes"]["form"])
     else:
         projection.Config(**made)
     assert "ms by default" in capsys.readouterr().out
+
+
+def test_refused_candidates_are_not_run_and_the_journal_says_why(tmp_path):
+    ran = []
+
+    def run(config):
+        ran.append(config["a"])
+        if config["a"] == 3:
+            raise RuntimeError("out of\nregisters")
+        return torch.full((2,), 1.0 + (config["a"] == 5))
+
+    one = tune.Problem(
+        "sketch",
+        {"T": 3},
+        {"a": 1},
+        {"a": (2, 3, 4, 5)},
+        run,
+        lambda config: "it is even" if config["a"] % 2 == 0 else "",
+    )
+    journal = tune.Journal(tmp_path / "tune.jsonl", "Some card")
+    tune.search(one, 1e9, timer=lambda call: 1.0, clock=lambda: 0.0, journal=journal)
+    assert set(ran) == {1, 3, 5}
+    # a line before a candidate is tried and one after; only one if it is not tried
+    rows = tune.read_rows(tmp_path / "tune.jsonl")
+    assert [(r["config"]["a"], r.get("seconds"), r.get("reason")) for r in rows] == [
+        (1, None, None),
+        (1, 1.0, None),
+        (2, None, "it is even"),
+        (3, None, None),
+        (3, None, "RuntimeError: out of registers"),
+        (4, None, "it is even"),
+        (5, None, None),
+        (5, None, "its result differs by 1.0e+00"),
+    ]
+
+
+def test_a_search_goes_on_after_what_ended_it(tmp_path):
+    """Lines of another process: times are taken over, an unfinished candidate is not tried."""
+    file = tmp_path / "tune.jsonl"
+
+    def run(config):
+        assert config["a"] not in (1, 2), "tried again"
+        return torch.ones(2)
+
+    one = tune.Problem("sketch", {"T": 3}, {"a": 1}, {"a": (2, 3)}, run)
+    before = tune.Journal(file, "Some card")
+    before.write(one, {"a": 1}, seconds=4.0)
+    before.write(one, {"a": 2})
+    # a card of another name says nothing, nor does half a line
+    tune.Journal(file, "Another card").write(one, {"a": 3}, reason="broken")
+    with file.open("a") as lines:
+        lines.write('{"operation": "sk')
+    journal = tune.Journal(file, "Some card")
+    assert "ended the process" in journal.find(one, {"a": 2})["reason"]
+    # what is compared with is run once more
+    one = replace(one, run=lambda config: torch.ones(2) if config["a"] == 1 else run(config))
+    found = tune.search(one, 1e9, timer=lambda call: 1.0, clock=lambda: 0.0, journal=journal)
+    assert found == ({"a": 3}, 1.0, 4.0)
+
+
+def test_every_improvement_is_kept_at_once():
+    kept = []
+    one = problem(lambda config: torch.ones(3), a=(2, 4))
+    seconds = iter((4.0, 2.0, 3.0))
+    tune.search(one, 1e9, timer=lambda call: next(seconds), clock=lambda: 0.0, keep=kept.append)
+    assert kept == [{"a": 1, "b": 1}, {"a": 2, "b": 1}]
+
+
+def test_a_default_that_does_not_run_is_an_error():
+    one = problem(lambda config: 1 / 0, a=(2,))
+    with pytest.raises(RuntimeError, match="the default configuration does not run: ZeroDivision"):
+        tune.search(one, 1e9)
+
+
+# candidates: fine and faster; a crash; a hang; a lost device; fine and faster still
+BAD_SEARCH = """
+import os, signal, sys, time
+sys.path[:0] = [{benchmarks!r}]
+import torch, tune
+
+SECONDS = {{1: 5.0, 2: 4.0, 3: 3.0, 9: 1.0}}
+last = []
+
+def run(config):
+    last.append(config["a"])
+    if config["a"] == 4:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if config["a"] == 5:
+        time.sleep(600)
+    if config["a"] == 6:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    return torch.ones(2)
+
+def make(operation, device, *, smoke):
+    choices = {{"a": (2, 4, 3, 5, 6, 9)}}
+    yield tune.Problem(operation, {{"T": 7}}, {{"a": 1}}, choices, run)
+
+tune.make_problems = make
+tune.measure = lambda call, rounds=0: (call(), SECONDS[last[-1]])[1]
+sys.exit(tune.main())
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="ends processes by signals")
+def test_no_candidate_ends_the_search(tmp_path, monkeypatch, capfd):
+    """A crash, a hang and a lost device cost a candidate each; the file is whole throughout."""
+    script = tmp_path / "worker.py"
+    script.write_text(BAD_SEARCH.format(benchmarks=str(Path(tune.__file__).parent)))
+    monkeypatch.setattr(tune, "WORKER", [sys.executable, str(script), "--worker"])
+    monkeypatch.setattr(tune, "PATIENCE", 15.0)
+    ends, wait = [], tune.watch
+
+    def watch(process, journal):
+        status = wait(process, journal)
+        ends.append((status, json.loads((tmp_path / "sketch.json").read_text())))
+        return status
+
+    monkeypatch.setattr(tune, "watch", watch)
+    where = ("--out", str(tmp_path), "--journal", str(tmp_path / "tune.jsonl"))
+    assert run_main(monkeypatch, "--smoke", "--operation", "sketch", *where) == 0
+    assert [status for status, _ in ends] == [-signal.SIGSEGV, None, tune.LOST, 0]
+    best = [entries["cpu"][0]["config"]["a"] for _, entries in ends]
+    assert best == [2, 3, 3, 9]
+    out = capfd.readouterr().out
+    assert "the search hung; it goes on after that configuration" in out
+    assert "the device was lost: RuntimeError: CUDA error" in out
+
+
+def test_a_search_that_never_starts_is_given_up(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tune, "WORKER", [sys.executable, "-c", "raise SystemExit(7)"])
+    where = ("--out", str(tmp_path), "--journal", str(tmp_path / "tune.jsonl"))
+    assert run_main(monkeypatch, "--smoke", *where) == 1
+    assert "the search ended with status 7 before it tried anything" in capsys.readouterr().out
 
 
 def test_refusals(monkeypatch, capsys):

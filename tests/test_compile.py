@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,8 +91,12 @@ def test_a_flip_costs_at_most_400_instructions(compiled):
         assert 64 <= loop["3x3"] - loop["3x3, no flip"] <= 400, (arch, loop)
 
 
-def write_configs(folder, operation, device, **config):
-    entry = {"sizes": {"B": 8, "P": 2**20, "K": 4096}, "config": config}
+THIN = "one axis, channels last, 16 bits, tile 128x16"
+
+
+def write_configs(folder, operation, device, form=None, **config):
+    sizes = {"form": form, "T": 2560} if form else {"B": 8, "P": 2**20, "K": 4096}
+    entry = {"sizes": sizes, "config": config}
     (folder / f"{operation}.json").write_text(json.dumps({device: [entry]}))
 
 
@@ -100,14 +105,19 @@ def test_tuned_configurations_are_compiled_for_their_card(tmp_path):
     write_configs(tmp_path, "project_rademacher", "NVIDIA H200", block_b=32, block_k=64)
     small = {"BLOCK_N": 16, "BLOCK_K": 32, "BLOCK_M": 16, "num_warps": 4, "num_stages": 1}
     write_configs(tmp_path, "gram_product", "A card nobody knows", **small)
+    write_configs(tmp_path, "sketch", "NVIDIA A100", THIN, block_t=128, num_warps=8, num_stages=4)
     done = compile_all(str(tmp_path))
     assert done.returncode == 0, done.stderr[-4000:]
     cases = json.loads(done.stdout)
     assert [c["arch"] for c in cases if c["kernel"] == "rademacher"] == ["sm_90"]
+    assert [c["arch"] for c in cases if c["kernel"] == "sketch"] == ["sm_80"]
+    test_sketches_use_matrix_instructions([c for c in cases if c["kernel"] == "sketch"])
     assert [c["arch"] for c in cases if c["kernel"] == "gram_product"] == list(SHARED_LIMITS)
     test_memory_fits(cases)
     test_nothing_spills(cases)
     # and one that no card has the memory for
+    for file in tmp_path.iterdir():
+        file.unlink()
     write_configs(tmp_path, "project_rademacher", "NVIDIA H200", block_b=256, num_stages=9)
     cases = json.loads(compile_all(str(tmp_path)).stdout)
     with pytest.raises(AssertionError):
@@ -119,3 +129,17 @@ def test_configurations_of_no_operation_are_refused(tmp_path):
     done = compile_all(str(tmp_path))
     assert done.returncode != 0
     assert "project_uniform.json: no operation is called 'project_uniform'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "form, config, message",
+    [
+        ("two taps", {}, "form must be like 'one tap, channels last, 16 bits, .*, got 'two taps'"),
+        (THIN, {"block_t": 48}, "sketch.json: block_t must be a power of two from 16 to 256"),
+    ],
+)
+def test_configurations_of_no_sketch_are_refused(form, config, message, tmp_path):
+    write_configs(tmp_path, "sketch", "NVIDIA H200", form, **config)
+    done = compile_all(str(tmp_path))
+    assert done.returncode != 0
+    assert re.search(message, done.stderr), done.stderr

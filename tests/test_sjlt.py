@@ -7,7 +7,7 @@ import pytest
 import torch
 from numerics import relative_error
 
-from dtrak_kernels import GradientSketcher, Projection, project
+from dtrak_kernels import GradientSketcher, Projection, project, sjlt
 from dtrak_kernels.reference_sjlt import sjlt_matrix
 from dtrak_kernels.sjlt import (
     ParameterSketch,
@@ -69,6 +69,44 @@ def test_slices_of_rows_add_up():
     single.add_matrix(grads[:, :128], parts)
     single.add_matrix(grads[:, 128:], parts, first_row=128)
     assert torch.equal(whole, parts)
+
+
+def test_signs_are_made_once_for_calls_alike(monkeypatch):
+    made = []
+    flips = ParameterSketch.flips
+    monkeypatch.setattr(
+        ParameterSketch, "flips", lambda self, tile: made.append(self.seed) or flips(self, tile)
+    )
+    sjlt._kept_sketches.cache_clear()
+    grads = torch.randn(2, total(SHAPES))
+    first = sketch(grads, 4096, seed=1)
+    count = len(made)
+    assert count
+    # shapes may come as any sequence
+    assert torch.equal(sketch(grads, 4096, 1, [list(shape) for shape in SHAPES]), first)
+    assert len(made) == count
+    # K, seed and shapes are what signs depend on
+    for proj_dim, seed, shapes in ((2048, 1, SHAPES), (4096, 2, SHAPES), (4096, 2, SHAPES[::-1])):
+        before = len(made)
+        one = sketch(grads, proj_dim, seed, shapes)
+        assert len(made) > before
+        oracle = grads.double() @ sjlt_matrix(shapes, proj_dim, seed)
+        assert relative_error(one, oracle) < 1e-6
+    assert sjlt._kept_sketches.cache_info().currsize <= 2
+    # what would not fit into the bound is made anew
+    monkeypatch.setattr(sjlt, "_KEPT_BYTES", total(SHAPES))
+    sjlt._kept_sketches.cache_clear()
+    assert torch.equal(sketch(grads, 4096, 1), first)
+    assert sjlt._kept_sketches.cache_info().currsize == 0
+
+
+def test_the_bound_on_kept_signs_counts_what_they_take():
+    for shape in [*SHAPES, (0, 5), (300, 130)]:
+        single = ParameterSketch(tuple(shape), 0, 2**16, 3)
+        if math.prod(shape):
+            assert sjlt._sign_bytes(shape) == single.signs.numel() * single.signs.element_size()
+        else:
+            assert sjlt._sign_bytes(shape) == 0
 
 
 def test_matrix_order_is_channels_last_and_inverts():

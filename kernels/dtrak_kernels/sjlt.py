@@ -40,7 +40,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -50,6 +50,8 @@ from .streams import Stream, philox_words
 
 # a smaller sketch has no room for one tile
 MIN_PROJ_DIM = 256
+# sketches whose signs `project_sjlt` keeps, and the largest of them; as much again on a GPU
+_KEPT, _KEPT_BYTES = 2, 64 * 2**20
 _MAX_TILE = 128
 _MIN_TILE = 16
 # counter of the words that belong to a parameter as a whole, beyond any tile number
@@ -276,8 +278,32 @@ def sketch_gradients(grads: Tensor, sketches: Iterable[Any], out: Tensor) -> Ten
     return out
 
 
+def _sign_bytes(shape: Sequence[int]) -> int:
+    """Of `ParameterSketch.signs`: whole tiles, or the entries of a vector."""
+    if matrix_shape(shape) is None or math.prod(shape) == 0:
+        return math.prod(shape)
+    # K only halves tiles, which pads less
+    return math.prod(
+        -(-n // _tile_size(n)) * _tile_size(n) for n in (shape[0], math.prod(shape[1:]))
+    )
+
+
+@lru_cache(maxsize=_KEPT)
+def _kept_sketches(
+    shapes: tuple[tuple[int, ...], ...], proj_dim: int, seed: int
+) -> list[ParameterSketch]:
+    return sketch_parameters(shapes, proj_dim, seed)
+
+
 def project_sjlt(
     grads: Tensor, proj_dim: int, seed: int, shapes: Sequence[Sequence[int]], out: Tensor
 ) -> Tensor:
-    """Sketch dense per-sample gradients ``[B, P]`` into ``out [B, K]``, in place."""
-    return sketch_gradients(grads, sketch_parameters(shapes, proj_dim, seed), out)
+    """Sketch dense per-sample gradients ``[B, P]`` into ``out [B, K]``, in place.
+
+    Signs, which take longer to make than to use, are kept for the next call with the same shapes, K
+    and seed: those of the last `_KEPT` such calls, if they take at most `_KEPT_BYTES` each.
+    """
+    sizes = tuple(tuple(shape) for shape in shapes)
+    is_small = sum(_sign_bytes(shape) for shape in sizes) <= _KEPT_BYTES
+    make = _kept_sketches if is_small else sketch_parameters
+    return sketch_gradients(grads, make(sizes, proj_dim, seed), out)

@@ -25,7 +25,6 @@ number ``index mod 128``.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -36,6 +35,7 @@ from torch import Tensor, nn
 
 from .philox import philox_4x32
 from .sjlt import ParameterSketch
+from .sketch_config import Config, Form, config_on
 from .streams import Stream
 from .weight_gradient import linear_rows
 
@@ -281,42 +281,16 @@ def _sketch_kernel(  # type: ignore[no-untyped-def]
         h_offset = (tap // KW) * dilation_h - pad_h
         w_offset = (tap % KW) * dilation_w - pad_w
         grads = tl.zeros((BM, BN), dtype=tl.float32)
+        first_group = 0
+        stop_group = 1
         if IS_GROUPED:
-            group_of_row = offs_r // rows_per_group
-            last = tl.minimum(top + BM, O) - 1
-            for group in range(top // rows_per_group, last // rows_per_group + 1):
-                grads = _gradient_tile(
-                    grads,
-                    x_ptr,
-                    d_ptr,
-                    T,
-                    H,
-                    W,
-                    offs_r,
-                    mask_r & (group_of_row == group),
-                    h_offset,
-                    w_offset,
-                    group * I + channel,
-                    mask_c,
-                    stride_h,
-                    stride_w,
-                    stride_xr,
-                    stride_xc,
-                    stride_xh,
-                    stride_xw,
-                    stride_dr,
-                    stride_dc,
-                    stride_dh,
-                    stride_dw,
-                    HO,
-                    WO,
-                    IS_ONE_TAP,
-                    IS_PADDED,
-                    IS_WIDE,
-                    INPUT_PRECISION,
-                    BLOCK_T,
-                )
-        else:
+            first_group = top // rows_per_group
+            stop_group = (tl.minimum(top + BM, O) - 1) // rows_per_group + 1
+        # a single round, without groups, is no loop once it is compiled
+        for group in range(first_group, stop_group):
+            mask_g = mask_r
+            if IS_GROUPED:
+                mask_g = mask_r & (offs_r // rows_per_group == group)
             grads = _gradient_tile(
                 grads,
                 x_ptr,
@@ -325,10 +299,10 @@ def _sketch_kernel(  # type: ignore[no-untyped-def]
                 H,
                 W,
                 offs_r,
-                mask_r,
+                mask_g,
                 h_offset,
                 w_offset,
-                channel,
+                group * I + channel,
                 mask_c,
                 stride_h,
                 stride_w,
@@ -363,68 +337,6 @@ def _sketch_kernel(  # type: ignore[no-untyped-def]
         _add_to_window(right_half, out_ptr, window, K, BN // 2, BM, BN)
     else:
         _add_to_window(acc, out_ptr, window, K, 0, BM, BN)
-
-
-@dataclass(frozen=True)
-class Config:
-    """How the work is cut up; never what it computes, beyond rounding.
-
-    Attributes:
-        block_t: positions per step of the reduction, a power of two of at least 16.
-        num_warps: warps per program.
-        num_stages: depth of the asynchronous loads.
-        is_rolled: shift sums through shared memory; otherwise shift loads, element by element.
-        input_precision: of products of float32 inputs: ``"ieee"``, ``"tf32x3"`` or ``"tf32"``.
-    """
-
-    block_t: int = 64
-    num_warps: int = 8
-    num_stages: int = 3
-    is_rolled: bool = True
-    input_precision: str = "ieee"
-
-
-def default_config(
-    arch: int | str,
-    tile: tuple[int, int],
-    dtype: torch.dtype,
-    reduction: int,
-    *,
-    is_one_tap: bool,
-    is_wide: bool,
-    is_channels_last: bool,
-) -> Config:
-    """What to launch with where nothing was measured: the largest steps that fit into registers.
-
-    Args:
-        arch: CUDA compute capability times ten (80, 90, ...), or the name of an AMD architecture.
-        tile: ``(BM, BN)``.
-        dtype: of the inputs.
-        reduction: rows per sample times positions.
-        is_one_tap: all columns of a tile belong to one tap of the convolution.
-        is_wide: offsets inside a sample need 64 bits.
-        is_channels_last: channels are contiguous in both inputs.
-    """
-    is_large = math.prod(tile) >= 2**13
-    is_fast = is_one_tap and is_channels_last and not is_wide
-    if dtype == torch.float32:
-        # no tensor core multiplies in float32: operands take twice the registers
-        is_pipelined = is_fast and isinstance(arch, int) and arch < 100
-        return Config(16, num_warps=16 if is_large else 4, num_stages=2 if is_pipelined else 1)
-    block_t = 64 if is_fast and is_large else 16 if is_wide or (is_large and not is_one_tap) else 32
-    # a compute unit of AMD has fewer registers for a thread's share of a tile
-    largest = 64 if isinstance(arch, int) else 32
-    block_t = min(block_t, largest, max(16, triton.next_power_of_2(reduction)))
-    return Config(block_t, num_warps=8 if is_large else 4, num_stages=3 if block_t == 64 else 2)
-
-
-def _arch(device: torch.device) -> int | str:
-    if device.type != "cuda":
-        return 80
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return properties.gcnArchName
-    return 10 * properties.major + properties.minor
 
 
 @lru_cache(maxsize=4096)
@@ -489,10 +401,15 @@ def launch_sketch(
         sketch: of the weight.
         out: ``[B, K]`` float32, last dimension contiguous.
         rows_per_sample: consecutive rows of the batch that make up one sample; they are summed.
-        config: launch configuration; the default one of the device if ``None``.
+        config: launch configuration; the tuned or default one of the device if ``None``. Others
+            round sums in another order, and change nothing else.
 
     Returns:
-        ``out``. The same inputs on the same device give the same bits.
+        ``out``. The same inputs on the same device give the same bits, alone or in a batch, as long
+        as its tuned configurations stay the same.
+
+    Raises:
+        ValueError: the file of tuned configurations holds an impossible one for this device.
     """
     rows, pad_h, pad_w, groups = len(x), 0, 0, 1
     kernel: tuple[int, ...] = (1, 1)
@@ -521,22 +438,21 @@ def launch_sketch(
     is_wide = max(_largest_offset(a, rows_per_sample) for a in (x, output_grads)) > MAX_NARROW
     (BM, BN), I = sketch.tile, channels // groups
     is_one_tap = kernel == (1, 1) or I % BN == 0
-    config = config or default_config(
-        _arch(x.device),
-        sketch.tile,
-        x.dtype,
-        rows_per_sample * HO * WO,
-        is_one_tap=is_one_tap,
-        is_wide=is_wide,
-        is_channels_last=x.stride(1) == output_grads.stride(1) == 1,
-    )
+    reduction, is_one_axis = rows_per_sample * HO * WO, False
+    is_channels_last = x.stride(1) == output_grads.stride(1) == 1
     x_strides, d_strides = x.stride(), output_grads.stride()
     if kernel == stride == (1, 1) and not is_padded:
         x_step, d_step = _one_axis(x), _one_axis(output_grads)
         if x_step is not None and d_step is not None:
             # rows and positions are one axis: no division in the kernel
+            is_one_axis = True
             x_strides, d_strides = (x_step, x_strides[1], 0, 0), (d_step, d_strides[1], 0, 0)
-            rows_per_sample, H, W, HO, WO = rows_per_sample * HO * WO, 1, 1, 1, 1
+            rows_per_sample, H, W, HO, WO = reduction, 1, 1, 1, 1
+    if config is None:
+        form = Form(
+            sketch.tile, x.dtype, is_one_tap, is_one_axis, is_channels_last, is_wide, groups > 1
+        )
+        config = config_on(x.device, form, reduction)
 
     blocks, tiles, overlaps = _tables(sketch, x.device)
     # the last window may reach into the first: its blocks are launched on their own

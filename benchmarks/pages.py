@@ -1,0 +1,76 @@
+"""Tables between two markers of a page, made from rows of results and checked against them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a page.
+
+    Attributes:
+        page: file under the repository.
+        marker: word of the comments around it.
+        make: its lines, without the markers.
+    """
+
+    page: Path
+    marker: str
+    make: Callable[[], list[str]]
+
+    def rewritten(self, page: str) -> str:
+        """The page with its table replaced."""
+        begin, end = f"<!-- {self.marker}: begin -->", f"<!-- {self.marker}: end -->"
+        before, rest = page.split(begin)
+        return before + "\n".join([begin, *self.make(), end]) + rest.split(end)[1]
+
+    def bring_up_to_date(self, *, only_check: bool) -> None:
+        """Rewrite the page, or end with a message if that would change it."""
+        old = self.page.read_text()
+        new = self.rewritten(old)
+        if new == old:
+            return
+        if only_check:
+            name = self.page.relative_to(ROOT)
+            sys.exit(f"{name} does not match benchmarks/results: run with --docs")
+        self.page.write_text(new)
+
+
+def newest(results: Path) -> dict[str, Any]:
+    """The last row of a results file."""
+    return json.loads(results.read_text().splitlines()[-1])
+
+
+def run(table: Table, description: str | None, measure: Callable[[bool, bool], None]) -> None:
+    """The command of a page: measure (told whether to record, and whether it is a rehearsal).
+
+    Args:
+        table: what ``--docs`` rewrites and ``--check`` compares.
+        description: of the command.
+        measure: given ``--record`` and ``--smoke``.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    for flag in ("record", "smoke", "docs", "check"):
+        parser.add_argument(f"--{flag}", action="store_true")
+    options = parser.parse_args()
+    if options.docs or options.check:
+        table.bring_up_to_date(only_check=options.check)
+    else:
+        measure(options.record and not options.smoke, options.smoke)
+
+
+def record(results: Path, row: dict[str, Any]) -> None:
+    """Append a row with what its figures depend on."""
+    from rows import environment
+
+    with results.open("a") as file:
+        file.write(json.dumps(row | environment()) + "\n")
