@@ -164,33 +164,38 @@ def prepare_command(
     preset: _PRESET = "digits",
     output: _OUTPUT = None,
     data: Annotated[
-        str | None, typer.Option(help="Where the data set lies. Default: the preset's.")
+        str | None,
+        typer.Option(help="Where the data set lies. Default: the run's, or the preset's."),
     ] = None,
     num_subsets: Annotated[
-        int | None, typer.Option(help="M, subsets to draw. Default: the preset's.")
+        int | None, typer.Option(help="M, subsets to draw. Default: the run's, or the preset's.")
     ] = None,
     num_model_seeds: Annotated[
-        int | None, typer.Option(help="Trainings of each subset. Default: the preset's.")
+        int | None,
+        typer.Option(help="Trainings of each subset. Default: the run's, or the preset's."),
     ] = None,
     num_validation: Annotated[
-        int | None, typer.Option(help="Validation images to take as queries. Default: all.")
+        int | None,
+        typer.Option(help="Validation images to take as queries. Default: the run's, or all."),
     ] = None,
     num_generated: Annotated[
         int | None,
-        typer.Option(help="Images the full model draws as queries. Default: the preset's."),
+        typer.Option(
+            help="Images the full model draws as queries. Default: the run's, or the preset's."
+        ),
     ] = None,
     num_retrain: Annotated[
         int | None,
         typer.Option(
             help="Subsets of the retrain family, to whose models datamodels and empirical "
-            "influence are fitted. Default: the preset's."
+            "influence are fitted. Default: the run's, or the preset's."
         ),
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
             help="Base of artbench2 and artbench5: a Stable Diffusion folder that Diffusers wrote, "
-            "or a hub name. Default: the preset's."
+            "or a hub name. Default: the run's, or the preset's."
         ),
     ] = None,
     mixed_precision: Annotated[

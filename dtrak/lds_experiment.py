@@ -165,14 +165,14 @@ def prepare(
     Args:
         folder: of the run; made if missing.
         preset: data set, model and recipes.
-        source: where the data set lies, as `Preset.load_data` takes it.
-        num_subsets: M; by default the preset's. An existing run keeps those it has.
-        num_model_seeds: trainings of each subset; by default the preset's.
-        num_validation: how many validation images become queries, the first of the draw; by default
-            all of them.
-        num_generated: how many images the full model will draw as queries; by default the preset's.
-        num_retrain: subsets of the ``retrain`` family; by default the preset's. An existing run
-            keeps those it has.
+        source: where the data set lies, as `Preset.load_data` takes it. This and every number below
+            is by default that of the run in the folder, in a new run the preset's.
+        num_subsets: M. An existing run keeps those it has.
+        num_model_seeds: trainings of each subset. An existing run keeps those it has.
+        num_validation: how many validation images become queries, the first of the draw; in a new
+            run by default all of them.
+        num_generated: how many images the full model will draw as queries.
+        num_retrain: subsets of the ``retrain`` family. An existing run keeps those it has.
         model: folder of the base of a preset that fine-tunes; by default the run's own or, in a new
             run, the preset's, by its hub name.
         mixed_precision: of a preset that fine-tunes: ``"no"``, ``"fp16"`` or ``"bf16"``; by default
@@ -185,27 +185,34 @@ def prepare(
             model or a precision is given for a preset that fine-tunes nothing.
         FileNotFoundError, ModelError: the base, as `text_to_image.load_text_to_image`.
     """
-    counts = {
-        "num_subsets": preset.num_subsets if num_subsets is None else num_subsets,
-        "num_model_seeds": preset.num_model_seeds if num_model_seeds is None else num_model_seeds,
-        "num_generated": preset.num_generated if num_generated is None else num_generated,
+    is_new = not folder.exists() or all(path.name == "report" for path in folder.iterdir())
+    found = None if is_new else _read_manifest(folder)
+    given = {
+        "num_subsets": num_subsets,
+        "num_model_seeds": num_model_seeds,
+        "num_generated": num_generated,
+        "num_retrain": num_retrain,
     }
+    # what is not said stays as it is: adding subsets to a run must not add seeds to all of them
+    there = {} if found is None else found["deciding"] | found
+    counts = {
+        name: there.get(name, getattr(preset, name)) if count is None else count
+        for name, count in given.items()
+    }
+    source = there.get("source") if source is None else source
+    num_validation = there.get("num_validation") if num_validation is None else num_validation
     if num_validation is not None:
         counts["num_validation"] = num_validation
     for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
-    counts["num_retrain"] = preset.num_retrain if num_retrain is None else num_retrain
-    if counts["num_retrain"] < 0:
-        raise ValueError(f"num_retrain must be at least 0, got {counts['num_retrain']}")
+        least = 0 if name == "num_retrain" else 1
+        if count < least:
+            raise ValueError(f"{name} must be at least {least}, got {count}")
     for option, value in (("--model", model), ("--mixed-precision", mixed_precision)):
         if preset.lora is None and value is not None:
             raise ValueError(
                 f"{option} must be left out for {preset.name!r}, which fine-tunes no model, got "
                 f"{value!r}"
             )
-    is_new = not folder.exists() or all(path.name == "report" for path in folder.iterdir())
-    found = None if is_new else _read_manifest(folder)
     about = {} if preset.lora is None else _choose_base(preset, found, model, mixed_precision)
     data = preset.load_data("train", source)
     validation = preset.load_data("validation", source, limit=num_validation)

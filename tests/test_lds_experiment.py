@@ -71,6 +71,19 @@ def test_adding_subsets_and_seeds_changes_nothing_that_was_there(tmp_path):
     assert load_experiment(tmp_path / "run").names() == second.names()
 
 
+def test_what_is_not_said_stays_as_it_is(tmp_path):
+    folder = tmp_path / "run"
+    preset = replace(PRESET, num_model_seeds=3, num_retrain=4)
+    sizes = {"num_subsets": 3, "num_model_seeds": 1, "num_validation": 2, "num_generated": 5}
+    prepare(folder, preset, num_retrain=1, **sizes)
+    more = prepare(folder, preset, num_subsets=4)
+    assert (len(more.subsets), len(more.seeds), len(more.retrain)) == (4, 1, 1)
+    assert (len(more.validation), more.num_generated) == (2, 5)
+    assert prepare(folder, preset).names() == more.names()
+    with pytest.raises(ExperimentError, match="num_generated is 5 there and 6 here"):
+        prepare(folder, preset, num_generated=6)
+
+
 def test_the_retrain_family_has_the_published_seeds(tmp_path):
     experiment = prepare(tmp_path / "run", PRESET, num_subsets=2, num_retrain=3)
     labels = experiment.data.labels
