@@ -40,12 +40,13 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from .sjlt import ParameterSketch, matrix_shape, sketch_gradients
+from .sjlt import ParameterSketch, as_matrix, matrix_shape, sketch_gradients
 from .streams import Stream, philox_words
 from .weight_gradient import (
     TRANSPOSED,
     Convolution,
     grouped_grads,
+    is_pointwise,
     linear_rows,
     pad_input,
     prefers_grouped,
@@ -166,6 +167,10 @@ class TwoSidedSketch:
         scale = self.output_factor.scale * self.input_factor.scale
         self._place.add_vector(thin.flatten(1) * scale, out)
 
+    def add_block(self, grads: Tensor, out: Tensor, first_row: int = 0) -> None:
+        """Sketch gradients ``[b, o, I, *kernel]`` of some rows, in place."""
+        self.add_matrix(as_matrix(grads), out, first_row)
+
     def add_matrix(self, grads: Tensor, out: Tensor, first_row: int = 0) -> None:
         """Sketch gradients ``[b, o, C]`` of some rows, columns as in `sjlt.as_matrix`, in place."""
         b, rows, _ = grads.shape
@@ -273,8 +278,13 @@ def _thin_convolution(conv: Convolution, a: Tensor, d: Tensor, samples: int) -> 
         ``[B, k_o, taps, k_i]``, unscaled.
     """
     if prefers_grouped(conv, a, d, len(d) // samples):
-        return grouped_grads(conv, a, d, samples)
+        return grouped_grads(conv, a, d, samples).transpose(2, 3)
     positions = d.shape[2:]
+    if is_pointwise(conv) and a.shape[2:] == positions:
+        a, d = (
+            t.flatten(2).unflatten(0, (samples, -1)).transpose(1, 2).flatten(2) for t in (a, d)
+        )
+        return (d @ a.transpose(1, 2)).unsqueeze(2)
     a = _padded_channels_last(a, conv)
     size = a.shape[1:-1]
     if all(stride == 1 for stride in conv.stride):

@@ -50,6 +50,8 @@ from .streams import Stream, philox_words
 
 # a smaller sketch has no room for one tile
 MIN_PROJ_DIM = 256
+# entries of a matrix whose places are kept in tables, of 12 bytes an entry
+TABLE_ENTRIES = 2**17
 _MAX_TILE = 128
 _MIN_TILE = 16
 # counter of the words that belong to a parameter as a whole, beyond any tile number
@@ -179,6 +181,41 @@ class ParameterSketch:
         return signs
 
     @cached_property
+    def _tables(self) -> dict[tuple[torch.dtype, bool], tuple[Tensor, Tensor]]:
+        return {}
+
+    def table(self, dtype: torch.dtype, columns_last: bool = False) -> tuple[Tensor, Tensor]:
+        """Where every entry of the parameter goes, and with which sign; kept.
+
+        Args:
+            dtype: of the signs.
+            columns_last: entries of a matrix in the order of `as_matrix`, not in the parameter's.
+
+        Returns:
+            Positions, int64, and signs, ``[n]`` each.
+        """
+        key = dtype, columns_last
+        if key not in self._tables:
+            positions, signs = self._places()
+            if not columns_last and len(self.shape) > 2:
+                positions, signs = (
+                    t.unflatten(1, (-1, self.shape[1])).transpose(1, 2) for t in (positions, signs)
+                )
+            self._tables[key] = positions.flatten(), signs.flatten().to(dtype)
+        return self._tables[key]
+
+    def _places(self) -> tuple[Tensor, Tensor]:
+        if matrix_shape(self.shape) is None:
+            return (self.base + torch.arange(math.prod(self.shape))) % self.proj_dim, self.signs
+        (rows, columns), (tile_rows, tile_columns) = self._matrix, self.tile
+        blocks, row_shifts, column_shifts = self.placement
+        row, column = torch.arange(rows)[:, None], torch.arange(columns)
+        tile = row // tile_rows * self.grid[1] + column // tile_columns
+        i, j = (row + row_shifts[tile]) % tile_rows, (column + column_shifts[tile]) % tile_columns
+        entry = (blocks[tile] * tile_rows + i) * tile_columns + j
+        return (self.base + entry) % self.proj_dim, self.signs[tile, i, j]
+
+    @cached_property
     def _signs_by_device(self) -> dict[torch.device, Tensor]:
         return {}
 
@@ -196,6 +233,26 @@ class ParameterSketch:
             size = min(signed.shape[1] - done, self.proj_dim - start)
             out[:, start : start + size] += signed[:, done : done + size]
             start, done = 0, done + size
+
+    def add_block(self, grads: Tensor, out: Tensor, first_row: int = 0) -> None:
+        """Sketch per-sample gradients ``[B, R, I, *kernel]`` of rows of a matrix, as `add_matrix`.
+
+        Args:
+            grads: in any memory layout; the kernel's dimensions may be one.
+            out: ``[B, K]`` features, same dtype and device.
+            first_row: a multiple of BM.
+        """
+        # atomic additions of a GPU come in any order
+        if grads.device.type != "cpu" or math.prod(self.shape) > TABLE_ENTRIES:
+            self.add_matrix(as_matrix(grads), out, first_row)
+            return
+        columns_last = not grads.is_contiguous()
+        entries = (as_matrix(grads) if columns_last else grads).flatten(1)
+        first = first_row * math.prod(self.shape[1:])
+        positions, signs = (
+            t[first : first + entries.shape[1]] for t in self.table(out.dtype, columns_last)
+        )
+        out.scatter_add_(1, positions.expand_as(entries), entries * signs)
 
     def add_matrix(self, grads: Tensor, out: Tensor, first_row: int = 0) -> None:
         """Sketch per-sample gradients of rows of a matrix parameter into ``out``, in place.

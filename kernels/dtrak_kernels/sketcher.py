@@ -335,8 +335,7 @@ class GradientSketcher:
             features.new_zeros((), requires_grad=True),
         )
         self._last_norms = None
-        if self._norms is not None:
-            self._norms.open(batch.features)
+        self._accumulator.open(features)
         chosen = {id(parameter) for parameter in self._parameters}
         before = [(parameter, parameter.requires_grad) for parameter in self._model_parameters]
         handles: list[Any] = []
@@ -364,6 +363,7 @@ class GradientSketcher:
                     f"module {missed[0]!r} ran without gradient (under no_grad, or in a re-entrant "
                     "checkpoint none of whose inputs needs one): its gradient would be missing"
                 )
+            self._accumulator.close(features)
             if self._norms is not None:
                 self._last_norms = self._norms.norms()
         finally:

@@ -37,12 +37,17 @@ class Slice:
     Attributes:
         samples: which samples of the batch.
         rows: which rows (first dimension) of the weight.
-        grads: ``[b, o, C]``, columns ordered as in `sjlt.as_matrix`.
+        block: ``[b, o, I, taps]``: the weight's own dimensions, in any memory layout.
     """
 
     samples: slice
     rows: slice
-    grads: Tensor
+    block: Tensor
+
+    @property
+    def grads(self) -> Tensor:
+        """``[b, o, C]``, columns ordered as in `sjlt.as_matrix`."""
+        return self.block.transpose(2, 3).flatten(2)
 
 
 def linear_rows(x: Tensor, rows: int) -> Tensor:
@@ -59,6 +64,16 @@ def pad_input(x: Tensor, conv: Convolution) -> Tensor:
     return F.pad(x, padding, mode=mode)
 
 
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether a convolution multiplies every position by its weight, and nothing else."""
+    return (
+        isinstance(module, CONVOLUTIONS)
+        and all(size == 1 for size in module.kernel_size)
+        and all(stride == 1 for stride in module.stride)
+        and not any(module._reversed_padding_repeated_twice)
+    )
+
+
 def conv_patches(x: Tensor, conv: Convolution, out_size: tuple[int, ...]) -> Tensor:
     """The patches a convolution multiplies its weight with, channels last.
 
@@ -68,8 +83,11 @@ def conv_patches(x: Tensor, conv: Convolution, out_size: tuple[int, ...]) -> Ten
         out_size: the positions of the patches, per spatial dimension.
 
     Returns:
-        ``[R, positions, groups, taps·I/groups]``, contiguous.
+        ``[R, positions, groups, taps·I/groups]``; a view, where every position is a patch.
     """
+    # a transposed convolution may have more output than its input reaches
+    if is_pointwise(conv) and x.shape[2:] == out_size:
+        return x.flatten(2).transpose(1, 2).unflatten(2, (conv.groups, -1))
     x = pad_input(x, conv).movedim(1, -1).contiguous()
     channels, steps = x.shape[-1], x.stride()[1:-1]
     patches = x.as_strided(
@@ -179,7 +197,7 @@ def weight_grads(
     grouped = prefers_grouped(module, x, output_grads, rows_per_sample)
     product = layer_product(module, x, output_grads, dtype)
     deltas, columns, groups = product.deltas, product.columns, product.groups
-    out_rows = deltas.shape[2]
+    out_rows, taps = deltas.shape[2], columns // module.weight.shape[1]
     weight_steps, sample_step = _steps(
         out_rows, samples, columns * dtype.itemsize, deltas.device, all_samples, row_multiple
     )
@@ -193,21 +211,27 @@ def weight_grads(
                 grads = grouped_grads(
                     module, x[part], output_grads[part, weight_rows], _length(chosen)
                 )
-                yield Slice(chosen, weight_rows, grads.flatten(2))
+                yield Slice(chosen, weight_rows, grads)
                 continue
-            grads = deltas.new_zeros(_length(chosen), _length(weight_rows), columns, dtype=dtype)
+            grads = None
             for inside, begin, end in _batch_rows(chosen, rows_per_sample, fitting_rows):
                 a = product.patches(begin, end)
                 a = a.reshape(_length(inside), -1, groups, a.shape[-1])
                 d = deltas[begin:end, :, weight_rows].to(dtype)
                 d = d.reshape(_length(inside), -1, _length(weight_rows)).transpose(1, 2)
+                if groups == 1 and end - begin == _length(chosen) * rows_per_sample:
+                    grads = torch.bmm(d, a[:, :, 0])
+                    continue
+                if grads is None:
+                    grads = d.new_zeros(_length(chosen), _length(weight_rows), columns)
                 target = grads[inside.start - chosen.start : inside.stop - chosen.start]
                 for group in range(groups):
                     low = max(group * per_group - weight_rows.start, 0)
                     high = min((group + 1) * per_group, weight_rows.stop) - weight_rows.start
                     if low < high:
                         target[:, low:high].baddbmm_(d[:, low:high], a[:, :, group])
-            yield Slice(chosen, weight_rows, grads)
+            assert grads is not None
+            yield Slice(chosen, weight_rows, grads.unflatten(2, (taps, -1)).transpose(2, 3))
 
 
 def prefers_grouped(
@@ -226,6 +250,9 @@ def prefers_grouped(
     """
     if not isinstance(module, nn.Conv1d | nn.Conv2d) or module.groups != 1 or not len(x):
         return False
+    # its patches are its input
+    if is_pointwise(module):
+        return False
     if output_grads.device.type != "cpu" or output_grads.dtype != torch.float32:
         return False
     positions = output_grads[0, 0].numel() * rows_per_sample
@@ -242,7 +269,7 @@ def grouped_grads(conv: Convolution, x: Tensor, output_grads: Tensor, samples: i
         samples: ``B``.
 
     Returns:
-        ``[B, O, taps, I]``.
+        ``[B, O, I, taps]``.
     """
 
     def grouped(t: Tensor) -> Tensor:
@@ -270,7 +297,7 @@ def grouped_grads(conv: Convolution, x: Tensor, output_grads: Tensor, samples: i
         samples,
         [False, True, False],
     )
-    return grads.view(samples, outputs, inputs, -1).transpose(2, 3)
+    return grads.view(samples, outputs, inputs, -1)
 
 
 def _embedding_grads(
@@ -301,7 +328,8 @@ def _embedding_grads(
             grads = deltas.new_zeros(_length(chosen) * _length(weight_rows), columns)
             first = torch.arange(_length(chosen), device=row.device) * _length(weight_rows)
             grads.index_add_(0, (row + first[:, None])[hit], deltas[chosen][hit])
-            yield Slice(chosen, weight_rows, grads.unflatten(0, (_length(chosen), -1)))
+            block = grads.view(_length(chosen), -1, columns, 1)
+            yield Slice(chosen, weight_rows, block)
 
 
 def _steps(
