@@ -64,6 +64,14 @@ def pad_input(x: Tensor, conv: Convolution) -> Tensor:
     return F.pad(x, padding, mode=mode)
 
 
+def sample_products(d: Tensor, a: Tensor) -> Tensor:
+    """``dᵀ a`` of every sample: ``[B, T, O]`` and ``[B, T, I]`` to ``[B, O, I]``."""
+    # a CPU multiplies up to five times faster with the thinner side first
+    if d.shape[2] > a.shape[2]:
+        return torch.bmm(a.transpose(1, 2), d).transpose(1, 2)
+    return torch.bmm(d.transpose(1, 2), a)
+
+
 def is_pointwise(module: nn.Module) -> bool:
     """Whether a convolution multiplies every position by its weight, and nothing else."""
     return (
@@ -218,9 +226,9 @@ def weight_grads(
                 a = product.patches(begin, end)
                 a = a.reshape(_length(inside), -1, groups, a.shape[-1])
                 d = deltas[begin:end, :, weight_rows].to(dtype)
-                d = d.reshape(_length(inside), -1, _length(weight_rows)).transpose(1, 2)
+                d = d.reshape(_length(inside), -1, _length(weight_rows))
                 if groups == 1 and end - begin == _length(chosen) * rows_per_sample:
-                    grads = torch.bmm(d, a[:, :, 0])
+                    grads = sample_products(d, a[:, :, 0])
                     continue
                 if grads is None:
                     grads = d.new_zeros(_length(chosen), _length(weight_rows), columns)
@@ -229,7 +237,8 @@ def weight_grads(
                     low = max(group * per_group - weight_rows.start, 0)
                     high = min((group + 1) * per_group, weight_rows.stop) - weight_rows.start
                     if low < high:
-                        target[:, low:high].baddbmm_(d[:, low:high], a[:, :, group])
+                        rows = d[:, :, low:high].transpose(1, 2)
+                        target[:, low:high].baddbmm_(rows, a[:, :, group])
             assert grads is not None
             yield Slice(chosen, weight_rows, grads.unflatten(2, (taps, -1)).transpose(2, 3))
 
