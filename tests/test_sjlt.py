@@ -8,6 +8,7 @@ import torch
 from numerics import relative_error
 
 from dtrak_kernels import GradientSketcher, Projection, project
+from dtrak_kernels import sjlt as sjlt_module
 from dtrak_kernels.reference_sjlt import sjlt_matrix
 from dtrak_kernels.sjlt import (
     ParameterSketch,
@@ -59,6 +60,31 @@ def test_blocks_are_balanced():
     assert counts.max() - counts.min() <= 1
     # dealt at random, not in order
     assert single.placement[0][:5].tolist() != sorted(single.placement[0][:5].tolist())
+
+
+@pytest.mark.parametrize("first_row", [0, 128])
+@pytest.mark.parametrize("proj_dim", [256, 5000, 2**15])
+@pytest.mark.parametrize("shape", [(300, 40), (140, 7, 3, 2), (150, 1, 5), (130, 3, 2, 2, 2)])
+def test_blocks_go_where_tiles_go(shape, proj_dim, first_row, monkeypatch):
+    """From tables or tile by tile, in whatever memory layout the gradient comes."""
+    single = ParameterSketch(shape, 17, proj_dim, 9)
+    if first_row % single.tile[0]:
+        pytest.skip("no whole tile begins there")
+    rows = torch.randn(2, *shape, dtype=torch.float64)[:, first_row:]
+    expected = torch.zeros(2, proj_dim, dtype=torch.float64)
+    single.add_matrix(as_matrix(rows), expected, first_row)
+    columns_last = rows.movedim(2, -1).contiguous().movedim(-1, 2)
+    for grads in (rows.contiguous(), columns_last, rows.flatten(3) if rows.ndim > 3 else rows):
+        out = torch.zeros_like(expected)
+        single.add_block(grads, out, first_row)
+        assert relative_error(out, expected) < 1e-14
+    monkeypatch.setattr(sjlt_module, "TABLE_ENTRIES", math.prod(shape) - 1)
+    tiled = ParameterSketch(shape, 17, proj_dim, 9)
+    out = torch.zeros_like(expected)
+    tiled.add_block(columns_last, out, first_row)
+    assert torch.equal(out, expected)
+    # what a large weight must not cost
+    assert not tiled._tables
 
 
 def test_slices_of_rows_add_up():

@@ -55,10 +55,10 @@ class Accumulator(ABC):
         """
         return x
 
-    def open(self, out: Tensor) -> None:
-        """A batch begins, whose features are ``[B, K]``, zeros."""
+    def open(self, out: Tensor) -> None:  # noqa: B027
+        """A batch begins, whose features are ``[B, K]``, zeros; most keep nothing between calls."""
 
-    def close(self, out: Tensor) -> None:
+    def close(self, out: Tensor) -> None:  # noqa: B027
         """The batch is over: add what is still to be added."""
 
     @abstractmethod

@@ -93,7 +93,7 @@ class ParameterSketch:
     proj_dim: int
     seed: int
 
-    @property
+    @cached_property
     def tile(self) -> tuple[int, int]:
         """``(BM, BN)``."""
         rows, columns = (_tile_size(extent) for extent in self._matrix)
@@ -101,7 +101,7 @@ class ParameterSketch:
             rows, columns = (rows, columns // 2) if columns >= rows else (rows // 2, columns)
         return rows, columns
 
-    @property
+    @cached_property
     def grid(self) -> tuple[int, int]:
         """Tiles down and across."""
         (rows, columns), (tile_rows, tile_columns) = self._matrix, self.tile
@@ -216,23 +216,19 @@ class ParameterSketch:
         return (self.base + entry) % self.proj_dim, self.signs[tile, i, j]
 
     @cached_property
-    def _signs_by_device(self) -> dict[torch.device, Tensor]:
+    def _copied_signs(self) -> dict[tuple[torch.device, torch.dtype], Tensor]:
         return {}
 
-    def signs_on(self, device: torch.device) -> Tensor:
+    def signs_on(self, device: torch.device, dtype: torch.dtype = torch.int8) -> Tensor:
         """`signs` on a device, copied there once."""
-        if device not in self._signs_by_device:
-            self._signs_by_device[device] = self.signs.to(device)
-        return self._signs_by_device[device]
+        key = device, dtype
+        if key not in self._copied_signs:
+            self._copied_signs[key] = self.signs.to(device, dtype)
+        return self._copied_signs[key]
 
-    def add_vector(self, grads: Tensor, out: Tensor) -> None:
-        """Sketch per-sample gradients ``[B, n]`` of a vector into ``out [B, K]``, in place."""
-        signed = grads * self.signs_on(grads.device)
-        start, done = self.base, 0
-        while done < signed.shape[1]:
-            size = min(signed.shape[1] - done, self.proj_dim - start)
-            out[:, start : start + size] += signed[:, done : done + size]
-            start, done = 0, done + size
+    def add_vector(self, grads: Tensor, out: Tensor, scale: float = 1.0) -> None:
+        """Sketch ``scale`` times gradients ``[B, n]`` of a vector into ``out [B, K]``, in place."""
+        _add_modulo(grads * self.signs_on(grads.device, grads.dtype), self.base, out, scale)
 
     def add_block(self, grads: Tensor, out: Tensor, first_row: int = 0) -> None:
         """Sketch per-sample gradients ``[B, R, I, *kernel]`` of rows of a matrix, as `add_matrix`.
@@ -302,11 +298,11 @@ def _shifted(extent: int, shift: int, size: int) -> list[tuple[slice, slice]]:
     return pieces
 
 
-def _add_modulo(block: Tensor, start: int, out: Tensor) -> None:
+def _add_modulo(block: Tensor, start: int, out: Tensor, scale: float = 1.0) -> None:
     done = 0
     while done < block.shape[1]:
         size = min(block.shape[1] - done, out.shape[1] - start)
-        out[:, start : start + size] += block[:, done : done + size]
+        out[:, start : start + size].add_(block[:, done : done + size], alpha=scale)
         start, done = 0, done + size
 
 
