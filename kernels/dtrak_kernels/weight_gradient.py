@@ -12,6 +12,7 @@ single row of the weight already does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -204,43 +205,54 @@ def weight_grads(
         return
     grouped = prefers_grouped(module, x, output_grads, rows_per_sample)
     product = layer_product(module, x, output_grads, dtype)
-    deltas, columns, groups = product.deltas, product.columns, product.groups
-    out_rows, taps = deltas.shape[2], columns // module.weight.shape[1]
+    deltas, columns = product.deltas, product.columns
+    out_rows, (inputs, *kernel) = deltas.shape[2], module.weight.shape[1:]
     weight_steps, sample_step = _steps(
         out_rows, samples, columns * dtype.itemsize, deltas.device, all_samples, row_multiple
     )
     fitting_rows = max(workspace_bytes(deltas.device) // max(product.row_bytes, 1), 1)
-    per_group = out_rows // groups
     for weight_rows in weight_steps:
         for chosen in _slices(0, samples, sample_step):
             if grouped:
                 assert isinstance(module, nn.Conv1d | nn.Conv2d)
                 part = slice(chosen.start * rows_per_sample, chosen.stop * rows_per_sample)
-                grads = grouped_grads(
+                block = grouped_grads(
                     module, x[part], output_grads[part, weight_rows], _length(chosen)
                 )
-                yield Slice(chosen, weight_rows, grads)
-                continue
-            grads = None
-            for inside, begin, end in _batch_rows(chosen, rows_per_sample, fitting_rows):
-                a = product.patches(begin, end)
-                a = a.reshape(_length(inside), -1, groups, a.shape[-1])
-                d = deltas[begin:end, :, weight_rows].to(dtype)
-                d = d.reshape(_length(inside), -1, _length(weight_rows))
-                if groups == 1 and end - begin == _length(chosen) * rows_per_sample:
-                    grads = sample_products(d, a[:, :, 0])
-                    continue
-                if grads is None:
-                    grads = d.new_zeros(_length(chosen), _length(weight_rows), columns)
-                target = grads[inside.start - chosen.start : inside.stop - chosen.start]
-                for group in range(groups):
-                    low = max(group * per_group - weight_rows.start, 0)
-                    high = min((group + 1) * per_group, weight_rows.stop) - weight_rows.start
-                    if low < high:
-                        rows = d[:, :, low:high].transpose(1, 2)
-                        target[:, low:high].baddbmm_(rows, a[:, :, group])
-            assert grads is not None
-            yield Slice(chosen, weight_rows, grads.unflatten(2, (taps, -1)).transpose(2, 3))
+            else:
+                parts = _batch_rows(chosen, rows_per_sample, fitting_rows)
+                grads = _add_products(product, list(parts), chosen, weight_rows, dtype)
+                block = grads.unflatten(2, (math.prod(kernel), inputs)).transpose(2, 3)
+            yield Slice(chosen, weight_rows, block)
+
+
+def _add_products(
+    product: LayerProduct,
+    parts: list[tuple[slice, int, int]],
+    chosen: slice,
+    weight_rows: slice,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Gradients ``[b, o, C]`` of some rows for some samples, whose batch rows come in parts."""
+    groups, per_group = product.groups, product.deltas.shape[2] // product.groups
+    total: Tensor | None = None
+    for inside, begin, end in parts:
+        a = product.patches(begin, end)
+        a = a.reshape(_length(inside), -1, groups, a.shape[-1])
+        d = product.deltas[begin:end, :, weight_rows].to(dtype)
+        d = d.reshape(_length(inside), -1, _length(weight_rows))
+        if groups == len(parts) == 1:
+            return sample_products(d, a[:, :, 0])
+        if total is None:
+            total = d.new_zeros(_length(chosen), _length(weight_rows), product.columns)
+        target = total[inside.start - chosen.start : inside.stop - chosen.start]
+        for group in range(groups):
+            low = max(group * per_group - weight_rows.start, 0)
+            high = min((group + 1) * per_group, weight_rows.stop) - weight_rows.start
+            if low < high:
+                target[:, low:high].baddbmm_(d[:, :, low:high].transpose(1, 2), a[:, :, group])
+    assert total is not None
+    return total
 
 
 def prefers_grouped(
