@@ -7,7 +7,8 @@ import pytest
 import torch
 from numerics import relative_error
 
-from dtrak_kernels import GradientSketcher, Projection, project, sjlt
+from dtrak_kernels import GradientSketcher, Projection, project
+from dtrak_kernels import sjlt as sjlt_module
 from dtrak_kernels.reference_sjlt import sjlt_matrix
 from dtrak_kernels.sjlt import (
     ParameterSketch,
@@ -61,6 +62,31 @@ def test_blocks_are_balanced():
     assert single.placement[0][:5].tolist() != sorted(single.placement[0][:5].tolist())
 
 
+@pytest.mark.parametrize("first_row", [0, 128])
+@pytest.mark.parametrize("proj_dim", [256, 5000, 2**15])
+@pytest.mark.parametrize("shape", [(300, 40), (140, 7, 3, 2), (150, 1, 5), (130, 3, 2, 2, 2)])
+def test_blocks_go_where_tiles_go(shape, proj_dim, first_row, monkeypatch):
+    """From tables or tile by tile, in whatever memory layout the gradient comes."""
+    single = ParameterSketch(shape, 17, proj_dim, 9)
+    if first_row % single.tile[0]:
+        pytest.skip("no whole tile begins there")
+    rows = torch.randn(2, *shape, dtype=torch.float64)[:, first_row:]
+    expected = torch.zeros(2, proj_dim, dtype=torch.float64)
+    single.add_matrix(as_matrix(rows), expected, first_row)
+    columns_last = rows.movedim(2, -1).contiguous().movedim(-1, 2)
+    for grads in (rows.contiguous(), columns_last, rows.flatten(3) if rows.ndim > 3 else rows):
+        out = torch.zeros_like(expected)
+        single.add_block(grads, out, first_row)
+        assert relative_error(out, expected) < 1e-14
+    monkeypatch.setattr(sjlt_module, "TABLE_ENTRIES", math.prod(shape) - 1)
+    tiled = ParameterSketch(shape, 17, proj_dim, 9)
+    out = torch.zeros_like(expected)
+    tiled.add_block(columns_last, out, first_row)
+    assert torch.equal(out, expected)
+    # what a large weight must not cost
+    assert not tiled._tables
+
+
 def test_slices_of_rows_add_up():
     grads = torch.randn(2, 300, 40, dtype=torch.float64)
     single = ParameterSketch((300, 40), 17, 5000, 9)
@@ -77,7 +103,7 @@ def test_signs_are_made_once_for_calls_alike(monkeypatch):
     monkeypatch.setattr(
         ParameterSketch, "flips", lambda self, tile: made.append(self.seed) or flips(self, tile)
     )
-    sjlt._kept_sketches.cache_clear()
+    sjlt_module._kept_sketches.cache_clear()
     grads = torch.randn(2, total(SHAPES))
     first = sketch(grads, 4096, seed=1)
     count = len(made)
@@ -92,21 +118,23 @@ def test_signs_are_made_once_for_calls_alike(monkeypatch):
         assert len(made) > before
         oracle = grads.double() @ sjlt_matrix(shapes, proj_dim, seed)
         assert relative_error(one, oracle) < 1e-6
-    assert sjlt._kept_sketches.cache_info().currsize <= 2
+    assert sjlt_module._kept_sketches.cache_info().currsize <= 2
     # what would not fit into the bound is made anew
-    monkeypatch.setattr(sjlt, "_KEPT_BYTES", total(SHAPES))
-    sjlt._kept_sketches.cache_clear()
+    monkeypatch.setattr(sjlt_module, "_KEPT_BYTES", total(SHAPES))
+    sjlt_module._kept_sketches.cache_clear()
     assert torch.equal(sketch(grads, 4096, 1), first)
-    assert sjlt._kept_sketches.cache_info().currsize == 0
+    assert sjlt_module._kept_sketches.cache_info().currsize == 0
 
 
 def test_the_bound_on_kept_signs_counts_what_they_take():
     for shape in [*SHAPES, (0, 5), (300, 130)]:
         single = ParameterSketch(tuple(shape), 0, 2**16, 3)
         if math.prod(shape):
-            assert sjlt._sign_bytes(shape) == single.signs.numel() * single.signs.element_size()
+            assert (
+                sjlt_module._sign_bytes(shape) == single.signs.numel() * single.signs.element_size()
+            )
         else:
-            assert sjlt._sign_bytes(shape) == 0
+            assert sjlt_module._sign_bytes(shape) == 0
 
 
 def test_matrix_order_is_channels_last_and_inverts():

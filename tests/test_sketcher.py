@@ -725,6 +725,34 @@ def test_norms_under_checkpointing_hold_no_gradient():
     assert relative_error(sketcher.grad_norms, exact.norm(dim=1)) < 1e-5
 
 
+@pytest.mark.parametrize("workspace", [2**21, 100], ids=["at the end", "several times"])
+@pytest.mark.parametrize("kind", ["sjlt", "kronecker"])
+def test_vectors_wait_within_the_workspace(kind, workspace, monkeypatch):
+    """Biases and norm weights are sketched together, whatever batch was abandoned before."""
+    monkeypatch.setitem(weight_gradient_module.WORKSPACE_BYTES, "cpu", workspace)
+    torch.manual_seed(2)
+    model = Flat(nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 300), nn.PReLU(300)).double()
+    x = torch.randn(4, 5, dtype=torch.float64)
+    sketcher = GradientSketcher(model, Projection(kind, 256, seed=3), rows_per_sample=2)
+    expected = project(
+        looped_gradients(model, flat_output, (x,), 2), sketcher.projection, shapes=sketcher.shapes
+    )
+
+    def abandoned():
+        flat_output(model, x).sum().backward()
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        sketcher.sketch(abandoned, 2)
+    for _ in range(2):
+        features = sketcher.sketch(lambda: flat_output(model, x), 2)
+        assert relative_error(features, expected) < 1e-13
+    with sketcher.batch(2) as twice:
+        for _ in range(2):
+            flat_output(model, x).sum().backward()
+    assert relative_error(twice, 2 * expected) < 1e-13
+
+
 @pytest.mark.parametrize("projection", PROJECTIONS, ids=lambda p: p.kind)
 def test_an_empty_batch_of_every_layer(projection):
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.GroupNorm(1, 3), nn.Flatten(), nn.Linear(12, 2))

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from .kronecker import TwoSidedSketch, two_sided_parameters
@@ -16,8 +17,8 @@ from .ops import (
     choose_implementation,
     project_,
 )
-from .sjlt import ParameterSketch, as_matrix, from_matrix, matrix_shape, sketch_parameters
-from .weight_gradient import WeightModule, weight_grads
+from .sjlt import ParameterSketch, matrix_shape, sketch_parameters
+from .weight_gradient import WeightModule, weight_grads, workspace_bytes
 
 
 class Accumulator(ABC):
@@ -54,11 +55,17 @@ class Accumulator(ABC):
         """
         return x
 
+    def open(self, out: Tensor) -> None:  # noqa: B027
+        """A batch begins, whose features are ``[B, K]``, zeros; most keep nothing between calls."""
+
+    def close(self, out: Tensor) -> None:  # noqa: B027
+        """The batch is over: add what is still to be added."""
+
     @abstractmethod
     def add(
         self, index: int, grads: Tensor, out: Tensor, samples: slice, first_row: int = 0
     ) -> None:
-        """Add ``grads [b, o, C]`` (rows from ``first_row``, columns as `as_matrix`) or ``[b, n]``.
+        """Add ``grads [b, o, I, *kernel]``, rows from ``first_row``, or ``[b, n]`` of a vector.
 
         Args:
             index: which parameter.
@@ -96,14 +103,11 @@ class Accumulator(ABC):
             all_samples=self.all_samples,
             row_multiple=self.row_multiple(index),
         ):
-            self.add(index, part.grads, out, part.samples, part.rows.start)
+            self.add(index, part.block, out, part.samples, part.rows.start)
 
     def flatten(self, index: int, grads: Tensor, first_row: int) -> tuple[int, Tensor]:
         """Where a slice as `add` takes it begins in the flattened gradient, and its ``[b, n]``."""
-        offset = self.offsets[index]
-        if grads.ndim == 3:
-            offset += first_row * grads.shape[2]
-            grads = from_matrix(grads, self.shapes[index])
+        offset = self.offsets[index] + first_row * math.prod(self.shapes[index][1:])
         return offset, grads.reshape(len(grads), -1)
 
     def add_whole(self, index: int, grads: Tensor, out: Tensor, samples: slice) -> None:
@@ -111,7 +115,7 @@ class Accumulator(ABC):
         if matrix_shape(self.shapes[index]) is None:
             self.add(index, grads.reshape(len(grads), -1), out, samples)
         elif grads.numel():
-            self.add(index, as_matrix(grads), out, samples)
+            self.add(index, grads, out, samples)
 
 
 class DenseAccumulator(Accumulator):
@@ -146,16 +150,42 @@ class SketchAccumulator(Accumulator):
 
     sketches: Sequence[ParameterSketch | TwoSidedSketch]
 
+    def __init__(self, shapes: Sequence[Sequence[int]]) -> None:
+        super().__init__(shapes)
+        self._vectors: list[tuple[ParameterSketch, Tensor]] = []
+        self._vector_bytes = 0
+
+    def open(self, out: Tensor) -> None:
+        """See `Accumulator.open`."""
+        self._vectors.clear()
+        self._vector_bytes = 0
+
+    def close(self, out: Tensor) -> None:
+        """Sketch the vectors that came so far, all at once."""
+        if self._vectors:
+            tables = [sketch.table(out.dtype) for sketch, _ in self._vectors]
+            positions, signs = (torch.cat(parts) for parts in zip(*tables, strict=True))
+            entries = torch.cat([grads for _, grads in self._vectors], dim=1)
+            out.scatter_add_(1, positions.expand_as(entries), entries * signs)
+        self.open(out)
+
     def add(
         self, index: int, grads: Tensor, out: Tensor, samples: slice, first_row: int = 0
     ) -> None:
         """See `Accumulator.add`."""
         sketch = self.sketches[index]
-        if grads.ndim == 3:
-            sketch.add_matrix(grads, out[samples], first_row)
-        else:
-            assert isinstance(sketch, ParameterSketch)
+        if grads.ndim > 2:
+            sketch.add_block(grads, out[samples], first_row)
+            return
+        assert isinstance(sketch, ParameterSketch)
+        # most parameters are vectors, and small: what a call costs on a CPU, they cost
+        if out.device.type != "cpu" or len(grads) < len(out):
             sketch.add_vector(grads, out[samples])
+            return
+        self._vectors.append((sketch, grads))
+        self._vector_bytes += grads.nbytes
+        if self._vector_bytes > workspace_bytes(out.device):
+            self.close(out)
 
 
 class SjltAccumulator(SketchAccumulator):

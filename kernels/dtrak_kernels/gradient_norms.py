@@ -57,7 +57,7 @@ def weight_norms(
         if prefers_ghost(positions, rows, columns):
             return _ghost_norms(module, x, output_grads, rows_per_sample, squares)
     for part in weight_grads(module, x, output_grads, rows_per_sample, all_samples=False):
-        squares[part.samples] += part.grads.square().sum((1, 2))
+        squares[part.samples] += part.block.square().sum((1, 2, 3))
     return squares
 
 
@@ -99,12 +99,17 @@ class NormingAccumulator(Accumulator):
         self._held: dict[int, Tensor] = {}
         self._squares = torch.zeros(0)
 
-    def open(self, features: Tensor) -> None:
-        """Begin a batch whose features are ``[B, K]``."""
+    def open(self, out: Tensor) -> None:
+        """See `Accumulator.open`."""
         self._uses.clear()
         self._streamed.clear()
         self._held.clear()
-        self._squares = features.new_zeros(len(features))
+        self._squares = out.new_zeros(len(out))
+        self.accumulator.open(out)
+
+    def close(self, out: Tensor) -> None:
+        """See `Accumulator.close`."""
+        self.accumulator.close(out)
 
     def expect(self, indices: Iterable[int]) -> None:
         """A forward used these parameters, some of them perhaps twice."""
@@ -165,7 +170,7 @@ class NormingAccumulator(Accumulator):
             self._squares += weight_norms(module, x, output_grads, rows_per_sample)
             return
         for part in weight_grads(module, x, output_grads, rows_per_sample, all_samples=False):
-            self._observe(index, part.grads, part.samples, part.rows.start)
+            self._observe(index, part.block, part.samples, part.rows.start)
 
     def _observe(self, index: int, grads: Tensor, samples: slice, first_row: int) -> None:
         if index in self._streamed:
@@ -175,6 +180,7 @@ class NormingAccumulator(Accumulator):
             shape = matrix_shape(self.shapes[index]) or (grads.shape[1],)
             self._held[index] = self._squares.new_zeros(len(self._squares), *shape)
         held = self._held[index][samples]
-        if grads.ndim == 3:
+        if grads.ndim > 2:
+            grads = grads.flatten(2)
             held = held[:, first_row : first_row + grads.shape[1]]
         held += grads

@@ -40,15 +40,17 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from .sjlt import ParameterSketch, matrix_shape, sketch_gradients
+from .sjlt import ParameterSketch, as_matrix, matrix_shape, sketch_gradients
 from .streams import Stream, philox_words
 from .weight_gradient import (
     TRANSPOSED,
     Convolution,
     grouped_grads,
+    is_pointwise,
     linear_rows,
     pad_input,
     prefers_grouped,
+    sample_products,
 )
 
 _OUTPUT_SIDE, _INPUT_SIDE = 0, 1
@@ -164,7 +166,11 @@ class TwoSidedSketch:
     def add_thin(self, thin: Tensor, out: Tensor) -> None:
         """Place unscaled thin gradients ``[b, k_o, taps, k_i]`` in ``out [b, K]``, in place."""
         scale = self.output_factor.scale * self.input_factor.scale
-        self._place.add_vector(thin.flatten(1) * scale, out)
+        self._place.add_vector(thin.flatten(1), out, scale)
+
+    def add_block(self, grads: Tensor, out: Tensor, first_row: int = 0) -> None:
+        """Sketch gradients ``[b, o, I, *kernel]`` of some rows, in place."""
+        self.add_matrix(as_matrix(grads), out, first_row)
 
     def add_matrix(self, grads: Tensor, out: Tensor, first_row: int = 0) -> None:
         """Sketch gradients ``[b, o, C]`` of some rows, columns as in `sjlt.as_matrix`, in place."""
@@ -225,7 +231,7 @@ class TwoSidedSketch:
         samples = len(output_grads) // rows_per_sample
         if isinstance(module, nn.Linear):
             a, d = (t.reshape(samples, -1, t.shape[-1]) for t in (a, d))
-            thin = (d.transpose(1, 2) @ a).unsqueeze(2)
+            thin = sample_products(d, a).unsqueeze(2)
         elif isinstance(module, TRANSPOSED):
             thin = _thin_convolution(module, d, a, samples)
         else:
@@ -273,8 +279,11 @@ def _thin_convolution(conv: Convolution, a: Tensor, d: Tensor, samples: int) -> 
         ``[B, k_o, taps, k_i]``, unscaled.
     """
     if prefers_grouped(conv, a, d, len(d) // samples):
-        return grouped_grads(conv, a, d, samples)
+        return grouped_grads(conv, a, d, samples).transpose(2, 3)
     positions = d.shape[2:]
+    if is_pointwise(conv) and a.shape[2:] == positions:
+        a, d = (t.flatten(2).transpose(1, 2).reshape(samples, -1, t.shape[1]) for t in (a, d))
+        return sample_products(d, a).unsqueeze(2)
     a = _padded_channels_last(a, conv)
     size = a.shape[1:-1]
     if all(stride == 1 for stride in conv.stride):

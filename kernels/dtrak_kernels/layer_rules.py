@@ -19,24 +19,26 @@ from .weight_gradient import CONVOLUTIONS, Convolution
 Rule = Callable[[Any, Tensor, Tensor, int], Iterator[tuple[str, Tensor]]]
 
 
-def _per_sample(rows: Tensor, rows_per_sample: int) -> Tensor:
-    """``[B · rows_per_sample, n]`` summed over the rows of each sample."""
-    return rows.unflatten(0, (-1, rows_per_sample)).sum(1)
+def _over_positions(rows: Tensor, rows_per_sample: int) -> Tensor:
+    """``[R, O, ...]`` summed over all but samples and channels."""
+    rows = rows.flatten(2).sum(2) if rows.ndim > 2 else rows
+    return _over_leading(rows, rows.shape[1:], rows_per_sample)
 
 
-def _over_positions(rows: Tensor) -> Tensor:
-    """``[R, O, ...]`` summed over all but rows and channels."""
-    return rows.reshape(*rows.shape[:2], -1).sum(2)
+def _over_leading(grads: Tensor, normalized_shape: tuple[int, ...], rows_per_sample: int) -> Tensor:
+    """``[R, ..., *normalized_shape]`` summed over all that is not a sample or normalised."""
+    return grads.reshape(len(grads) // rows_per_sample, -1, *normalized_shape).sum(1)
 
 
 def _affine_grads(
     module: nn.Linear | Convolution, x: Tensor, output_grads: Tensor, rows_per_sample: int
 ) -> Iterator[tuple[str, Tensor]]:
-    if module.bias is not None:
-        channels_first = (
-            output_grads.movedim(-1, 1) if isinstance(module, nn.Linear) else output_grads
-        )
-        yield "bias", _per_sample(_over_positions(channels_first), rows_per_sample)
+    if module.bias is None:
+        return
+    if isinstance(module, nn.Linear):
+        yield "bias", _over_leading(output_grads, (module.out_features,), rows_per_sample)
+    else:
+        yield "bias", _over_positions(output_grads, rows_per_sample)
 
 
 def _embedding_grads(
@@ -50,13 +52,8 @@ def _group_norm_grads(
 ) -> Iterator[tuple[str, Tensor]]:
     if module.affine:
         normalised = F.group_norm(x.to(output_grads.dtype), module.num_groups, eps=module.eps)
-        yield "weight", _per_sample(_over_positions(output_grads * normalised), rows_per_sample)
-        yield "bias", _per_sample(_over_positions(output_grads), rows_per_sample)
-
-
-def _over_leading(grads: Tensor, normalized_shape: tuple[int, ...], rows_per_sample: int) -> Tensor:
-    """``[R, ..., *normalized_shape]`` summed over all that is not a sample or normalised."""
-    return grads.reshape(len(grads) // rows_per_sample, -1, *normalized_shape).sum(1)
+        yield "weight", _over_positions(output_grads * normalised, rows_per_sample)
+        yield "bias", _over_positions(output_grads, rows_per_sample)
 
 
 def _layer_norm_grads(

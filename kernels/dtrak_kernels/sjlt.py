@@ -52,6 +52,8 @@ from .streams import Stream, philox_words
 MIN_PROJ_DIM = 256
 # sketches whose signs `project_sjlt` keeps, and the largest of them; as much again on a GPU
 _KEPT, _KEPT_BYTES = 2, 64 * 2**20
+# entries of a matrix whose places are kept in tables, of 12 bytes an entry
+TABLE_ENTRIES = 2**17
 _MAX_TILE = 128
 _MIN_TILE = 16
 # counter of the words that belong to a parameter as a whole, beyond any tile number
@@ -93,7 +95,7 @@ class ParameterSketch:
     proj_dim: int
     seed: int
 
-    @property
+    @cached_property
     def tile(self) -> tuple[int, int]:
         """``(BM, BN)``."""
         rows, columns = (_tile_size(extent) for extent in self._matrix)
@@ -101,7 +103,7 @@ class ParameterSketch:
             rows, columns = (rows, columns // 2) if columns >= rows else (rows // 2, columns)
         return rows, columns
 
-    @property
+    @cached_property
     def grid(self) -> tuple[int, int]:
         """Tiles down and across."""
         (rows, columns), (tile_rows, tile_columns) = self._matrix, self.tile
@@ -181,23 +183,74 @@ class ParameterSketch:
         return signs
 
     @cached_property
-    def _signs_by_device(self) -> dict[torch.device, Tensor]:
+    def _tables(self) -> dict[tuple[torch.dtype, bool], tuple[Tensor, Tensor]]:
         return {}
 
-    def signs_on(self, device: torch.device) -> Tensor:
-        """`signs` on a device, copied there once."""
-        if device not in self._signs_by_device:
-            self._signs_by_device[device] = self.signs.to(device)
-        return self._signs_by_device[device]
+    def table(self, dtype: torch.dtype, columns_last: bool = False) -> tuple[Tensor, Tensor]:
+        """Where every entry of the parameter goes, and with which sign; kept.
 
-    def add_vector(self, grads: Tensor, out: Tensor) -> None:
-        """Sketch per-sample gradients ``[B, n]`` of a vector into ``out [B, K]``, in place."""
-        signed = grads * self.signs_on(grads.device)
-        start, done = self.base, 0
-        while done < signed.shape[1]:
-            size = min(signed.shape[1] - done, self.proj_dim - start)
-            out[:, start : start + size] += signed[:, done : done + size]
-            start, done = 0, done + size
+        Args:
+            dtype: of the signs.
+            columns_last: entries of a matrix in the order of `as_matrix`, not in the parameter's.
+
+        Returns:
+            Positions, int64, and signs, ``[n]`` each.
+        """
+        key = dtype, columns_last
+        if key not in self._tables:
+            positions, signs = self._places()
+            if not columns_last and len(self.shape) > 2:
+                positions, signs = (
+                    t.unflatten(1, (-1, self.shape[1])).transpose(1, 2) for t in (positions, signs)
+                )
+            self._tables[key] = positions.flatten(), signs.flatten().to(dtype)
+        return self._tables[key]
+
+    def _places(self) -> tuple[Tensor, Tensor]:
+        if matrix_shape(self.shape) is None:
+            return (self.base + torch.arange(math.prod(self.shape))) % self.proj_dim, self.signs
+        (rows, columns), (tile_rows, tile_columns) = self._matrix, self.tile
+        blocks, row_shifts, column_shifts = self.placement
+        row, column = torch.arange(rows)[:, None], torch.arange(columns)
+        tile = row // tile_rows * self.grid[1] + column // tile_columns
+        i, j = (row + row_shifts[tile]) % tile_rows, (column + column_shifts[tile]) % tile_columns
+        entry = (blocks[tile] * tile_rows + i) * tile_columns + j
+        return (self.base + entry) % self.proj_dim, self.signs[tile, i, j]
+
+    @cached_property
+    def _copied_signs(self) -> dict[tuple[torch.device, torch.dtype], Tensor]:
+        return {}
+
+    def signs_on(self, device: torch.device, dtype: torch.dtype = torch.int8) -> Tensor:
+        """`signs` on a device, copied there once."""
+        key = device, dtype
+        if key not in self._copied_signs:
+            self._copied_signs[key] = self.signs.to(device, dtype)
+        return self._copied_signs[key]
+
+    def add_vector(self, grads: Tensor, out: Tensor, scale: float = 1.0) -> None:
+        """Sketch ``scale`` times gradients ``[B, n]`` of a vector into ``out [B, K]``, in place."""
+        _add_modulo(grads * self.signs_on(grads.device, grads.dtype), self.base, out, scale)
+
+    def add_block(self, grads: Tensor, out: Tensor, first_row: int = 0) -> None:
+        """Sketch per-sample gradients ``[B, R, I, *kernel]`` of rows of a matrix, as `add_matrix`.
+
+        Args:
+            grads: in any memory layout; the kernel's dimensions may be one.
+            out: ``[B, K]`` features, same dtype and device.
+            first_row: a multiple of BM.
+        """
+        # atomic additions of a GPU come in any order
+        if grads.device.type != "cpu" or math.prod(self.shape) > TABLE_ENTRIES:
+            self.add_matrix(as_matrix(grads), out, first_row)
+            return
+        columns_last = not grads.is_contiguous()
+        entries = (as_matrix(grads) if columns_last else grads).flatten(1)
+        first = first_row * math.prod(self.shape[1:])
+        positions, signs = (
+            t[first : first + entries.shape[1]] for t in self.table(out.dtype, columns_last)
+        )
+        out.scatter_add_(1, positions.expand_as(entries), entries * signs)
 
     def add_matrix(self, grads: Tensor, out: Tensor, first_row: int = 0) -> None:
         """Sketch per-sample gradients of rows of a matrix parameter into ``out``, in place.
@@ -247,11 +300,11 @@ def _shifted(extent: int, shift: int, size: int) -> list[tuple[slice, slice]]:
     return pieces
 
 
-def _add_modulo(block: Tensor, start: int, out: Tensor) -> None:
+def _add_modulo(block: Tensor, start: int, out: Tensor, scale: float = 1.0) -> None:
     done = 0
     while done < block.shape[1]:
         size = min(block.shape[1] - done, out.shape[1] - start)
-        out[:, start : start + size] += block[:, done : done + size]
+        out[:, start : start + size].add_(block[:, done : done + size], alpha=scale)
         start, done = 0, done + size
 
 

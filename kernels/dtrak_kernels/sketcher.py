@@ -72,7 +72,8 @@ class _Call:
     keeper: Tensor
     leaves: list[Any]
     structure: TreeSpec
-    autocast: tuple[str, bool, torch.dtype]
+    # device, whether enabled, dtype: for a module without a rule
+    autocast: tuple[str, bool, torch.dtype] | None
 
     def arguments(self, layer: _Layer) -> tuple[tuple[Any, ...], dict[str, Any], list[Tensor]]:
         """Its positional and keyword arguments, and whatever else the node holds."""
@@ -337,8 +338,7 @@ class GradientSketcher:
             features.new_zeros((), requires_grad=True),
         )
         self._last_norms = None
-        if self._norms is not None:
-            self._norms.open(batch.features)
+        self._accumulator.open(features)
         chosen = {id(parameter) for parameter in self._parameters}
         before = [(parameter, parameter.requires_grad) for parameter in self._model_parameters]
         handles: list[Any] = []
@@ -366,6 +366,7 @@ class GradientSketcher:
                     f"module {missed[0]!r} ran without gradient (under no_grad, or in a re-entrant "
                     "checkpoint none of whose inputs needs one): its gradient would be missing"
                 )
+            self._accumulator.close(features)
             if self._norms is not None:
                 self._last_norms = self._norms.norms()
         finally:
@@ -456,17 +457,12 @@ class GradientSketcher:
                 # what the layer multiplied, where autocast rounded its input
                 x = kept[0].to(output.dtype) if kept[0].is_floating_point() else kept[0]
                 kept = [self._accumulator.keep(layer.owned["weight"], module, x)]
-            device_type = output.device.type
             call = _Call(
                 rule,
                 _Keep.apply(batch.anchor, *kept),
                 [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves],
                 structure,
-                (
-                    device_type,
-                    torch.is_autocast_enabled(device_type),
-                    torch.get_autocast_dtype(device_type),
-                ),
+                _autocast(output.device.type) if rule is None else None,
             )
             output.register_hook(partial(self._receive, layer, call))
             return output
@@ -474,8 +470,13 @@ class GradientSketcher:
         return hook
 
     def _receive(self, layer: _Layer, call: _Call, output_grads: Tensor) -> None:
+        device_type = output_grads.device.type
+        # the usual case; entering contexts takes as long as many a layer
+        if not (torch.is_grad_enabled() or torch.is_autocast_enabled(device_type)):
+            self._add(layer, call, output_grads)
+            return
         # the caller may run the backward inside autocast too, which would round the products
-        with torch.no_grad(), torch.autocast(output_grads.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(device_type, enabled=False):
             self._add(layer, call, output_grads)
 
     def _add(self, layer: _Layer, call: _Call, output_grads: Tensor) -> None:
@@ -527,6 +528,7 @@ class GradientSketcher:
                 )
         parameters = {attribute: getattr(module, attribute) for attribute in layer.owned}
         leaves, structure = tree_flatten((args, kwargs))
+        assert call.autocast is not None
         device_type, enabled, dtype = call.autocast
         self._recomputing = True
         try:
@@ -571,6 +573,11 @@ def _check_recomputed(layer: _Layer, output: Tensor, original: Tensor) -> None:
             f"module {layer.name!r} ({type(layer.module).__name__}) gives another output when it "
             "is recomputed for one sample: it is random, has a state, or mixes samples"
         )
+
+
+def _autocast(device_type: str) -> tuple[str, bool, torch.dtype]:
+    enabled = torch.is_autocast_enabled(device_type)
+    return device_type, enabled, torch.get_autocast_dtype(device_type)
 
 
 def _flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], TreeSpec]:
