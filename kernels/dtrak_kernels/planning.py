@@ -48,6 +48,9 @@ class LayerPlan:
 class Plan:
     """What a batch will cost, beside the activations that autograd itself keeps.
 
+    Signs and places, which do not grow with a batch, are not counted: a byte for every entry of the
+    parameters and, on a CPU, 12 or 24 for those of weights small enough for tables (see `sjlt`).
+
     Attributes:
         projection: the random matrix.
         proj_dim: ``K``, the width of the features.
