@@ -490,6 +490,19 @@ def test_a_counterfactual_takes_the_run(folder, experiment, tmp_path):
     assert scores.shape == (4, 8)
 
 
+def test_a_counterfactual_draws_in_the_precision_of_the_run(base, tmp_path):
+    """Else the precision alone changes every picture, by which removals would be judged."""
+    experiment = ready(tmp_path / "run", base, mixed_precision="bf16")
+    train_one(experiment, "full", CPU)
+    pictures = to_uint8(generated_queries(experiment, CPU).images)
+    origin = open_origin(tmp_path / "run")
+    assert torch.equal(origin.training.draw(origin.load_model(), origin.queries.ids), pictures)
+    assert origin.training.identity()["drawn in"] == "bfloat16"
+    in_float32 = replace(origin.training, drawn_in="float32")
+    assert not torch.equal(in_float32.draw(origin.load_model(), origin.queries.ids), pictures)
+    assert "drawn in" not in in_float32.identity()
+
+
 def test_a_retrain_family_of_loras_its_ensemble_and_clip(folder, base, tmp_path, clip_folder):  # noqa: F811
     copy = shutil.copytree(folder, tmp_path / "run")
     code, text = lds_run("prepare", copy, "--model", base, "--num-retrain", 2)
