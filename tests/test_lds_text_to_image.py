@@ -119,7 +119,9 @@ def test_from_the_trained_models_to_the_table(folder, tmp_path, monkeypatch):
     assert results.about["mixed_precision"] == "no"
     assert results.about["lora"]["rank"] == 2
     assert results.about["steps"] == 8
-    expected = {name.replace("pixels", "latents") for name in BY_NAME} | {"Empirical influence"}
+    expected = {name.replace("pixels", "latents") for name in BY_NAME} | {
+        "Empirical influence, cross-fitted"
+    }
     assert {entry.method for entry in results.entries} == expected
     assert {kind: tuple(v.shape) for kind, v in results.losses.items()} == {
         "validation": (4, 3),
