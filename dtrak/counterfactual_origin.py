@@ -218,4 +218,5 @@ def _find_lds_training(experiment: Experiment, queries: ImageData) -> Training:
         task.lora.guidance_scale,
         preset.size,
         preset.num_inference_steps,
+        task.precision,
     )

@@ -18,6 +18,7 @@ from .console import progress_bar
 from .counterfactual_results import CounterfactualError
 from .data import ImageData, to_uint8
 from .diffusion import DiffusionModel, digits_model
+from .features import autocast
 from .generation import generate
 from .inputs import NUM_INFERENCE_STEPS
 from .latents import fill_latents, open_latents, read_posteriors
@@ -147,6 +148,8 @@ class LoraTraining:
         guidance_scale: of the pictures.
         size: of the pictures, in pixels; None is the model's own.
         num_inference_steps: DDIM steps of a picture.
+        drawn_in: precision of drawing, a key of `features.DTYPES`: that of the run's own pictures,
+            or the precision would change them too.
     """
 
     recipe: Recipe
@@ -160,6 +163,7 @@ class LoraTraining:
     guidance_scale: float = GUIDANCE_SCALE
     size: int | None = None
     num_inference_steps: int = NUM_INFERENCE_STEPS
+    drawn_in: str = "float32"
 
     def prepare(self, folder: Path, device: torch.device, console: Console) -> None:
         """Encode the training images once for all trainings."""
@@ -201,14 +205,15 @@ class LoraTraining:
     def draw(self, model: DiffusionModel, query_ids: Sequence[str]) -> Tensor:
         """As `Training.draw`."""
         assert isinstance(model, TextToImageModel)
-        pictures = generate_from_prompts(
-            model,
-            [self.prompts[query] for query in query_ids],
-            seeds_of(query_ids),
-            guidance_scale=self.guidance_scale,
-            num_inference_steps=self.num_inference_steps,
-            size=self.size,
-        )
+        with autocast(next(model.unet.parameters()).device, self.drawn_in):
+            pictures = generate_from_prompts(
+                model,
+                [self.prompts[query] for query in query_ids],
+                seeds_of(query_ids),
+                guidance_scale=self.guidance_scale,
+                num_inference_steps=self.num_inference_steps,
+                size=self.size,
+            )
         return to_uint8(pictures)
 
     def identity(self) -> dict[str, Any]:
@@ -223,6 +228,7 @@ class LoraTraining:
             "guidance_scale": self.guidance_scale,
             "size": self.size,
             "captions and prompts": hashlib.sha256(texts).hexdigest(),
+            **({} if self.drawn_in == "float32" else {"drawn in": self.drawn_in}),
         }
 
 

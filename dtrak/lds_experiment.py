@@ -51,6 +51,10 @@ FULL = "full"
 LDS, RETRAIN = "lds", "retrain"
 FAMILIES = (LDS, RETRAIN)
 _FORMAT = 1
+# what every record says, the oldest too
+_RECORDED = {"source", "num_validation", "subsets", "num_subsets", "num_model_seeds"}
+_DECIDING = {"preset", "data", "validation", "num_generated", "recipe"}
+_SUBSETS, _VALIDATION = "subsets.safetensors", "validation.safetensors"
 # from this subset on, those of the first family are those of the second
 _MOST_SUBSETS = (SUBSET_FAMILIES["retrain"] - SUBSET_FAMILIES["lds-val"]) // 2
 # parts of the training at which TracInCP looks at the full model, besides its end
@@ -185,8 +189,7 @@ def prepare(
             model or a precision is given for a preset that fine-tunes nothing.
         FileNotFoundError, ModelError: the base, as `text_to_image.load_text_to_image`.
     """
-    is_new = not folder.exists() or all(path.name == "report" for path in folder.iterdir())
-    found = None if is_new else _read_manifest(folder)
+    found = None if _is_new(folder) else _read_manifest(folder)
     given = {
         "num_subsets": num_subsets,
         "num_model_seeds": num_model_seeds,
@@ -253,9 +256,9 @@ def prepare(
     subsets = preset.subsets(data, sizes["num_subsets"])
     retrain = preset.subsets(data, sizes["num_retrain"], RETRAIN)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "subsets.safetensors", save({"subsets": subsets, RETRAIN: retrain}))
+    write_atomically(folder / _SUBSETS, save({"subsets": subsets, RETRAIN: retrain}))
     write_atomically(
-        folder / "validation.safetensors",
+        folder / _VALIDATION,
         save({"images": validation.images}, metadata={"ids": json.dumps(validation.ids)}),
     )
     manifest = {
@@ -328,7 +331,7 @@ def load_experiment(folder: Path) -> Experiment:
     differing = describe_differences(found, here)
     if differing:
         raise ExperimentError(f"{folder} was prepared with something else: {differing}")
-    file = folder / "subsets.safetensors"
+    file = folder / _SUBSETS
     try:
         masks = load_file(file)
         subsets = masks["subsets"]
@@ -392,17 +395,31 @@ def _assemble(
     )
 
 
+def _is_new(folder: Path) -> bool:
+    """Whether there is no run yet: nothing, or what a killed `prepare` leaves before its record."""
+    if not folder.exists():
+        return True
+    names = {path.name for path in folder.iterdir()}
+    # the record is written last: its partial file is of a prepare that was killed too
+    files = (_SUBSETS, _VALIDATION, "experiment.json")
+    return names <= {"report", _SUBSETS, _VALIDATION, *(f"{file}.partial" for file in files)}
+
+
 def _read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / "experiment.json"
     if not file.is_file():
         raise ExperimentError(f"{folder} must be a folder that prepare made, got no {file.name}")
     try:
         manifest: dict[str, Any] = json.loads(file.read_text())
-        known = manifest["deciding"]["format"]
-    except (ValueError, KeyError, TypeError) as error:
+        deciding = manifest["deciding"]
+        known = deciding["format"]
+        whole = manifest.keys() >= _RECORDED and deciding.keys() >= _DECIDING
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ExperimentError(f"{file} is damaged: prepare the run in another folder") from error
     if known != _FORMAT:
         raise ExperimentError(f"{file} must be of format {_FORMAT}, got {known}")
+    if not whole or ("lora" in deciding and not manifest.keys() >= {"base", "mixed_precision"}):
+        raise ExperimentError(f"{file} is damaged: prepare the run in another folder")
     return manifest
 
 
@@ -411,18 +428,19 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 @contextmanager
-def claim(file: Path) -> Iterator[bool]:
+def claim(file: Path, *, wait: bool = False) -> Iterator[bool]:
     """Try to be the one process that works on something; yields whether it is.
 
     The operating system lets go of the lock when the process ends, however it ends.
 
     Args:
         file: of the lock; made if missing, and left there.
+        wait: until no other process is at it.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as opened:
         try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
             return
@@ -530,18 +548,28 @@ def generated_queries(
         ExperimentError: the full model is not trained yet.
     """
     folder = experiment.folder / "generated"
-    missing = missing_queries(experiment)
-    if missing:
-        model, task = experiment.load_model(), experiment.task
-        folder.mkdir(exist_ok=True)
-        prompts = task.prompts(range(experiment.num_generated))
-        if prompts is not None:
-            write_captions(folder, {_picture(seed): text for seed, text in enumerate(prompts)})
-        for seeds, images in task.draw(model, missing, device, progress):
-            for seed, image in zip(seeds, images, strict=True):
-                write_atomically(folder / _picture(seed), encode_png(to_uint8(image)))
+    if missing_queries(experiment):
+        # another device draws other pictures: those that losses were measured of must stay
+        with claim(experiment.folder / "locks" / "generated.lock", wait=True):
+            _draw_queries(experiment, folder, device, progress)
     channels = experiment.data.images.shape[1]
     return load_data(folder, channels=channels, limit=experiment.num_generated)
+
+
+def _draw_queries(
+    experiment: Experiment, folder: Path, device: torch.device, progress: Progress | None
+) -> None:
+    missing = missing_queries(experiment)
+    if not missing:
+        return
+    model, task = experiment.load_model(), experiment.task
+    folder.mkdir(exist_ok=True)
+    prompts = task.prompts(range(experiment.num_generated))
+    if prompts is not None:
+        write_captions(folder, {_picture(seed): text for seed, text in enumerate(prompts)})
+    for seeds, images in task.draw(model, missing, device, progress):
+        for seed, image in zip(seeds, images, strict=True):
+            write_atomically(folder / _picture(seed), encode_png(to_uint8(image)))
 
 
 def missing_queries(experiment: Experiment) -> list[int]:

@@ -7,6 +7,7 @@ image, so they are what is kept.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -200,6 +201,7 @@ class Predictor:
         self.train = experiment.task.samples(TRAIN, experiment.data, device)
         self.progress_bar, self.clip = progress_bar, clip
         self._loaded: tuple[str, DiffusionModel] | None = None
+        self._hashes: dict[str, str] = {}
 
     def predict(self, settings: Sequence[Setting]) -> Iterator[Prediction]:
         """The predictions of ``settings``, one after the other; what is in the folder is reused.
@@ -229,7 +231,18 @@ class Predictor:
         identity = hash_tensors({"subsets": self.experiment.subsets}) + self.queries.fingerprint
         if setting.method in CLIP_METHODS and self.clip is not None:
             identity += self.clip.identity
+        if setting.model != FULL:
+            identity += self._hash_weights(setting.model)
         return identity
+
+    def _hash_weights(self, name: str) -> str:
+        """Of a model's file, which is read once however many predictions are of it."""
+        if name not in self._hashes:
+            digest = hashlib.sha256()
+            for file in sorted(self.experiment.model_folder(name).rglob("*.safetensors")):
+                digest.update(file.read_bytes())
+            self._hashes[name] = digest.hexdigest()
+        return self._hashes[name]
 
     def _read(self, setting: Setting) -> Prediction:
         file = self._file(setting)

@@ -116,6 +116,11 @@ class TextToImageTask:
         assert self.preset.lora is not None
         return self.preset.lora
 
+    @property
+    def precision(self) -> str:
+        """Of forward passes, drawing included: a key of `features.DTYPES`."""
+        return _DTYPES[self.mixed_precision]
+
     def base_model(self) -> TextToImageModel:
         """The base with whatever adapter it has at the moment, loaded at the first call.
 
@@ -183,7 +188,7 @@ class TextToImageTask:
                 "--device must be a GPU for mixed precision fp16, with which this run was "
                 f"prepared, got {device.type}"
             )
-        return _DTYPES[self.mixed_precision]
+        return self.precision
 
     def fresh_model(self, seed: int, device: torch.device) -> DiffusionModel:
         """As `Task.fresh_model`: the base with a fresh adapter, in place of the one it had."""

@@ -1,14 +1,24 @@
 """Scores averaged over models of the retrain family, against each model's scores by itself."""
 
+import shutil
+
 import pytest
 import torch
 from numerics import relative_error
+from safetensors.torch import load_file, save_file
 from test_lds_methods import BY_NAME, K, features, groups, quiet, ridge, small  # noqa: F401
 from tiny_lds import CPU, PRESET, register, trained
 
 from dtrak import lds_methods
+from dtrak.features import StoreError
 from dtrak.lds_ensembles import ensemble_predictions, find_members, parse_sizes
-from dtrak.lds_experiment import ExperimentError, prepare, query_sets, train_one
+from dtrak.lds_experiment import (
+    ExperimentError,
+    load_experiment,
+    prepare,
+    query_sets,
+    train_one,
+)
 from dtrak.lds_methods import Predictor, Setting
 
 MEMBERS = ["retrain-000-1", "retrain-001-1", "retrain-002-1"]
@@ -77,6 +87,25 @@ def test_predictions_of_members_are_kept(experiment, monkeypatch):
     ] * 2
     full = experiment.folder / "predictions" / "d-trak-sjlt-5.safetensors"
     assert not full.exists(), "the full model is no member"
+
+
+def test_a_member_that_was_trained_anew_is_not_passed_over(experiment, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(experiment.folder, folder)
+    copy = load_experiment(folder)
+    settings = [Setting(BY_NAME["TRAK"], 5, "sjlt")]
+    before = predictions(copy, settings, [2])
+    # the same subset, but not the same weights
+    weights = next(copy.model_folder(MEMBERS[0]).rglob("*.safetensors"))
+    save_file({name: 1.1 * tensor for name, tensor in load_file(weights).items()}, weights)
+    # features say whose they are: those of the old model are refused
+    with pytest.raises(StoreError, match="made with other settings: model is"):
+        predictions(copy, settings, [2])
+    for place in (folder / "features").glob(f"*-{MEMBERS[0]}"):
+        shutil.rmtree(place)
+    after = predictions(copy, settings, [2])
+    for one, other in zip(before, after, strict=True):
+        assert relative_error(one.values[8], other.values[8]) > 1e-2
 
 
 def test_what_is_needed_is_said(experiment, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,8 @@ from sklearn.model_selection import train_test_split
 from tiny import tiny_model
 from tiny_lds import CPU, PRESET, register, trained
 
-from dtrak.data import load_data
+from dtrak import lds_experiment
+from dtrak.data import encode_png, load_data, to_uint8
 from dtrak.diffusion import hash_model
 from dtrak.lds_experiment import (
     RETRAIN,
@@ -82,6 +84,49 @@ def test_what_is_not_said_stays_as_it_is(tmp_path):
     assert prepare(folder, preset).names() == more.names()
     with pytest.raises(ExperimentError, match="num_generated is 5 there and 6 here"):
         prepare(folder, preset, num_generated=6)
+
+
+@pytest.mark.parametrize("killed_at", [1, 2, 3])
+def test_a_prepare_that_was_killed_is_called_again(tmp_path, monkeypatch, killed_at):
+    folder, written = tmp_path / "run", []
+
+    def write(file, content):
+        written.append(file)
+        if len(written) == killed_at:
+            # what kill -9 leaves
+            file.with_name(file.name + ".partial").write_bytes(b"half")
+            raise KeyboardInterrupt
+        file.write_bytes(content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lds_experiment, "write_atomically", write)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(folder, PRESET)
+    assert not (folder / "experiment.json").exists()
+    assert torch.equal(prepare(folder, PRESET).subsets, load_experiment(folder).subsets)
+    # somebody else's folder still is
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(ExperimentError, match=r"a folder that prepare made, got no experiment"):
+        prepare(tmp_path / "other", PRESET)
+
+
+def test_pictures_another_process_draws_are_waited_for_and_kept(tmp_path):
+    experiment = trained(tmp_path / "run", num_subsets=1)
+    drawn, found = experiment.folder / "generated", []
+    other = threading.Thread(target=lambda: found.append(generated_queries(experiment, CPU)))
+    with claim(experiment.folder / "locks" / "generated.lock", wait=True) as ours:
+        assert ours
+        other.start()
+        other.join(1)
+        assert other.is_alive()
+        drawn.mkdir()
+        # as from another device: not what this one would draw
+        for seed in range(5):
+            image = torch.full((1, 8, 8), seed, dtype=torch.uint8)
+            (drawn / f"{seed:05d}.png").write_bytes(encode_png(image))
+    other.join(60)
+    assert torch.equal(to_uint8(found[0].images).flatten(1)[:, 0], torch.arange(5).byte())
 
 
 def test_the_retrain_family_has_the_published_seeds(tmp_path):
@@ -304,6 +349,13 @@ def test_refusals(tmp_path):
         manifest.write_text(json.dumps(content | change))
         with pytest.raises(ExperimentError, match=message):
             load_experiment(folder)
+    for key in ("source", "subsets", "num_model_seeds"):
+        manifest.write_text(json.dumps({k: v for k, v in content.items() if k != key}))
+        with pytest.raises(ExperimentError, match="is damaged: prepare the run in another folder"):
+            load_experiment(folder)
+    manifest.write_text(json.dumps(content | {"deciding": {"format": 1}}))
+    with pytest.raises(ExperimentError, match="is damaged: prepare the run in another folder"):
+        prepare(folder, PRESET)
 
 
 def test_a_recipe_that_gained_a_field_is_still_the_same(tmp_path):

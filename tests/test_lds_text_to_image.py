@@ -119,7 +119,9 @@ def test_from_the_trained_models_to_the_table(folder, tmp_path, monkeypatch):
     assert results.about["mixed_precision"] == "no"
     assert results.about["lora"]["rank"] == 2
     assert results.about["steps"] == 8
-    expected = {name.replace("pixels", "latents") for name in BY_NAME} | {"Empirical influence"}
+    expected = {name.replace("pixels", "latents") for name in BY_NAME} | {
+        "Empirical influence, cross-fitted"
+    }
     assert {entry.method for entry in results.entries} == expected
     assert {kind: tuple(v.shape) for kind, v in results.losses.items()} == {
         "validation": (4, 3),
@@ -488,6 +490,19 @@ def test_a_counterfactual_takes_the_run(folder, experiment, tmp_path):
     assert torch.equal(drawn, to_uint8(origin.queries.images[[1, 3]]))
     scores = origin.gradient_scores("mean_squared_l2_norm", tmp_path / "f", CPU, console)
     assert scores.shape == (4, 8)
+
+
+def test_a_counterfactual_draws_in_the_precision_of_the_run(base, tmp_path):
+    """Else the precision alone changes every picture, by which removals would be judged."""
+    experiment = ready(tmp_path / "run", base, mixed_precision="bf16")
+    train_one(experiment, "full", CPU)
+    pictures = to_uint8(generated_queries(experiment, CPU).images)
+    origin = open_origin(tmp_path / "run")
+    assert torch.equal(origin.training.draw(origin.load_model(), origin.queries.ids), pictures)
+    assert origin.training.identity()["drawn in"] == "bfloat16"
+    in_float32 = replace(origin.training, drawn_in="float32")
+    assert not torch.equal(in_float32.draw(origin.load_model(), origin.queries.ids), pictures)
+    assert "drawn in" not in in_float32.identity()
 
 
 def test_a_retrain_family_of_loras_its_ensemble_and_clip(folder, base, tmp_path, clip_folder):  # noqa: F811
