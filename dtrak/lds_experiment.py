@@ -54,7 +54,7 @@ _FORMAT = 1
 # what every record says, the oldest too
 _RECORDED = {"source", "num_validation", "subsets", "num_subsets", "num_model_seeds"}
 _DECIDING = {"preset", "data", "validation", "num_generated", "recipe"}
-_SUBSETS, _VALIDATION = "subsets.safetensors", "validation.safetensors"
+_SUBSETS = "subsets.safetensors"
 # from this subset on, those of the first family are those of the second
 _MOST_SUBSETS = (SUBSET_FAMILIES["retrain"] - SUBSET_FAMILIES["lds-val"]) // 2
 # parts of the training at which TracInCP looks at the full model, besides its end
@@ -144,11 +144,6 @@ class Experiment:
         if not self.is_trained(name):
             raise ExperimentError(f"model {name!r} of {self.folder} is not trained yet: run train")
         return self.task.load_model(self.model_folder(name))
-
-    def load_checkpoints(self) -> Iterator[DiffusionModel]:
-        """The full model at every quarter of its training, each for use before the next."""
-        for name in self.checkpoint_names:
-            yield self.load_model(name)
 
 
 def prepare(
@@ -257,10 +252,6 @@ def prepare(
     retrain = preset.subsets(data, sizes["num_retrain"], RETRAIN)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / _SUBSETS, save({"subsets": subsets, RETRAIN: retrain}))
-    write_atomically(
-        folder / _VALIDATION,
-        save({"images": validation.images}, metadata={"ids": json.dumps(validation.ids)}),
-    )
     manifest = {
         "deciding": deciding,
         "source": source,
@@ -401,8 +392,7 @@ def _is_new(folder: Path) -> bool:
         return True
     names = {path.name for path in folder.iterdir()}
     # the record is written last: its partial file is of a prepare that was killed too
-    files = (_SUBSETS, _VALIDATION, "experiment.json")
-    return names <= {"report", _SUBSETS, _VALIDATION, *(f"{file}.partial" for file in files)}
+    return names <= {"report", _SUBSETS, f"{_SUBSETS}.partial", "experiment.json.partial"}
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def test_what_is_not_said_stays_as_it_is(tmp_path):
         prepare(folder, preset, num_generated=6)
 
 
-@pytest.mark.parametrize("killed_at", [1, 2, 3])
+@pytest.mark.parametrize("killed_at", [1, 2])
 def test_a_prepare_that_was_killed_is_called_again(tmp_path, monkeypatch, killed_at):
     folder, written = tmp_path / "run", []
 
@@ -211,7 +211,9 @@ def test_the_full_model_keeps_its_weights_at_every_quarter(tmp_path):
     experiment = prepare(tmp_path / "run", PRESET)
     train_one(experiment, "full", CPU)
     assert experiment.checkpoint_steps == (2, 4, 6)
-    hashes = [hash_model(model.unet) for model in experiment.load_checkpoints()]
+    hashes = [
+        hash_model(model.unet) for model in map(experiment.load_model, experiment.checkpoint_names)
+    ]
     assert len(set(hashes)) == 4
     model, seen = tiny_model(0), {}
 
@@ -240,7 +242,11 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bits(tmp_path, monkeyp
     first = []
     train_one(cut, "full", CPU, lambda done, total: first.append(done))
     assert first[0] == 101, "the checkpoint at step 100 was used"
-    for a, b in zip(whole.load_checkpoints(), cut.load_checkpoints(), strict=True):
+    for a, b in zip(
+        map(whole.load_model, whole.checkpoint_names),
+        map(cut.load_model, cut.checkpoint_names),
+        strict=True,
+    ):
         assert hash_model(a.unet) == hash_model(b.unet)
 
 

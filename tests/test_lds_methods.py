@@ -116,7 +116,7 @@ def test_similarities_of_one_model_and_of_its_checkpoints(experiment, predictor)
         for p in predictor.predict([Setting(BY_NAME[n], 2, "sjlt") for n in names])
     }
     dots, cosines = [], []
-    for model in experiment.load_checkpoints():
+    for model in map(experiment.load_model, experiment.checkpoint_names):
         train, queries = features(experiment, model, "loss", (0, 500))
         dots.append(queries @ train.T)
         cosines.append(dots[-1] / queries.norm(dim=1)[:, None] / train.norm(dim=1))
