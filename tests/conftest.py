@@ -41,14 +41,24 @@ def poison_empty():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(autouse=True)
-def only_our_presets():
-    """What a test adds to the presets, or changes, is gone for the next one."""
+def _only_our_presets():
     presets = sys.modules.get("dtrak.presets")
     before = dict(presets.PRESETS) if presets else None
     yield
     presets = sys.modules.get("dtrak.presets")
     if presets:
-        extra = before or {k: v for k, v in presets.PRESETS.items() if k != "tiny"}
+        extra = before or {k: v for k, v in presets.PRESETS.items() if not k.startswith("tiny")}
         presets.PRESETS.clear()
         presets.PRESETS.update(extra)
+
+
+@pytest.fixture(autouse=True)
+def only_our_presets():
+    """What a test adds to the presets, or changes, is gone for the next one."""
+    yield from _only_our_presets()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def only_our_presets_after_a_file():
+    """The same of what fixtures of a file add."""
+    yield from _only_our_presets()
