@@ -217,11 +217,14 @@ class Predictor:
             group = (function, setting.projection, setting.num_timesteps, setting.model)
             groups.setdefault(group, []).append(setting)
         for members in groups.values():
-            missing = [setting for setting in members if not self._file(setting).is_file()]
+            kept = {setting: self._read(setting) for setting in members}
+            missing = [setting for setting in members if kept[setting] is None]
             if missing:
                 self._compute(missing)
             for setting in members:
-                yield self._read(setting)
+                prediction = kept[setting] or self._read(setting)
+                assert prediction is not None
+                yield prediction
 
     def _file(self, setting: Setting) -> Path:
         return self.experiment.folder / "predictions" / f"{setting.key}.safetensors"
@@ -244,8 +247,11 @@ class Predictor:
             self._hashes[name] = digest.hexdigest()
         return self._hashes[name]
 
-    def _read(self, setting: Setting) -> Prediction:
+    def _read(self, setting: Setting) -> Prediction | None:
+        """What is kept of a setting; None for nothing, or predictions of something else."""
         file = self._file(setting)
+        if not file.is_file():
+            return None
         try:
             with safe_open(file, "pt") as opened:
                 about = json.loads(opened.metadata()["about"])
@@ -253,8 +259,7 @@ class Predictor:
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise ExperimentError(f"{file} is damaged: delete it and run again") from error
         if about["identity"] != self._identity(setting):
-            self._compute([setting])
-            return self._read(setting)
+            return None
         kinds = (GENERATED,) if setting.method.kind == "journey" else tuple(self.sizes)
         return Prediction(setting, kinds, tuple(about["dampings"]), tuple(about["rules"]), values)
 

@@ -178,6 +178,24 @@ def test_predictions_are_kept_and_made_anew_when_the_run_grows(experiment, predi
     file.unlink()
 
 
+def test_what_shares_features_shares_a_solver_also_when_the_run_grows(tmp_path, monkeypatch):
+    experiment, made = trained(tmp_path / "run", num_subsets=4), []
+
+    def make(*arguments, **options):
+        made.append(arguments)
+        return solver(*arguments, **options)
+
+    solver = lds_methods.RidgeSolver
+    monkeypatch.setattr(lds_methods, "RidgeSolver", make)
+    names = ("TRAK", "Relative influence", "Gradient dot")
+    settings = [Setting(BY_NAME[name], 2, "none") for name in names]
+    larger = prepare(experiment.folder, experiment.preset, num_subsets=5)
+    for run in (experiment, larger):
+        found = Predictor(run, query_sets(run, CPU), CPU, quiet).predict(settings)
+        assert {p.values.shape[1] for p in found} == {len(run.subsets)}
+    assert len(made) == 2
+
+
 def test_what_is_evaluated():
     settings = list_settings([10, 100], ["sjlt", "none"])
     assert len({setting.key for setting in settings}) == len(settings)
