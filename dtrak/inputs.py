@@ -25,6 +25,7 @@ from .runs import OutputError, Run
 from .text_to_image import (
     GUIDANCE_SCALE,
     TextToImageModel,
+    drawing_groups,
     generate_from_prompts,
     is_text_to_image,
     load_text_to_image,
@@ -33,8 +34,6 @@ from .training import Recipe, one_thread, train
 
 NUM_INFERENCE_STEPS = 50
 _TRAINING, _GENERATION = "train the model", "generate the queries"
-# pictures drawn, and kept, at a time
-_DRAWN_TOGETHER = 8
 _PROMPTS_SHOWN = 5
 
 
@@ -352,8 +351,7 @@ def _draw_from_prompts(
     """Draw in small groups, so that a run that was killed keeps what it drew."""
     steps = min(NUM_INFERENCE_STEPS, model.num_train_timesteps)
     write_captions(folder, {f"{seed:05d}.png": text for seed, text in enumerate(prompts)})
-    groups = [seeds[i : i + _DRAWN_TOGETHER] for i in range(0, len(seeds), _DRAWN_TOGETHER)]
-    for number, group in enumerate(groups):
+    for group, report in drawing_groups(seeds, progress):
         images = generate_from_prompts(
             model,
             [prompts[seed] for seed in group],
@@ -361,10 +359,8 @@ def _draw_from_prompts(
             guidance_scale=guidance_of(run),
             num_inference_steps=steps,
             size=run.plan.options.resolution,
-            batch_size=_DRAWN_TOGETHER,
-            progress=lambda done, total, number=number: progress(  # type: ignore[misc]
-                number * total + done, len(groups) * total
-            ),
+            batch_size=len(group),
+            progress=report,
         )
         _keep(folder, group, images)
 

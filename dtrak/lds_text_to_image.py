@@ -35,13 +35,14 @@ from .lds_tasks import (
     join_pictures,
 )
 from .lora import add_lora, hash_lora, load_lora, remove_lora, save_lora
-from .lora_training import train_lora
+from .lora_training import describe_training, train_lora
 from .outputs import check_choice
 from .presets import LoraRecipe, Preset
 from .prompt_paths import follow_prompts
 from .text_to_image import (
     TRAINING_FILE,
     TextToImageModel,
+    drawing_groups,
     drawing_scheduler,
     generate_from_prompts,
     load_text_to_image,
@@ -50,8 +51,6 @@ from .training import Recipe, one_process_accelerator
 
 _DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _BASE_PARTS = ("model", "vae", "text_encoder")
-# pictures drawn at a time, as `dtrak.attribute` does
-_DRAWN_TOGETHER = 8
 
 
 def default_precision() -> str:
@@ -249,19 +248,19 @@ class TextToImageTask:
         assert isinstance(model, TextToImageModel)
         save_lora(model.unet, folder)
         texts = self._captions_of(chosen)
-        settings = {
-            "preset": self.preset.name,
-            "base": self.base,
-            "data": {"fingerprint": self.data.fingerprint, "rows": len(texts)},
-            "captions": hash_captions(texts, model.tokenize(texts)),
-            "recipe": recipe.to_dict(),
-            "steps": recipe.num_steps(len(texts)),
-            "rank": self.lora.rank,
-            "caption_dropout": self.lora.caption_dropout,
-            "model": _identify(model),
-            "schedule": model.schedule,
-            "mixed_precision": self.mixed_precision,
-        }
+        settings = describe_training(
+            model,
+            texts,
+            recipe,
+            preset=self.preset.name,
+            base=self.base,
+            fingerprint=self.data.fingerprint,
+            rank=self.lora.rank,
+            caption_dropout=self.lora.caption_dropout,
+            mixed_precision=self.mixed_precision,
+        )
+        # a trained adapter is no part of what it was trained from
+        settings["model"] = _identify(model)
         facts = {
             "trained weights": hash_lora(model.unet),
             "dtrak": __version__,
@@ -283,7 +282,7 @@ class TextToImageTask:
             ValueError: as `text_to_image.generate_from_prompts`.
         """
         assert isinstance(model, TextToImageModel)
-        for group, report in self._groups(seeds, progress):
+        for group, report in drawing_groups(seeds, progress):
             with self._moved(model, device):
                 images = generate_from_prompts(
                     model,
@@ -318,7 +317,7 @@ class TextToImageTask:
     ) -> Iterator[Journey]:
         """As `Task.journeys`: the latents predicted with guidance."""
         assert isinstance(model, TextToImageModel)
-        for group, report in self._groups(seeds, progress):
+        for group, report in drawing_groups(seeds, progress):
             prompts = self.prompts(group)
             with self._moved(model, device):
                 predicted = follow_prompts(
@@ -394,19 +393,6 @@ class TextToImageTask:
         dtype = self.dtype(device)
         model.unet.to(device)
         return autocast(device, dtype)
-
-    def _groups(
-        self, seeds: Sequence[int], progress: Progress | None
-    ) -> Iterator[tuple[list[int], Progress | None]]:
-        """Seeds to draw together, each group with the progress of its steps."""
-        firsts = range(0, len(seeds), _DRAWN_TOGETHER)
-        for number, first in enumerate(firsts):
-
-            def report(done: int, total: int, number: int = number) -> None:
-                if progress is not None:
-                    progress(number * total + done, len(firsts) * total)
-
-            yield list(seeds[first : first + _DRAWN_TOGETHER]), report
 
 
 def _identify(model: TextToImageModel) -> dict[str, str]:

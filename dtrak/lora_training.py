@@ -32,6 +32,49 @@ CAPTION_DROPOUT = 0.1
 DROPOUT_MODULES = "attn"
 
 
+def describe_training(
+    model: TextToImageModel,
+    captions: Sequence[str],
+    recipe: Recipe,
+    *,
+    preset: str | None,
+    base: str,
+    fingerprint: str,
+    rank: int,
+    caption_dropout: float,
+    mixed_precision: str,
+) -> dict[str, Any]:
+    """What decides a LoRA, for the record beside it; `dtrak.counterfactual` trains again from it.
+
+    Args:
+        model: with the adapter at hand.
+        captions: of the N images it is trained on.
+        recipe: how.
+        preset: where the recipe came from.
+        base: folder or hub name of the frozen pipeline.
+        fingerprint: of the data set the images are of.
+        rank: of the adapter.
+        caption_dropout: as `train_lora`.
+        mixed_precision: as `accelerate.Accelerator` calls it.
+
+    Returns:
+        JSON-serialisable.
+    """
+    return {
+        "preset": preset,
+        "base": base,
+        "data": {"fingerprint": fingerprint, "rows": len(captions)},
+        "captions": hash_captions(captions, model.tokenize(captions)),
+        "recipe": recipe.to_dict(),
+        "steps": recipe.num_steps(len(captions)),
+        "rank": rank,
+        "caption_dropout": caption_dropout,
+        "model": model.identity,
+        "schedule": model.schedule,
+        "mixed_precision": mixed_precision,
+    }
+
+
 def train_lora(
     model: TextToImageModel,
     posteriors: Tensor,

@@ -22,6 +22,8 @@ from .diffusion import read_json as read_json
 from .lora import LoraError, add_lora, hash_base, hash_lora, load_lora, lora_names
 
 GUIDANCE_SCALE = 7.5
+# pictures drawn, and kept, at a time
+DRAWN_TOGETHER = 8
 # what `dtrak.train_lora` writes beside a LoRA
 TRAINING_FILE = "training.json"
 _TEXT_BATCH = 64
@@ -392,7 +394,7 @@ def generate_from_prompts(
     guidance_scale: float = GUIDANCE_SCALE,
     num_inference_steps: int = 50,
     size: int | tuple[int, int] | None = None,
-    batch_size: int = 8,
+    batch_size: int = DRAWN_TOGETHER,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Draw one image per prompt and seed with DDIM (η = 0) and classifier-free guidance.
@@ -463,6 +465,28 @@ def run_pipeline(
             **options,
         ).images
     return drawn
+
+
+def drawing_groups(
+    seeds: Sequence[int], progress: Callable[[int, int], None] | None
+) -> Iterator[tuple[list[int], Callable[[int, int], None]]]:
+    """Seeds to draw together, so that a killed run keeps what it drew.
+
+    Args:
+        seeds: of all pictures.
+        progress: called with (DDIM steps done, DDIM steps), summed over groups.
+
+    Yields:
+        A group, and the ``progress`` of drawing it.
+    """
+    firsts = range(0, len(seeds), DRAWN_TOGETHER)
+    for number, first in enumerate(firsts):
+
+        def report(done: int, total: int, number: int = number) -> None:
+            if progress is not None:
+                progress(number * total + done, len(firsts) * total)
+
+        yield list(seeds[first : first + DRAWN_TOGETHER]), report
 
 
 def count_steps(progress: Callable[[int, int], None] | None, total: int) -> Callable[..., Any]:

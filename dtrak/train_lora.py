@@ -28,14 +28,14 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from . import __version__
-from .captions import hash_captions, load_captions
+from .captions import load_captions
 from .console import progress_bar, reporting_errors, run_app
 from .data import ImageData, load_data
 from .files import write_atomically
 from .folders import claim_folder
 from .latents import fill_latents, open_latents, read_posteriors
 from .lora import LORA_FILES, hash_lora, save_lora
-from .lora_training import CAPTION_DROPOUT, train_lora
+from .lora_training import CAPTION_DROPOUT, describe_training, train_lora
 from .outputs import check_choice
 from .presets import PRESETS, SUBSET_FAMILIES, Preset, get_preset
 from .text_to_image import TRAINING_FILE, TextToImageModel, load_text_to_image
@@ -203,20 +203,19 @@ def run_lora_training(options: Options, console: Console) -> Path:
     texts = [captions[position] for position in chosen]
     steps = recipe.num_steps(len(chosen))
     kept_steps = checkpoint_steps(steps, options.keep_checkpoints)
-    settings = {
-        "preset": options.preset,
-        "base": base,
-        "data": {"fingerprint": data.fingerprint, "rows": len(chosen), **selection},
-        "captions": hash_captions(texts, model.tokenize(texts)),
-        "recipe": recipe.to_dict(),
-        "steps": steps,
-        "rank": rank,
-        "caption_dropout": options.caption_dropout,
-        "model": model.identity,
-        "schedule": model.schedule,
-        "mixed_precision": options.mixed_precision,
-        "kept checkpoints": kept_steps,
-    }
+    settings = describe_training(
+        model,
+        texts,
+        recipe,
+        preset=options.preset,
+        base=base,
+        fingerprint=data.fingerprint,
+        rank=rank,
+        caption_dropout=options.caption_dropout,
+        mixed_precision=options.mixed_precision,
+    )
+    settings["data"] |= selection
+    settings["kept checkpoints"] = kept_steps
     if accelerator.is_main_process:
         claim_folder(output, TRAINING_FILE, settings)
     accelerator.wait_for_everyone()
