@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from sklearn.model_selection import train_test_split
 from tiny import tiny_model
-from tiny_lds import CPU, PRESET, register, trained
+from tiny_lds import CPU, PRESET, first_step, interrupt, register, trained
 
 from dtrak import lds_experiment
 from dtrak.data import encode_png, load_data, to_uint8
@@ -232,16 +232,8 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bits(tmp_path, monkeyp
     train_one(whole, "full", CPU)
     cut = prepare(tmp_path / "cut", preset)
 
-    def stop(done, total):
-        if done == 120:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train_one(cut, "full", CPU, stop)
-    assert not cut.is_trained("full")
-    first = []
-    train_one(cut, "full", CPU, lambda done, total: first.append(done))
-    assert first[0] == 101, "the checkpoint at step 100 was used"
+    interrupt(cut, 120)
+    assert first_step(cut) == 101, "the checkpoint at step 100 was used"
     for a, b in zip(
         map(whole.load_model, whole.checkpoint_names),
         map(cut.load_model, cut.checkpoint_names),

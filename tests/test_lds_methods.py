@@ -1,12 +1,10 @@
 """Group predictions of every method, from features computed in one go."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from diffusers import DDIMScheduler
 from numerics import relative_error
-from tiny_lds import CPU, register, trained
+from tiny_lds import CPU, quiet, register, trained
 
 from dtrak import lds_methods
 from dtrak.features import FeatureSettings, FusedExtractor
@@ -17,11 +15,6 @@ from dtrak_kernels import Projection
 
 BY_NAME = {method.name: method for method in METHODS}
 K = 512
-
-
-@contextmanager
-def quiet(label):
-    yield lambda done, total: None
 
 
 @pytest.fixture(autouse=True)

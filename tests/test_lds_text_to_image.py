@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -13,6 +12,7 @@ from numerics import relative_error
 from rich.console import Console
 from safetensors.torch import load_file
 from test_baselines import clip_folder  # noqa: F401
+from tiny_lds import first_step, interrupt, quiet
 from tiny_lds_lora import CPU, NAME, PRESET, pictures, register
 from tiny_stable_diffusion import build_pipeline
 from typer.testing import CliRunner
@@ -44,11 +44,6 @@ from dtrak_kernels import Projection
 BY_NAME = {method.name: method for method in METHODS}
 SMALL = ("--loss-timesteps", 4, "--noise-seeds", 1, "--timesteps", "2")
 K = 512
-
-
-@contextmanager
-def quiet(label):
-    yield lambda done, total: None
 
 
 @pytest.fixture(autouse=True)
@@ -206,17 +201,9 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bits(base, tmp_path):
     train_one(whole, "full", CPU)
     cut = ready(tmp_path / "cut", base, preset)
 
-    def stop(done, total):
-        if done == 102:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train_one(cut, "full", CPU, stop)
-    assert not cut.is_trained("full")
-    first = []
+    interrupt(cut, 102)
     # another process starts from the base anew
-    train_one(load_experiment(cut.folder), "full", CPU, lambda done, total: first.append(done))
-    assert first[0] == 101, "the checkpoint at step 100 was used"
+    assert first_step(load_experiment(cut.folder)) == 101, "the checkpoint at step 100 was used"
     for a, b in zip(
         map(whole.load_model, whole.checkpoint_names),
         map(cut.load_model, cut.checkpoint_names),

@@ -1,8 +1,10 @@
 """A linear datamodelling experiment small enough that a test can run all of it."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from tiny import tiny_model
 
@@ -69,3 +71,28 @@ def trained(folder: Path, **options) -> Experiment:
     for name in ("full", *experiment.names()):
         train_one(experiment, name, CPU)
     return experiment
+
+
+@contextmanager
+def quiet(label):
+    """A progress bar that shows nothing."""
+    yield lambda done, total: None
+
+
+def interrupt(experiment, step: int) -> None:
+    """Kill the training of the full model after ``step`` steps."""
+
+    def stop(done, total):
+        if done == step:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_one(experiment, "full", CPU, stop)
+    assert not experiment.is_trained("full")
+
+
+def first_step(experiment) -> int:
+    """Train the full model to its end; the first step that was taken."""
+    steps = []
+    train_one(experiment, "full", CPU, lambda done, total: steps.append(done))
+    return steps[0]
