@@ -29,6 +29,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pages import read_rows
+
 ROOT = Path(__file__).parents[1]
 HERE = Path(__file__).parent
 # seconds for everything, of which some are kept to end processes and to write the page
@@ -261,17 +263,6 @@ def count_tests(file: Path) -> dict[str, int]:
         "errors": errors,
         "skipped": skipped,
     }
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Rows of a results file; a last line that a stopped process left unfinished is dropped."""
-    rows = []
-    for line in file.read_text().splitlines() if file.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
 
 
 def agreement_lines(rows: list[dict[str, Any]]) -> Iterator[str]:

@@ -29,9 +29,7 @@ class Table:
 
     def rewritten(self, page: str) -> str:
         """The page with its table replaced."""
-        begin, end = f"<!-- {self.marker}: begin -->", f"<!-- {self.marker}: end -->"
-        before, rest = page.split(begin)
-        return before + "\n".join([begin, *self.make(), end]) + rest.split(end)[1]
+        return replace_table(page, self.marker, self.make())
 
     def bring_up_to_date(self, *, only_check: bool) -> None:
         """Rewrite the page, or end with a message if that would change it."""
@@ -43,6 +41,29 @@ class Table:
             name = self.page.relative_to(ROOT)
             sys.exit(f"{name} does not match benchmarks/results: run with --docs")
         self.page.write_text(new)
+
+
+def markers(marker: str) -> tuple[str, str]:
+    """The comments before and after a table."""
+    return f"<!-- {marker}: begin -->", f"<!-- {marker}: end -->"
+
+
+def replace_table(page: str, marker: str, lines: list[str]) -> str:
+    """The page with what is between its markers replaced."""
+    begin, end = markers(marker)
+    before, rest = page.split(begin)
+    return before + "\n".join([begin, *lines, end]) + rest.split(end)[1]
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Rows of a file, if there is one; a line that a stopped process left unfinished is dropped."""
+    rows = []
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
 
 
 def newest(results: Path) -> dict[str, Any]:

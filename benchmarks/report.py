@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import plots
+from pages import markers, replace_table
 from rows import RESULTS, ROOT, format_seconds, read
 
 from dtrak.measure import format_bytes
 
-BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
+MARKER = "benchmark"
+BEGIN, END = markers(MARKER)
 NO_GPU = "not yet run on a GPU"
 NO_ROWS = "no row yet"
 
@@ -151,12 +153,12 @@ def old_main_job(rows: list[Row]) -> Row:
 
 
 def readme_table(folder: Path) -> str:
-    """The README's table, markers included: the main job on a CPU, then on a GPU if one ran it."""
+    """The README's table: the main job on a CPU, then on a GPU if one ran it."""
     rows = read(folder, "attribute")
     cpu, gpu = main_job(newest(rows, "cpu")), main_job(newest(rows, "cuda"))
     if cpu is None and gpu is None:
         cpu = old_main_job(rows)
-    lines = [BEGIN]
+    lines: list[str] = []
     for job in filter(None, (cpu, gpu)):
         published = job["gradient_seconds"] + job["projection_seconds"]
         lines += [
@@ -180,13 +182,12 @@ def readme_table(folder: Path) -> str:
         if gpu is None:
             note += f" {_sentence(NO_GPU)}"
         lines.append(note)
-    return "\n".join([*lines, END])
+    return "\n".join(lines)
 
 
 def rewritten(readme: str, folder: Path = RESULTS) -> str:
     """The README with its table replaced."""
-    before, rest = readme.split(BEGIN)
-    return before + readme_table(folder) + rest.split(END)[1]
+    return replace_table(readme, MARKER, readme_table(folder).splitlines())
 
 
 def headlines(folder: Path) -> Iterator[tuple[str, str, str]]:

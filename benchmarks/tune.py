@@ -41,6 +41,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import sketch_layers
+from pages import read_rows
 
 from dtrak_kernels import Projection, sketch_config
 from dtrak_kernels.gram_kernel import DEFAULT_CONFIG, launch_gram_product
@@ -106,7 +107,7 @@ class Journal:
     def __init__(self, file: Path | None = None, device_name: str = "") -> None:
         self.file, self.device_name = file, device_name
         self.known: dict[str, dict[str, Any]] = {}
-        for row in read_rows(file):
+        for row in [] if file is None else read_rows(file):
             if row.get("device") == device_name:
                 self.known[self._key(row["operation"], row["sizes"], row["config"])] = row
 
@@ -130,17 +131,6 @@ class Journal:
             with self.file.open("a") as lines:
                 lines.write(json.dumps(row) + "\n")
         return row
-
-
-def read_rows(file: Path | None) -> list[dict[str, Any]]:
-    """Lines of a journal; one that a killed process left unfinished is dropped."""
-    rows = []
-    for line in file.read_text().splitlines() if file is not None and file.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
 
 
 def sketch_problems(device: torch.device, *, smoke: bool) -> Iterator[Problem]:

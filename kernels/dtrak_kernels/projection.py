@@ -290,11 +290,10 @@ def default_config(arch: int | str) -> Config:
 def _config(kind: str, grads: Tensor, proj_dim: int) -> Config:
     if grads.device.type != "cuda":
         return Config(block_b=128, block_k=64, splits=2)
-    properties = torch.cuda.get_device_properties(grads.device)
-    arch = properties.gcnArchName if torch.version.hip else 10 * properties.major + properties.minor
     sizes = {"B": len(grads), "P": grads.shape[1], "K": proj_dim}
-    tuned = tuning.nearest(f"project_{kind}", properties.name, sizes)
-    return Config(**tuned) if tuned else default_config(arch)
+    name = torch.cuda.get_device_name(grads.device)
+    tuned = tuning.nearest(f"project_{kind}", name, sizes)
+    return Config(**tuned) if tuned else default_config(tuning.arch_of(grads.device))
 
 
 def _splits(config: Config, tiles: int, blocks: int, plane: int, device: torch.device) -> int:
