@@ -276,6 +276,8 @@ def fitting_batch_size(extractor: FusedExtractor, data: Samples) -> int:
     kinds, which regenerate their matrix once per batch and want a large one; on a GPU half the free
     memory.
     """
+    # the first batch makes what a projection keeps, which does not grow with the next ones
+    extract_rows(extractor, data, slice(0, 1))
     with TensorMeter(known=extractor.model.unet.state_dict().values()) as meter:
         extract_rows(extractor, data, slice(0, 1))
     cpu = extractor.device.type == "cpu"

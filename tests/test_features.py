@@ -6,6 +6,7 @@ import torch
 from numerics import relative_error
 from test_sketcher import small_unet
 
+from dtrak import features
 from dtrak.data import ImageData
 from dtrak.diffusion import DiffusionModel, linear_schedule
 from dtrak.features import (
@@ -242,3 +243,11 @@ def test_the_default_batch_fits(tmp_path):
     extractor = FusedExtractor(make_model(), SETTINGS, CPU)
     assert 1 <= fitting_batch_size(extractor, data) <= 40
     assert fitting_batch_size(extractor, make_data(2)) <= 2
+
+
+def test_the_batch_does_not_depend_on_what_a_projection_keeps(monkeypatch):
+    monkeypatch.setattr(features, "available_bytes", lambda _: 40 * 10**6)
+    data, extractor = make_data(300), FusedExtractor(make_model(), SETTINGS, CPU)
+    fresh = fitting_batch_size(extractor, data)
+    assert 1 < fresh < 256
+    assert fitting_batch_size(extractor, data) == fresh
