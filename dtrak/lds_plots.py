@@ -43,8 +43,13 @@ def plot_lds(rows: Rows) -> dict[str, Any]:
     swept = _foremost([row for row in at_most if "sweep" in row])
     if swept:
         drawn["damping"] = _plot_damping(swept, suffix)
-    if len({row["timesteps"] for row in chosen if row["timesteps"]}) > 1:
-        drawn["timesteps"] = _plot_timesteps([row for row in chosen if row["timesteps"]])
+    seen: dict[str, set[int]] = {}
+    for row in chosen:
+        seen.setdefault(row["method"], set()).add(row["timesteps"])
+    # a method at one S alone has no curve
+    several = [row for row in chosen if len(seen[row["method"]]) > 1]
+    if several:
+        drawn["timesteps"] = _plot_timesteps(several)
     return drawn
 
 

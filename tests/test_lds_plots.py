@@ -81,6 +81,9 @@ def test_timesteps_are_drawn_where_there_are_several(rows):
         if row["timesteps"] and row["method"] in found:
             value = 100 * row["held_out"]["lds"]
             assert found[row["method"]][1] == pytest.approx([value, value + 1])
+    # a method at one S alone has no curve
+    single = [row for row in twice(rows) if (row["method"], row["timesteps"]) != ("TRAK", 10)]
+    assert "TRAK" not in lines(draw(single)["timesteps"])
     # bars and sweeps are those of the most timesteps
     assert "S = 100" in both["methods"].axes[0].get_xlabel()
     assert "S = 100" in both["damping"].axes[0].get_xlabel()
