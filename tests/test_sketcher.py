@@ -510,6 +510,16 @@ def test_refuses_functional_use():
     assert model.inner.weight.grad is None
 
 
+def test_gradients_of_the_parameters_are_left_alone():
+    model = nn.Linear(5, 5).double()
+    x = torch.randn(4, 5, dtype=torch.float64)
+    model.weight.grad = kept = torch.ones(5, 5, dtype=torch.float64)
+    GradientSketcher(model, EXACT).sketch(lambda: flat_output(model, x), 4)
+    assert model.weight.grad is kept
+    assert torch.equal(kept, torch.ones_like(kept))
+    assert model.bias.grad is None
+
+
 def test_refuses_modules_that_return_no_tensor():
     model = nn.Sequential(nn.LSTM(5, 5, batch_first=True)).double()
     x = torch.randn(4, 3, 5, dtype=torch.float64)

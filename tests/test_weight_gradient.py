@@ -1,5 +1,6 @@
 """Weight gradients in slices: both ways of a convolution, and what they allocate."""
 
+import copy
 import itertools
 
 import pytest
@@ -8,7 +9,15 @@ from numerics import relative_error
 from torch import nn
 
 from dtrak_kernels import weight_gradient as weight_gradient_module
-from dtrak_kernels.weight_gradient import prefers_grouped, weight_grads
+from dtrak_kernels.weight_gradient import (
+    choose_form,
+    grouped_grads,
+    linear_grads,
+    pointwise_grads,
+    prefers_grouped,
+    traded_grads,
+    weight_grads,
+)
 
 
 def gathered(module, x, output_grads, rows_per_sample, **options):
@@ -59,7 +68,80 @@ def test_samples_as_groups(geometry, rows_per_sample, workspace, monkeypatch):
         expected = looped(conv, x, output_grads, rows_per_sample)
         conv, x, output_grads = conv.float(), x.float(), output_grads.float()
         assert prefers_grouped(conv, x, output_grads, rows_per_sample)
+        # whatever else may be better for this case
+        monkeypatch.setattr(weight_gradient_module, "choose_form", lambda *_: grouped_grads)
         actual = gathered(conv, x, output_grads, rows_per_sample, all_samples=all_samples)
+        assert relative_error(actual, expected) < 1e-6
+
+
+FEW_OUTPUTS = [
+    nn.Conv2d(16, 1, 3, padding=1),
+    nn.Conv2d(12, 2, (3, 2), padding=(0, 1), dilation=(2, 1)),
+    nn.Conv2d(16, 1, (4, 2), padding="same", dilation=(1, 2)),
+    nn.Conv1d(9, 2, 5, padding=4),
+    nn.Conv3d(27, 3, (3, 1, 2), padding=(1, 0, 0)),
+]
+UNTRADED = [
+    nn.Conv2d(16, 1, 3, padding=1, stride=2),
+    nn.Conv2d(16, 1, 3, padding=3),
+    nn.Conv2d(16, 1, 3, padding=1, padding_mode="reflect"),
+    nn.Conv2d(12, 3, 3),
+]
+POINTWISE = [nn.Conv2d(5, 7, 1), nn.Conv1d(4, 3, 1)]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("workspace", [2**21, 3000], ids=["one slice", "many slices"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows_per_sample", [1, 3])
+@pytest.mark.parametrize(
+    "module, form",
+    [
+        *((module, traded_grads) for module in FEW_OUTPUTS),
+        *((module, "other") for module in UNTRADED),
+        *((module, pointwise_grads) for module in POINTWISE),
+        (nn.Conv2d(1, 8, 3), None),
+        (nn.Linear(5, 7), linear_grads),
+    ],
+    ids=str,
+)
+def test_every_form(module, form, rows_per_sample, dtype, workspace, monkeypatch):
+    """Against autograd in float64, one sample at a time."""
+    monkeypatch.setitem(weight_gradient_module.WORKSPACE_BYTES, "cpu", workspace)
+    torch.manual_seed(0)
+    wide = copy.deepcopy(module).double()
+    shape = (6, 5) if isinstance(module, nn.Linear) else (module.in_channels, 9, 8, 7)
+    shape = shape[: max(module.weight.ndim - 1, 2)]
+    x = torch.randn(3 * rows_per_sample, *shape, dtype=torch.float64)
+    output_grads = torch.randn_like(wide(x))
+    expected = looped(wide, x, output_grads, rows_per_sample)
+    x, output_grads = x.to(dtype), output_grads.to(dtype)
+    chosen = choose_form(module, x, output_grads, rows_per_sample)
+    if form == "other":
+        assert chosen is not traded_grads
+    elif workspace > 3000:
+        assert chosen is form
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-14
+    for all_samples in (False, True):
+        actual = gathered(
+            copy.deepcopy(module).to(dtype),
+            x,
+            output_grads,
+            rows_per_sample,
+            all_samples=all_samples,
+        )
+        assert relative_error(actual, expected) < tolerance
+
+
+def test_half_precision_products_are_never_rounded():
+    """Forms that copy nothing would multiply in 16 bits."""
+    x = torch.randn(4, 16, 6, 6)
+    for layer, inputs in ((nn.Linear(6, 5), x), (nn.Conv2d(16, 3, 1), x), (nn.Conv2d(16, 1, 3), x)):
+        output_grads = torch.randn_like(layer(inputs)).bfloat16()
+        expected = looped(
+            copy.deepcopy(layer).double(), inputs.bfloat16().double(), output_grads.double(), 2
+        )
+        actual = gathered(layer, inputs.bfloat16(), output_grads, 2, all_samples=False)
         assert relative_error(actual, expected) < 1e-6
 
 

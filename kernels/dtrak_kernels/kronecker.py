@@ -45,6 +45,7 @@ from .streams import Stream, philox_words
 from .weight_gradient import (
     TRANSPOSED,
     Convolution,
+    choose_form,
     grouped_grads,
     is_pointwise,
     linear_rows,
@@ -278,8 +279,13 @@ def _thin_convolution(conv: Convolution, a: Tensor, d: Tensor, samples: int) -> 
     Returns:
         ``[B, k_o, taps, k_i]``, unscaled.
     """
-    if prefers_grouped(conv, a, d, len(d) // samples):
-        return grouped_grads(conv, a, d, samples).transpose(2, 3)
+    rows_per_sample = len(d) // samples
+    form = choose_form(conv, a, d, rows_per_sample)
+    # what follows copies more than patches of few channels
+    if form is None and prefers_grouped(conv, a, d, rows_per_sample):
+        form = grouped_grads
+    if form is not None:
+        return form(conv, a, d, samples).transpose(2, 3)
     positions = d.shape[2:]
     if is_pointwise(conv) and a.shape[2:] == positions:
         a, d = (t.flatten(2).transpose(1, 2).reshape(samples, -1, t.shape[1]) for t in (a, d))

@@ -341,13 +341,14 @@ class GradientSketcher:
         self._accumulator.open(features)
         chosen = {id(parameter) for parameter in self._parameters}
         before = [(parameter, parameter.requires_grad) for parameter in self._model_parameters]
+        grads = [parameter.grad for parameter in self._parameters]
         handles: list[Any] = []
         self._frozen = [0] * len(self._parameters)
         try:
             for parameter, _ in before:
                 parameter.requires_grad_(id(parameter) in chosen)
-            for name, parameter in zip(self.parameter_names, self._parameters, strict=True):
-                handles.append(parameter.register_hook(_refuse_functional_use(name)))
+            for parameter in self._parameters:
+                parameter.grad = None
             for layer in self._layers:
                 layer.versions.clear()
                 handles.append(
@@ -360,6 +361,14 @@ class GradientSketcher:
                     )
                 )
             yield batch.features
+            for name, parameter in zip(self.parameter_names, self._parameters, strict=True):
+                # frozen wherever its module runs, it has a gradient from elsewhere
+                if parameter.grad is not None:
+                    raise RuntimeError(
+                        f"parameter {name!r} is used outside the forward of the module that owns "
+                        "it, so its per-sample gradient cannot be seen: leave it out with "
+                        "parameters="
+                    )
             missed = sorted(batch.without_grad - batch.seen)
             if missed:
                 raise RuntimeError(
@@ -375,6 +384,8 @@ class GradientSketcher:
                 handle.remove()
             for parameter, flag in before:
                 parameter.requires_grad_(flag)
+            for parameter, grad in zip(self._parameters, grads, strict=True):
+                parameter.grad = grad
 
     def _refuse_mixing(self) -> None:
         for name, module in self._normalisations:
@@ -617,16 +628,6 @@ def _choose_parameters(model: nn.Module, choice: ParameterChoice) -> dict[str, n
     if not chosen:
         raise ValueError("parameters must choose at least one parameter that requires a gradient")
     return chosen
-
-
-def _refuse_functional_use(name: str) -> Callable[[Tensor], None]:
-    def hook(grad: Tensor) -> None:
-        raise RuntimeError(
-            f"parameter {name!r} is used outside the forward of the module that owns it, so its "
-            "per-sample gradient cannot be seen: leave it out with parameters="
-        )
-
-    return hook
 
 
 def _has_rows(leaf: Any, rows: int) -> bool:

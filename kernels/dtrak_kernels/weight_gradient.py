@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 WORKSPACE_BYTES = {"cpu": 2 * 2**20, "cuda": 16 * 2**20}
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+PLAIN_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLUTIONS = (*PLAIN_CONVOLUTIONS, *TRANSPOSED)
 Convolution = (
     nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 )
@@ -97,20 +99,27 @@ def conv_patches(x: Tensor, conv: Convolution, out_size: tuple[int, ...]) -> Ten
     # a transposed convolution may have more output than its input reaches
     if is_pointwise(conv) and x.shape[2:] == out_size:
         return x.flatten(2).transpose(1, 2).unflatten(2, (conv.groups, -1))
-    x = pad_input(x, conv).movedim(1, -1).contiguous()
+    windows = _windows(pad_input(x, conv), out_size, conv, conv.stride, conv.groups)
+    columns = conv.weight.shape[1] * conv.weight[0, 0].numel()
+    return windows.reshape(len(x), -1, conv.groups, columns)
+
+
+def _windows(
+    x: Tensor, size: tuple[int, ...], conv: Convolution, stride: tuple[int, ...], groups: int
+) -> Tensor:
+    """A view ``[R, *size, groups, *kernel, c/groups]`` of ``x [R, c, *spatial]``, padded before."""
+    x = x.movedim(1, -1).contiguous()
     channels, steps = x.shape[-1], x.stride()[1:-1]
-    patches = x.as_strided(
-        (len(x), *out_size, conv.groups, *conv.kernel_size, channels // conv.groups),
+    return x.as_strided(
+        (len(x), *size, groups, *conv.kernel_size, channels // groups),
         (
             x.stride(0),
-            *(stride * step for stride, step in zip(conv.stride, steps, strict=True)),
-            channels // conv.groups,
+            *(s * step for s, step in zip(stride, steps, strict=True)),
+            channels // groups,
             *(dilation * step for dilation, step in zip(conv.dilation, steps, strict=True)),
             1,
         ),
     )
-    columns = conv.weight.shape[1] * conv.weight[0, 0].numel()
-    return patches.reshape(len(x), -1, conv.groups, columns)
 
 
 @dataclass(frozen=True)
@@ -203,26 +212,31 @@ def weight_grads(
             module, x.reshape(samples, -1), output_grads.to(dtype), all_samples, row_multiple
         )
         return
-    grouped = prefers_grouped(module, x, output_grads, rows_per_sample)
-    product = layer_product(module, x, output_grads, dtype)
-    deltas, columns = product.deltas, product.columns
-    out_rows, (inputs, *kernel) = deltas.shape[2], module.weight.shape[1:]
+    out_rows, inputs, *kernel = module.weight.shape
+    taps = math.prod(kernel)
     weight_steps, sample_step = _steps(
-        out_rows, samples, columns * dtype.itemsize, deltas.device, all_samples, row_multiple
+        out_rows,
+        samples,
+        inputs * taps * dtype.itemsize,
+        output_grads.device,
+        all_samples,
+        row_multiple,
     )
-    fitting_rows = max(workspace_bytes(deltas.device) // max(product.row_bytes, 1), 1)
+    form = choose_form(module, x, output_grads, rows_per_sample)
+    product = layer_product(module, x, output_grads, dtype) if form is None else None
     for weight_rows in weight_steps:
         for chosen in _slices(0, samples, sample_step):
-            if grouped:
-                assert isinstance(module, nn.Conv1d | nn.Conv2d)
+            if product is None:
+                assert form is not None
                 part = slice(chosen.start * rows_per_sample, chosen.stop * rows_per_sample)
-                block = grouped_grads(
-                    module, x[part], output_grads[part, weight_rows], _length(chosen)
-                )
+                d = output_grads[part]
+                d = d[..., weight_rows] if isinstance(module, nn.Linear) else d[:, weight_rows]
+                block = form(module, x[part], d, _length(chosen))
             else:
-                parts = _batch_rows(chosen, rows_per_sample, fitting_rows)
-                grads = _add_products(product, list(parts), chosen, weight_rows, dtype)
-                block = grads.unflatten(2, (math.prod(kernel), inputs)).transpose(2, 3)
+                fitting = workspace_bytes(x.device) // max(product.row_bytes, 1)
+                parts = list(_batch_rows(chosen, rows_per_sample, max(fitting, 1)))
+                grads = _add_products(product, parts, chosen, weight_rows, dtype)
+                block = grads.unflatten(2, (taps, inputs)).transpose(2, 3)
             yield Slice(chosen, weight_rows, block)
 
 
@@ -253,6 +267,122 @@ def _add_products(
                 target[:, low:high].baddbmm_(d[:, :, low:high].transpose(1, 2), a[:, :, group])
     assert total is not None
     return total
+
+
+# (module, x [B·S, ...], output_grads [B·S, ...], B) -> [B, O, I, taps]
+Form = Callable[[Any, Tensor, Tensor, int], Tensor]
+
+
+def choose_form(
+    module: nn.Module, x: Tensor, output_grads: Tensor, rows_per_sample: int
+) -> Form | None:
+    """How the gradients of a layer are best made; None for patches and a matrix product.
+
+    Args:
+        module: the layer.
+        x: its input, or what its channels were projected to.
+        output_grads: gradient with respect to its output, likewise.
+        rows_per_sample: consecutive rows that make up one sample.
+    """
+    # nothing need be copied to the precision that products are accumulated in
+    wide = x.dtype == output_grads.dtype == accumulation_dtype(output_grads)
+    if isinstance(module, nn.Linear):
+        return linear_grads if wide else None
+    if not isinstance(module, PLAIN_CONVOLUTIONS) or module.groups != 1 or not len(x):
+        return None
+    inputs, outputs = x.shape[1], output_grads.shape[1]
+    taps = math.prod(module.kernel_size)
+    if is_pointwise(module):
+        fits = len(x) * outputs * inputs * x.dtype.itemsize <= workspace_bytes(x.device)
+        return pointwise_grads if wide and fits and x.device.type == "cpu" else None
+    # the patches of one side are small
+    if taps * inputs <= 2 * outputs:
+        return None
+    if taps * outputs <= 2 * inputs and _can_trade(module):
+        return traded_grads
+    return grouped_grads if prefers_grouped(module, x, output_grads, rows_per_sample) else None
+
+
+def linear_grads(module: nn.Linear, x: Tensor, output_grads: Tensor, samples: int) -> Tensor:
+    """Gradients of a linear layer's weight.
+
+    Args:
+        module: the layer; its numbers of features do not matter.
+        x: ``[B · S, ..., I]``.
+        output_grads: ``[B · S, ..., O]``.
+        samples: ``B``.
+
+    Returns:
+        ``[B, O, I, 1]``.
+    """
+    a, d = (t.reshape(samples, -1, t.shape[-1]) for t in (x, output_grads))
+    return sample_products(d, a).unsqueeze(3)
+
+
+def pointwise_grads(conv: Convolution, x: Tensor, output_grads: Tensor, samples: int) -> Tensor:
+    """Gradients of a 1x1 convolution's weight, row by row and then summed.
+
+    Neither side is copied to bring the rows of a sample together.
+
+    Args:
+        conv: its geometry; its numbers of channels do not matter.
+        x: ``[B · S, I, *spatial]``.
+        output_grads: ``[B · S, O, *spatial]``.
+        samples: ``B``.
+
+    Returns:
+        ``[B, O, I, 1]``.
+    """
+    products = torch.bmm(output_grads.flatten(2), x.flatten(2).transpose(1, 2))
+    if len(products) > samples:
+        products = products.unflatten(0, (samples, -1)).sum(1)
+    return products.unsqueeze(3)
+
+
+def _can_trade(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
+    return (
+        conv.padding_mode == "zeros"
+        and all(stride == 1 for stride in conv.stride)
+        and min(_traded_padding(conv)) >= 0
+    )
+
+
+def _traded_padding(conv: Convolution) -> list[int]:
+    """Of the output gradient, in the order of `F.pad`."""
+    reaches = [(n - 1) * step for n, step in zip(conv.kernel_size, conv.dilation, strict=True)]
+    ends = conv._reversed_padding_repeated_twice
+    return [reaches[-1 - index // 2] - end for index, end in enumerate(ends)]
+
+
+def traded_grads(conv: Convolution, x: Tensor, output_grads: Tensor, samples: int) -> Tensor:
+    """Gradients of a convolution's weight from patches of its output gradient.
+
+    Input and output gradient trade places: the sum over output positions of a patch of the input is
+    the sum over input positions of a patch of the output gradient, its taps in reverse. Much less
+    to copy where there are few output channels.
+
+    Args:
+        conv: its geometry, stride 1 and zeros as padding; its numbers of channels do not matter.
+        x: ``[B · S, I, *spatial]``.
+        output_grads: ``[B · S, O, *spatial]``.
+        samples: ``B``.
+
+    Returns:
+        ``[B, O, I, taps]``.
+    """
+    inputs, outputs, size = x.shape[1], output_grads.shape[1], tuple(x.shape[2:])
+    dtype = accumulation_dtype(output_grads)
+    taps, rows_per_sample = math.prod(conv.kernel_size), len(x) // samples
+    row_bytes = math.prod(size) * max(taps * outputs, inputs) * dtype.itemsize
+    fitting = max(workspace_bytes(x.device) // max(row_bytes, 1), 1)
+    total = x.new_zeros(samples, inputs, taps * outputs, dtype=dtype)
+    for inside, begin, end in _batch_rows(slice(0, samples), rows_per_sample, fitting):
+        padded = F.pad(output_grads[begin:end].to(dtype), _traded_padding(conv))
+        patches = _windows(padded, size, conv, (1,) * len(size), 1)
+        patches = patches.reshape(_length(inside), -1, taps * outputs)
+        a = x[begin:end].to(dtype).flatten(2).transpose(1, 2).reshape(_length(inside), -1, inputs)
+        total[inside].baddbmm_(a.transpose(1, 2), patches)
+    return total.unflatten(2, (taps, outputs)).flip(2).permute(0, 3, 1, 2)
 
 
 def prefers_grouped(
