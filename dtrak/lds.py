@@ -44,6 +44,7 @@ from .lds_experiment import (
     missing_queries,
     prepare,
     query_sets,
+    recorded_preset,
     train_one,
     trained_names,
 )
@@ -72,7 +73,14 @@ __all__ = ["DampingChoice", "app", "choose_damping", "lds", "lds_per_query", "ma
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 
-_PRESET = Annotated[str, typer.Option(help=f"Experiment: {', '.join(PRESETS)}.")]
+_DEFAULT_PRESET = "digits"
+_PRESET = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Experiment: {', '.join(PRESETS)}. Default: that of the run in --output, or "
+        f"{_DEFAULT_PRESET}."
+    ),
+]
 _OUTPUT = Annotated[str | None, typer.Option(help="Run folder. Default: runs/lds-<preset>.")]
 _DEVICE = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 _FIRST = Annotated[int, typer.Option(help="First subset to work on.")]
@@ -81,8 +89,25 @@ _PROCESSES = Annotated[int, typer.Option(help="Models worked on at once.")]
 _TRACEBACK = Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")]
 
 
-def _folder(preset: str, output: str | None) -> Path:
-    return Path(output) if output else Path("runs") / f"lds-{get_preset(preset).name}"
+def _locate(preset: str | None, output: str | None) -> tuple[Path, str]:
+    """The run folder, and the preset of the run in it or else the one asked for.
+
+    Raises:
+        ValueError: the folder holds a run of another preset, or there is no such preset.
+    """
+    wanted = _DEFAULT_PRESET if preset is None else get_preset(preset).name
+    folder = Path(output) if output else Path("runs") / f"lds-{wanted}"
+    found = recorded_preset(folder)
+    _check_preset(preset, found, folder)
+    return folder, found or wanted
+
+
+def _check_preset(preset: str | None, found: str | None, folder: Path) -> None:
+    if preset is not None and found is not None and preset != found:
+        raise ValueError(
+            f"--preset must be {found!r}, whose run {folder} holds, or left out, got {preset!r}: "
+            "choose another --output"
+        )
 
 
 @contextmanager
@@ -161,7 +186,7 @@ def _worker_device(name: str, worker: int) -> torch.device:
 
 @app.command("prepare")
 def prepare_command(
-    preset: _PRESET = "digits",
+    preset: _PRESET = None,
     output: _OUTPUT = None,
     data: Annotated[
         str | None,
@@ -211,9 +236,10 @@ def prepare_command(
     """Draw the subsets and take the queries; run again with larger numbers to add models."""
     console = Console(stderr=True)
     with reporting_errors(console, traceback):
+        folder, name = _locate(preset, output)
         experiment = prepare(
-            _folder(preset, output),
-            get_preset(preset),
+            folder,
+            get_preset(name),
             data,
             num_subsets=num_subsets,
             num_model_seeds=num_model_seeds,
@@ -240,7 +266,7 @@ def prepare_command(
 
 @app.command("train")
 def train_command(
-    preset: _PRESET = "digits",
+    preset: _PRESET = None,
     output: _OUTPUT = None,
     family: Annotated[
         str, typer.Option(help=f"Whose models: {', '.join(FAMILIES)}; both have the full one.")
@@ -254,7 +280,7 @@ def train_command(
     """Train the full model and one model per subset and seed; several commands may share a run."""
     console = Console(stderr=True)
     with reporting_errors(console, traceback):
-        folder = _folder(preset, output)
+        folder, _ = _locate(preset, output)
         experiment = load_experiment(folder)
         names = [FULL, *experiment.names(first, last, check_choice("--family", family, FAMILIES))]
         missing = [name for name in names if not experiment.is_trained(name)]
@@ -274,7 +300,7 @@ def _say_what_is_left(console: Console, done: int, total: int, verb: str) -> Non
 
 @app.command("evaluate")
 def evaluate_command(
-    preset: _PRESET = "digits",
+    preset: _PRESET = None,
     output: _OUTPUT = None,
     family: Annotated[
         str | None,
@@ -325,7 +351,7 @@ def evaluate_command(
     """Measure the losses under the models trained so far, and predict them with every method."""
     console = Console(stderr=True)
     with reporting_errors(console, traceback):
-        folder = _folder(preset, output)
+        folder, _ = _locate(preset, output)
         settings = _settings(timesteps, projection, with_clip=clip is not None)
         sizes = [] if ensemble is None else parse_sizes(ensemble)
         if family is not None:
@@ -473,7 +499,7 @@ def _about(
 
 @app.command("report")
 def report_command(
-    preset: _PRESET = "digits",
+    preset: _PRESET = None,
     output: _OUTPUT = None,
     resamples: Annotated[
         int, typer.Option(help="Resamples of the models for intervals, at least 1,000.")
@@ -486,9 +512,9 @@ def report_command(
     """Show the table of a run, or of the preset as it comes with the package, and plot it."""
     console = Console(stderr=True)
     with reporting_errors(console, traceback):
-        folder = _folder(preset, output)
         if resamples < 1000:
             raise ValueError(f"--resamples must be at least 1000, got {resamples}")
+        folder, _ = _locate(preset, output)
         table = _table(folder, preset, output, resamples, console)
         print_table(table, Console())
         reports = folder / "report"
@@ -504,12 +530,12 @@ def report_command(
 
 
 def _table(
-    folder: Path, preset: str, output: str | None, resamples: int, console: Console
+    folder: Path, preset: str | None, output: str | None, resamples: int, console: Console
 ) -> dict[str, Any]:
     """The table of the run in ``folder``, or the packaged one where there is no run."""
     file, kept = folder / "results.npz", folder / "report" / "table.json"
     if not file.is_file():
-        packaged = packaged_results(preset)
+        packaged = packaged_results(preset or _DEFAULT_PRESET)
         if output is not None or (folder / "experiment.json").is_file() or packaged is None:
             raise ValueError(f"{folder} must hold results.npz: run evaluate first")
         console.print(f"no run in {folder}: these are the results in the package", highlight=False)
@@ -518,6 +544,7 @@ def _table(
             return table
     else:
         results = load_results(file)
+        _check_preset(preset, results.about["preset"], folder)
         found = read_table(kept, results)
         if found is not None and found["num_resamples"] == resamples:
             return found

@@ -10,12 +10,10 @@ influence are fitted to it, and its models make ensembles: no score is judged on
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from .captions import write_captions
 from .data import ImageData, encode_png, load_data, to_uint8
 from .diffusion import DiffusionModel, hash_tensors
 from .features import describe_differences
+from .files import claim as claim
 from .files import write_atomically
 from .latents import LatentData
 from .lds_tasks import (
@@ -395,6 +394,17 @@ def _is_new(folder: Path) -> bool:
     return names <= {"report", _SUBSETS, f"{_SUBSETS}.partial", "experiment.json.partial"}
 
 
+def recorded_preset(folder: Path) -> str | None:
+    """Name of the preset of the run in ``folder``; None where there is no run.
+
+    Raises:
+        ExperimentError: its record is damaged.
+    """
+    if not (folder / "experiment.json").is_file():
+        return None
+    return str(_read_manifest(folder)["deciding"]["preset"])
+
+
 def _read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / "experiment.json"
     if not file.is_file():
@@ -415,26 +425,6 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     write_atomically(folder / "experiment.json", json.dumps(manifest, indent=1).encode())
-
-
-@contextmanager
-def claim(file: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Try to be the one process that works on something; yields whether it is.
-
-    The operating system lets go of the lock when the process ends, however it ends.
-
-    Args:
-        file: of the lock; made if missing, and left there.
-        wait: until no other process is at it.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as opened:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
 
 
 def train_one(

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -259,6 +261,37 @@ def test_mistakes_are_one_line_and_two(run, tmp_path, arguments, message):
     assert message in text
     assert text.count("error:") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_another_preset_than_the_runs_is_refused(run, tmp_path):
+    folder = tmp_path / "run"
+
+    def command(*arguments):
+        result = CliRunner().invoke(app, [*arguments, "--output", str(folder)])
+        return result.exit_code, " ".join(result.output.split())
+
+    def files():
+        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    assert run("prepare", "--num-subsets", 2)[0] == 0
+    before = files()
+    message = f"--preset must be 'tiny', whose run {folder} holds, or left out, got 'digits'"
+    for name in ("prepare", "train", "evaluate", "report"):
+        code, text = command(name, "--preset", "digits")
+        assert (code, message in text, text.count("error:")) == (2, True, 1), text
+    code, text = command("train", "--preset", "digit")
+    assert (code, "did you mean 'digits'?" in text) == (2, True)
+    assert files() == before
+    # not said, it is the run's
+    code, text = command("prepare", "--num-subsets", "3")
+    assert (code, "3 subsets of 20 of 40 images" in text) == (0, True)
+    code, text = command("train", "--last", "1")
+    assert (code, "2 of 2 models are trained" in text) == (0, True)
+    # results say whose they are, also by themselves
+    (folder / "experiment.json").unlink()
+    shutil.copy(Path(lds.__file__).parent / "lds_results" / "digits.npz", folder / "results.npz")
+    code, text = run("report")
+    assert (code, "--preset must be 'digits', whose run" in text) == (2, True)
 
 
 def test_mistakes_in_a_prepared_run(run, tmp_path):
