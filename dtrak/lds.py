@@ -102,6 +102,20 @@ def _locate(preset: str | None, output: str | None) -> tuple[Path, str]:
     return folder, found or wanted
 
 
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {count}")
+
+
+def _check_timesteps(num_train_timesteps: int, option: str, count: int) -> None:
+    if count > num_train_timesteps:
+        raise ValueError(
+            f"{option} must be at most {num_train_timesteps}, the model's number of training "
+            f"timesteps, got {count}"
+        )
+
+
 def _check_preset(preset: str | None, found: str | None, folder: Path) -> None:
     if preset is not None and found is not None and preset != found:
         raise ValueError(
@@ -280,6 +294,7 @@ def train_command(
     """Train the full model and one model per subset and seed; several commands may share a run."""
     console = Console(stderr=True)
     with reporting_errors(console, traceback):
+        _check_counts(processes=processes)
         folder, _ = _locate(preset, output)
         experiment = load_experiment(folder)
         names = [FULL, *experiment.names(first, last, check_choice("--family", family, FAMILIES))]
@@ -351,13 +366,14 @@ def evaluate_command(
     """Measure the losses under the models trained so far, and predict them with every method."""
     console = Console(stderr=True)
     with reporting_errors(console, traceback):
+        _check_counts(processes=processes, batch_size=batch_size)
+        losses = LossSettings(loss_timesteps, noise_seeds)
         folder, _ = _locate(preset, output)
         settings = _settings(timesteps, projection, with_clip=clip is not None)
         sizes = [] if ensemble is None else parse_sizes(ensemble)
         if family is not None:
             check_choice("--family", family, FAMILIES)
         experiment = load_experiment(folder)
-        losses = LossSettings(loss_timesteps, noise_seeds)
         main_device = _worker_device(device, 0)
         # what is missing is said before hours are spent on the losses
         if sizes and not losses_only:
@@ -368,6 +384,10 @@ def evaluate_command(
         trained = trained_names(experiment, wanted)
         done = {name for each in families for name in measured_names(experiment, each)}
         missing = [name for name in trained if name not in done]
+        if experiment.is_trained(FULL) or not losses_only:
+            T = experiment.load_model().num_train_timesteps
+            _check_timesteps(T, "--loss-timesteps", loss_timesteps)
+            _check_timesteps(T, "--timesteps", max(each.num_timesteps for each in settings))
         settings = name_raw(settings, experiment.task.raw)
         queries = query_sets(experiment, main_device)
         claim_settings(experiment, losses)

@@ -41,6 +41,7 @@ from .lds_tasks import (
 )
 from .lds_tasks import ExperimentError as ExperimentError
 from .lds_text_to_image import TextToImageTask, default_precision, lora_settings
+from .measure import available_bytes, format_bytes
 from .outputs import check_choice
 from .presets import SUBSET_FAMILIES, Preset, get_preset
 from .training import Recipe
@@ -56,6 +57,10 @@ _DECIDING = {"preset", "data", "validation", "num_generated", "recipe"}
 _SUBSETS = "subsets.safetensors"
 # from this subset on, those of the first family are those of the second
 _MOST_SUBSETS = (SUBSET_FAMILIES["retrain"] - SUBSET_FAMILIES["lds-val"]) // 2
+# a picture is called after its seed in five digits: in the order of names, more would be jumbled
+_MOST_GENERATED = 10**5
+# of a name of a model in memory
+_NAME_BYTES = 100
 # parts of the training at which TracInCP looks at the full model, besides its end
 _QUARTERS = 4
 
@@ -179,8 +184,9 @@ def prepare(
     Raises:
         ExperimentError: the folder holds another run (what differs), or something else.
         ValueError: a number is below 1 (0 for the retrain family), there are more subsets than are
-            apart from the retrain family, there are fewer validation images than asked for, or a
-            model or a precision is given for a preset that fine-tunes nothing.
+            apart from the retrain family or than fit in memory, more than 100,000 pictures to draw,
+            or fewer validation images than asked for; or a model or a precision is given for a
+            preset that fine-tunes nothing.
         FileNotFoundError, ModelError: the base, as `text_to_image.load_text_to_image`.
     """
     found = None if _is_new(folder) else _read_manifest(folder)
@@ -204,6 +210,11 @@ def prepare(
         least = 0 if name == "num_retrain" else 1
         if count < least:
             raise ValueError(f"{name} must be at least {least}, got {count}")
+    if counts["num_generated"] > _MOST_GENERATED:
+        raise ValueError(
+            f"num_generated must be at most {_MOST_GENERATED}, as names of pictures have five "
+            f"digits, got {counts['num_generated']}"
+        )
     for option, value in (("--model", model), ("--mixed-precision", mixed_precision)):
         if preset.lora is None and value is not None:
             raise ValueError(
@@ -247,6 +258,7 @@ def prepare(
             f"num_subsets must be at most {_MOST_SUBSETS} beside a retrain family, whose subsets "
             f"the next ones would be again, got {sizes['num_subsets']}"
         )
+    _check_memory(len(data), **sizes)
     subsets = preset.subsets(data, sizes["num_subsets"])
     retrain = preset.subsets(data, sizes["num_retrain"], RETRAIN)
     folder.mkdir(parents=True, exist_ok=True)
@@ -262,6 +274,17 @@ def prepare(
     }
     _write_manifest(folder, manifest)
     return _assemble(folder, preset, data, subsets, retrain, validation, manifest, task)
+
+
+def _check_memory(num_train: int, num_subsets: int, num_model_seeds: int, num_retrain: int) -> None:
+    needed = (num_subsets + num_retrain) * num_train + num_subsets * num_model_seeds * _NAME_BYTES
+    available = available_bytes(torch.device("cpu"))
+    if needed > available:
+        raise ValueError(
+            f"num_subsets, num_model_seeds and num_retrain must fit in {format_bytes(available)} "
+            f"of memory, got {num_subsets}, {num_model_seeds} and {num_retrain}, which take "
+            f"{format_bytes(needed)}"
+        )
 
 
 def encode(experiment: Experiment, device: torch.device, progress_bar: ProgressBar) -> None:

@@ -61,6 +61,10 @@ def test_from_the_first_subset_to_the_table(run, tmp_path, monkeypatch):
     assert (code, "4 subsets of 20 of 40 images, 5 models to train" in text) == (0, True)
     code, text = run("train", "--last", 3)
     assert (code, "4 of 4 models are trained" in text) == (0, True)
+    for option in ("--loss-timesteps", "--timesteps"):
+        code, text = run("evaluate", *SMALL, option, "1001")
+        assert (code, f"{option} must be at most 1000, the model's number" in text) == (2, True)
+    assert not (tmp_path / "run" / "losses").exists(), "said before losses are measured"
     code, text = run("evaluate", *SMALL)
     assert code == 2
     assert "models must be trained and measured on at least 4 subsets, got 3" in text
@@ -251,6 +255,11 @@ def test_a_trained_model_does_not_depend_on_what_else_was_trained(run, tmp_path)
         (["evaluate", "--ensemble", "1"], "numbers of models, at least 2, separated by commas"),
         (["evaluate", "--family", "retrian"], "got 'retrian'; did you mean 'retrain'?"),
         (["prepare", "--num-retrain", "-1"], "num_retrain must be at least 0, got -1"),
+        (["train", "--processes", "0"], "--processes must be at least 1, got 0"),
+        (["evaluate", "--processes", "-1"], "--processes must be at least 1, got -1"),
+        (["evaluate", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["evaluate", "--loss-timesteps", "0"], "num_timesteps must be at least 1, got 0"),
+        (["evaluate", "--noise-seeds", "-1"], "num_noise_seeds must be at least 1, got -1"),
         (["report"], "must hold results.npz: run evaluate first"),
         (["report", "--resamples", "999"], "--resamples must be at least 1000, got 999"),
     ],
@@ -301,8 +310,6 @@ def test_mistakes_in_a_prepared_run(run, tmp_path):
         assert (code, "must have a retrain family: run prepare with --num" in text) == (2, True)
     code, text = run("evaluate", "--clip", "absent")
     assert (code, "CLIP must be an existing folder" in text) == (2, True)
-    code, text = run("train", "--processes", 0)
-    assert (code, "processes must be at least 1, got 0" in text) == (2, True)
     code, text = run("train", "--device", "tpu")
     assert (code, "--device must be auto, cpu, cuda or cuda:N, got 'tpu'" in text) == (2, True)
     code, text = run("evaluate", *SMALL)
