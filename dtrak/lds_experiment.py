@@ -41,6 +41,7 @@ from .lds_tasks import (
 )
 from .lds_tasks import ExperimentError as ExperimentError
 from .lds_text_to_image import TextToImageTask, default_precision, lora_settings
+from .lds_workers import NAME_BYTES
 from .measure import available_bytes, format_bytes
 from .outputs import check_choice
 from .presets import SUBSET_FAMILIES, Preset, get_preset
@@ -59,8 +60,6 @@ _SUBSETS = "subsets.safetensors"
 _MOST_SUBSETS = (SUBSET_FAMILIES["retrain"] - SUBSET_FAMILIES["lds-val"]) // 2
 # a picture is called after its seed in five digits: in the order of names, more would be jumbled
 _MOST_GENERATED = 10**5
-# of a name of a model in memory
-_NAME_BYTES = 100
 # parts of the training at which TracInCP looks at the full model, besides its end
 _QUARTERS = 4
 
@@ -277,7 +276,7 @@ def prepare(
 
 
 def _check_memory(num_train: int, num_subsets: int, num_model_seeds: int, num_retrain: int) -> None:
-    needed = (num_subsets + num_retrain) * num_train + num_subsets * num_model_seeds * _NAME_BYTES
+    needed = (num_subsets + num_retrain) * num_train + num_subsets * num_model_seeds * NAME_BYTES
     available = available_bytes(torch.device("cpu"))
     if needed > available:
         raise ValueError(

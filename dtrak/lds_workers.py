@@ -16,6 +16,8 @@ Report = Callable[[str, int, int], None]
 # one model: (name, progress) -> whether this call finished it
 Job = Callable[[str, Callable[[int, int], None]], bool]
 
+# of the name of a model, which a list of models holds in memory
+NAME_BYTES = 100
 _POLL_SECONDS = 0.5
 
 
