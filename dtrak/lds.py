@@ -48,7 +48,14 @@ from .lds_experiment import (
     train_one,
     trained_names,
 )
-from .lds_losses import LossSettings, claim_settings, evaluate_one, load_losses, measured_names
+from .lds_losses import (
+    LossSettings,
+    claim_settings,
+    evaluate_one,
+    is_outdated,
+    load_losses,
+    measured_names,
+)
 from .lds_methods import PROJECTIONS, Prediction, Predictor, Setting, list_settings, name_raw
 from .lds_report import print_table, read_table, render_markdown, write_plots
 from .lds_statistics import DampingChoice, choose_damping, lds, lds_per_query
@@ -384,6 +391,13 @@ def evaluate_command(
         trained = trained_names(experiment, wanted)
         done = {name for each in families for name in measured_names(experiment, each)}
         missing = [name for name in trained if name not in done]
+        outdated = [name for name in missing if is_outdated(experiment, name)]
+        if outdated:
+            console.print(
+                f"trained anew since their losses were measured: {', '.join(outdated)}",
+                highlight=False,
+                soft_wrap=True,
+            )
         if experiment.is_trained(FULL) or not losses_only:
             T = experiment.load_model().num_train_timesteps
             _check_timesteps(T, "--loss-timesteps", loss_timesteps)

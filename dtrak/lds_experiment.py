@@ -38,6 +38,7 @@ from .lds_tasks import (
     ProgressBar,
     Task,
     is_saved,
+    sample_weights,
 )
 from .lds_tasks import ExperimentError as ExperimentError
 from .lds_text_to_image import TextToImageTask, default_precision, lora_settings
@@ -135,6 +136,10 @@ class Experiment:
     def is_trained(self, name: str) -> bool:
         """Whether the model called ``name`` is finished."""
         return is_saved(self.model_folder(name))
+
+    def sample_weights(self, name: str = FULL) -> str | None:
+        """As `lds_tasks.sample_weights`; None for a model that is not there."""
+        return sample_weights(self.model_folder(name)) if self.is_trained(name) else None
 
     def load_model(self, name: str = FULL) -> DiffusionModel:
         """A finished model, on the CPU unless it takes the place of one on another device.

@@ -7,7 +7,6 @@ image, so they are what is kept.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -201,7 +200,7 @@ class Predictor:
         self.train = experiment.task.samples(TRAIN, experiment.data, device)
         self.progress_bar, self.clip = progress_bar, clip
         self._loaded: tuple[str, DiffusionModel] | None = None
-        self._hashes: dict[str, str] = {}
+        self._digests: dict[str, str | None] = {}
 
     def predict(self, settings: Sequence[Setting]) -> Iterator[Prediction]:
         """The predictions of ``settings``, one after the other; what is in the folder is reused.
@@ -234,21 +233,22 @@ class Predictor:
         identity = hash_tensors({"subsets": self.experiment.subsets}) + self.queries.fingerprint
         if setting.method in CLIP_METHODS and self.clip is not None:
             identity += self.clip.identity
-        if setting.model != FULL:
-            identity += self._hash_weights(setting.model)
         return identity
 
-    def _hash_weights(self, name: str) -> str:
-        """Of a model's file, which is read once however many predictions are of it."""
-        if name not in self._hashes:
-            digest = hashlib.sha256()
-            for file in sorted(self.experiment.model_folder(name).rglob("*.safetensors")):
-                digest.update(file.read_bytes())
-            self._hashes[name] = digest.hexdigest()
-        return self._hashes[name]
+    def _weights(self, setting: Setting) -> str | None:
+        """A digest of the weights predictions are of; None for a method without a model."""
+        if setting.method.output_function is None:
+            return None
+        if setting.model not in self._digests:
+            self._digests[setting.model] = self.experiment.sample_weights(setting.model)
+        return self._digests[setting.model]
 
     def _read(self, setting: Setting) -> Prediction | None:
-        """What is kept of a setting; None for nothing, or predictions of something else."""
+        """What is kept of a setting; None for nothing, or predictions of something else.
+
+        Predictions that do not say of which weights, as those of older versions, are taken for
+        those of the model that is there.
+        """
         file = self._file(setting)
         if not file.is_file():
             return None
@@ -260,6 +260,9 @@ class Predictor:
             raise ExperimentError(f"{file} is damaged: delete it and run again") from error
         if about["identity"] != self._identity(setting):
             return None
+        weights = about.get("weights")
+        if weights is not None and self._weights(setting) not in (None, weights):
+            return None
         kinds = (GENERATED,) if setting.method.kind == "journey" else tuple(self.sizes)
         return Prediction(setting, kinds, tuple(about["dampings"]), tuple(about["rules"]), values)
 
@@ -267,6 +270,7 @@ class Predictor:
         """Keep the predictions of (rule, damping, scores ``[Q, N]``) triples."""
         about = {
             "identity": self._identity(setting),
+            "weights": self._weights(setting),
             "rules": [rule for rule, _, _ in parts],
             "dampings": [damping for _, damping, _ in parts],
         }

@@ -76,6 +76,14 @@ def test_from_the_first_subset_to_the_table(run, tmp_path, monkeypatch):
     assert (code, "losses of 4 of 4 models are measured" in text) == (0, True)
     assert "losses 003-1" in text
     assert "losses 002-1" not in text
+    # a subset model that is another one now
+    again = tmp_path / "run" / "models" / "002-1"
+    shutil.rmtree(again)
+    shutil.copytree(again.with_name("001-1"), again)
+    code, text = run("evaluate", *SMALL)
+    assert (code, "trained anew since their losses were measured: 002-1" in text) == (0, True)
+    assert "losses of 4 of 4 models are measured" in text
+    assert ("losses 002-1" in text, "losses 003-1" in text) == (True, False)
     results = load_results(tmp_path / "run" / "results.npz")
     assert results.about["subsets"] == [0, 1, 2, 3]
     assert results.about["steps"] == 8

@@ -1,15 +1,20 @@
 """Group predictions of every method, from features computed in one go."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from diffusers import DDIMScheduler
 from numerics import relative_error
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_lds import CPU, quiet, register, trained
 
 from dtrak import lds_methods
 from dtrak.features import FeatureSettings, FusedExtractor
 from dtrak.generation import draw_batches
-from dtrak.lds_experiment import ExperimentError, prepare, query_sets
+from dtrak.lds_experiment import ExperimentError, load_experiment, prepare, query_sets
 from dtrak.lds_methods import METHODS, Predictor, Setting, list_settings
 from dtrak_kernels import Projection
 
@@ -169,6 +174,32 @@ def test_predictions_are_kept_and_made_anew_when_the_run_grows(experiment, predi
     with pytest.raises(ExperimentError, match="is damaged: delete it and run again"):
         list(predictor.predict([setting]))
     file.unlink()
+
+
+def test_predictions_of_a_full_model_that_was_trained_anew_are_not_passed_over(
+    experiment, tmp_path
+):
+    copy = load_experiment(shutil.copytree(experiment.folder, tmp_path / "run"))
+    settings = [Setting(BY_NAME[name], 2, "none") for name in ("TRAK", "Gradient dot")]
+    queries = query_sets(copy, CPU)
+
+    def predict():
+        return list(Predictor(copy, queries, CPU, quiet).predict(settings))
+
+    before = predict()
+    weights = next(copy.model_folder("full").rglob("*.safetensors"))
+    save_file({name: 1.1 * tensor for name, tensor in load_file(weights).items()}, weights)
+    for one, other in zip(before, predict(), strict=True):
+        assert relative_error(one.values[0], other.values[0]) > 1e-2
+    # a file of an older version does not say, and is taken as it is
+    for setting in settings:
+        file = copy.folder / "predictions" / f"{setting.key}.safetensors"
+        with safe_open(file, "pt") as opened:
+            about = json.loads(opened.metadata()["about"])
+        del about["weights"]
+        values = torch.zeros_like(load_file(file)["values"])
+        save_file({"values": values}, file, metadata={"about": json.dumps(about)})
+    assert not any(prediction.values.any() for prediction in predict())
 
 
 def test_what_shares_features_shares_a_solver_also_when_the_run_grows(tmp_path, monkeypatch):
