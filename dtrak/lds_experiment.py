@@ -41,11 +41,12 @@ from .lds_tasks import (
     sample_weights,
 )
 from .lds_tasks import ExperimentError as ExperimentError
-from .lds_text_to_image import TextToImageTask, default_precision, lora_settings
+from .lds_text_to_image import TextToImageTask, default_precision, load_base, lora_settings
 from .lds_workers import NAME_BYTES
 from .measure import available_bytes, format_bytes
 from .outputs import check_choice
 from .presets import SUBSET_FAMILIES, Preset, get_preset
+from .text_to_image import TextToImageModel
 from .training import Recipe
 
 FULL = "full"
@@ -191,7 +192,8 @@ def prepare(
             apart from the retrain family or than fit in memory, more than 100,000 pictures to draw,
             or fewer validation images than asked for; or a model or a precision is given for a
             preset that fine-tunes nothing.
-        FileNotFoundError, ModelError: the base, as `text_to_image.load_text_to_image`.
+        FileNotFoundError, ModelError: the base, as `text_to_image.load_text_to_image`, before any
+            data is read.
     """
     found = None if _is_new(folder) else _read_manifest(folder)
     given = {
@@ -226,6 +228,9 @@ def prepare(
                 f"{value!r}"
             )
     about = {} if preset.lora is None else _choose_base(preset, found, model, mixed_precision)
+    # the data takes minutes to read: a base that is refused is refused before
+    recorded = None if found is None else found["deciding"].get("base")
+    loaded = load_base(about["base"], recorded, folder) if about else None
     data = preset.load_data("train", source)
     validation = preset.load_data("validation", source, limit=num_validation)
     if num_validation is not None and len(validation) < num_validation:
@@ -233,7 +238,7 @@ def prepare(
             f"num_validation must be at most {len(validation)}, the validation images there are, "
             f"got {num_validation}"
         )
-    task = _make_task(folder, preset, data, validation, counts["num_generated"], about)
+    task = _make_task(folder, preset, data, validation, counts["num_generated"], about, loaded)
     deciding = {
         "format": _FORMAT,
         "preset": preset.name,
@@ -370,6 +375,7 @@ def _make_task(
     validation: ImageData,
     num_generated: int,
     about: dict[str, Any],
+    base: TextToImageModel | None = None,
 ) -> Task:
     """What is trained: ``about`` is a manifest, or what `_choose_base` returns."""
     if preset.lora is None:
@@ -384,6 +390,7 @@ def _make_task(
         about["mixed_precision"],
         about.get("deciding", {}).get("base"),
         about.get("latents"),
+        base,
     )
 
 
