@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ from .lds_tasks import (
     Task,
     is_saved,
     sample_weights,
+    save_model,
 )
 from .lds_tasks import ExperimentError as ExperimentError
 from .lds_text_to_image import TextToImageTask, default_precision, load_base, lora_settings
@@ -526,26 +526,6 @@ def train_one(
 
 def _checkpoint_name(step: int) -> str:
     return f"{FULL}-step-{step:06d}"
-
-
-def save_model(
-    model: DiffusionModel, folder: Path, write: Callable[[Path], None] | None = None
-) -> None:
-    """Save a model so that a killed process leaves none that passes for a whole one.
-
-    Args:
-        model: to save, unless one is there.
-        folder: where.
-        write: writes it into a folder that is not there yet; by default ``model.save``.
-    """
-    if is_saved(folder):
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(folder.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    (write or model.save)(partial)
-    partial.rename(folder)
 
 
 def generated_queries(

@@ -7,6 +7,7 @@ a text-to-image model. Everything else of an experiment (subsets, locks, files, 
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -155,6 +156,26 @@ class Task(Protocol):
 def is_saved(folder: Path) -> bool:
     """Whether ``folder`` holds a finished model, whichever task wrote it."""
     return any((folder / name).is_file() for name in _WEIGHTS)
+
+
+def save_model(
+    model: DiffusionModel, folder: Path, write: Callable[[Path], None] | None = None
+) -> None:
+    """Save a model so that a killed process leaves none that passes for a whole one.
+
+    Args:
+        model: to save, unless one is there.
+        folder: where.
+        write: writes it into a folder that is not there yet; by default ``model.save``.
+    """
+    if is_saved(folder):
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(folder.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    (write or model.save)(partial)
+    partial.rename(folder)
 
 
 def sample_weights(folder: Path) -> str:

@@ -24,10 +24,10 @@ from dtrak.lds_experiment import (
     load_experiment,
     prepare,
     query_sets,
-    save_model,
     train_one,
     trained_names,
 )
+from dtrak.lds_tasks import save_model
 from dtrak.presets import PRESETS
 from dtrak.training import Recipe, train
 
