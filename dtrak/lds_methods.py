@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from .features import (
     fill_store,
     fitting_batch_size,
 )
-from .files import write_atomically
+from .files import claim, write_atomically
 from .lds_clip import ClipEncoder
 from .lds_experiment import FULL, Experiment, ExperimentError, generated_queries
 from .lds_statistics import predict_groups
@@ -205,6 +206,8 @@ class Predictor:
     def predict(self, settings: Sequence[Setting]) -> Iterator[Prediction]:
         """The predictions of ``settings``, one after the other; what is in the folder is reused.
 
+        Several commands may share a run: what one of them makes the others wait for.
+
         Raises:
             ExperimentError: a file is damaged.
             ValueError: as the features and scores of a method.
@@ -217,13 +220,27 @@ class Predictor:
             groups.setdefault(group, []).append(setting)
         for members in groups.values():
             kept = {setting: self._read(setting) for setting in members}
-            missing = [setting for setting in members if kept[setting] is None]
-            if missing:
-                self._compute(missing)
+            if None in kept.values():
+                with self._alone_at(members[0]):
+                    missing = [setting for setting in members if self._read(setting) is None]
+                    if missing:
+                        self._compute(missing)
+                    kept = {setting: self._read(setting) for setting in members}
             for setting in members:
-                prediction = kept[setting] or self._read(setting)
+                prediction = kept[setting]
                 assert prediction is not None
                 yield prediction
+
+    @contextmanager
+    def _alone_at(self, setting: Setting) -> Iterator[None]:
+        """Wait until no other command makes these features: two would begin different shards."""
+        name = self._feature_folder(setting, -1).name
+        lock = self.experiment.folder / "locks" / f"features-{name}.lock"
+        with ExitStack() as stack:
+            if not stack.enter_context(claim(lock)):
+                with self.progress_bar(f"wait for another command: {name}"):
+                    stack.enter_context(claim(lock, wait=True))
+            yield
 
     def _file(self, setting: Setting) -> Path:
         return self.experiment.folder / "predictions" / f"{setting.key}.safetensors"

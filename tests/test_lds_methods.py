@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -218,6 +220,46 @@ def test_what_shares_features_shares_a_solver_also_when_the_run_grows(tmp_path, 
         found = Predictor(run, query_sets(run, CPU), CPU, quiet).predict(settings)
         assert {p.values.shape[1] for p in found} == {len(run.subsets)}
     assert len(made) == 2
+
+
+def test_two_commands_make_features_once(tmp_path, monkeypatch):
+    experiment = trained(tmp_path / "run", num_subsets=4)
+    queries = query_sets(experiment, CPU)
+    begun, go_on, filled, labels = threading.Event(), threading.Event(), [], []
+    fill = lds_methods.fill_store
+
+    def wait_and_fill(store, *arguments, **options):
+        filled.append(store.folder.name)
+        begun.set()
+        assert go_on.wait(60)
+        fill(store, *arguments, **options)
+
+    @contextmanager
+    def bar(label):
+        labels.append(label)
+        yield lambda done, total: None
+
+    monkeypatch.setattr(lds_methods, "fill_store", wait_and_fill)
+    settings = [Setting(BY_NAME[name], 2, "sjlt") for name in ("TRAK", "Gradient dot")]
+    found = [[], []]
+
+    def evaluate(place, progress_bar):
+        found[place] += Predictor(experiment, queries, CPU, progress_bar).predict(settings)
+
+    one, other = (
+        threading.Thread(target=evaluate, args=arguments) for arguments in ((0, quiet), (1, bar))
+    )
+    one.start()
+    assert begun.wait(60)
+    other.start()
+    other.join(1)
+    assert (other.is_alive(), labels) == (True, ["wait for another command: loss-sjlt-2-3"])
+    go_on.set()
+    one.join(60)
+    other.join(60)
+    assert filled == ["train", "query"]
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a.values, b.values)
 
 
 def test_what_is_evaluated():
