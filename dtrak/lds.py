@@ -15,9 +15,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,10 +24,9 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from . import __version__
-from .console import choose_device, progress_bar, reporting_errors, run_app
+from .console import choose_device, model_bar, progress_bar, reporting_errors, run_app
 from .files import write_atomically
 from .lds_clip import ClipEncoder
 from .lds_ensembles import ensemble_predictions, find_members, parse_sizes
@@ -56,7 +53,15 @@ from .lds_losses import (
     load_losses,
     measured_names,
 )
-from .lds_methods import PROJECTIONS, Prediction, Predictor, Setting, list_settings, name_raw
+from .lds_methods import (
+    PROJECTIONS,
+    Prediction,
+    Predictor,
+    Setting,
+    feature_bytes,
+    list_settings,
+    name_raw,
+)
 from .lds_report import print_table, read_table, render_markdown, write_plots
 from .lds_statistics import DampingChoice, choose_damping, lds, lds_per_query
 from .lds_table import (
@@ -73,6 +78,7 @@ from .lds_table import (
     save_results,
 )
 from .lds_workers import Job, work
+from .measure import format_bytes
 from .outputs import check_choice
 from .presets import PRESETS, get_preset
 
@@ -129,35 +135,6 @@ def _check_preset(preset: str | None, found: str | None, folder: Path) -> None:
             f"--preset must be {found!r}, whose run {folder} holds, or left out, got {preset!r}: "
             "choose another --output"
         )
-
-
-@contextmanager
-def _model_bar(
-    console: Console, label: str, total: int
-) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar over models; yields ``report(name, done, units)``, which also logs finished models."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:.1f}/{task.total:.0f} models"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    parts: dict[str, float] = {}
-    started: dict[str, float] = {}
-    # a model takes minutes: its pace says more than that of the last half minute
-    with Progress(*columns, console=console, speed_estimate_period=600) as progress:
-        task = progress.add_task(label, total=total)
-
-        def report(name: str, done: int, units: int) -> None:
-            started.setdefault(name, time.monotonic())
-            parts[name] = done / units
-            progress.update(task, completed=sum(parts.values()))
-            if done == units:
-                seconds = time.monotonic() - started[name]
-                console.print(f"{label} {name}: {seconds:.0f} s", highlight=False)
-
-        yield report
 
 
 @dataclass(frozen=True)
@@ -307,7 +284,7 @@ def train_command(
         names = [FULL, *experiment.names(first, last, check_choice("--family", family, FAMILIES))]
         missing = [name for name in names if not experiment.is_trained(name)]
         if missing:
-            with _model_bar(console, "train", len(missing)) as report:
+            with model_bar(console, "train", len(missing)) as report:
                 work(_TrainJob(folder, device), missing, processes, report)
         _say_what_is_left(console, len(trained_names(experiment, names)), len(names), "trained")
         if experiment.is_trained(FULL) and missing_queries(experiment):
@@ -406,7 +383,7 @@ def evaluate_command(
         queries = query_sets(experiment, main_device)
         claim_settings(experiment, losses)
         if missing:
-            with _model_bar(console, "losses", len(missing)) as report:
+            with model_bar(console, "losses", len(missing)) as report:
                 work(_LossJob(folder, device, losses, batch_size), missing, processes, report)
         for each in families:
             total = len(experiment.names(family=each))
@@ -423,6 +400,20 @@ def evaluate_command(
         results = _predict(predictor, losses, settings, sizes, console)
         save_results(folder / "results.npz", results)
         console.print(f"results: {folder / 'results.npz'}", highlight=False)
+        _say_what_features_take(experiment, console)
+
+
+def _say_what_features_take(experiment: Experiment, console: Console) -> None:
+    size, of_members = feature_bytes(experiment)
+    if not size:
+        return
+    part = f", {format_bytes(of_members)} of it of ensembles" if of_members else ""
+    console.print(
+        f"features: {experiment.folder / 'features'} takes {format_bytes(size)}{part}; they save "
+        "time when subsets or methods are added, and may be deleted",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _families(

@@ -38,7 +38,7 @@ from .features import (
 )
 from .files import claim, write_atomically
 from .lds_clip import ClipEncoder
-from .lds_experiment import FULL, Experiment, ExperimentError, generated_queries
+from .lds_experiment import FULL, RETRAIN, Experiment, ExperimentError, generated_queries
 from .lds_statistics import predict_groups
 from .lds_tasks import GENERATED, TRAIN
 from .outputs import select_timesteps
@@ -155,6 +155,14 @@ def name_raw(settings: Sequence[Setting], raw: str) -> list[Setting]:
         else setting
         for setting in settings
     ]
+
+
+def feature_bytes(experiment: Experiment) -> tuple[int, int]:
+    """What the features in a run's folder take: of all models, and of the retrain family's."""
+    folder = experiment.folder / "features"
+    sizes = {file: file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+    members = [size for file, size in sizes.items() if f"-{RETRAIN}-" in file.parents[1].name]
+    return sum(sizes.values()), sum(members)
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,6 +23,7 @@ from dtrak.diffusion import hash_model
 from dtrak.lds import app, choose_damping, lds_per_query
 from dtrak.lds_experiment import load_experiment, prepare, train_one
 from dtrak.lds_table import load_results
+from dtrak.measure import format_bytes
 from dtrak.presets import PRESETS
 
 METHODS = tuple(
@@ -84,6 +85,13 @@ def test_from_the_first_subset_to_the_table(run, tmp_path, monkeypatch):
     assert (code, "trained anew since their losses were measured: 002-1" in text) == (0, True)
     assert "losses of 4 of 4 models are measured" in text
     assert ("losses 002-1" in text, "losses 003-1" in text) == (True, False)
+    features = tmp_path / "run" / "features"
+    size = sum(file.stat().st_size for file in features.rglob("*") if file.is_file())
+    assert f"features: {features} takes {format_bytes(size)}; they save time" in text
+    # they may be deleted: what was predicted is kept
+    shutil.rmtree(features)
+    code, text = run("evaluate", *SMALL)
+    assert (code, "features" in text, features.exists()) == (0, False, False)
     results = load_results(tmp_path / "run" / "results.npz")
     assert results.about["subsets"] == [0, 1, 2, 3]
     assert results.about["steps"] == 8
@@ -134,6 +142,10 @@ def test_a_retrain_family_ensembles_and_clip(run, tmp_path, clip_folder):  # noq
     assert "train retrain-001-1" not in text
     code, text = run("evaluate", *SMALL[:-1], 2, "--ensemble", "2", "--clip", clip_folder)
     assert (code, "retrain family: losses of 10 of 10 models are measured" in text) == (0, True)
+    members = (tmp_path / "run" / "features").glob("*-retrain-00[01]-1")
+    size = sum(file.stat().st_size for each in members for file in each.rglob("*.*"))
+    assert size > 0
+    assert f", {format_bytes(size)} of it of ensembles; they save time" in text
     assert "losses retrain-001-1" not in text, "what was measured is not measured again"
     results = load_results(tmp_path / "run" / "results.npz")
     names = [entry.method for entry in results.entries]
