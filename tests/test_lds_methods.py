@@ -225,7 +225,8 @@ def test_what_shares_features_shares_a_solver_also_when_the_run_grows(tmp_path, 
 def test_two_commands_make_features_once(tmp_path, monkeypatch):
     experiment = trained(tmp_path / "run", num_subsets=4)
     queries = query_sets(experiment, CPU)
-    begun, go_on, filled, labels = threading.Event(), threading.Event(), [], []
+    begun, waiting, go_on = (threading.Event() for _ in range(3))
+    filled, labels = [], []
     fill = lds_methods.fill_store
 
     def wait_and_fill(store, *arguments, **options):
@@ -237,6 +238,7 @@ def test_two_commands_make_features_once(tmp_path, monkeypatch):
     @contextmanager
     def bar(label):
         labels.append(label)
+        waiting.set()
         yield lambda done, total: None
 
     monkeypatch.setattr(lds_methods, "fill_store", wait_and_fill)
@@ -252,11 +254,11 @@ def test_two_commands_make_features_once(tmp_path, monkeypatch):
     one.start()
     assert begun.wait(60)
     other.start()
-    other.join(1)
-    assert (other.is_alive(), labels) == (True, ["wait for another command: loss-sjlt-2-3"])
+    waiting.wait(20)
     go_on.set()
     one.join(60)
     other.join(60)
+    assert labels == ["wait for another command: loss-sjlt-2-3"]
     assert filled == ["train", "query"]
     for a, b in zip(*found, strict=True):
         assert torch.equal(a.values, b.values)
