@@ -66,7 +66,7 @@ def test_a_refusal_reaches_the_caller_and_keeps_what_was_done(tmp_path, processe
 
 def test_no_process_is_started_without_a_model(tmp_path):
     # it would be a process of its own, were it not the only one that has work
-    assert work(Write(tmp_path), NAMES[:1], 1000, lambda *_: None) == 1
+    assert work(Write(tmp_path), NAMES[:1], 3, lambda *_: None) == 1
     assert (tmp_path / NAMES[0]).read_text().split()[0] == str(os.getpid())
 
 
