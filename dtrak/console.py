@@ -7,6 +7,7 @@ import errno
 import math
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -46,6 +47,35 @@ def progress_bar(console: Console, name: str) -> Iterator[Callable[[int, int], N
         task = bar.add_task(f"{name:<28}", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
         bar.update(task, total=bar.tasks[0].total or 1, completed=bar.tasks[0].total or 1)
+
+
+@contextmanager
+def model_bar(
+    console: Console, label: str, total: int
+) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar over models; yields ``report(name, done, units)``, which also logs finished models."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.1f}/{task.total:.0f} models"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    parts: dict[str, float] = {}
+    started: dict[str, float] = {}
+    # a model takes minutes: its pace says more than that of the last half minute
+    with Progress(*columns, console=console, speed_estimate_period=600) as progress:
+        task = progress.add_task(label, total=total)
+
+        def report(name: str, done: int, units: int) -> None:
+            started.setdefault(name, time.monotonic())
+            parts[name] = done / units
+            progress.update(task, completed=sum(parts.values()))
+            if done == units:
+                seconds = time.monotonic() - started[name]
+                console.print(f"{label} {name}: {seconds:.0f} s", highlight=False)
+
+        yield report
 
 
 @contextmanager

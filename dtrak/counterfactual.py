@@ -64,7 +64,8 @@ from .counterfactual_retraining import (
     removal_positions,
 )
 from .data import to_uint8
-from .lds_workers import work
+from .lds_workers import NAME_BYTES, work
+from .measure import available_bytes
 from .outputs import check_choice
 from .results import read_scores
 from .text_to_image import TextToImageModel
@@ -185,6 +186,12 @@ def run_counterfactual(
     rows = drawn.choose_queries(len(origin.queries), num_queries)
     k = max(1, round(DEFAULT_PART * len(origin.data))) if top_k is None else top_k
     check_removal(k, len(origin.data))
+    models = retrainings * len(rows) * len(methods)
+    if models * NAME_BYTES > available_bytes(torch.device("cpu")):
+        raise ValueError(
+            f"--retrainings must leave a number of models whose names fit in memory, got "
+            f"{retrainings} and so {models} models"
+        )
     scorer = _Scorer(origin, output, device, console, clip, vae, drawn)
     # features take hours: a file that is refused is refused before
     removed = {

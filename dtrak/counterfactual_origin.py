@@ -34,6 +34,7 @@ from .features import (
     fitting_batch_size,
     model_identity,
 )
+from .files import claim
 from .inputs import Subject
 from .lds_experiment import Experiment, generated_queries
 from .lds_experiment import load_experiment as load_lds
@@ -102,6 +103,17 @@ class Origin:
         """
         if output_function in self.scores:
             return self.scores[output_function]
+        # two commands would begin stores of different shards
+        with claim(folder / "features.lock", wait=True):
+            stores = self._fill_stores(output_function, folder, device, console)
+        solver = RidgeSolver(stores[0])
+        damping = solver.auto_damping() if self.damping is None else self.damping
+        return solver.scores(stores[1].load(), damping=damping).float()
+
+    def _fill_stores(
+        self, output_function: str, folder: Path, device: torch.device, console: Console
+    ) -> list[FeatureStore]:
+        """Complete stores of the training images and of the queries."""
         model = self.load_model()
         settings = replace(self.settings, output_function=output_function)
         extractor = FusedExtractor(model, settings, device)
@@ -119,9 +131,7 @@ class Origin:
                 with progress_bar(console, f"{folder.name} features, {role}") as progress:
                     fill_store(store, extractor, data, role=f"{role}/", progress=progress)
             stores.append(store)
-        solver = RidgeSolver(stores[0])
-        damping = solver.auto_damping() if self.damping is None else self.damping
-        return solver.scores(stores[1].load(), damping=damping).float()
+        return stores
 
     def identity(self) -> dict[str, Any]:
         """What decides the retrained models, besides what is removed; JSON-serialisable."""

@@ -15,9 +15,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,10 +24,9 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from . import __version__
-from .console import choose_device, progress_bar, reporting_errors, run_app
+from .console import choose_device, model_bar, progress_bar, reporting_errors, run_app
 from .files import write_atomically
 from .lds_clip import ClipEncoder
 from .lds_ensembles import ensemble_predictions, find_members, parse_sizes
@@ -44,11 +41,27 @@ from .lds_experiment import (
     missing_queries,
     prepare,
     query_sets,
+    recorded_preset,
     train_one,
     trained_names,
 )
-from .lds_losses import LossSettings, claim_settings, evaluate_one, load_losses, measured_names
-from .lds_methods import PROJECTIONS, Prediction, Predictor, Setting, list_settings, name_raw
+from .lds_losses import (
+    LossSettings,
+    claim_settings,
+    evaluate_one,
+    is_outdated,
+    load_losses,
+    measured_names,
+)
+from .lds_methods import (
+    PROJECTIONS,
+    Prediction,
+    Predictor,
+    Setting,
+    feature_bytes,
+    list_settings,
+    name_raw,
+)
 from .lds_report import print_table, read_table, render_markdown, write_plots
 from .lds_statistics import DampingChoice, choose_damping, lds, lds_per_query
 from .lds_table import (
@@ -65,6 +78,7 @@ from .lds_table import (
     save_results,
 )
 from .lds_workers import Job, work
+from .measure import format_bytes
 from .outputs import check_choice
 from .presets import PRESETS, get_preset
 
@@ -72,7 +86,14 @@ __all__ = ["DampingChoice", "app", "choose_damping", "lds", "lds_per_query", "ma
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 
-_PRESET = Annotated[str, typer.Option(help=f"Experiment: {', '.join(PRESETS)}.")]
+_DEFAULT_PRESET = "digits"
+_PRESET = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Experiment: {', '.join(PRESETS)}. Default: that of the run in --output, or "
+        f"{_DEFAULT_PRESET}."
+    ),
+]
 _OUTPUT = Annotated[str | None, typer.Option(help="Run folder. Default: runs/lds-<preset>.")]
 _DEVICE = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 _FIRST = Annotated[int, typer.Option(help="First subset to work on.")]
@@ -81,37 +102,39 @@ _PROCESSES = Annotated[int, typer.Option(help="Models worked on at once.")]
 _TRACEBACK = Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")]
 
 
-def _folder(preset: str, output: str | None) -> Path:
-    return Path(output) if output else Path("runs") / f"lds-{get_preset(preset).name}"
+def _locate(preset: str | None, output: str | None) -> tuple[Path, str]:
+    """The run folder, and the preset of the run in it or else the one asked for.
+
+    Raises:
+        ValueError: the folder holds a run of another preset, or there is no such preset.
+    """
+    wanted = _DEFAULT_PRESET if preset is None else get_preset(preset).name
+    folder = Path(output) if output else Path("runs") / f"lds-{wanted}"
+    found = recorded_preset(folder)
+    _check_preset(preset, found, folder)
+    return folder, found or wanted
 
 
-@contextmanager
-def _model_bar(
-    console: Console, label: str, total: int
-) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar over models; yields ``report(name, done, units)``, which also logs finished models."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:.1f}/{task.total:.0f} models"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    parts: dict[str, float] = {}
-    started: dict[str, float] = {}
-    # a model takes minutes: its pace says more than that of the last half minute
-    with Progress(*columns, console=console, speed_estimate_period=600) as progress:
-        task = progress.add_task(label, total=total)
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {count}")
 
-        def report(name: str, done: int, units: int) -> None:
-            started.setdefault(name, time.monotonic())
-            parts[name] = done / units
-            progress.update(task, completed=sum(parts.values()))
-            if done == units:
-                seconds = time.monotonic() - started[name]
-                console.print(f"{label} {name}: {seconds:.0f} s", highlight=False)
 
-        yield report
+def _check_timesteps(num_train_timesteps: int, option: str, count: int) -> None:
+    if count > num_train_timesteps:
+        raise ValueError(
+            f"{option} must be at most {num_train_timesteps}, the model's number of training "
+            f"timesteps, got {count}"
+        )
+
+
+def _check_preset(preset: str | None, found: str | None, folder: Path) -> None:
+    if preset is not None and found is not None and preset != found:
+        raise ValueError(
+            f"--preset must be {found!r}, whose run {folder} holds, or left out, got {preset!r}: "
+            "choose another --output"
+        )
 
 
 @dataclass(frozen=True)
@@ -161,7 +184,7 @@ def _worker_device(name: str, worker: int) -> torch.device:
 
 @app.command("prepare")
 def prepare_command(
-    preset: _PRESET = "digits",
+    preset: _PRESET = None,
     output: _OUTPUT = None,
     data: Annotated[
         str | None,
@@ -211,9 +234,10 @@ def prepare_command(
     """Draw the subsets and take the queries; run again with larger numbers to add models."""
     console = Console(stderr=True)
     with reporting_errors(console, traceback):
+        folder, name = _locate(preset, output)
         experiment = prepare(
-            _folder(preset, output),
-            get_preset(preset),
+            folder,
+            get_preset(name),
             data,
             num_subsets=num_subsets,
             num_model_seeds=num_model_seeds,
@@ -240,7 +264,7 @@ def prepare_command(
 
 @app.command("train")
 def train_command(
-    preset: _PRESET = "digits",
+    preset: _PRESET = None,
     output: _OUTPUT = None,
     family: Annotated[
         str, typer.Option(help=f"Whose models: {', '.join(FAMILIES)}; both have the full one.")
@@ -254,12 +278,13 @@ def train_command(
     """Train the full model and one model per subset and seed; several commands may share a run."""
     console = Console(stderr=True)
     with reporting_errors(console, traceback):
-        folder = _folder(preset, output)
+        _check_counts(processes=processes)
+        folder, _ = _locate(preset, output)
         experiment = load_experiment(folder)
         names = [FULL, *experiment.names(first, last, check_choice("--family", family, FAMILIES))]
         missing = [name for name in names if not experiment.is_trained(name)]
         if missing:
-            with _model_bar(console, "train", len(missing)) as report:
+            with model_bar(console, "train", len(missing)) as report:
                 work(_TrainJob(folder, device), missing, processes, report)
         _say_what_is_left(console, len(trained_names(experiment, names)), len(names), "trained")
         if experiment.is_trained(FULL) and missing_queries(experiment):
@@ -274,7 +299,7 @@ def _say_what_is_left(console: Console, done: int, total: int, verb: str) -> Non
 
 @app.command("evaluate")
 def evaluate_command(
-    preset: _PRESET = "digits",
+    preset: _PRESET = None,
     output: _OUTPUT = None,
     family: Annotated[
         str | None,
@@ -325,13 +350,14 @@ def evaluate_command(
     """Measure the losses under the models trained so far, and predict them with every method."""
     console = Console(stderr=True)
     with reporting_errors(console, traceback):
-        folder = _folder(preset, output)
+        _check_counts(processes=processes, batch_size=batch_size)
+        losses = LossSettings(loss_timesteps, noise_seeds)
+        folder, _ = _locate(preset, output)
         settings = _settings(timesteps, projection, with_clip=clip is not None)
         sizes = [] if ensemble is None else parse_sizes(ensemble)
         if family is not None:
             check_choice("--family", family, FAMILIES)
         experiment = load_experiment(folder)
-        losses = LossSettings(loss_timesteps, noise_seeds)
         main_device = _worker_device(device, 0)
         # what is missing is said before hours are spent on the losses
         if sizes and not losses_only:
@@ -342,11 +368,22 @@ def evaluate_command(
         trained = trained_names(experiment, wanted)
         done = {name for each in families for name in measured_names(experiment, each)}
         missing = [name for name in trained if name not in done]
+        outdated = [name for name in missing if is_outdated(experiment, name)]
+        if outdated:
+            console.print(
+                f"trained anew since their losses were measured: {', '.join(outdated)}",
+                highlight=False,
+                soft_wrap=True,
+            )
+        if experiment.is_trained(FULL) or not losses_only:
+            T = experiment.load_model().num_train_timesteps
+            _check_timesteps(T, "--loss-timesteps", loss_timesteps)
+            _check_timesteps(T, "--timesteps", max(each.num_timesteps for each in settings))
         settings = name_raw(settings, experiment.task.raw)
         queries = query_sets(experiment, main_device)
         claim_settings(experiment, losses)
         if missing:
-            with _model_bar(console, "losses", len(missing)) as report:
+            with model_bar(console, "losses", len(missing)) as report:
                 work(_LossJob(folder, device, losses, batch_size), missing, processes, report)
         for each in families:
             total = len(experiment.names(family=each))
@@ -363,6 +400,20 @@ def evaluate_command(
         results = _predict(predictor, losses, settings, sizes, console)
         save_results(folder / "results.npz", results)
         console.print(f"results: {folder / 'results.npz'}", highlight=False)
+        _say_what_features_take(experiment, console)
+
+
+def _say_what_features_take(experiment: Experiment, console: Console) -> None:
+    size, of_members = feature_bytes(experiment)
+    if not size:
+        return
+    part = f", {format_bytes(of_members)} of it of ensembles" if of_members else ""
+    console.print(
+        f"features: {experiment.folder / 'features'} takes {format_bytes(size)}{part}; they save "
+        "time when subsets or methods are added, and may be deleted",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _families(
@@ -473,7 +524,7 @@ def _about(
 
 @app.command("report")
 def report_command(
-    preset: _PRESET = "digits",
+    preset: _PRESET = None,
     output: _OUTPUT = None,
     resamples: Annotated[
         int, typer.Option(help="Resamples of the models for intervals, at least 1,000.")
@@ -486,9 +537,9 @@ def report_command(
     """Show the table of a run, or of the preset as it comes with the package, and plot it."""
     console = Console(stderr=True)
     with reporting_errors(console, traceback):
-        folder = _folder(preset, output)
         if resamples < 1000:
             raise ValueError(f"--resamples must be at least 1000, got {resamples}")
+        folder, _ = _locate(preset, output)
         table = _table(folder, preset, output, resamples, console)
         print_table(table, Console())
         reports = folder / "report"
@@ -504,12 +555,12 @@ def report_command(
 
 
 def _table(
-    folder: Path, preset: str, output: str | None, resamples: int, console: Console
+    folder: Path, preset: str | None, output: str | None, resamples: int, console: Console
 ) -> dict[str, Any]:
     """The table of the run in ``folder``, or the packaged one where there is no run."""
     file, kept = folder / "results.npz", folder / "report" / "table.json"
     if not file.is_file():
-        packaged = packaged_results(preset)
+        packaged = packaged_results(preset or _DEFAULT_PRESET)
         if output is not None or (folder / "experiment.json").is_file() or packaged is None:
             raise ValueError(f"{folder} must hold results.npz: run evaluate first")
         console.print(f"no run in {folder}: these are the results in the package", highlight=False)
@@ -518,6 +569,7 @@ def _table(
             return table
     else:
         results = load_results(file)
+        _check_preset(preset, results.about["preset"], folder)
         found = read_table(kept, results)
         if found is not None and found["num_resamples"] == resamples:
             return found

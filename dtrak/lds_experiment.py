@@ -10,12 +10,9 @@ influence are fitted to it, and its models make ensembles: no score is judged on
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +26,7 @@ from .captions import write_captions
 from .data import ImageData, encode_png, load_data, to_uint8
 from .diffusion import DiffusionModel, hash_tensors
 from .features import describe_differences
+from .files import claim as claim
 from .files import write_atomically
 from .latents import LatentData
 from .lds_tasks import (
@@ -39,11 +37,16 @@ from .lds_tasks import (
     ProgressBar,
     Task,
     is_saved,
+    sample_weights,
+    save_model,
 )
 from .lds_tasks import ExperimentError as ExperimentError
-from .lds_text_to_image import TextToImageTask, default_precision, lora_settings
+from .lds_text_to_image import TextToImageTask, default_precision, load_base, lora_settings
+from .lds_workers import NAME_BYTES
+from .measure import available_bytes, format_bytes
 from .outputs import check_choice
 from .presets import SUBSET_FAMILIES, Preset, get_preset
+from .text_to_image import TextToImageModel
 from .training import Recipe
 
 FULL = "full"
@@ -57,6 +60,8 @@ _DECIDING = {"preset", "data", "validation", "num_generated", "recipe"}
 _SUBSETS = "subsets.safetensors"
 # from this subset on, those of the first family are those of the second
 _MOST_SUBSETS = (SUBSET_FAMILIES["retrain"] - SUBSET_FAMILIES["lds-val"]) // 2
+# a picture is called after its seed in five digits: in the order of names, more would be jumbled
+_MOST_GENERATED = 10**5
 # parts of the training at which TracInCP looks at the full model, besides its end
 _QUARTERS = 4
 
@@ -133,6 +138,10 @@ class Experiment:
         """Whether the model called ``name`` is finished."""
         return is_saved(self.model_folder(name))
 
+    def sample_weights(self, name: str = FULL) -> str | None:
+        """As `lds_tasks.sample_weights`; None for a model that is not there."""
+        return sample_weights(self.model_folder(name)) if self.is_trained(name) else None
+
     def load_model(self, name: str = FULL) -> DiffusionModel:
         """A finished model, on the CPU unless it takes the place of one on another device.
 
@@ -180,9 +189,11 @@ def prepare(
     Raises:
         ExperimentError: the folder holds another run (what differs), or something else.
         ValueError: a number is below 1 (0 for the retrain family), there are more subsets than are
-            apart from the retrain family, there are fewer validation images than asked for, or a
-            model or a precision is given for a preset that fine-tunes nothing.
-        FileNotFoundError, ModelError: the base, as `text_to_image.load_text_to_image`.
+            apart from the retrain family or than fit in memory, more than 100,000 pictures to draw,
+            or fewer validation images than asked for; or a model or a precision is given for a
+            preset that fine-tunes nothing.
+        FileNotFoundError, ModelError: the base, as `text_to_image.load_text_to_image`, before any
+            data is read.
     """
     found = None if _is_new(folder) else _read_manifest(folder)
     given = {
@@ -205,6 +216,11 @@ def prepare(
         least = 0 if name == "num_retrain" else 1
         if count < least:
             raise ValueError(f"{name} must be at least {least}, got {count}")
+    if counts["num_generated"] > _MOST_GENERATED:
+        raise ValueError(
+            f"num_generated must be at most {_MOST_GENERATED}, as names of pictures have five "
+            f"digits, got {counts['num_generated']}"
+        )
     for option, value in (("--model", model), ("--mixed-precision", mixed_precision)):
         if preset.lora is None and value is not None:
             raise ValueError(
@@ -212,6 +228,9 @@ def prepare(
                 f"{value!r}"
             )
     about = {} if preset.lora is None else _choose_base(preset, found, model, mixed_precision)
+    # the data takes minutes to read: a base that is refused is refused before
+    recorded = None if found is None else found["deciding"].get("base")
+    loaded = load_base(about["base"], recorded, folder) if about else None
     data = preset.load_data("train", source)
     validation = preset.load_data("validation", source, limit=num_validation)
     if num_validation is not None and len(validation) < num_validation:
@@ -219,7 +238,7 @@ def prepare(
             f"num_validation must be at most {len(validation)}, the validation images there are, "
             f"got {num_validation}"
         )
-    task = _make_task(folder, preset, data, validation, counts["num_generated"], about)
+    task = _make_task(folder, preset, data, validation, counts["num_generated"], about, loaded)
     deciding = {
         "format": _FORMAT,
         "preset": preset.name,
@@ -248,6 +267,7 @@ def prepare(
             f"num_subsets must be at most {_MOST_SUBSETS} beside a retrain family, whose subsets "
             f"the next ones would be again, got {sizes['num_subsets']}"
         )
+    _check_memory(len(data), **sizes)
     subsets = preset.subsets(data, sizes["num_subsets"])
     retrain = preset.subsets(data, sizes["num_retrain"], RETRAIN)
     folder.mkdir(parents=True, exist_ok=True)
@@ -263,6 +283,17 @@ def prepare(
     }
     _write_manifest(folder, manifest)
     return _assemble(folder, preset, data, subsets, retrain, validation, manifest, task)
+
+
+def _check_memory(num_train: int, num_subsets: int, num_model_seeds: int, num_retrain: int) -> None:
+    needed = (num_subsets + num_retrain) * num_train + num_subsets * num_model_seeds * NAME_BYTES
+    available = available_bytes(torch.device("cpu"))
+    if needed > available:
+        raise ValueError(
+            f"num_subsets, num_model_seeds and num_retrain must fit in {format_bytes(available)} "
+            f"of memory, got {num_subsets}, {num_model_seeds} and {num_retrain}, which take "
+            f"{format_bytes(needed)}"
+        )
 
 
 def encode(experiment: Experiment, device: torch.device, progress_bar: ProgressBar) -> None:
@@ -344,6 +375,7 @@ def _make_task(
     validation: ImageData,
     num_generated: int,
     about: dict[str, Any],
+    base: TextToImageModel | None = None,
 ) -> Task:
     """What is trained: ``about`` is a manifest, or what `_choose_base` returns."""
     if preset.lora is None:
@@ -358,6 +390,7 @@ def _make_task(
         about["mixed_precision"],
         about.get("deciding", {}).get("base"),
         about.get("latents"),
+        base,
     )
 
 
@@ -395,6 +428,17 @@ def _is_new(folder: Path) -> bool:
     return names <= {"report", _SUBSETS, f"{_SUBSETS}.partial", "experiment.json.partial"}
 
 
+def recorded_preset(folder: Path) -> str | None:
+    """Name of the preset of the run in ``folder``; None where there is no run.
+
+    Raises:
+        ExperimentError: its record is damaged.
+    """
+    if not (folder / "experiment.json").is_file():
+        return None
+    return str(_read_manifest(folder)["deciding"]["preset"])
+
+
 def _read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / "experiment.json"
     if not file.is_file():
@@ -415,26 +459,6 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     write_atomically(folder / "experiment.json", json.dumps(manifest, indent=1).encode())
-
-
-@contextmanager
-def claim(file: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Try to be the one process that works on something; yields whether it is.
-
-    The operating system lets go of the lock when the process ends, however it ends.
-
-    Args:
-        file: of the lock; made if missing, and left there.
-        wait: until no other process is at it.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as opened:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
 
 
 def train_one(
@@ -502,26 +526,6 @@ def train_one(
 
 def _checkpoint_name(step: int) -> str:
     return f"{FULL}-step-{step:06d}"
-
-
-def save_model(
-    model: DiffusionModel, folder: Path, write: Callable[[Path], None] | None = None
-) -> None:
-    """Save a model so that a killed process leaves none that passes for a whole one.
-
-    Args:
-        model: to save, unless one is there.
-        folder: where.
-        write: writes it into a folder that is not there yet; by default ``model.save``.
-    """
-    if is_saved(folder):
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(folder.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    (write or model.save)(partial)
-    partial.rename(folder)
 
 
 def generated_queries(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -31,6 +32,8 @@ from .outputs import evaluate_output, select_timesteps
 
 # before the ids that decide the noise: no query meets here the noise its features were made with
 _ROLE = "lds/"
+# key in a file of losses, of the digest of the weights they were measured under
+_WEIGHTS = "weights"
 
 
 @dataclass(frozen=True)
@@ -150,15 +153,17 @@ def evaluate_one(
 ) -> bool:
     """Measure the losses under the model called ``name``, unless that is done or being done.
 
+    They are kept with a digest of the weights, and measured again when the model has others.
+
     Returns:
         Whether this call measured them.
     """
-    file = experiment.folder / "losses" / f"{name}.safetensors"
-    if file.is_file():
+    if is_measured(experiment, name):
         return False
     with claim(experiment.folder / "locks" / f"losses-{name}.lock") as is_ours:
-        if not is_ours or file.is_file():
+        if not is_ours or is_measured(experiment, name):
             return False
+        weights = experiment.sample_weights(name)
         dtype = experiment.task.dtype(device)
         model = experiment.load_model(name)
         total = settings.num_noise_seeds * sum(len(images) for images in queries.values())
@@ -179,19 +184,39 @@ def evaluate_one(
                 progress=shifted,
             )
             before += settings.num_noise_seeds * len(images)
-        write_atomically(file, save(losses))
+        write_atomically(_file(experiment, name), save(losses, metadata={_WEIGHTS: str(weights)}))
         if progress is not None:
             progress(total, total)
         return True
 
 
+def _file(experiment: Experiment, name: str) -> Path:
+    return experiment.folder / "losses" / f"{name}.safetensors"
+
+
+def is_outdated(experiment: Experiment, name: str) -> bool:
+    """Whether the losses of the model called ``name`` were measured before it was trained anew.
+
+    Losses that do not say under which weights, as those of older versions, are taken for those of
+    the model that is there; where the model is gone, losses are kept for what they were.
+    """
+    try:
+        with safe_open(_file(experiment, name), "pt") as opened:
+            weights = (opened.metadata() or {}).get(_WEIGHTS)
+    except (OSError, SafetensorError):
+        # missing or damaged: that is said where they are read
+        return False
+    return weights is not None and experiment.sample_weights(name) not in (None, weights)
+
+
+def is_measured(experiment: Experiment, name: str) -> bool:
+    """Whether the losses under the model called ``name`` are there and not outdated."""
+    return _file(experiment, name).is_file() and not is_outdated(experiment, name)
+
+
 def measured_names(experiment: Experiment, family: str = LDS) -> list[str]:
-    """The models of a family whose losses are there."""
-    return [
-        name
-        for name in experiment.names(family=family)
-        if (experiment.folder / "losses" / f"{name}.safetensors").is_file()
-    ]
+    """The models of a family whose losses are there, and not outdated."""
+    return [name for name in experiment.names(family=family) if is_measured(experiment, name)]
 
 
 def load_losses(experiment: Experiment, family: str = LDS) -> tuple[list[int], dict[str, Tensor]]:
@@ -214,7 +239,7 @@ def load_losses(experiment: Experiment, family: str = LDS) -> tuple[list[int], d
     for subset in complete:
         parts: dict[str, list[Tensor]] = {}
         for name in names[subset]:
-            file = experiment.folder / "losses" / f"{name}.safetensors"
+            file = _file(experiment, name)
             try:
                 found = load_file(file)
             except (OSError, SafetensorError) as error:

@@ -7,10 +7,10 @@ image, so they are what is kept.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,9 @@ from .features import (
     fill_store,
     fitting_batch_size,
 )
-from .files import write_atomically
+from .files import claim, write_atomically
 from .lds_clip import ClipEncoder
-from .lds_experiment import FULL, Experiment, ExperimentError, generated_queries
+from .lds_experiment import FULL, RETRAIN, Experiment, ExperimentError, generated_queries
 from .lds_statistics import predict_groups
 from .lds_tasks import GENERATED, TRAIN
 from .outputs import select_timesteps
@@ -157,6 +157,14 @@ def name_raw(settings: Sequence[Setting], raw: str) -> list[Setting]:
     ]
 
 
+def feature_bytes(experiment: Experiment) -> tuple[int, int]:
+    """What the features in a run's folder take: of all models, and of the retrain family's."""
+    folder = experiment.folder / "features"
+    sizes = {file: file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+    members = [size for file, size in sizes.items() if f"-{RETRAIN}-" in file.parents[1].name]
+    return sum(sizes.values()), sum(members)
+
+
 @dataclass(frozen=True, eq=False)
 class Prediction:
     """What a method predicts for every subset and query, at every damping tried.
@@ -201,10 +209,12 @@ class Predictor:
         self.train = experiment.task.samples(TRAIN, experiment.data, device)
         self.progress_bar, self.clip = progress_bar, clip
         self._loaded: tuple[str, DiffusionModel] | None = None
-        self._hashes: dict[str, str] = {}
+        self._digests: dict[str, str | None] = {}
 
     def predict(self, settings: Sequence[Setting]) -> Iterator[Prediction]:
         """The predictions of ``settings``, one after the other; what is in the folder is reused.
+
+        Several commands may share a run: what one of them makes the others wait for.
 
         Raises:
             ExperimentError: a file is damaged.
@@ -218,13 +228,27 @@ class Predictor:
             groups.setdefault(group, []).append(setting)
         for members in groups.values():
             kept = {setting: self._read(setting) for setting in members}
-            missing = [setting for setting in members if kept[setting] is None]
-            if missing:
-                self._compute(missing)
+            if None in kept.values():
+                with self._alone_at(members[0]):
+                    missing = [setting for setting in members if self._read(setting) is None]
+                    if missing:
+                        self._compute(missing)
+                    kept = {setting: self._read(setting) for setting in members}
             for setting in members:
-                prediction = kept[setting] or self._read(setting)
+                prediction = kept[setting]
                 assert prediction is not None
                 yield prediction
+
+    @contextmanager
+    def _alone_at(self, setting: Setting) -> Iterator[None]:
+        """Wait until no other command makes these features: two would begin different shards."""
+        name = self._feature_folder(setting, -1).name
+        lock = self.experiment.folder / "locks" / f"features-{name}.lock"
+        with ExitStack() as stack:
+            if not stack.enter_context(claim(lock)):
+                with self.progress_bar(f"wait for another command: {name}"):
+                    stack.enter_context(claim(lock, wait=True))
+            yield
 
     def _file(self, setting: Setting) -> Path:
         return self.experiment.folder / "predictions" / f"{setting.key}.safetensors"
@@ -234,21 +258,22 @@ class Predictor:
         identity = hash_tensors({"subsets": self.experiment.subsets}) + self.queries.fingerprint
         if setting.method in CLIP_METHODS and self.clip is not None:
             identity += self.clip.identity
-        if setting.model != FULL:
-            identity += self._hash_weights(setting.model)
         return identity
 
-    def _hash_weights(self, name: str) -> str:
-        """Of a model's file, which is read once however many predictions are of it."""
-        if name not in self._hashes:
-            digest = hashlib.sha256()
-            for file in sorted(self.experiment.model_folder(name).rglob("*.safetensors")):
-                digest.update(file.read_bytes())
-            self._hashes[name] = digest.hexdigest()
-        return self._hashes[name]
+    def _weights(self, setting: Setting) -> str | None:
+        """A digest of the weights predictions are of; None for a method without a model."""
+        if setting.method.output_function is None:
+            return None
+        if setting.model not in self._digests:
+            self._digests[setting.model] = self.experiment.sample_weights(setting.model)
+        return self._digests[setting.model]
 
     def _read(self, setting: Setting) -> Prediction | None:
-        """What is kept of a setting; None for nothing, or predictions of something else."""
+        """What is kept of a setting; None for nothing, or predictions of something else.
+
+        Predictions that do not say of which weights, as those of older versions, are taken for
+        those of the model that is there.
+        """
         file = self._file(setting)
         if not file.is_file():
             return None
@@ -260,6 +285,9 @@ class Predictor:
             raise ExperimentError(f"{file} is damaged: delete it and run again") from error
         if about["identity"] != self._identity(setting):
             return None
+        weights = about.get("weights")
+        if weights is not None and self._weights(setting) not in (None, weights):
+            return None
         kinds = (GENERATED,) if setting.method.kind == "journey" else tuple(self.sizes)
         return Prediction(setting, kinds, tuple(about["dampings"]), tuple(about["rules"]), values)
 
@@ -267,6 +295,7 @@ class Predictor:
         """Keep the predictions of (rule, damping, scores ``[Q, N]``) triples."""
         about = {
             "identity": self._identity(setting),
+            "weights": self._weights(setting),
             "rules": [rule for rule, _, _ in parts],
             "dampings": [damping for _, damping, _ in parts],
         }

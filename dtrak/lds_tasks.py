@@ -6,6 +6,8 @@ a text-to-image model. Everything else of an experiment (subsets, locks, files, 
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -30,6 +32,8 @@ Progress = Callable[[int, int], None]
 ProgressBar = Callable[[str], AbstractContextManager[Progress]]
 TRAIN, VALIDATION, GENERATED = "train", "validation", "generated"
 _WEIGHTS = ("model_index.json", LORA_FILES[0])
+_WEIGHT_SUFFIXES = (".safetensors", ".bin")
+_BLOCKS, _BLOCK_BYTES = 16, 2**16
 
 
 class ExperimentError(ValueError):
@@ -152,6 +156,52 @@ class Task(Protocol):
 def is_saved(folder: Path) -> bool:
     """Whether ``folder`` holds a finished model, whichever task wrote it."""
     return any((folder / name).is_file() for name in _WEIGHTS)
+
+
+def save_model(
+    model: DiffusionModel, folder: Path, write: Callable[[Path], None] | None = None
+) -> None:
+    """Save a model so that a killed process leaves none that passes for a whole one.
+
+    Args:
+        model: to save, unless one is there.
+        folder: where.
+        write: writes it into a folder that is not there yet; by default ``model.save``.
+    """
+    if is_saved(folder):
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(folder.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    (write or model.save)(partial)
+    partial.rename(folder)
+
+
+def sample_weights(folder: Path) -> str:
+    """SHA-256 of a sample of a model's weights, which tells whether it was trained anew.
+
+    Of every file of weights the name, the size and 1 MiB in 16 blocks spread over it are read, or
+    all of a smaller file: a copy keeps its digest. Training changes every weight, so that another
+    training has another one; an edit of single weights between the blocks is not noticed.
+
+    Args:
+        folder: of a model, whichever task wrote it.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        if file.suffix not in _WEIGHT_SUFFIXES:
+            continue
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder).as_posix()} {size}\n".encode())
+        with file.open("rb") as opened:
+            if size <= _BLOCKS * _BLOCK_BYTES:
+                digest.update(opened.read())
+                continue
+            for block in range(_BLOCKS):
+                opened.seek(block * (size - _BLOCK_BYTES) // (_BLOCKS - 1))
+                digest.update(opened.read(_BLOCK_BYTES))
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)

@@ -68,6 +68,27 @@ def lora_settings(lora: LoraRecipe) -> dict[str, Any]:
     }
 
 
+def load_base(base: str, recorded: dict[str, str] | None, folder: Path) -> TextToImageModel:
+    """A base model, checked to be the one a run was prepared with.
+
+    Args:
+        base: folder or hub name.
+        recorded: hashes of the one the run was prepared with; None for a new run.
+        folder: of the run.
+
+    Raises:
+        ExperimentError: it is another one.
+        FileNotFoundError, ModelError: as `text_to_image.load_text_to_image`.
+    """
+    model = load_text_to_image(base)
+    differing = "" if recorded is None else describe_differences(recorded, _identify(model))
+    if differing:
+        raise ExperimentError(
+            f"the base model in {base} must be the one {folder} was prepared with: {differing}"
+        )
+    return model
+
+
 @dataclass(eq=False)
 class TextToImageTask:
     """A LoRA, fine-tuned on images and their captions.
@@ -82,6 +103,7 @@ class TextToImageTask:
         mixed_precision: of forward passes, as `accelerate.Accelerator` calls it.
         recorded_base: hashes of the base the run was prepared with; None before that.
         recorded_latents: SHA-256 of the latents to train on; None before they are made.
+        loaded: the base, where it is loaded already.
     """
 
     preset: Preset
@@ -93,7 +115,7 @@ class TextToImageTask:
     mixed_precision: str
     recorded_base: dict[str, str] | None = None
     recorded_latents: str | None = None
-    _model: TextToImageModel | None = field(default=None, init=False, repr=False)
+    loaded: TextToImageModel | None = field(default=None, repr=False)
     _posteriors: Tensor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -127,17 +149,9 @@ class TextToImageTask:
             ExperimentError: it is another one than the run was prepared with.
             FileNotFoundError, ModelError: as `text_to_image.load_text_to_image`.
         """
-        if self._model is None:
-            model = load_text_to_image(self.base)
-            if self.recorded_base is not None:
-                differing = describe_differences(self.recorded_base, _identify(model))
-                if differing:
-                    raise ExperimentError(
-                        f"the base model in {self.base} must be the one {self.folder} was prepared "
-                        f"with: {differing}"
-                    )
-            self._model = model
-        return self._model
+        if self.loaded is None:
+            self.loaded = load_base(self.base, self.recorded_base, self.folder)
+        return self.loaded
 
     def deciding(self) -> dict[str, Any]:
         """As `Task.deciding`."""

@@ -16,6 +16,8 @@ Report = Callable[[str, int, int], None]
 # one model: (name, progress) -> whether this call finished it
 Job = Callable[[str, Callable[[int, int], None]], bool]
 
+# of the name of a model, which a list of models holds in memory
+NAME_BYTES = 100
 _POLL_SECONDS = 0.5
 
 
@@ -28,7 +30,7 @@ def work(
         make_job: called with the number of the worker, in the process that does the work; it and
             its arguments must be picklable where there is more than one process.
         names: of the models.
-        processes: how many work at once.
+        processes: how many work at once; no more than there are models.
         report: called in this process as work goes on, and with (name, units, units) at its end.
 
     Returns:
@@ -40,7 +42,8 @@ def work(
     """
     if processes < 1:
         raise ValueError(f"processes must be at least 1, got {processes}")
-    if processes == 1:
+    processes = min(processes, len(names))
+    if processes <= 1:
         with one_thread():
             return _work_through(make_job(0), names, report)
     context = multiprocessing.get_context("spawn")

@@ -184,6 +184,7 @@ def test_ctrl_c_ends_without_a_traceback(finished, tmp_path):
         (["--draw", "published", "--seed", "0"], "--seed is for --draw seed, got 0"),
         (["--queries", "1", "--top-k", "60"], r"--top-k must be in \[1, 60\), got 60"),
         (["--queries", "1", "--retrainings", "0"], "--retrainings must be at least 1, got 0"),
+        (["--retrainings", str(10**12)], r"--retrainings must leave .* memory, got 10{12} and"),
         (["--queries", "1", "--processes", "0"], "processes must be at least 1, got 0"),
         (["--device", "gpu"], "--device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
         (["--clip", "absent"], "CLIP must be an existing folder"),
@@ -201,6 +202,7 @@ def test_what_costs_nothing_is_refused_before_features_are_made(run, tmp_path):
     """No gradient is taken where another option is wrong."""
     wrong = [
         ["--top-k", "60"], ["--queries", "5"], ["--retrainings", "0"], ["--processes", "0"],
+        ["--retrainings", str(10**12)],
         ["--methods", "trak,clip-dot"], ["--methods", "trak,latent-dot"],
         ["--methods", "trak,mine=absent"], ["--draw", "published"],
     ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from dtrak.counterfactual_results import CounterfactualError
 from dtrak.counterfactual_training import find_preset
 from dtrak.data import load_data
 from dtrak.diffusion import hash_model, load_model
+from dtrak.files import claim
 from dtrak.presets import PRESETS
 from dtrak.results import load_attribution
 from dtrak.runs import Options
@@ -84,6 +86,20 @@ def test_the_runs_own_scores_are_used_and_others_computed(finished, tmp_path):
     assert relative_error(found, expected) < 1e-5
     assert relative_error(own, expected) > 0.1
     assert torch.equal(found, origin.gradient_scores("loss", tmp_path / "trak", CPU, QUIET))
+
+
+def test_features_another_command_makes_are_waited_for(finished, tmp_path):
+    origin, folder, found = open_origin(finished), tmp_path / "trak", []
+    arguments = "loss", folder, CPU, QUIET
+    other = threading.Thread(target=lambda: found.append(origin.gradient_scores(*arguments)))
+    with claim(folder / "features.lock") as ours:
+        assert ours
+        other.start()
+        other.join(1)
+        assert other.is_alive()
+        assert not (folder / "train").exists()
+    other.join(60)
+    assert torch.equal(found[0], origin.gradient_scores(*arguments))
 
 
 def test_other_timesteps_need_other_scores(finished):

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from dtrak.diffusion import hash_model
 from dtrak.lds import app, choose_damping, lds_per_query
 from dtrak.lds_experiment import load_experiment, prepare, train_one
 from dtrak.lds_table import load_results
+from dtrak.measure import format_bytes
 from dtrak.presets import PRESETS
 
 METHODS = tuple(
@@ -59,6 +62,10 @@ def test_from_the_first_subset_to_the_table(run, tmp_path, monkeypatch):
     assert (code, "4 subsets of 20 of 40 images, 5 models to train" in text) == (0, True)
     code, text = run("train", "--last", 3)
     assert (code, "4 of 4 models are trained" in text) == (0, True)
+    for option in ("--loss-timesteps", "--timesteps"):
+        code, text = run("evaluate", *SMALL, option, "1001")
+        assert (code, f"{option} must be at most 1000, the model's number" in text) == (2, True)
+    assert not (tmp_path / "run" / "losses").exists(), "said before losses are measured"
     code, text = run("evaluate", *SMALL)
     assert code == 2
     assert "models must be trained and measured on at least 4 subsets, got 3" in text
@@ -70,6 +77,21 @@ def test_from_the_first_subset_to_the_table(run, tmp_path, monkeypatch):
     assert (code, "losses of 4 of 4 models are measured" in text) == (0, True)
     assert "losses 003-1" in text
     assert "losses 002-1" not in text
+    # a subset model that is another one now
+    again = tmp_path / "run" / "models" / "002-1"
+    shutil.rmtree(again)
+    shutil.copytree(again.with_name("001-1"), again)
+    code, text = run("evaluate", *SMALL)
+    assert (code, "trained anew since their losses were measured: 002-1" in text) == (0, True)
+    assert "losses of 4 of 4 models are measured" in text
+    assert ("losses 002-1" in text, "losses 003-1" in text) == (True, False)
+    features = tmp_path / "run" / "features"
+    size = sum(file.stat().st_size for file in features.rglob("*") if file.is_file())
+    assert f"features: {features} takes {format_bytes(size)}; they save time" in text
+    # they may be deleted: what was predicted is kept
+    shutil.rmtree(features)
+    code, text = run("evaluate", *SMALL)
+    assert (code, "features" in text, features.exists()) == (0, False, False)
     results = load_results(tmp_path / "run" / "results.npz")
     assert results.about["subsets"] == [0, 1, 2, 3]
     assert results.about["steps"] == 8
@@ -120,6 +142,10 @@ def test_a_retrain_family_ensembles_and_clip(run, tmp_path, clip_folder):  # noq
     assert "train retrain-001-1" not in text
     code, text = run("evaluate", *SMALL[:-1], 2, "--ensemble", "2", "--clip", clip_folder)
     assert (code, "retrain family: losses of 10 of 10 models are measured" in text) == (0, True)
+    members = (tmp_path / "run" / "features").glob("*-retrain-00[01]-1")
+    size = sum(file.stat().st_size for each in members for file in each.rglob("*.*"))
+    assert size > 0
+    assert f", {format_bytes(size)} of it of ensembles; they save time" in text
     assert "losses retrain-001-1" not in text, "what was measured is not measured again"
     results = load_results(tmp_path / "run" / "results.npz")
     names = [entry.method for entry in results.entries]
@@ -249,6 +275,11 @@ def test_a_trained_model_does_not_depend_on_what_else_was_trained(run, tmp_path)
         (["evaluate", "--ensemble", "1"], "numbers of models, at least 2, separated by commas"),
         (["evaluate", "--family", "retrian"], "got 'retrian'; did you mean 'retrain'?"),
         (["prepare", "--num-retrain", "-1"], "num_retrain must be at least 0, got -1"),
+        (["train", "--processes", "0"], "--processes must be at least 1, got 0"),
+        (["evaluate", "--processes", "-1"], "--processes must be at least 1, got -1"),
+        (["evaluate", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["evaluate", "--loss-timesteps", "0"], "num_timesteps must be at least 1, got 0"),
+        (["evaluate", "--noise-seeds", "-1"], "num_noise_seeds must be at least 1, got -1"),
         (["report"], "must hold results.npz: run evaluate first"),
         (["report", "--resamples", "999"], "--resamples must be at least 1000, got 999"),
     ],
@@ -261,6 +292,37 @@ def test_mistakes_are_one_line_and_two(run, tmp_path, arguments, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_another_preset_than_the_runs_is_refused(run, tmp_path):
+    folder = tmp_path / "run"
+
+    def command(*arguments):
+        result = CliRunner().invoke(app, [*arguments, "--output", str(folder)])
+        return result.exit_code, " ".join(result.output.split())
+
+    def files():
+        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    assert run("prepare", "--num-subsets", 2)[0] == 0
+    before = files()
+    message = f"--preset must be 'tiny', whose run {folder} holds, or left out, got 'digits'"
+    for name in ("prepare", "train", "evaluate", "report"):
+        code, text = command(name, "--preset", "digits")
+        assert (code, message in text, text.count("error:")) == (2, True, 1), text
+    code, text = command("train", "--preset", "digit")
+    assert (code, "did you mean 'digits'?" in text) == (2, True)
+    assert files() == before
+    # not said, it is the run's
+    code, text = command("prepare", "--num-subsets", "3")
+    assert (code, "3 subsets of 20 of 40 images" in text) == (0, True)
+    code, text = command("train", "--last", "1")
+    assert (code, "2 of 2 models are trained" in text) == (0, True)
+    # results say whose they are, also by themselves
+    (folder / "experiment.json").unlink()
+    shutil.copy(Path(lds.__file__).parent / "lds_results" / "digits.npz", folder / "results.npz")
+    code, text = run("report")
+    assert (code, "--preset must be 'digits', whose run" in text) == (2, True)
+
+
 def test_mistakes_in_a_prepared_run(run, tmp_path):
     assert run("prepare", "--num-subsets", 2)[0] == 0
     for command in ("train", "evaluate"):
@@ -268,8 +330,6 @@ def test_mistakes_in_a_prepared_run(run, tmp_path):
         assert (code, "must have a retrain family: run prepare with --num" in text) == (2, True)
     code, text = run("evaluate", "--clip", "absent")
     assert (code, "CLIP must be an existing folder" in text) == (2, True)
-    code, text = run("train", "--processes", 0)
-    assert (code, "processes must be at least 1, got 0" in text) == (2, True)
     code, text = run("train", "--device", "tpu")
     assert (code, "--device must be auto, cpu, cuda or cuda:N, got 'tpu'" in text) == (2, True)
     code, text = run("evaluate", *SMALL)

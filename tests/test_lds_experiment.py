@@ -24,10 +24,10 @@ from dtrak.lds_experiment import (
     load_experiment,
     prepare,
     query_sets,
-    save_model,
     train_one,
     trained_names,
 )
+from dtrak.lds_tasks import save_model
 from dtrak.presets import PRESETS
 from dtrak.training import Recipe, train
 
@@ -305,6 +305,12 @@ def test_refusals(tmp_path):
         prepare(folder, PRESET, num_validation=7)
     with pytest.raises(ValueError, match="num_retrain must be at least 0, got -1"):
         prepare(folder, PRESET, num_retrain=-1)
+    # 100000.png would come before 99999.png
+    with pytest.raises(ValueError, match=r"num_generated must be at most 100000, .* got 100001"):
+        prepare(folder, PRESET, num_generated=100_001)
+    for option in ("num_subsets", "num_model_seeds", "num_retrain"):
+        with pytest.raises(ValueError, match=r"and num_retrain must fit in .* of memory, got .*00"):
+            prepare(folder, PRESET, **{"num_subsets": 1, option: 10**14})
     # subset 256 of the one family is subset 0 of the other
     with pytest.raises(ValueError, match="num_subsets must be at most 256 beside a retrain family"):
         prepare(folder, PRESET, num_subsets=257, num_retrain=1)

@@ -1,8 +1,10 @@
 """The loss of every query under every model: against the formula, and kept safely."""
 
+import shutil
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from tiny_lds import CPU, PRESET, register
 
@@ -19,6 +21,7 @@ from dtrak.lds_losses import (
     LossSettings,
     claim_settings,
     evaluate_one,
+    is_outdated,
     load_losses,
     measured_names,
     query_losses,
@@ -134,6 +137,40 @@ def test_losses_of_the_retrain_family_are_its_own(tmp_path):
         model = experiment.load_model(f"retrain-{subset:03d}-1")
         expected = query_losses(model, images(), SETTINGS, CPU).double().mean((0, 1))
         assert (losses["validation"][row].double() - expected).abs().max() < 1e-6
+
+
+def test_losses_of_a_model_that_was_trained_anew_are_measured_again(tmp_path):
+    experiment = prepare(tmp_path / "run", PRESET, num_subsets=2)
+    claim_settings(experiment, SETTINGS)
+    queries = {"validation": images()}
+    for name in experiment.names():
+        train_one(experiment, name, CPU)
+        assert evaluate_one(experiment, queries, SETTINGS, name, CPU)
+    before = load_losses(experiment)[1]["validation"]
+    # the same training gives the same weights, and a copy keeps them
+    folder = experiment.model_folder("001-1")
+    shutil.rmtree(folder)
+    assert load_losses(experiment)[0] == [0, 1], "losses outlive their model"
+    train_one(experiment, "001-1", CPU)
+    assert load_losses(experiment)[0] == [0, 1]
+    assert not evaluate_one(experiment, queries, SETTINGS, "001-1", CPU)
+    shutil.rmtree(folder)
+    tiny_model(7).save(folder)
+    assert [is_outdated(experiment, name) for name in ("000-1", "001-1")] == [False, True]
+    assert measured_names(experiment) == ["000-1"]
+    assert load_losses(experiment)[0] == [0], "what is outdated is not used"
+    assert evaluate_one(experiment, queries, SETTINGS, "001-1", CPU)
+    complete, after = load_losses(experiment)
+    assert complete == [0, 1]
+    assert torch.equal(after["validation"][0], before[0])
+    expected = query_losses(tiny_model(7), images(), SETTINGS, CPU).double().mean((0, 1))
+    assert (after["validation"][1].double() - expected).abs().max() < 1e-6
+    # a file of an older version does not say, and is taken as it is
+    file = experiment.folder / "losses" / "001-1.safetensors"
+    save_file(load_file(file), file)
+    shutil.rmtree(folder)
+    tiny_model(8).save(folder)
+    assert measured_names(experiment) == ["000-1", "001-1"]
 
 
 def test_a_model_another_process_measures_is_left_alone(tmp_path):

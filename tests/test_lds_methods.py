@@ -1,15 +1,22 @@
 """Group predictions of every method, from features computed in one go."""
 
+import json
+import shutil
+import threading
+from contextlib import contextmanager
+
 import pytest
 import torch
 from diffusers import DDIMScheduler
 from numerics import relative_error
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_lds import CPU, quiet, register, trained
 
 from dtrak import lds_methods
 from dtrak.features import FeatureSettings, FusedExtractor
 from dtrak.generation import draw_batches
-from dtrak.lds_experiment import ExperimentError, prepare, query_sets
+from dtrak.lds_experiment import ExperimentError, load_experiment, prepare, query_sets
 from dtrak.lds_methods import METHODS, Predictor, Setting, list_settings
 from dtrak_kernels import Projection
 
@@ -171,6 +178,32 @@ def test_predictions_are_kept_and_made_anew_when_the_run_grows(experiment, predi
     file.unlink()
 
 
+def test_predictions_of_a_full_model_that_was_trained_anew_are_not_passed_over(
+    experiment, tmp_path
+):
+    copy = load_experiment(shutil.copytree(experiment.folder, tmp_path / "run"))
+    settings = [Setting(BY_NAME[name], 2, "none") for name in ("TRAK", "Gradient dot")]
+    queries = query_sets(copy, CPU)
+
+    def predict():
+        return list(Predictor(copy, queries, CPU, quiet).predict(settings))
+
+    before = predict()
+    weights = next(copy.model_folder("full").rglob("*.safetensors"))
+    save_file({name: 1.1 * tensor for name, tensor in load_file(weights).items()}, weights)
+    for one, other in zip(before, predict(), strict=True):
+        assert relative_error(one.values[0], other.values[0]) > 1e-2
+    # a file of an older version does not say, and is taken as it is
+    for setting in settings:
+        file = copy.folder / "predictions" / f"{setting.key}.safetensors"
+        with safe_open(file, "pt") as opened:
+            about = json.loads(opened.metadata()["about"])
+        del about["weights"]
+        values = torch.zeros_like(load_file(file)["values"])
+        save_file({"values": values}, file, metadata={"about": json.dumps(about)})
+    assert not any(prediction.values.any() for prediction in predict())
+
+
 def test_what_shares_features_shares_a_solver_also_when_the_run_grows(tmp_path, monkeypatch):
     experiment, made = trained(tmp_path / "run", num_subsets=4), []
 
@@ -187,6 +220,48 @@ def test_what_shares_features_shares_a_solver_also_when_the_run_grows(tmp_path, 
         found = Predictor(run, query_sets(run, CPU), CPU, quiet).predict(settings)
         assert {p.values.shape[1] for p in found} == {len(run.subsets)}
     assert len(made) == 2
+
+
+def test_two_commands_make_features_once(tmp_path, monkeypatch):
+    experiment = trained(tmp_path / "run", num_subsets=4)
+    queries = query_sets(experiment, CPU)
+    begun, waiting, go_on = (threading.Event() for _ in range(3))
+    filled, labels = [], []
+    fill = lds_methods.fill_store
+
+    def wait_and_fill(store, *arguments, **options):
+        filled.append(store.folder.name)
+        begun.set()
+        assert go_on.wait(60)
+        fill(store, *arguments, **options)
+
+    @contextmanager
+    def bar(label):
+        labels.append(label)
+        waiting.set()
+        yield lambda done, total: None
+
+    monkeypatch.setattr(lds_methods, "fill_store", wait_and_fill)
+    settings = [Setting(BY_NAME[name], 2, "sjlt") for name in ("TRAK", "Gradient dot")]
+    found = [[], []]
+
+    def evaluate(place, progress_bar):
+        found[place] += Predictor(experiment, queries, CPU, progress_bar).predict(settings)
+
+    one, other = (
+        threading.Thread(target=evaluate, args=arguments) for arguments in ((0, quiet), (1, bar))
+    )
+    one.start()
+    assert begun.wait(60)
+    other.start()
+    waiting.wait(20)
+    go_on.set()
+    one.join(60)
+    other.join(60)
+    assert labels == ["wait for another command: loss-sjlt-2-3"]
+    assert filled == ["train", "query"]
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a.values, b.values)
 
 
 def test_what_is_evaluated():

@@ -1,12 +1,15 @@
 """What an experiment asks of a kind of model, asked of the unconditional one."""
 
+import os
+import shutil
+
 import torch
 from tiny import tiny_model
 from tiny_lds import CPU, PRESET
 
 from dtrak.diffusion import hash_model, load_model
 from dtrak.generation import draw_batches
-from dtrak.lds_tasks import PixelTask, is_saved
+from dtrak.lds_tasks import PixelTask, is_saved, sample_weights
 from dtrak.training import train
 
 
@@ -38,6 +41,40 @@ def test_a_pixel_model_is_trained_on_the_chosen_images_as_they_are(tmp_path):
     assert hash_model(load_model(folder).unet) == hash_model(model.unet)
     assert task.samples("train", task.data, CPU) is task.data
     assert (task.deciding(), task.prompts([0, 1]), task.dtype(CPU)) == ({}, None, "float32")
+
+
+def test_a_sample_of_weights_tells_models_apart_and_copies_not(tmp_path):
+    first, other, copy = (tmp_path / name for name in ("first", "other", "copy"))
+    tiny_model(1).save(first)
+    tiny_model(2).save(other)
+    shutil.copytree(first, copy)
+    os.utime(next(copy.rglob("*.safetensors")), (0, 0))
+    assert sample_weights(copy) == sample_weights(first) != sample_weights(other)
+    (copy / "training.json").write_text("{}")
+    assert sample_weights(copy) == sample_weights(first), "only weights count"
+
+
+def test_a_sample_of_a_large_file_is_spread_over_it(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    content = bytearray(torch.randint(256, (5_000_001,), generator=generator).byte().numpy())
+    file, seen = tmp_path / "model.safetensors", set()
+    # whole blocks of a training that differ, wherever they lie; the ends to the byte
+    for change in (
+        (0, 0),
+        (0, 1),
+        (5_000_000, 5_000_001),
+        *((n, n + 10**6) for n in range(0, 5 * 10**6, 10**6)),
+    ):
+        changed = bytearray(content)
+        for place in range(*change):
+            changed[place] ^= 1
+        file.write_bytes(changed)
+        seen.add(sample_weights(tmp_path))
+    file.write_bytes(content + b"0")
+    seen.add(sample_weights(tmp_path))
+    file.rename(tmp_path / "other.bin")
+    seen.add(sample_weights(tmp_path))
+    assert len(seen) == 10
 
 
 def test_pixel_journeys_pass_through_the_pictures_drawn():

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import tiny_lds_lora
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
@@ -390,7 +391,9 @@ def refused(text, code, message):
         ({"mixed_precision": "fp15"}, "--mixed-precision must be"),
     ],
 )
-def test_bases_that_cannot_be_used(base, tmp_path, options, message):
+def test_bases_that_cannot_be_used(base, tmp_path, options, message, monkeypatch):
+    if "model" in options:
+        monkeypatch.setattr(tiny_lds_lora, "pictures", lambda _: pytest.fail("data was read"))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         prepare(tmp_path / "run", PRESET, **{"model": str(base), **options})
     assert not (tmp_path / "run").exists()
@@ -403,10 +406,15 @@ def test_a_model_from_scratch_has_no_base(tmp_path):
         prepare(tmp_path / "run", digits, mixed_precision="bf16")
 
 
-def test_another_base_is_refused(folder, base, tmp_path):
+def test_another_base_is_refused(folder, base, tmp_path, monkeypatch):
     other = build_pipeline(tmp_path / "other", seed=1)
-    code, text = lds_run("prepare", folder, "--model", other)
-    refused(text, code, "holds another run: base.model is")
+    before = (folder / "experiment.json").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(tiny_lds_lora, "pictures", lambda _: pytest.fail("data was read"))
+        code, text = lds_run("prepare", folder, "--model", other)
+    refused(text, code, f"the base model in {other} must be the one {folder} was prepared with: ")
+    assert "model is" in text
+    assert (folder / "experiment.json").read_bytes() == before
     code, text = lds_run("prepare", folder, "--mixed-precision", "bf16")
     refused(text, code, 'mixed_precision is "no" there and "bf16" here')
     # the same one elsewhere is welcome, and where it lies is kept

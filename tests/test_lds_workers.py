@@ -64,6 +64,12 @@ def test_a_refusal_reaches_the_caller_and_keeps_what_was_done(tmp_path, processe
     assert any((tmp_path / name).exists() for name in NAMES)
 
 
+def test_no_process_is_started_without_a_model(tmp_path):
+    # it would be a process of its own, were it not the only one that has work
+    assert work(Write(tmp_path), NAMES[:1], 3, lambda *_: None) == 1
+    assert (tmp_path / NAMES[0]).read_text().split()[0] == str(os.getpid())
+
+
 def test_a_dead_process_is_noticed(tmp_path):
     with pytest.raises(RuntimeError, match="a worker died with exit code 7"):
         work(Write(tmp_path, deadly="2"), NAMES, 2, lambda *_: None)
