@@ -41,7 +41,13 @@ from .lds_tasks import (
     save_model,
 )
 from .lds_tasks import ExperimentError as ExperimentError
-from .lds_text_to_image import TextToImageTask, default_precision, load_base, lora_settings
+from .lds_text_to_image import (
+    PRECISIONS,
+    TextToImageTask,
+    default_precision,
+    load_base,
+    lora_settings,
+)
 from .lds_workers import NAME_BYTES
 from .measure import available_bytes, format_bytes
 from .outputs import check_choice
@@ -227,6 +233,8 @@ def prepare(
                 f"{option} must be left out for {preset.name!r}, which fine-tunes no model, got "
                 f"{value!r}"
             )
+    if mixed_precision is not None:
+        check_choice("--mixed-precision", mixed_precision, PRECISIONS)
     about = {} if preset.lora is None else _choose_base(preset, found, model, mixed_precision)
     # the data takes minutes to read: a base that is refused is refused before
     recorded = None if found is None else found["deciding"].get("base")

@@ -49,7 +49,7 @@ from .text_to_image import (
 )
 from .training import Recipe, one_process_accelerator
 
-_DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
+PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _BASE_PARTS = ("model", "vae", "text_encoder")
 
 
@@ -119,7 +119,7 @@ class TextToImageTask:
     _posteriors: Tensor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_choice("--mixed-precision", self.mixed_precision, _DTYPES)
+        check_choice("--mixed-precision", self.mixed_precision, PRECISIONS)
         self.captions = {
             TRAIN: self.preset.captions(self.data.labels or []),
             VALIDATION: self.preset.captions(self.validation.labels or []),
@@ -140,7 +140,7 @@ class TextToImageTask:
     @property
     def precision(self) -> str:
         """Of forward passes, drawing included: a key of `features.DTYPES`."""
-        return _DTYPES[self.mixed_precision]
+        return PRECISIONS[self.mixed_precision]
 
     def base_model(self) -> TextToImageModel:
         """The base with whatever adapter it has at the moment, loaded at the first call.

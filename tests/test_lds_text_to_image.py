@@ -392,8 +392,7 @@ def refused(text, code, message):
     ],
 )
 def test_bases_that_cannot_be_used(base, tmp_path, options, message, monkeypatch):
-    if "model" in options:
-        monkeypatch.setattr(tiny_lds_lora, "pictures", lambda _: pytest.fail("data was read"))
+    monkeypatch.setattr(tiny_lds_lora, "pictures", lambda _: pytest.fail("data was read"))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         prepare(tmp_path / "run", PRESET, **{"model": str(base), **options})
     assert not (tmp_path / "run").exists()
