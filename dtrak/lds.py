@@ -15,7 +15,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from rich.console import Console
 
 from . import __version__
 from .console import choose_device, model_bar, progress_bar, reporting_errors, run_app
+from .features import Samples
 from .files import write_atomically
 from .lds_clip import ClipEncoder
 from .lds_ensembles import ensemble_predictions, find_members, parse_sizes
@@ -366,21 +367,15 @@ def evaluate_command(
         families = _families(experiment, family, (first, last))
         wanted = [name for each in families for name in experiment.names(first, last, each)]
         trained = trained_names(experiment, wanted)
-        done = {name for each in families for name in measured_names(experiment, each)}
-        missing = [name for name in trained if name not in done]
-        outdated = [name for name in missing if is_outdated(experiment, name)]
-        if outdated:
-            console.print(
-                f"trained anew since their losses were measured: {', '.join(outdated)}",
-                highlight=False,
-                soft_wrap=True,
-            )
         if experiment.is_trained(FULL) or not losses_only:
             T = experiment.load_model().num_train_timesteps
             _check_timesteps(T, "--loss-timesteps", loss_timesteps)
             _check_timesteps(T, "--timesteps", max(each.num_timesteps for each in settings))
         settings = name_raw(settings, experiment.task.raw)
         queries = query_sets(experiment, main_device)
+        done = {name for each in families for name in measured_names(experiment, each, queries)}
+        missing = [name for name in trained if name not in done]
+        _say_what_is_outdated(experiment, queries, missing, console)
         claim_settings(experiment, losses)
         if missing:
             with model_bar(console, "losses", len(missing)) as report:
@@ -389,18 +384,32 @@ def evaluate_command(
             total = len(experiment.names(family=each))
             label = "" if each == LDS else f"{each} family: "
             console.print(
-                f"{label}losses of {len(measured_names(experiment, each))} of {total} models are "
-                "measured",
+                f"{label}losses of {len(measured_names(experiment, each, queries))} of {total} "
+                "models are measured",
                 highlight=False,
             )
         if losses_only:
             return
         bars = partial(progress_bar, console)
         predictor = Predictor(experiment, queries, main_device, bars, encoder)
-        results = _predict(predictor, losses, settings, sizes, console)
+        results = _predict(predictor, queries, losses, settings, sizes, console)
         save_results(folder / "results.npz", results)
         console.print(f"results: {folder / 'results.npz'}", highlight=False)
         _say_what_features_take(experiment, console)
+
+
+def _say_what_is_outdated(
+    experiment: Experiment, queries: Mapping[str, Samples], missing: Sequence[str], console: Console
+) -> None:
+    trained = [name for name in missing if is_outdated(experiment, name)]
+    drawn = [name for name in missing if is_outdated(experiment, name, queries)]
+    for what, names in (("trained", trained), ("queries drawn", sorted({*drawn} - {*trained}))):
+        if names:
+            console.print(
+                f"{what} anew since their losses were measured: {', '.join(names)}",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 def _say_what_features_take(experiment: Experiment, console: Console) -> None:
@@ -442,6 +451,7 @@ def _settings(timesteps: str, projection: str, *, with_clip: bool = False) -> li
 
 def _predict(
     predictor: Predictor,
+    queries: Mapping[str, Samples],
     losses: LossSettings,
     settings: Sequence[Setting],
     sizes: Sequence[int],
@@ -449,7 +459,7 @@ def _predict(
 ) -> Results:
     """The results of an experiment as far as it has come."""
     experiment = predictor.experiment
-    complete, measured = load_losses(experiment)
+    complete, measured = load_losses(experiment, LDS, queries)
     if len(complete) < 4:
         raise ValueError(
             f"models must be trained and measured on at least 4 subsets, got {len(complete)}"
@@ -459,7 +469,7 @@ def _predict(
         predictions = ensemble_predictions(predictor, settings, sizes)
         entries += [_entry(prediction, complete) for prediction in predictions]
     subsets, about = experiment.subsets[complete], _about(experiment, complete, measured, losses)
-    retrain = _retrain_family(experiment, about, console)
+    retrain = _retrain_family(experiment, queries, about, console)
     return Results(
         about, subsets, measured, entries + fitted_entries(subsets, measured, retrain), retrain
     )
@@ -479,12 +489,15 @@ def _entry(prediction: Prediction, complete: Sequence[int]) -> Entry:
 
 
 def _retrain_family(
-    experiment: Experiment, about: dict[str, Any], console: Console
+    experiment: Experiment,
+    queries: Mapping[str, Samples],
+    about: dict[str, Any],
+    console: Console,
 ) -> Family | None:
     """The retrain family as far as it has come, noted in ``about``; None where it is too small."""
     if not len(experiment.retrain):
         return None
-    complete, measured = load_losses(experiment, RETRAIN)
+    complete, measured = load_losses(experiment, RETRAIN, queries)
     if len(complete) < FEWEST_FITTED:
         console.print(
             f"datamodels and empirical influence are cross-fitted on the models they are judged "

@@ -36,7 +36,9 @@ from .lds_tasks import (
     Progress,
     ProgressBar,
     Task,
+    check_painter,
     is_saved,
+    record_painter,
     sample_weights,
     save_model,
 )
@@ -547,9 +549,13 @@ def generated_queries(
         The images as saved, 8 bits a channel.
 
     Raises:
-        ExperimentError: the full model is not trained yet.
+        ExperimentError: the full model is not trained yet, or another one than that of the folder
+            drew the images that are there.
     """
     folder = experiment.folder / "generated"
+    if len(missing_queries(experiment)) < experiment.num_generated:
+        # drawn anew, they would take the losses of every model along: that is for the user to say
+        check_painter(experiment.folder, experiment.sample_weights())
     if missing_queries(experiment):
         # another device draws other pictures: those that losses were measured of must stay
         with claim(experiment.folder / "locks" / "generated.lock", wait=True):
@@ -566,6 +572,8 @@ def _draw_queries(
         return
     model, task = experiment.load_model(), experiment.task
     folder.mkdir(exist_ok=True)
+    if len(missing) == experiment.num_generated:
+        record_painter(experiment.folder, experiment.sample_weights())
     prompts = task.prompts(range(experiment.num_generated))
     if prompts is not None:
         write_captions(folder, {_picture(seed): text for seed, text in enumerate(prompts)})

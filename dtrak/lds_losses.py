@@ -34,6 +34,8 @@ from .outputs import evaluate_output, select_timesteps
 _ROLE = "lds/"
 # key in a file of losses, of the digest of the weights they were measured under
 _WEIGHTS = "weights"
+# likewise, of the fingerprints of the queries by their kind
+_QUERIES = "queries"
 
 
 @dataclass(frozen=True)
@@ -153,15 +155,16 @@ def evaluate_one(
 ) -> bool:
     """Measure the losses under the model called ``name``, unless that is done or being done.
 
-    They are kept with a digest of the weights, and measured again when the model has others.
+    They are kept with a digest of the weights and the fingerprints of the queries, and measured
+    again when the model or the queries are others.
 
     Returns:
         Whether this call measured them.
     """
-    if is_measured(experiment, name):
+    if is_measured(experiment, name, queries):
         return False
     with claim(experiment.folder / "locks" / f"losses-{name}.lock") as is_ours:
-        if not is_ours or is_measured(experiment, name):
+        if not is_ours or is_measured(experiment, name, queries):
             return False
         weights = experiment.sample_weights(name)
         dtype = experiment.task.dtype(device)
@@ -184,7 +187,9 @@ def evaluate_one(
                 progress=shifted,
             )
             before += settings.num_noise_seeds * len(images)
-        write_atomically(_file(experiment, name), save(losses, metadata={_WEIGHTS: str(weights)}))
+        of = json.dumps({kind: images.fingerprint for kind, images in queries.items()})
+        about = {_WEIGHTS: str(weights), _QUERIES: of}
+        write_atomically(_file(experiment, name), save(losses, metadata=about))
         if progress is not None:
             progress(total, total)
         return True
@@ -194,33 +199,58 @@ def _file(experiment: Experiment, name: str) -> Path:
     return experiment.folder / "losses" / f"{name}.safetensors"
 
 
-def is_outdated(experiment: Experiment, name: str) -> bool:
+def is_outdated(
+    experiment: Experiment, name: str, queries: Mapping[str, Samples] | None = None
+) -> bool:
     """Whether the losses of the model called ``name`` were measured before it was trained anew.
 
-    Losses that do not say under which weights, as those of older versions, are taken for those of
-    the model that is there; where the model is gone, losses are kept for what they were.
+    Losses that do not say under which weights or of which queries, as those of older versions, are
+    taken for those that are there; where the model is gone, losses are kept for what they were.
+
+    Args:
+        experiment: the run.
+        name: of the model.
+        queries: by kind; losses of others are outdated too. None does not look at them.
     """
     try:
         with safe_open(_file(experiment, name), "pt") as opened:
-            weights = (opened.metadata() or {}).get(_WEIGHTS)
+            about = opened.metadata() or {}
+        measured_of: dict[str, str] | None = json.loads(about.get(_QUERIES, "null"))
     except (OSError, SafetensorError):
         # missing or damaged: that is said where they are read
         return False
+    if queries is not None and measured_of is not None:
+        fingerprints = {kind: images.fingerprint for kind, images in queries.items()}
+        if not fingerprints.items() <= measured_of.items():
+            return True
+    weights = about.get(_WEIGHTS)
     return weights is not None and experiment.sample_weights(name) not in (None, weights)
 
 
-def is_measured(experiment: Experiment, name: str) -> bool:
+def is_measured(
+    experiment: Experiment, name: str, queries: Mapping[str, Samples] | None = None
+) -> bool:
     """Whether the losses under the model called ``name`` are there and not outdated."""
-    return _file(experiment, name).is_file() and not is_outdated(experiment, name)
+    return _file(experiment, name).is_file() and not is_outdated(experiment, name, queries)
 
 
-def measured_names(experiment: Experiment, family: str = LDS) -> list[str]:
+def measured_names(
+    experiment: Experiment, family: str = LDS, queries: Mapping[str, Samples] | None = None
+) -> list[str]:
     """The models of a family whose losses are there, and not outdated."""
-    return [name for name in experiment.names(family=family) if is_measured(experiment, name)]
+    names = experiment.names(family=family)
+    return [name for name in names if is_measured(experiment, name, queries)]
 
 
-def load_losses(experiment: Experiment, family: str = LDS) -> tuple[list[int], dict[str, Tensor]]:
+def load_losses(
+    experiment: Experiment, family: str = LDS, queries: Mapping[str, Samples] | None = None
+) -> tuple[list[int], dict[str, Tensor]]:
     """The losses of the subsets of a family that are complete: every seed trained and measured.
+
+    Args:
+        experiment: the run.
+        family: whose subsets.
+        queries: as in `is_outdated`.
 
     Returns:
         R subset numbers, and by kind of query ``[R, M]`` float32, averaged over the seeds of the
@@ -229,7 +259,7 @@ def load_losses(experiment: Experiment, family: str = LDS) -> tuple[list[int], d
     Raises:
         ExperimentError: a file is damaged.
     """
-    measured = set(measured_names(experiment, family))
+    measured = set(measured_names(experiment, family, queries))
     names = [
         experiment.names(subset, subset + 1, family)
         for subset in range(len(experiment.subsets if family == LDS else experiment.retrain))

@@ -7,6 +7,7 @@ a text-to-image model. Everything else of an experiment (subsets, locks, files, 
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -21,6 +22,7 @@ from torch import Tensor
 from .data import ImageData
 from .diffusion import DiffusionModel, load_model
 from .features import Samples
+from .files import write_atomically
 from .generation import draw_batches
 from .latents import LatentData
 from .lora import LORA_FILES
@@ -33,6 +35,8 @@ ProgressBar = Callable[[str], AbstractContextManager[Progress]]
 TRAIN, VALIDATION, GENERATED = "train", "validation", "generated"
 _WEIGHTS = ("model_index.json", LORA_FILES[0])
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
+# in the folder of generated queries
+_PAINTER_FILE = "drawn_by.json"
 _BLOCKS, _BLOCK_BYTES = 16, 2**16
 
 
@@ -202,6 +206,51 @@ def sample_weights(folder: Path) -> str:
                 opened.seek(block * (size - _BLOCK_BYTES) // (_BLOCKS - 1))
                 digest.update(opened.read(_BLOCK_BYTES))
     return digest.hexdigest()
+
+
+def record_painter(folder: Path, weights: str | None) -> None:
+    """Note beside the generated queries of the run in ``folder`` which model draws them.
+
+    Args:
+        folder: of the run.
+        weights: of its full model, as `sample_weights`.
+    """
+    content = json.dumps({"weights": weights}, indent=1).encode()
+    write_atomically(folder / GENERATED / _PAINTER_FILE, content)
+
+
+def check_painter(folder: Path, weights: str | None) -> None:
+    """Refuse generated queries that another full model drew than the one that is there.
+
+    Queries that do not say which model drew them, as those of older versions, are taken for those
+    of the model that is there; where the model is gone, they are kept for what they were.
+
+    Args:
+        folder: of the run.
+        weights: of its full model, as `sample_weights`; None for none.
+
+    Raises:
+        ExperimentError: another one drew them, or what they say of it is damaged.
+    """
+    file = folder / GENERATED / _PAINTER_FILE
+    if not file.is_file():
+        return
+    try:
+        drawn_by = json.loads(file.read_text())["weights"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ExperimentError(
+            f"{file} is damaged: delete it if the full model has not been trained anew since, or "
+            f"{file.parent} to draw its queries anew"
+        ) from error
+    if weights in (None, drawn_by):
+        return
+    made_of = [folder / GENERATED, folder / "latents" / GENERATED, folder / "features"]
+    stale = " and ".join(str(place) for place in made_of if place.exists())
+    raise ExperimentError(
+        f"{file.parent} holds pictures that another full model drew than the one in "
+        f"{folder / 'models'}: delete {stale} to draw them anew, which measures all losses again, "
+        "or bring that model back"
+    )
 
 
 @dataclass(frozen=True, eq=False)

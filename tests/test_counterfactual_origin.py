@@ -11,6 +11,7 @@ import torch
 from finished_run import OPTIONS, RECIPE, make_run
 from numerics import relative_error
 from rich.console import Console
+from tiny_lds import trained
 
 from dtrak import inputs, lds_experiment
 from dtrak.attribution import run_attribution
@@ -175,3 +176,13 @@ def test_folders_without_a_run(tmp_path):
         open_origin(tmp_path / "absent")
     with pytest.raises(ValueError, match=r"must be a finished run of dtrak\.attribute"):
         open_origin(Path(tmp_path))
+
+
+def test_an_lds_run_whose_full_model_was_trained_anew(tmp_path):
+    experiment = trained(tmp_path / "lds", num_subsets=1)
+    assert len(open_origin(experiment.folder).queries) == 5
+    full = experiment.model_folder("full")
+    shutil.rmtree(full)
+    shutil.copytree(full.with_name("000-1"), full)
+    with pytest.raises(lds_experiment.ExperimentError, match="another full model drew"):
+        open_origin(experiment.folder)

@@ -123,6 +123,35 @@ def test_from_the_first_subset_to_the_table(run, tmp_path, monkeypatch):
     assert (code, "5 subsets" in text) == (0, True)
 
 
+def test_a_full_model_that_was_trained_anew(run, tmp_path):
+    folder = tmp_path / "run"
+    assert run("prepare", "--num-subsets", 4)[0] == 0
+    assert run("train")[0] == 0
+    assert run("evaluate", *SMALL)[0] == 0
+    full = folder / "models" / "full"
+    shutil.rmtree(full)
+    shutil.copytree(full.with_name("000-1"), full)
+    losses = {file: file.read_bytes() for file in (folder / "losses").iterdir()}
+    code, text = run("evaluate", *SMALL)
+    places = f"{folder / 'generated'} and {folder / 'features'}"
+    assert (code, f"another full model drew than the one in {folder / 'models'}" in text) == (
+        2,
+        True,
+    )
+    assert f"delete {places} to draw them anew, which measures all losses again" in text
+    assert {file: file.read_bytes() for file in (folder / "losses").iterdir()} == losses
+    # what is said does it
+    for place in ("generated", "features"):
+        shutil.rmtree(folder / place)
+    code, text = run("evaluate", *SMALL)
+    assert code == 0, text
+    names = ", ".join(f"{number:03d}-1" for number in range(4))
+    assert f"queries drawn anew since their losses were measured: {names}" in text
+    assert "losses 003-1" in text
+    code, text = run("evaluate", *SMALL)
+    assert (code, "anew" in text, "losses 003-1" in text) == (0, False, False)
+
+
 def test_a_retrain_family_ensembles_and_clip(run, tmp_path, clip_folder):  # noqa: F811
     code, text = run("prepare", "--num-subsets", 4, "--num-retrain", 10)
     assert (code, "retrain family: 10 subsets more" in text) == (0, True)

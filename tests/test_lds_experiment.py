@@ -1,6 +1,7 @@
 """A run folder: what is drawn, what is trained, and what survives interruptions and mistakes."""
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -294,6 +295,41 @@ def test_queries_are_validation_images_and_what_the_full_model_draws(tmp_path):
     # a picture that is lost is drawn again, the same
     (experiment.folder / "generated" / "00003.png").unlink()
     assert generated_queries(experiment, CPU).fingerprint == before
+
+
+def test_pictures_of_another_full_model_are_no_queries(tmp_path):
+    experiment = prepare(tmp_path / "run", PRESET)
+    train_one(experiment, "full", CPU)
+    full, drawn = experiment.model_folder("full"), experiment.folder / "generated"
+    before = generated_queries(experiment, CPU).fingerprint
+    # the same training gives the same weights; where the model is gone, its pictures stay
+    shutil.rmtree(full)
+    assert generated_queries(experiment, CPU).fingerprint == before
+    train_one(experiment, "full", CPU)
+    assert generated_queries(experiment, CPU).fingerprint == before
+    shutil.rmtree(full)
+    tiny_model(9).save(full)
+    message = r"generated holds pictures that another full model drew .* delete .*generated to draw"
+    for lost in ((), ("00003.png",)):
+        for name in lost:
+            (drawn / name).unlink()
+        kept = {file.name: file.read_bytes() for file in drawn.iterdir()}
+        for ask in (generated_queries, query_sets):
+            with pytest.raises(ExperimentError, match=message):
+                ask(experiment, CPU)
+        assert {file.name: file.read_bytes() for file in drawn.iterdir()} == kept
+    # none left: all are drawn anew, by the model that is there
+    for file in drawn.glob("*.png"):
+        file.unlink()
+    assert generated_queries(experiment, CPU).fingerprint != before
+    assert generated_queries(experiment, CPU).ids == [f"{seed:05d}.png" for seed in range(5)]
+    # a run of an older version does not say who drew, and is taken as it is
+    (drawn / "drawn_by.json").unlink()
+    shutil.rmtree(full)
+    tiny_model(8).save(full)
+    (drawn / "00003.png").unlink()
+    assert len(generated_queries(experiment, CPU)) == 5
+    assert not (drawn / "drawn_by.json").exists(), "who drew the others is not known"
 
 
 def test_refusals(tmp_path):

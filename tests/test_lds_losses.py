@@ -173,6 +173,41 @@ def test_losses_of_a_model_that_was_trained_anew_are_measured_again(tmp_path):
     assert measured_names(experiment) == ["000-1", "001-1"]
 
 
+def test_losses_of_other_queries_are_measured_again(tmp_path):
+    experiment = prepare(tmp_path / "run", PRESET, num_subsets=2)
+    claim_settings(experiment, SETTINGS)
+    first = {"validation": images(), "generated": images(3)}
+    for name in experiment.names():
+        train_one(experiment, name, CPU)
+        assert evaluate_one(experiment, first, SETTINGS, name, CPU)
+    before = load_losses(experiment, queries=first)[1]
+    # the same names, other pictures
+    other = ImageData(-first["generated"].images, first["generated"].ids, None, "other")
+    queries = first | {"generated": other}
+    assert [is_outdated(experiment, "000-1", each) for each in (None, first, queries)] == [
+        False,
+        False,
+        True,
+    ]
+    assert (measured_names(experiment, queries=queries), len(measured_names(experiment))) == ([], 2)
+    assert load_losses(experiment, queries=queries) == ([], {}), "what is outdated is not used"
+    # another kind was never measured; fewer kinds were
+    assert is_outdated(experiment, "000-1", first | {"drawn": images(1)})
+    assert not is_outdated(experiment, "000-1", {"validation": images()})
+    assert evaluate_one(experiment, queries, SETTINGS, "000-1", CPU)
+    assert not evaluate_one(experiment, queries, SETTINGS, "000-1", CPU)
+    complete, after = load_losses(experiment, queries=queries)
+    assert complete == [0]
+    assert torch.equal(after["validation"][0], before["validation"][0])
+    model = experiment.load_model("000-1")
+    expected = query_losses(model, other, SETTINGS, CPU).double().mean((0, 1))
+    assert (after["generated"][0].double() - expected).abs().max() < 1e-6
+    # a file of an older version does not say, and is taken as it is
+    file = experiment.folder / "losses" / "001-1.safetensors"
+    save_file(load_file(file), file)
+    assert measured_names(experiment, queries=queries) == ["000-1", "001-1"]
+
+
 def test_a_model_another_process_measures_is_left_alone(tmp_path):
     experiment = prepare(tmp_path / "run", PRESET)
     train_one(experiment, "000-1", CPU)

@@ -3,13 +3,21 @@
 import os
 import shutil
 
+import pytest
 import torch
 from tiny import tiny_model
 from tiny_lds import CPU, PRESET
 
 from dtrak.diffusion import hash_model, load_model
 from dtrak.generation import draw_batches
-from dtrak.lds_tasks import PixelTask, is_saved, sample_weights
+from dtrak.lds_tasks import (
+    ExperimentError,
+    PixelTask,
+    check_painter,
+    is_saved,
+    record_painter,
+    sample_weights,
+)
 from dtrak.training import train
 
 
@@ -52,6 +60,28 @@ def test_a_sample_of_weights_tells_models_apart_and_copies_not(tmp_path):
     assert sample_weights(copy) == sample_weights(first) != sample_weights(other)
     (copy / "training.json").write_text("{}")
     assert sample_weights(copy) == sample_weights(first), "only weights count"
+
+
+def test_pictures_say_which_model_drew_them(tmp_path):
+    drawn = tmp_path / "generated"
+    drawn.mkdir()
+    # nothing is said, as in older runs
+    check_painter(tmp_path, "abc")
+    record_painter(tmp_path, "abc")
+    for weights in ("abc", None):
+        check_painter(tmp_path, weights)
+    with pytest.raises(ExperimentError, match=r"drew than the one in \S+: delete \S+generated to"):
+        check_painter(tmp_path, "abd")
+    # what was made of the pictures goes with them
+    for name in ("latents/train", "latents/generated", "features"):
+        (tmp_path / name).mkdir(parents=True)
+    message = r"delete \S+/generated and \S+/latents/generated and \S+/features to draw"
+    with pytest.raises(ExperimentError, match=message):
+        check_painter(tmp_path, "abd")
+    for content in ("{", "[]", "{}"):
+        (drawn / "drawn_by.json").write_text(content)
+        with pytest.raises(ExperimentError, match=r"drawn_by.json is damaged: delete it"):
+            check_painter(tmp_path, "abc")
 
 
 def test_a_sample_of_a_large_file_is_spread_over_it(tmp_path):
