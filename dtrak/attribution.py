@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -127,9 +128,13 @@ def run_attribution(options: Options, console: Console) -> Path:
         ValueError: an option, the model, the data or the output folder is refused; one clear line.
         FileNotFoundError: a path does not exist.
     """
-    run = Run(make_plan(options), console)
+    with ExitStack() as held:
+        return _attribute(Run(make_plan(options), console, held))
+
+
+def _attribute(run: Run) -> Path:
     model, data = load_model_and_data(run)
-    plan = run.plan
+    plan, options = run.plan, run.plan.options
     queries = load_queries(run, model)
     extractor = _make_extractor(run, model)
     train_store = _compute_features(run, model, extractor, data.samples, "train")
@@ -267,9 +272,14 @@ def _print_summary(run: Run, facts: dict[str, str]) -> None:
 
 def run_comparison(options: Options, console: Console) -> Path:
     """Run both ways on the same samples; print agreement, times and memory."""
+    with ExitStack() as held:
+        return _compare(Run(make_plan(options), console, held))
+
+
+def _compare(run: Run) -> Path:
     from .published import PUBLISHED_BATCH_SIZE, Comparison, PublishedExtractor, compare
 
-    run = Run(make_plan(options), console)
+    options = run.plan.options
     model, data = load_model_and_data(run)
     count = min(options.batch_size or PUBLISHED_BATCH_SIZE, len(data.samples))
     samples = data.samples.select(range(count))

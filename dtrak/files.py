@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# of an output folder, in it: whoever holds it writes there, and no reader minds it
+LOCK_FILE = ".lock"
+
 
 def write_atomically(file: Path, content: bytes | memoryview) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new one."""
@@ -23,7 +26,7 @@ def write_atomically(file: Path, content: bytes | memoryview) -> None:
 
 
 @contextmanager
-def claim(file: Path, *, wait: bool = False) -> Iterator[bool]:
+def claim(file: Path, *, wait: bool = False, part: range | None = None) -> Iterator[bool]:
     """Try to be the one process that works on something; yields whether it is.
 
     The operating system lets go of the lock when the process ends, however it ends.
@@ -31,11 +34,18 @@ def claim(file: Path, *, wait: bool = False) -> Iterator[bool]:
     Args:
         file: of the lock; made if missing, and left there.
         wait: until no other process is at it.
+        part: consecutive numbers of at least 0, of which this process works on these alone; another
+            process may have others. Claims of one process do not exclude each other then, and all
+            end with the first.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as opened:
+        how = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
         try:
-            fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if part is None:
+                fcntl.flock(opened, how)
+            else:
+                fcntl.lockf(opened, how, len(part), part.start)
         except BlockingIOError:
             yield False
             return

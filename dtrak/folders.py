@@ -3,28 +3,68 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from .features import describe_differences
 from .files import write_atomically
-from .runs import OutputError
+from .runs import OutputError, alone_in, is_unclaimed
 
 
-def claim_folder(folder: Path, file_name: str, settings: dict[str, Any]) -> dict[str, Any]:
+def claim_folder(
+    folder: Path,
+    file_name: str,
+    settings: dict[str, Any],
+    held: ExitStack | None = None,
+    part: range | None = None,
+) -> dict[str, Any]:
     """Make an output folder ours, or refuse it when it belongs to another run.
 
     Args:
         folder: made if missing.
         file_name: of the JSON file in it that says what decided the run.
         settings: what decides this one, JSON-serialisable; kept under the key ``settings``.
+        held: keeps other commands from writing there until it is closed; None keeps nobody away.
+        part: of the work in the folder that is kept from others, as in `files.claim`; None for all.
 
     Returns:
         What the file holds, after it was written if it was missing.
 
     Raises:
         OutputError: the folder is a file, holds something else, or a run with other settings (which
-            are named).
+            are named); or another command is at work in it.
+    """
+    found = check_folder(folder, file_name, settings)
+    if held is not None:
+        held.enter_context(alone_in(folder, part))
+        # another command may have made it its own in between
+        found = check_folder(folder, file_name, settings)
+    if found is not None:
+        return found
+    folder.mkdir(parents=True, exist_ok=True)
+    # as it will be read back: tuples are lists then
+    content: dict[str, Any] = json.loads(json.dumps({"settings": settings}))
+    write_atomically(folder / file_name, json.dumps(content, indent=1).encode())
+    return content
+
+
+def check_folder(
+    folder: Path, file_name: str, settings: dict[str, Any], *, partly: bool = False
+) -> dict[str, Any] | None:
+    """Refuse an output folder that `claim_folder` would refuse; nothing is written.
+
+    Args:
+        folder: as there.
+        file_name: as there.
+        settings: as there.
+        partly: there are more, which are not known yet.
+
+    Returns:
+        What the file holds; None where it is missing.
+
+    Raises:
+        OutputError: as `claim_folder`.
     """
     file = folder / file_name
     if folder.exists() and not folder.is_dir():
@@ -39,17 +79,16 @@ def claim_folder(folder: Path, file_name: str, settings: dict[str, Any]) -> dict
             raise OutputError(
                 f"{file} is damaged: delete {folder} or choose another --output"
             ) from error
+        if partly:
+            there = {key: value for key, value in there.items() if key in settings}
         differing = describe_differences(there, settings)
         if differing:
             raise OutputError(
                 f"{folder} holds another run: {differing}. Choose another --output, or delete it"
             )
         return found
-    if folder.exists() and any(path.suffix != ".partial" for path in folder.iterdir()):
+    if not is_unclaimed(folder):
         raise OutputError(
             f"{folder} is not empty and holds no {file_name}: choose another --output"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"settings": settings}
-    write_atomically(file, json.dumps(content, indent=1).encode())
-    return content
+    return None

@@ -13,6 +13,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -58,6 +59,11 @@ def run_generation(options: Options, console: Console) -> Path:
         ValueError: an option, the model or the output folder is refused; one clear line.
         FileNotFoundError: there is no such model.
     """
+    with ExitStack() as held:
+        return _draw(options, console, held)
+
+
+def _draw(options: Options, console: Console, held: ExitStack) -> Path:
     for name in ("num_images", "num_inference_steps", "batch_size"):
         value = getattr(options, name)
         if value < 1:
@@ -78,14 +84,11 @@ def run_generation(options: Options, console: Console) -> Path:
             "schedule": model.schedule,
             "num_inference_steps": options.num_inference_steps,
         },
+        # what is finished is only read, and commands with other seeds draw other pictures
+        held if _missing(options) else None,
+        range(options.first_seed, options.first_seed + options.num_images),
     )
-    seeds = range(options.first_seed, options.first_seed + options.num_images)
-    missing = [
-        seed
-        for seed in seeds
-        if not _picture(output, seed).is_file()
-        or (options.trajectories and not _trajectory(output, seed).is_file())
-    ]
+    missing = _missing(options)
     if not missing:
         console.print(f"already drawn: {output}", highlight=False, soft_wrap=True)
         return output
@@ -106,6 +109,17 @@ def run_generation(options: Options, console: Console) -> Path:
                 write_atomically(_picture(output, seed), encode_png(to_uint8(batch.images[row])))
     console.print(f"images: {output}", highlight=False, soft_wrap=True)
     return output
+
+
+def _missing(options: Options) -> list[int]:
+    """Seeds that are still to be drawn."""
+    output = Path(options.output)
+    return [
+        seed
+        for seed in range(options.first_seed, options.first_seed + options.num_images)
+        if not _picture(output, seed).is_file()
+        or (options.trajectories and not _trajectory(output, seed).is_file())
+    ]
 
 
 def _picture(output: Path, seed: int) -> Path:

@@ -65,6 +65,7 @@ def load_model_and_data(run: Run) -> tuple[DiffusionModel, Subject]:
     """
     options = run.plan.options
     check_source("--data", options.data, ["digits"])
+    run.lock_existing()
     if options.lora is not None or (options.model and is_text_to_image(options.model)):
         return _load_text_to_image(run)
     for name in ("caption", "prompts", "guidance_scale", "resolution"):
@@ -78,17 +79,17 @@ def load_model_and_data(run: Run) -> tuple[DiffusionModel, Subject]:
             "small model that is trained on the spot"
         )
     model = digits_model() if options.model is None else load_model(options.model)
-    data = _load_images(run, model, "train")
     recipe = Recipe()
-    run.claim_output(
-        {
-            "data": {"fingerprint": data.fingerprint, "rows": len(data)},
-            "model": {"recipe": recipe.to_dict()}
-            if options.model is None
-            else {"hash": model_identity(model)["model"]},
-            "schedule": model.schedule,
-        }
-    )
+    deciding = {
+        "model": {"recipe": recipe.to_dict()}
+        if options.model is None
+        else {"hash": model_identity(model)["model"]},
+        "schedule": model.schedule,
+    }
+    # images take minutes to read: another model is refused before
+    run.check_output(deciding, partly=True)
+    data = _load_images(run, model, "train")
+    run.claim_output({"data": {"fingerprint": data.fingerprint, "rows": len(data)}, **deciding})
     run.choose_timesteps(model)
     if options.model is None:
         model = _train_digits(run, model, data, recipe)
@@ -154,14 +155,15 @@ def _load_text_to_image(run: Run) -> tuple[DiffusionModel, Subject]:
         given = getattr(options, other[2:])
         raise ValueError(f"{missing} must name the {what}, got none with {other} {given}")
     model = load_text_to_image(options.model, options.lora)
+    deciding = {"model": model.identity, "schedule": model.schedule}
+    run.check_output(deciding, partly=True)
     data = _load_images(run, model, "train")
     captions = _captions(run, options.data, data)
     run.claim_output(
         {
             "data": {"fingerprint": data.fingerprint, "rows": len(data)},
             "captions": _hash_texts(captions),
-            "model": model.identity,
-            "schedule": model.schedule,
+            **deciding,
         }
     )
     run.choose_timesteps(model)

@@ -61,12 +61,36 @@ def describe_training(
         JSON-serialisable.
     """
     return {
-        "preset": preset,
-        "base": base,
         "data": {"fingerprint": fingerprint, "rows": len(captions)},
         "captions": hash_captions(captions, model.tokenize(captions)),
-        "recipe": recipe.to_dict(),
         "steps": recipe.num_steps(len(captions)),
+        **describe_model(
+            model,
+            recipe,
+            preset=preset,
+            base=base,
+            rank=rank,
+            caption_dropout=caption_dropout,
+            mixed_precision=mixed_precision,
+        ),
+    }
+
+
+def describe_model(
+    model: TextToImageModel,
+    recipe: Recipe,
+    *,
+    preset: str | None,
+    base: str,
+    rank: int,
+    caption_dropout: float,
+    mixed_precision: str,
+) -> dict[str, Any]:
+    """The part of `describe_training` that needs no images; arguments as there."""
+    return {
+        "preset": preset,
+        "base": base,
+        "recipe": recipe.to_dict(),
         "rank": rank,
         "caption_dropout": caption_dropout,
         "model": model.identity,

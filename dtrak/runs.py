@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from dtrak_kernels.ops import KINDS
 from .console import choose_device, parse_damping, progress_bar
 from .diffusion import DiffusionModel
 from .features import DTYPES, FeatureSettings, describe_differences
-from .files import write_atomically
+from .files import LOCK_FILE, claim, write_atomically
 from .measure import StageClock
 from .noise import MAX_TIMESTEPS
 from .outputs import check_choice, check_output_function, parse_timesteps, select_timesteps
@@ -29,6 +29,33 @@ DEFAULT_PROJ_DIM = {"sjlt": 8192, "kronecker": 8192, "rademacher": 2048, "normal
 
 class OutputError(ValueError):
     """An output folder that belongs to something else; the message says what differs."""
+
+
+@contextmanager
+def alone_in(folder: Path, part: range | None = None) -> Iterator[None]:
+    """Keep other commands from writing into an output folder; readers are not kept away.
+
+    Args:
+        folder: made if missing.
+        part: as in `files.claim`.
+
+    Raises:
+        OutputError: another command writes there.
+    """
+    with claim(folder / LOCK_FILE, part=part) as is_ours:
+        if not is_ours:
+            raise OutputError(
+                f"another command is at work in {folder}: wait until it has ended, or choose "
+                "another --output"
+            )
+        yield
+
+
+def is_unclaimed(folder: Path) -> bool:
+    """Whether ``folder`` is missing, or empty but for locks and what a killed writer left."""
+    return not folder.exists() or all(
+        path.suffix == ".partial" or path.name == LOCK_FILE for path in folder.iterdir()
+    )
 
 
 @dataclass(frozen=True)
@@ -124,10 +151,17 @@ class Run:
         console: where progress goes.
         clock: seconds and memory of the stages.
         reused: names of the stages that needed no work.
+
+    Args:
+        plan: as above.
+        console: as above.
+        held: where the run keeps its output folder locked against other commands, until it is
+            closed; None for a reader of a finished run, which keeps nobody away.
     """
 
-    def __init__(self, plan: Plan, console: Console) -> None:
+    def __init__(self, plan: Plan, console: Console, held: ExitStack | None = None) -> None:
         self.plan, self.console = plan, console
+        self._held, self._is_locked = held, False
         self.clock = StageClock(plan.device)
         self.reused: list[str] = []
 
@@ -154,6 +188,21 @@ class Run:
         settings = replace(self.plan.settings, timesteps=tuple(timesteps))
         self.plan = replace(self.plan, settings=settings)
 
+    def lock(self) -> None:
+        """Keep other commands away from the output folder, which is made if missing.
+
+        Raises:
+            OutputError: another one is at work in it.
+        """
+        if self._held is not None and not self._is_locked:
+            self._held.enter_context(alone_in(self.plan.output))
+            self._is_locked = True
+
+    def lock_existing(self) -> None:
+        """As `lock`, where there is a run already: before anything is read for another one."""
+        if (self.plan.output / "run.json").is_file():
+            self.lock()
+
     def claim_output(self, deciding: dict[str, Any]) -> None:
         """Make the output folder ours.
 
@@ -161,7 +210,29 @@ class Run:
             deciding: what decides whose it is.
 
         Raises:
-            OutputError: it belongs to another run (what differs), or is no place for one.
+            OutputError: it belongs to another run (what differs), is no place for one, or another
+                command is at work in it.
+        """
+        self.check_output(deciding)
+        self.lock()
+        # another command may have made it its own in between
+        if not self.check_output(deciding):
+            self.plan.output.mkdir(parents=True, exist_ok=True)
+            content = json.dumps(deciding, indent=1).encode()
+            write_atomically(self.plan.output / "run.json", content)
+
+    def check_output(self, deciding: dict[str, Any], *, partly: bool = False) -> bool:
+        """Refuse an output folder that cannot be ours; nothing is written.
+
+        Args:
+            deciding: what decides whose it is.
+            partly: there is more that does, which is not known yet.
+
+        Returns:
+            Whether a run is there, which is this one as far as is known.
+
+        Raises:
+            OutputError: as `claim_output`.
         """
         folder, file = self.plan.output, self.plan.output / "run.json"
         if folder.exists() and not folder.is_dir():
@@ -175,20 +246,22 @@ class Run:
                 )
         if file.is_file():
             try:
-                found = json.loads(file.read_text())
-            except ValueError as error:
+                found = dict(json.loads(file.read_text()))
+            except (ValueError, TypeError) as error:
                 raise OutputError(
                     f"{file} is damaged: delete {folder} or choose another --output"
                 ) from error
+            if partly:
+                found = {key: value for key, value in found.items() if key in deciding}
             differing = describe_differences(found, deciding)
             if differing:
                 raise OutputError(
                     f"{folder} holds another run: {differing}. Choose another --output, or "
                     "delete it"
                 )
-        elif folder.exists() and any(p.suffix != ".partial" for p in folder.iterdir()):
+            return True
+        if not is_unclaimed(folder):
             raise OutputError(
                 f"{folder} is not empty and holds no run of dtrak: choose another --output"
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(deciding, indent=1).encode())
+        return False

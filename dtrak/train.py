@@ -18,7 +18,7 @@ import json
 import platform
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -204,13 +204,27 @@ def run_training(options: Options, console: Console) -> Path:
         ValueError: an option, the data or the output folder is refused; one clear line.
         FileNotFoundError: a path does not exist.
     """
+    with ExitStack() as held:
+        return _train(options, console, held)
+
+
+def check_precision(accelerator: Accelerator) -> None:
+    """Refuse a precision that the device does not compute in.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("--mixed-precision fp16 must run on a GPU, got the CPU: bf16 runs on both")
+
+
+def _train(options: Options, console: Console, held: ExitStack) -> Path:
     preset = _check(options)
     output = Path(options.output)
     accelerator = Accelerator(
         mixed_precision=options.mixed_precision, cpu=options.device == "cpu" or None
     )
-    if options.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("--mixed-precision fp16 must run on a GPU, got the CPU: bf16 runs on both")
+    check_precision(accelerator)
     console.quiet = not accelerator.is_main_process
     data, selection = _select(
         preset, options, preset.load_data("train", options.data, skip_corrupt=options.skip_corrupt)
@@ -229,7 +243,9 @@ def run_training(options: Options, console: Console) -> Path:
         "kept checkpoints": kept_steps,
     }
     if accelerator.is_main_process:
-        claim_folder(output, SETTINGS_FILE, settings)
+        # a finished model is only read
+        is_done = (output / "model_index.json").is_file()
+        claim_folder(output, SETTINGS_FILE, settings, None if is_done else held)
     accelerator.wait_for_everyone()
     if (output / "model_index.json").is_file():
         console.print(f"already trained: {output}")

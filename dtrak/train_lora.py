@@ -18,6 +18,7 @@ import json
 import platform
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,14 +33,14 @@ from .captions import load_captions
 from .console import progress_bar, reporting_errors, run_app
 from .data import ImageData, load_data
 from .files import write_atomically
-from .folders import claim_folder
+from .folders import check_folder, claim_folder
 from .latents import fill_latents, open_latents, read_posteriors
 from .lora import LORA_FILES, hash_lora, save_lora
-from .lora_training import CAPTION_DROPOUT, describe_training, train_lora
+from .lora_training import CAPTION_DROPOUT, describe_model, describe_training, train_lora
 from .outputs import check_choice
 from .presets import PRESETS, SUBSET_FAMILIES, Preset, get_preset
 from .text_to_image import TRAINING_FILE, TextToImageModel, load_text_to_image
-from .train import PRECISIONS, checkpoint_folder, checkpoint_steps, read_ids
+from .train import PRECISIONS, check_precision, checkpoint_folder, checkpoint_steps, read_ids
 from .training import Recipe
 
 # the presets that fine-tune share one recipe, the published one
@@ -187,6 +188,11 @@ def run_lora_training(options: Options, console: Console) -> Path:
         ValueError: an option, the model, the data or the output folder is refused; one clear line.
         FileNotFoundError: a path does not exist.
     """
+    with ExitStack() as held:
+        return _train(options, console, held)
+
+
+def _train(options: Options, console: Console, held: ExitStack) -> Path:
     preset = _check(options)
     output = Path(options.output)
     recipe = _recipe(options, preset)
@@ -194,30 +200,32 @@ def run_lora_training(options: Options, console: Console) -> Path:
     accelerator = Accelerator(
         mixed_precision=options.mixed_precision, cpu=options.device == "cpu" or None
     )
+    check_precision(accelerator)
     console.quiet = not accelerator.is_main_process
     rank = options.rank or (_RANK if lora is None else lora.rank)
     base = options.model or (lora.base_model if lora is not None else "")
     model = load_text_to_image(base, rank=rank, seed=recipe.seed)
+    about: dict[str, Any] = {
+        "preset": options.preset,
+        "base": base,
+        "rank": rank,
+        "caption_dropout": options.caption_dropout,
+        "mixed_precision": options.mixed_precision,
+    }
+    # images take minutes to read: another model is refused before
+    check_folder(output, TRAINING_FILE, describe_model(model, recipe, **about), partly=True)
     data, captions = _load_data(options, preset, model)
     chosen, selection = _select(options, preset, data)
     texts = [captions[position] for position in chosen]
     steps = recipe.num_steps(len(chosen))
     kept_steps = checkpoint_steps(steps, options.keep_checkpoints)
-    settings = describe_training(
-        model,
-        texts,
-        recipe,
-        preset=options.preset,
-        base=base,
-        fingerprint=data.fingerprint,
-        rank=rank,
-        caption_dropout=options.caption_dropout,
-        mixed_precision=options.mixed_precision,
-    )
+    settings = describe_training(model, texts, recipe, fingerprint=data.fingerprint, **about)
     settings["data"] |= selection
     settings["kept checkpoints"] = kept_steps
     if accelerator.is_main_process:
-        claim_folder(output, TRAINING_FILE, settings)
+        # a finished LoRA is only read
+        is_done = (output / LORA_FILES[0]).is_file()
+        claim_folder(output, TRAINING_FILE, settings, None if is_done else held)
     accelerator.wait_for_everyone()
     if (output / LORA_FILES[0]).is_file():
         console.print(f"already trained: {output}", highlight=False, soft_wrap=True)

@@ -19,10 +19,13 @@ from safetensors.torch import load_file, save_file
 from test_sketcher import small_unet
 from typer.testing import CliRunner
 
+from dtrak import inputs
 from dtrak.attribute import app
 from dtrak.data import encode_png, load_data, to_uint8
 from dtrak.diffusion import DiffusionModel, linear_schedule
 from dtrak.features import FeatureSettings, FusedExtractor
+from dtrak.files import LOCK_FILE, claim
+from dtrak.results import load_attribution
 from dtrak_kernels import Projection
 
 SMALL = ["--timesteps", "2", "--proj-dim", "512", "--num-queries", "3"]
@@ -301,6 +304,47 @@ def test_a_model_whose_output_is_not_finite(run, tmp_path, images_folder):
         images_folder,
         model=tmp_path / "broken",
     )
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_one_command_at_a_time_works_in_a_folder(run, tmp_path, monkeypatch):
+    folder, message = tmp_path / "run", "error: another command is at work in"
+    with claim(folder / LOCK_FILE):
+        for option in ((), ("--compare",)):
+            failing(run, message, *option)
+        assert [path.name for path in folder.iterdir()] == [LOCK_FILE]
+    assert run()[0] == 0
+    before = contents(folder)
+    with claim(folder / LOCK_FILE):
+        with monkeypatch.context() as patch:
+            patch.setattr(inputs, "load_data", lambda *_, **__: pytest.fail("data was read"))
+            failing(run, message)
+            failing(run, message, "--compare")
+        # a finished run is still read, and nothing is written for that
+        found = load_attribution(folder).load_inputs()
+        assert found.queries.pictures.ids == ["00000.png", "00001.png", "00002.png"]
+        assert contents(folder) == before
+    # the lock of a command that ended keeps nobody away
+    assert run()[0] == 0
+
+
+def test_another_model_is_refused_before_the_data_is_read(run, tmp_path, monkeypatch):
+    assert run()[0] == 0
+    before = contents(tmp_path / "run")
+    unet = small_unet().float()
+    with torch.no_grad():
+        next(unet.parameters()).add_(0.1)
+    DiffusionModel(unet, linear_schedule()).save(tmp_path / "other")
+    monkeypatch.setattr(inputs, "load_data", lambda *_, **__: pytest.fail("data was read"))
+    failing(run, "holds another run: model.hash is", model=tmp_path / "other")
+    failing(run, "holds another run: model.hash is", model=None, data="digits")
+    (tmp_path / "run" / "run.json").write_text("3")
+    failing(run, "run.json is damaged: delete")
+    (tmp_path / "run" / "run.json").write_bytes(before[tmp_path / "run" / "run.json"])
+    assert contents(tmp_path / "run") == before
 
 
 def test_folders_of_another_run(run, tmp_path, images_folder):

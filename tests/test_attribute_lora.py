@@ -10,6 +10,7 @@ from safetensors import safe_open
 from tiny_stable_diffusion import PICTURES, build_pipeline, load_tiny, write_pictures
 from typer.testing import CliRunner
 
+from dtrak import inputs
 from dtrak.attribute import app
 from dtrak.data import load_data
 from dtrak.features import FeatureSettings, FusedExtractor
@@ -222,10 +223,12 @@ def test_data_that_does_not_fit(run, tmp_path, pictures):
     )
 
 
-def test_a_run_of_another_model_is_refused(run, folder, tmp_path):
+def test_a_run_of_another_model_is_refused(run, folder, tmp_path, monkeypatch):
     assert run("--prompts", "a wave")[0] == 0
     save_lora(load_tiny(folder, seed=5).unet, tmp_path / "other")
-    failing(run, "holds another run: model.lora is", "--prompts", "x", lora=tmp_path / "other")
+    with monkeypatch.context() as patch:
+        patch.setattr(inputs, "load_data", lambda *_, **__: pytest.fail("data was read"))
+        failing(run, "holds another run: model.lora is", "--prompts", "x", lora=tmp_path / "other")
     failing(run, "holds another run: captions is", "--prompts", "x", "--caption", "painting")
     save_lora(load_tiny(folder, rank=2).unet, tmp_path / "two")
     other = build_pipeline(tmp_path / "wide", block_out_channels=(12, 16))

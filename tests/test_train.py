@@ -15,6 +15,7 @@ from numerics import relative_error
 from typer.testing import CliRunner
 
 from dtrak.diffusion import digits_model, hash_model, load_model
+from dtrak.files import LOCK_FILE, claim
 from dtrak.presets import get_preset
 from dtrak.train import (
     app,
@@ -70,6 +71,7 @@ def test_trains_what_the_library_trains(run, tmp_path, digits):
     assert written["settings"]["recipe"] == Recipe(steps=6, batch_size=8).to_dict()
     assert written["facts"]["trained weights"] == hash_model(expected.unet)
     assert sorted(path.name for path in folder.iterdir()) == [
+        LOCK_FILE,
         "checkpoint-2",
         "checkpoint-4",
         "checkpoint-6",
@@ -293,6 +295,7 @@ def test_a_killed_save_is_no_model(run, tmp_path, monkeypatch):
     assert not (folder / "model_index.json").exists()
     assert run()[0] == 0
     assert sorted(p.name for p in folder.iterdir()) == [
+        LOCK_FILE,
         "model_index.json",
         "scheduler",
         "training.json",
@@ -301,6 +304,18 @@ def test_a_killed_save_is_no_model(run, tmp_path, monkeypatch):
     assert run(output=tmp_path / "whole")[0] == 0
     one, other = (load_model(tmp_path / name) for name in ("run", "whole"))
     assert hash_model(one.unet) == hash_model(other.unet)
+
+
+def test_one_command_at_a_time_trains(run, tmp_path):
+    folder = tmp_path / "run"
+    with claim(folder / LOCK_FILE):
+        failing(run, "error: another command is at work in")
+        assert [path.name for path in folder.iterdir()] == [LOCK_FILE]
+    assert run()[0] == 0
+    with claim(folder / LOCK_FILE):
+        # a finished model is only read
+        code, output = run()
+        assert (code, "already trained" in output) == (0, True)
 
 
 def test_two_processes_train_what_one_trains(run, tmp_path):

@@ -10,7 +10,9 @@ from diffusers import StableDiffusionPipeline
 from tiny_stable_diffusion import build_pipeline, write_pictures
 from typer.testing import CliRunner
 
+from dtrak import train_lora
 from dtrak.data import load_data
+from dtrak.files import LOCK_FILE, claim
 from dtrak.lora import hash_lora
 from dtrak.presets import get_preset
 from dtrak.text_to_image import load_text_to_image
@@ -145,13 +147,39 @@ def failing(run, message, *arguments, **options):
         ("--subset", 1, "--subset needs --preset"),
         ("--epochs", 1, "--epochs and --steps exclude each other"),
         ("--mixed-precision", "fp15", "did you mean 'fp16'?"),
+        ("--mixed-precision", "fp16", "--mixed-precision fp16 must run on a GPU, got the CPU"),
         ("--preset", "artbench", "did you mean 'artbench"),
         ("--preset", "cifar2", "must be one that fine-tunes (artbench2, artbench5), got 'cifar2'"),
         ("--resolution", 24, "(--resize resizes and crops)"),
     ],
 )
-def test_bad_values_give_one_clear_line(option, value, message, run):
+def test_bad_values_give_one_clear_line(option, value, message, run, monkeypatch):
+    if option != "--resolution":
+        monkeypatch.setattr(train_lora, "load_data", lambda *_, **__: pytest.fail("data was read"))
     failing(run, message, option, value)
+
+
+def test_another_model_is_refused_before_the_data_is_read(run, tmp_path, monkeypatch):
+    assert run()[0] == 0
+    record = (tmp_path / "lora" / "training.json").read_bytes()
+    other = build_pipeline(tmp_path / "other", seed=1)
+    monkeypatch.setattr(train_lora, "load_data", lambda *_, **__: pytest.fail("data was read"))
+    failing(run, "holds another run: base is", model=other)
+    failing(run, "model.model is", model=other)
+    failing(run, "rank is 2 there and 3 here", "--rank", 3)
+    assert (tmp_path / "lora" / "training.json").read_bytes() == record
+
+
+def test_one_command_at_a_time_trains(run, tmp_path):
+    folder = tmp_path / "lora"
+    with claim(folder / LOCK_FILE):
+        failing(run, "error: another command is at work in")
+        assert [path.name for path in folder.iterdir()] == [LOCK_FILE]
+    assert run()[0] == 0
+    with claim(folder / LOCK_FILE):
+        # a finished LoRA is only read
+        code, output = run()
+        assert (code, "already trained" in output) == (0, True)
 
 
 def test_inputs_that_do_not_go_together(run, folder, pictures, tmp_path):
