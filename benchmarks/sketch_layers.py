@@ -107,6 +107,9 @@ SPILLED: dict[tuple[int | str, str], set[tuple[int, int, int]]] = {
     (80, "one axis, channels last, 16 bits, tile 128x128"): {(8, 32, 3), (8, 32, 4)},
     (80, "several taps, channels last, 16 bits, tile 128x32"): {(8, 64, 2)},
     (100, "several taps, channels last, 16 bits, tile 128x32"): {(8, 64, 4)},
+    (100, "one axis, channels last, 16 bits, tile 16x128"): {(4, 64, 4), (8, 128, 2)},
+    (100, "one tap, channels last, 32 bits, tile 128x128"): {(16, 16, 2)},
+    (100, "one axis, channels last, 32 bits, tile 128x128"): {(16, 16, 3)},
 }
 
 
