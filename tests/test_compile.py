@@ -110,7 +110,7 @@ def test_tuned_configurations_are_compiled_for_their_card(tmp_path):
     write_configs(tmp_path, "project_rademacher", "NVIDIA H200", block_b=32, block_k=64)
     small = {"BLOCK_N": 16, "BLOCK_K": 32, "BLOCK_M": 16, "num_warps": 4, "num_stages": 1}
     write_configs(tmp_path, "gram_product", "A card nobody knows", **small)
-    write_configs(tmp_path, "sketch", "NVIDIA A100", THIN, block_t=128, num_warps=8, num_stages=4)
+    write_configs(tmp_path, "sketch", "NVIDIA A100", THIN, block_t=64, num_warps=8, num_stages=4)
     done = compile_all(str(tmp_path))
     assert done.returncode == 0, done.stderr[-4000:]
     cases = json.loads(done.stdout)
