@@ -50,10 +50,20 @@ def _embedding_grads(
 def _group_norm_grads(
     module: nn.GroupNorm, x: Tensor, output_grads: Tensor, rows_per_sample: int
 ) -> Iterator[tuple[str, Tensor]]:
-    if module.affine:
-        normalised = F.group_norm(x.to(output_grads.dtype), module.num_groups, eps=module.eps)
-        yield "weight", _over_positions(output_grads * normalised, rows_per_sample)
-        yield "bias", _over_positions(output_grads, rows_per_sample)
+    if not module.affine:
+        return
+    # one row, whose channels are those of all rows: what is summed over rows stays apart
+    channels, groups = len(x) * module.num_channels, len(x) * module.num_groups
+    x, d = (t.contiguous().view(1, channels, -1) for t in (x.to(output_grads.dtype), output_grads))
+    size = 1, channels, x.shape[2], groups
+    _, mean, rstd = torch.native_group_norm(x, None, None, *size, module.eps)
+    # of this weight only the shape counts
+    weight = x.new_empty(channels)
+    _, *sums = torch.ops.aten.native_group_norm_backward(
+        d, x, mean, rstd, weight, *size, [False, True, True]
+    )
+    for attribute, grads in zip(("weight", "bias"), sums, strict=True):
+        yield attribute, grads.view(-1, rows_per_sample, module.num_channels).sum(1)
 
 
 def _layer_norm_grads(
