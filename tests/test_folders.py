@@ -1,9 +1,8 @@
 import json
-import subprocess
-import sys
 from contextlib import ExitStack, contextmanager
 
 import pytest
+from claims import claimed_elsewhere
 
 from dtrak import folders
 from dtrak.files import LOCK_FILE, claim
@@ -104,24 +103,12 @@ def test_a_folder_that_another_command_took_in_between(tmp_path, monkeypatch):
 def test_parts_of_the_work_exclude_those_they_overlap(tmp_path):
     folder = tmp_path / "run"
     claim_folder(folder, "run.json", SETTINGS)
-    script = (
-        "import pathlib, sys\n"
-        "from dtrak.files import claim\n"
-        f"with claim(pathlib.Path({str(folder / LOCK_FILE)!r}), part=range(4, 8)) as ours:\n"
-        "    print(ours, flush=True)\n"
-        "    sys.stdin.read()\n"
-    )
-    command = [sys.executable, "-c", script]
-    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        assert other.stdout.readline() == "True\n"
+    with claimed_elsewhere(folder, range(4, 8)):
         for part in (range(4), range(8, 10)):
             with ExitStack() as held:
                 claim_folder(folder, "run.json", SETTINGS, held, part)
         for part in (range(5), range(7, 9), range(5, 6), range(10)):
             with pytest.raises(OutputError, match="another command is at work"):
                 claim_folder(folder, "run.json", SETTINGS, ExitStack(), part)
-    finally:
-        other.communicate("")
     with ExitStack() as held:
         claim_folder(folder, "run.json", SETTINGS, held, range(10))

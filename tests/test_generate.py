@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from claims import claimed_elsewhere
 from diffusers import UNet2DModel
 from PIL import Image
 from tiny import tiny_model
@@ -109,25 +110,12 @@ def test_trajectories(run, tmp_path):
 def test_commands_share_a_folder_but_no_picture(run, tmp_path):
     folder = tmp_path / "drawn"
     folder.mkdir()
-    script = (
-        "import pathlib, sys\n"
-        "from dtrak.files import claim\n"
-        f"with claim(pathlib.Path({str(folder / LOCK_FILE)!r}), part=range(2, 5)) as ours:\n"
-        "    print(ours, flush=True)\n"
-        "    sys.stdin.read()\n"
-    )
-    command = [sys.executable, "-c", script]
-    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        assert other.stdout.readline() == "True\n"
-        # it draws pictures 2 to 4
+    with claimed_elsewhere(folder, range(2, 5)):
         failing(run, "error: another command is at work in")
         assert [path.name for path in folder.iterdir()] == [LOCK_FILE]
         assert run("--num-images", "2")[0] == 0
         assert run("--first-seed", "5", "--num-images", "1")[0] == 0
         assert list(drawn(folder)) == ["00000.png", "00001.png", "00005.png"]
-    finally:
-        other.communicate("")
     assert run("--num-images", "6")[0] == 0
     assert len(drawn(folder)) == len(load_data(folder)) == 6
 
