@@ -235,7 +235,8 @@ def test_candidates_are_few_and_have_the_default_among_them(arch):
         default = find_config(form, arch, T)
         assert refusal(default, form, arch, T) == "", layer
         reasons = [why for _, why in sketch_layers.candidates(form, arch, T)]
-        assert 3 <= reasons.count("") <= 36, layer
+        # besides the default, which is timed too
+        assert 2 <= reasons.count("") <= 36, layer
 
 
 def test_what_spilled_is_not_tried():
