@@ -4,7 +4,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 
-from dtrak.files import LOCK_FILE
+from dtrak.files import LOCK_FILE, claim
 
 SCRIPT = """
 import pathlib, sys
@@ -25,3 +25,14 @@ def claimed_elsewhere(folder, part):
         yield
     finally:
         other.communicate("")
+
+
+def check_training_alone(run, failing, folder):
+    """One command at a time trains in ``folder``; what is finished is only read."""
+    with claim(folder / LOCK_FILE):
+        failing(run, "error: another command is at work in")
+        assert [path.name for path in folder.iterdir()] == [LOCK_FILE]
+    assert run()[0] == 0
+    with claim(folder / LOCK_FILE):
+        code, output = run()
+        assert (code, "already trained" in output) == (0, True)

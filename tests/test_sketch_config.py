@@ -235,8 +235,9 @@ def test_candidates_are_few_and_have_the_default_among_them(arch):
         default = find_config(form, arch, T)
         assert refusal(default, form, arch, T) == "", layer
         reasons = [why for _, why in sketch_layers.candidates(form, arch, T)]
-        # besides the default, which is timed too
-        assert 2 <= reasons.count("") <= 36, layer
+        # in float32 on sm_100 most spill; the default is timed besides
+        fewest = 2 if (arch, form.dtype) == (100, torch.float32) else 3
+        assert fewest <= reasons.count("") <= 36, layer
 
 
 def test_what_spilled_is_not_tried():

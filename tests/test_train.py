@@ -10,12 +10,13 @@ import time
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from claims import check_training_alone
 from diffusers import DDPMPipeline
 from numerics import relative_error
 from typer.testing import CliRunner
 
 from dtrak.diffusion import digits_model, hash_model, load_model
-from dtrak.files import LOCK_FILE, claim
+from dtrak.files import LOCK_FILE
 from dtrak.presets import get_preset
 from dtrak.train import (
     app,
@@ -307,15 +308,7 @@ def test_a_killed_save_is_no_model(run, tmp_path, monkeypatch):
 
 
 def test_one_command_at_a_time_trains(run, tmp_path):
-    folder = tmp_path / "run"
-    with claim(folder / LOCK_FILE):
-        failing(run, "error: another command is at work in")
-        assert [path.name for path in folder.iterdir()] == [LOCK_FILE]
-    assert run()[0] == 0
-    with claim(folder / LOCK_FILE):
-        # a finished model is only read
-        code, output = run()
-        assert (code, "already trained" in output) == (0, True)
+    check_training_alone(run, failing, tmp_path / "run")
 
 
 def test_two_processes_train_what_one_trains(run, tmp_path):

@@ -6,13 +6,13 @@ import warnings
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from claims import check_training_alone
 from diffusers import StableDiffusionPipeline
 from tiny_stable_diffusion import build_pipeline, write_pictures
 from typer.testing import CliRunner
 
 from dtrak import train_lora
 from dtrak.data import load_data
-from dtrak.files import LOCK_FILE, claim
 from dtrak.lora import hash_lora
 from dtrak.presets import get_preset
 from dtrak.text_to_image import load_text_to_image
@@ -171,15 +171,7 @@ def test_another_model_is_refused_before_the_data_is_read(run, tmp_path, monkeyp
 
 
 def test_one_command_at_a_time_trains(run, tmp_path):
-    folder = tmp_path / "lora"
-    with claim(folder / LOCK_FILE):
-        failing(run, "error: another command is at work in")
-        assert [path.name for path in folder.iterdir()] == [LOCK_FILE]
-    assert run()[0] == 0
-    with claim(folder / LOCK_FILE):
-        # a finished LoRA is only read
-        code, output = run()
-        assert (code, "already trained" in output) == (0, True)
+    check_training_alone(run, failing, tmp_path / "lora")
 
 
 def test_inputs_that_do_not_go_together(run, folder, pictures, tmp_path):

@@ -48,6 +48,7 @@ from .weight_gradient import (
     choose_form,
     grouped_grads,
     is_pointwise,
+    linear_grads,
     linear_rows,
     pad_input,
     prefers_grouped,
@@ -231,8 +232,7 @@ class TwoSidedSketch:
         d = self.thin_output_grads(module, output_grads).to(out.dtype)
         samples = len(output_grads) // rows_per_sample
         if isinstance(module, nn.Linear):
-            a, d = (t.reshape(samples, -1, t.shape[-1]) for t in (a, d))
-            thin = sample_products(d, a).unsqueeze(2)
+            thin = linear_grads(module, a, d, samples).transpose(2, 3)
         elif isinstance(module, TRANSPOSED):
             thin = _thin_convolution(module, d, a, samples)
         else:

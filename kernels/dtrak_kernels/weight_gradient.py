@@ -376,8 +376,9 @@ def traded_grads(conv: Convolution, x: Tensor, output_grads: Tensor, samples: in
     row_bytes = math.prod(size) * max(taps * outputs, inputs) * dtype.itemsize
     fitting = max(workspace_bytes(x.device) // max(row_bytes, 1), 1)
     total = x.new_zeros(samples, inputs, taps * outputs, dtype=dtype)
+    padding = _traded_padding(conv)
     for inside, begin, end in _batch_rows(slice(0, samples), rows_per_sample, fitting):
-        padded = F.pad(output_grads[begin:end].to(dtype), _traded_padding(conv))
+        padded = F.pad(output_grads[begin:end].to(dtype), padding)
         patches = _windows(padded, size, conv, (1,) * len(size), 1)
         patches = patches.reshape(_length(inside), -1, taps * outputs)
         a = x[begin:end].to(dtype).flatten(2).transpose(1, 2).reshape(_length(inside), -1, inputs)
