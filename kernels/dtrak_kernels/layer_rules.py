@@ -101,22 +101,28 @@ _RULES: dict[type[nn.Module], Rule] = {
 }
 
 
+def own_rule(module: nn.Module) -> Rule | None:
+    """The rule of a module whose forward is the one that a rule was written for."""
+    for kind, rule in _RULES.items():
+        if isinstance(module, kind):
+            own = type(module).forward is not kind.forward or "forward" in vars(module)
+            return None if own else rule
+    return None
+
+
+def rule_applies(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the module's options and input are what its rule was written for."""
+    if len(args) != 1 or kwargs:
+        return False
+    # unbatched images, whose first dimension is not the batch
+    if isinstance(module, CONVOLUTIONS):
+        return args[0].ndim == len(module.kernel_size) + 2
+    return not (
+        isinstance(module, nn.Embedding)
+        and (module.max_norm is not None or module.scale_grad_by_freq or module.sparse)
+    )
+
+
 def find_rule(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rule | None:
     """The module's own rule, if its forward and its input are what the rule was written for."""
-    if len(args) != 1 or kwargs:
-        return None
-    # unbatched images, whose first dimension is not the batch
-    if isinstance(module, CONVOLUTIONS) and args[0].ndim != len(module.kernel_size) + 2:
-        return None
-    if isinstance(module, nn.Embedding) and (
-        module.max_norm is not None or module.scale_grad_by_freq or module.sparse
-    ):
-        return None
-    for kind, rule in _RULES.items():
-        if (
-            isinstance(module, kind)
-            and type(module).forward is kind.forward
-            and "forward" not in vars(module)
-        ):
-            return rule
-    return None
+    return own_rule(module) if rule_applies(module, args, kwargs) else None

@@ -5,10 +5,11 @@
         f.sum().backward()
     # features[b] = Rᵀ ∇_θ Σ_{rows of b} f
 
-Forward hooks keep each layer's input, hooks on its output receive the output gradient, and the
-layer's per-sample weight gradient is formed in slices, projected and dropped. Autograd computes no
-weight gradient: a module's parameters are frozen while its forward runs. Contributions are summed,
-so a module used twice or a weight shared by two modules is right without being a special case.
+A forward in the place of each layer's own keeps its input, a hook on its output receives the output
+gradient, and the layer's per-sample weight gradient is formed in slices, projected and dropped.
+Autograd computes no weight gradient: a module's parameters are frozen while its forward runs.
+Contributions are summed, so a module used twice or a weight shared by two modules is right without
+being a special case.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +27,10 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .accumulators import Accumulator, make_accumulator
 from .gradient_norms import NormingAccumulator
-from .layer_rules import Rule, find_rule
+from .layer_rules import Rule, own_rule, rule_applies
 from .ops import Projection
 from .planning import Plan, make_plan
-from .weight_gradient import WEIGHT_MODULES
+from .weight_gradient import WEIGHT_MODULES, WeightModule
 
 ParameterChoice = Iterable[str] | Callable[[str, nn.Parameter], bool] | None
 
@@ -41,8 +42,14 @@ class _Layer:
     name: str
     module: nn.Module
     owned: dict[str, int]
-    # versions of the inputs of the forwards that are running, innermost last
-    versions: list[list[int]] = field(default_factory=list)
+    # of its forwards that are running, one inside another
+    depth: int = 0
+
+    @cached_property
+    def weighing(self) -> WeightModule | None:
+        """The module, if its weight is chosen and one that is streamed."""
+        known = "weight" in self.owned and isinstance(self.module, WEIGHT_MODULES)
+        return cast("WeightModule", self.module) if known else None
 
 
 class _Keep(torch.autograd.Function):
@@ -63,13 +70,44 @@ class _Keep(torch.autograd.Function):
 
 
 @dataclass
+class _Held:
+    """Tensors kept without a node, which costs as much as a small layer."""
+
+    tensors: list[Tensor]
+    versions: list[int]
+
+    def get(self) -> list[Tensor]:
+        if [x._version for x in self.tensors] != self.versions:
+            raise RuntimeError("a tensor was modified by an inplace operation")
+        return list(self.tensors)
+
+
+@dataclass
+class _Saved:
+    """Tensors kept as autograd keeps them, under the hooks that checkpointing puts on it."""
+
+    # before torch 2.13 a node lives no longer than the tensor it made
+    keeper: Tensor
+
+    def get(self) -> list[Tensor]:
+        node: Any = self.keeper.grad_fn
+        return list(node.saved_tensors)
+
+
+def _keep(anchor: Tensor, tensors: list[Tensor]) -> _Held | _Saved:
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if hooks is None or hooks(False) is not None:
+        return _Saved(_Keep.apply(anchor, *tensors))
+    return _Held(tensors, [x._version for x in tensors])
+
+
+@dataclass
 class _Call:
     """What one forward of a layer saw."""
 
     rule: Rule | None
-    # its node saves the tensors among the arguments, and the output of a module without a rule;
-    # before torch 2.13 a node lives no longer than the tensor it made
-    keeper: Tensor
+    # the tensors among the arguments, and the output of a module without a rule
+    kept: _Held | _Saved
     leaves: list[Any]
     structure: TreeSpec
     # device, whether enabled, dtype: for a module without a rule
@@ -78,8 +116,7 @@ class _Call:
     def arguments(self, layer: _Layer) -> tuple[tuple[Any, ...], dict[str, Any], list[Tensor]]:
         """Its positional and keyword arguments, and whatever else the node holds."""
         try:
-            node: Any = self.keeper.grad_fn
-            saved = list(node.saved_tensors)
+            saved = self.kept.get()
         except RuntimeError as error:
             if "inplace" not in str(error):
                 raise
@@ -342,7 +379,7 @@ class GradientSketcher:
         chosen = {id(parameter) for parameter in self._parameters}
         before = [(parameter, parameter.requires_grad) for parameter in self._model_parameters]
         grads = [parameter.grad for parameter in self._parameters]
-        handles: list[Any] = []
+        watched: dict[nn.Module, Any] = {}
         self._frozen = [0] * len(self._parameters)
         try:
             for parameter, _ in before:
@@ -350,16 +387,9 @@ class GradientSketcher:
             for parameter in self._parameters:
                 parameter.grad = None
             for layer in self._layers:
-                layer.versions.clear()
-                handles.append(
-                    layer.module.register_forward_pre_hook(self._before(layer), with_kwargs=True)
-                )
-                # before any hook of the user's, which may change what the layer computed
-                handles.append(
-                    layer.module.register_forward_hook(
-                        self._after(layer), with_kwargs=True, prepend=True
-                    )
-                )
+                layer.depth = 0
+                watched[layer.module] = vars(layer.module).get("forward")
+                vars(layer.module)["forward"] = self._watch(layer, batch)
             yield batch.features
             for name, parameter in zip(self.parameter_names, self._parameters, strict=True):
                 # frozen wherever its module runs, it has a gradient from elsewhere
@@ -380,8 +410,11 @@ class GradientSketcher:
                 self._last_norms = self._norms.norms()
         finally:
             self._batch = None
-            for handle in handles:
-                handle.remove()
+            for module, own in watched.items():
+                del vars(module)["forward"]
+                # one that the instance had, not its class
+                if own is not None:
+                    vars(module)["forward"] = own
             for parameter, flag in before:
                 parameter.requires_grad_(flag)
             for parameter, grad in zip(self._parameters, grads, strict=True):
@@ -396,89 +429,103 @@ class GradientSketcher:
                     "the module"
                 )
 
-    def _before(self, layer: _Layer) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._recomputing:
-                return
-            layer.versions.append([x._version for x in _tensors(args, kwargs)])
-            for attribute, index in layer.owned.items():
-                self._frozen[index] += 1
-                getattr(module, attribute).requires_grad_(False)
+    def _watch(self, layer: _Layer, batch: _Batch) -> Callable[..., Any]:
+        """The module's forward, and what is kept of it for the backward.
 
-        return hook
+        It takes the forward's place, because hooks before and after it cost twice as much.
+        """
+        module, forward, rule = layer.module, layer.module.forward, own_rule(layer.module)
+        # looked up by name each time: functional calls put others in their place
+        parameters: Any = module._parameters
+        owned = list(layer.owned.items())
 
-    def _after(self, layer: _Layer) -> Callable[..., Tensor | None]:
-        def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-        ) -> Tensor | None:
-            batch = self._batch
-            if self._recomputing or batch is None:
-                return None
-            before = layer.versions.pop()
-            for attribute, index in layer.owned.items():
-                self._frozen[index] -= 1
-                # a parent that owns the same parameter may still be running
-                if self._frozen[index] == 0:
-                    getattr(module, attribute).requires_grad_(True)
-            # a module that calls itself is recomputed as a whole, by its outermost call
-            if layer.versions:
-                return None
-            if isinstance(output, Tensor) and not output.is_floating_point():
-                return None
-            if not torch.is_grad_enabled():
-                batch.without_grad.add(layer.name)
-                return None
-            batch.seen.add(layer.name)
-            if not isinstance(output, Tensor):
-                raise RuntimeError(
-                    f"module {layer.name!r} ({type(module).__name__}) must return one tensor for "
-                    f"its parameters {', '.join(layer.owned)} to be attributed, got "
-                    f"{type(output).__name__}"
-                )
-            if batch.rows == 0:
-                return output + batch.anchor.to(output.dtype)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if self._recomputing or self._batch is not batch:
+                return forward(*args, **kwargs)
             leaves, structure = _flatten(args, kwargs)
             inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-            if [x._version for x in inputs] != before:
-                raise RuntimeError(
-                    f"module {layer.name!r} ({type(module).__name__}) changes its input in place: "
-                    "its gradient cannot be recomputed"
-                )
-            rows = output.shape[0] if output.ndim else 0
-            if not inputs or rows != batch.rows or not any(_has_rows(x, rows) for x in inputs):
-                raise RuntimeError(
-                    f"module {layer.name!r} ({type(module).__name__}) must see and return "
-                    f"{batch.rows} rows (samples x rows_per_sample), got output "
-                    f"{list(output.shape)} from inputs {[list(x.shape) for x in inputs]}: work "
-                    "shared between samples has no per-sample gradient"
-                )
-            if self._norms is not None:
-                self._norms.expect(layer.owned.values())
+            versions = [x._version for x in inputs]
+            layer.depth += 1
+            for attribute, index in owned:
+                self._frozen[index] += 1
+                parameters[attribute].requires_grad_(False)
+            try:
+                output = forward(*args, **kwargs)
+            finally:
+                layer.depth -= 1
+                for attribute, index in owned:
+                    self._frozen[index] -= 1
+                    # a parent that owns the same parameter may still be running
+                    if self._frozen[index] == 0:
+                        parameters[attribute].requires_grad_(True)
+            # a module that calls itself is recomputed as a whole, by its outermost call
+            if layer.depth or (isinstance(output, Tensor) and not output.is_floating_point()):
+                return output
+            if not torch.is_grad_enabled():
+                batch.without_grad.add(layer.name)
+                return output
+            batch.seen.add(layer.name)
+            self._check_forward(layer, batch, inputs, versions, output)
+            if batch.rows == 0:
+                return output + batch.anchor.to(output.dtype)
             if not output.requires_grad:
                 # nothing upstream needs a gradient, yet this layer's output gradient must be seen
                 output = output + batch.anchor.to(output.dtype)
             elif output._is_view():
                 # changed in place, a view would take another history and leave the hook behind
                 output = output.clone()
-            kept = [leaf.detach() for leaf in inputs]
-            rule = find_rule(module, args, kwargs)
-            if rule is None:
+            kept = [x.detach() for x in inputs]
+            applied = rule if rule is not None and rule_applies(module, args, kwargs) else None
+            if applied is None:
                 kept.append(output.detach().clone())
-            elif isinstance(module, WEIGHT_MODULES) and "weight" in layer.owned:
+            elif layer.weighing is not None:
                 # what the layer multiplied, where autocast rounded its input
                 x = kept[0].to(output.dtype) if kept[0].is_floating_point() else kept[0]
-                kept = [self._accumulator.keep(layer.owned["weight"], module, x)]
+                kept = [self._accumulator.keep(layer.owned["weight"], layer.weighing, x)]
             call = _Call(
-                rule,
-                _Keep.apply(batch.anchor, *kept),
+                applied,
+                _keep(batch.anchor, kept),
                 [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves],
                 structure,
-                _autocast(output.device.type) if rule is None else None,
+                _autocast(output.device.type) if applied is None else None,
             )
             output.register_hook(partial(self._receive, layer, call))
             return output
 
-        return hook
+        return watched
+
+    def _check_forward(
+        self,
+        layer: _Layer,
+        batch: _Batch,
+        inputs: list[Tensor],
+        versions: list[int],
+        output: Any,
+    ) -> None:
+        """Refuse what has no per-sample gradient, or none that can be had from its inputs."""
+        if not isinstance(output, Tensor):
+            raise RuntimeError(
+                f"module {layer.name!r} ({type(layer.module).__name__}) must return one tensor for "
+                f"its parameters {', '.join(layer.owned)} to be attributed, got "
+                f"{type(output).__name__}"
+            )
+        if batch.rows == 0:
+            return
+        if [x._version for x in inputs] != versions:
+            raise RuntimeError(
+                f"module {layer.name!r} ({type(layer.module).__name__}) changes its input in "
+                "place: its gradient cannot be recomputed"
+            )
+        rows = output.shape[0] if output.ndim else 0
+        if not inputs or rows != batch.rows or not any(_has_rows(x, rows) for x in inputs):
+            raise RuntimeError(
+                f"module {layer.name!r} ({type(layer.module).__name__}) must see and return "
+                f"{batch.rows} rows (samples x rows_per_sample), got output "
+                f"{list(output.shape)} from inputs {[list(x.shape) for x in inputs]}: work "
+                "shared between samples has no per-sample gradient"
+            )
+        if self._norms is not None:
+            self._norms.expect(layer.owned.values())
 
     def _receive(self, layer: _Layer, call: _Call, output_grads: Tensor) -> None:
         device_type = output_grads.device.type
@@ -503,10 +550,10 @@ class GradientSketcher:
             self._recompute(layer, call, args, kwargs, rest[0], output_grads, batch)
             return
         x = args[0]
-        if isinstance(module, WEIGHT_MODULES) and "weight" in layer.owned:
+        if layer.weighing is not None:
             self._accumulator.add_weight(
                 layer.owned["weight"],
-                module,
+                layer.weighing,
                 x,
                 output_grads,
                 batch.features,
