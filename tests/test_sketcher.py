@@ -413,6 +413,7 @@ def test_the_model_is_left_as_it_was():
     assert [p.requires_grad for p in model.parameters()] == flags
     assert all(p.grad is None for p in model.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any("forward" in vars(m) for m in model.modules())
     assert not any(p._backward_hooks for p in model.parameters())
 
 
@@ -451,6 +452,15 @@ def test_refuses_a_compiled_model():
     compiled = torch.compile(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="model must not be compiled"):
         GradientSketcher(compiled, EXACT)
+
+
+def test_refuses_a_scripted_layer():
+    model = nn.Sequential(nn.Linear(3, 3), torch.jit.script(nn.Linear(3, 2)))
+    with pytest.raises(ValueError, match="must not be scripted, got '1' that is"):
+        GradientSketcher(model, EXACT)
+    x = torch.randn(4, 3)
+    sketcher = GradientSketcher(model, EXACT, parameters=["0.weight"])
+    assert sketcher.sketch(lambda: model(x).sum(1), 4).shape == (4, 9)
 
 
 def test_refuses_unknown_parameters():
@@ -661,6 +671,56 @@ def test_hooks_that_change_an_output():
     model.layers[0].register_forward_hook(lambda module, args, output: 2 * output)
     model.layers[1].register_forward_pre_hook(lambda module, args: (3 * args[0],))
     check_module(model, torch.randn(4, 5), 2)
+
+
+def test_a_forward_of_an_instance():
+    """As offloading and other patches put it there: used, and put back whatever happens."""
+    torch.manual_seed(2)
+    model = Flat(nn.Linear(5, 5), nn.Linear(5, 4))
+    first = model.layers[0]
+    plain = first.forward
+
+    def doubled(x):
+        return 2 * plain(x)
+
+    first.forward = doubled
+    check_module(model, torch.randn(4, 5), 2)
+    sketcher = GradientSketcher(model, EXACT)
+    with sketcher.batch(4):
+        assert first.forward is not doubled
+    with pytest.raises(ZeroDivisionError), sketcher.batch(4):
+        1 / 0  # noqa: B018
+    assert first.forward is doubled
+    assert "forward" not in vars(model.layers[1])
+
+
+def test_a_forward_called_without_its_module():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(5, 5), nn.Linear(5, 4)
+
+        def forward(self, x):
+            return self.second.forward(self.first(x).tanh())
+
+    torch.manual_seed(2)
+    check_module(Model(), torch.randn(4, 5), 2)
+
+
+def test_a_forward_that_fails_leaves_its_parameters_trainable():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(5, 4)
+
+        def forward(self, x):
+            with pytest.raises(RuntimeError):
+                self.layer(x[:, :3])
+            assert self.layer.weight.requires_grad
+            return self.layer(x)
+
+    torch.manual_seed(2)
+    check_module(Model(), torch.randn(4, 5), 2)
 
 
 class Alias(nn.Module):

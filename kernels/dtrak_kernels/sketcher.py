@@ -187,8 +187,8 @@ class GradientSketcher:
 
     Raises:
         ValueError: no parameter is chosen or one is not real, a name is unknown,
-            ``rows_per_sample`` is not positive, the model is compiled, it mixes samples (batch
-            normalisation on batch statistics), or ``implementation`` is unknown.
+            ``rows_per_sample`` is not positive, the model is compiled or scripted, it mixes samples
+            (batch normalisation on batch statistics), or ``implementation`` is unknown.
     """
 
     def __init__(
@@ -230,6 +230,12 @@ class GradientSketcher:
                 }
             )
         ]
+        for layer in self._layers:
+            if isinstance(layer.module, torch.jit.ScriptModule):
+                raise ValueError(
+                    f"model must not be scripted, got {layer.name!r} that is: pass what was given "
+                    "to torch.jit, or leave its parameters out with parameters="
+                )
         # walking the module tree takes longer than many a layer
         self._model_parameters = list(model.parameters())
         self._normalisations = [
