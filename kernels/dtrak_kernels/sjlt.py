@@ -38,7 +38,7 @@ the CountSketch bound (Charikar, Chen and Farach-Colton 2002), with no factor of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -218,14 +218,34 @@ class ParameterSketch:
         return (self.base + entry) % self.proj_dim, self.signs[tile, i, j]
 
     @cached_property
+    def _dealt(self) -> list[tuple[int, int, int]]:
+        """`placement`, tile by tile."""
+        return list(zip(*(t.tolist() for t in self.placement), strict=True))
+
+    def _signs_of_entries(self) -> Tensor:
+        """`signs` of a matrix in the order of its entries, ``[O, C]``."""
+        rows, columns = self._matrix
+        (down, across), (tile_rows, tile_columns) = self.grid, self.tile
+        padded = torch.empty(down, tile_rows, across, tile_columns, dtype=torch.int8)
+        for tile, (_, row_shift, column_shift) in enumerate(self._dealt):
+            padded[tile // across, :, tile % across] = self.signs[tile].roll(
+                (-row_shift, -column_shift), (0, 1)
+            )
+        # as large as what is kept instead
+        vars(self).pop("signs")
+        return padded.flatten(2).flatten(0, 1)[:rows, :columns].contiguous()
+
+    @cached_property
     def _copied_signs(self) -> dict[tuple[torch.device, torch.dtype], Tensor]:
         return {}
 
     def signs_on(self, device: torch.device, dtype: torch.dtype = torch.int8) -> Tensor:
-        """`signs` on a device, copied there once."""
+        """Signs of the entries, ``[n]`` or ``[O, C]``, on a device; made or copied there once."""
         key = device, dtype
         if key not in self._copied_signs:
-            self._copied_signs[key] = self.signs.to(device, dtype)
+            is_vector = matrix_shape(self.shape) is None
+            signs = self.signs if is_vector else self._signs_of_entries()
+            self._copied_signs[key] = signs.to(device, dtype)
         return self._copied_signs[key]
 
     def add_vector(self, grads: Tensor, out: Tensor, scale: float = 1.0) -> None:
@@ -262,41 +282,49 @@ class ParameterSketch:
             first_row: a multiple of BM.
         """
         (tile_rows, tile_columns), (_, across) = self.tile, self.grid
-        blocks, row_shifts, column_shifts = (t.tolist() for t in self.placement)
         size = tile_rows * tile_columns
-        for down in range(-(-grads.shape[1] // tile_rows)):
-            rows = slice(down * tile_rows, min((down + 1) * tile_rows, grads.shape[1]))
+        signs = self.signs_on(out.device)
+        wrapped = out.new_zeros(len(out), *self.tile)
+        for top in range(0, grads.shape[1], tile_rows):
+            rows = slice(top, min(top + tile_rows, grads.shape[1]))
+            signed = grads[:, rows] * signs[first_row + rows.start : first_row + rows.stop]
+            first_tile = (first_row + top) // tile_rows * across
             for right in range(across):
-                tile = (first_row // tile_rows + down) * across + right
-                entries = grads[:, rows, right * tile_columns : (right + 1) * tile_columns]
-                start = (self.base + blocks[tile] * size) % self.proj_dim
-                inside = start + size <= self.proj_dim
-                block = (
-                    out[:, start : start + size].unflatten(1, self.tile)
-                    if inside
-                    else out.new_zeros(len(out), *self.tile)
-                )
-                signs = self.signs_on(out.device)[tile]
-                for source_rows, target_rows in _shifted(
-                    entries.shape[1], row_shifts[tile], tile_rows
-                ):
-                    for source, target in _shifted(
-                        entries.shape[2], column_shifts[tile], tile_columns
-                    ):
-                        block[:, target_rows, target].addcmul_(
-                            entries[:, source_rows, source],
-                            signs[target_rows, target].to(out.dtype),
-                        )
-                if not inside:
-                    _add_modulo(block.flatten(1), start, out)
+                number, *shifts = self._dealt[first_tile + right]
+                entries = signed[:, :, right * tile_columns : (right + 1) * tile_columns]
+                start = (self.base + number * size) % self.proj_dim
+                if start + size <= self.proj_dim:
+                    block = out[:, start : start + size].unflatten(1, self.tile)
+                    for target, source in _shifted(block, entries, *shifts):
+                        target.add_(source)
+                    continue
+                # it goes on at the beginning of the features
+                if entries.shape[1:] != self.tile:
+                    wrapped.zero_()
+                for target, source in _shifted(wrapped, entries, *shifts):
+                    target.copy_(source)
+                _add_modulo(wrapped.flatten(1), start, out)
 
 
-def _shifted(extent: int, shift: int, size: int) -> list[tuple[slice, slice]]:
-    """Slices (source, target) that place ``extent`` entries at ``shift`` modulo ``size``."""
+def _shifted(
+    block: Tensor, entries: Tensor, row_shift: int, column_shift: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of ``block [B, BM, BN]``, and those of the entries that cyclic shifts put there."""
+    _, tile_rows, tile_columns = block.shape
+    columns = _pieces(entries.shape[2], column_shift, tile_columns)
+    for row, target_row, height in _pieces(entries.shape[1], row_shift, tile_rows):
+        source = entries.narrow(1, row, height)
+        target = block.narrow(1, target_row, height)
+        for column, target_column, width in columns:
+            yield target.narrow(2, target_column, width), source.narrow(2, column, width)
+
+
+def _pieces(extent: int, shift: int, size: int) -> list[tuple[int, int, int]]:
+    """(source, target, length) that place ``extent`` entries at ``shift`` modulo ``size``."""
     straight = min(extent, size - shift)
-    pieces = [(slice(0, straight), slice(shift, shift + straight))]
+    pieces = [(0, shift, straight)]
     if straight < extent:
-        pieces.append((slice(straight, extent), slice(0, extent - straight)))
+        pieces.append((straight, 0, extent - straight))
     return pieces
 
 
