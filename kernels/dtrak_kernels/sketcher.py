@@ -18,117 +18,20 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .accumulators import Accumulator, make_accumulator
+from .calls import Call, Layer, flatten_call, has_rows
 from .gradient_norms import NormingAccumulator
-from .layer_rules import Rule, own_rule, rule_applies
+from .layer_rules import own_rule, rule_applies
 from .ops import Projection
 from .planning import Plan, make_plan
-from .weight_gradient import WEIGHT_MODULES, WeightModule
 
 ParameterChoice = Iterable[str] | Callable[[str, nn.Parameter], bool] | None
-
-
-@dataclass
-class _Layer:
-    """A module that owns chosen parameters: its name and {attribute: index of the parameter}."""
-
-    name: str
-    module: nn.Module
-    owned: dict[str, int]
-    # of its forwards that are running, one inside another
-    depth: int = 0
-
-    @cached_property
-    def weighing(self) -> WeightModule | None:
-        """The module, if its weight is chosen and one that is streamed."""
-        known = "weight" in self.owned and isinstance(self.module, WEIGHT_MODULES)
-        return cast("WeightModule", self.module) if known else None
-
-
-class _Keep(torch.autograd.Function):
-    """A node that saves tensors and does nothing else.
-
-    Autograd saves them as it saves any activation: under checkpointing they are dropped, and made
-    again in the backward; changed in place meanwhile, they are refused.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        return anchor.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        return (None,) * len(ctx.needs_input_grad)
-
-
-@dataclass
-class _Held:
-    """Tensors kept without a node, which costs as much as a small layer."""
-
-    tensors: list[Tensor]
-    versions: list[int]
-
-    def get(self) -> list[Tensor]:
-        if [x._version for x in self.tensors] != self.versions:
-            raise RuntimeError("a tensor was modified by an inplace operation")
-        return list(self.tensors)
-
-
-@dataclass
-class _Saved:
-    """Tensors kept as autograd keeps them, under the hooks that checkpointing puts on it."""
-
-    # before torch 2.13 a node lives no longer than the tensor it made
-    keeper: Tensor
-
-    def get(self) -> list[Tensor]:
-        node: Any = self.keeper.grad_fn
-        return list(node.saved_tensors)
-
-
-def _keep(anchor: Tensor, tensors: list[Tensor]) -> _Held | _Saved:
-    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    if hooks is None or hooks(False) is not None:
-        return _Saved(_Keep.apply(anchor, *tensors))
-    return _Held(tensors, [x._version for x in tensors])
-
-
-@dataclass
-class _Call:
-    """What one forward of a layer saw."""
-
-    rule: Rule | None
-    # the tensors among the arguments, and the output of a module without a rule
-    kept: _Held | _Saved
-    leaves: list[Any]
-    structure: TreeSpec
-    # device, whether enabled, dtype: for a module without a rule
-    autocast: tuple[str, bool, torch.dtype] | None
-
-    def arguments(self, layer: _Layer) -> tuple[tuple[Any, ...], dict[str, Any], list[Tensor]]:
-        """Its positional and keyword arguments, and whatever else the node holds."""
-        try:
-            saved = self.kept.get()
-        except RuntimeError as error:
-            if "inplace" not in str(error):
-                raise
-            raise RuntimeError(
-                f"an input of module {layer.name!r} ({type(layer.module).__name__}) was changed in "
-                "place after its forward: its gradient would be wrong"
-            ) from error
-        leaves = [saved.pop(0) if leaf is None else leaf[0] for leaf in self.leaves]
-        if self.structure is _ONE_TENSOR:
-            return (leaves[0],), {}, saved
-        args, kwargs = tree_unflatten(leaves, self.structure)
-        return args, kwargs, saved
 
 
 @dataclass
@@ -218,7 +121,7 @@ class GradientSketcher:
         self._parameters = list(chosen.values())
         index = {id(parameter): i for i, parameter in enumerate(self._parameters)}
         self._layers = [
-            _Layer(name or type(model).__name__, module, owned)
+            Layer(name or type(model).__name__, module, owned)
             for name, module in model.named_modules()
             if (
                 owned := {
@@ -435,7 +338,7 @@ class GradientSketcher:
                     "the module"
                 )
 
-    def _watch(self, layer: _Layer, batch: _Batch) -> Callable[..., Any]:
+    def _watch(self, layer: Layer, batch: _Batch) -> Callable[..., Any]:
         """The module's forward, and what is kept of it for the backward.
 
         It takes the forward's place, because hooks before and after it cost twice as much.
@@ -448,7 +351,7 @@ class GradientSketcher:
         def watched(*args: Any, **kwargs: Any) -> Any:
             if self._recomputing or self._batch is not batch:
                 return forward(*args, **kwargs)
-            leaves, structure = _flatten(args, kwargs)
+            leaves, structure = flatten_call(args, kwargs)
             inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             versions = [x._version for x in inputs]
             layer.depth += 1
@@ -482,27 +385,19 @@ class GradientSketcher:
                 output = output.clone()
             kept = [x.detach() for x in inputs]
             applied = rule if rule is not None and rule_applies(module, args, kwargs) else None
-            if applied is None:
-                kept.append(output.detach().clone())
-            elif layer.weighing is not None:
+            if applied is not None and layer.weighing is not None:
                 # what the layer multiplied, where autocast rounded its input
                 x = kept[0].to(output.dtype) if kept[0].is_floating_point() else kept[0]
                 kept = [self._accumulator.keep(layer.owned["weight"], layer.weighing, x)]
-            call = _Call(
-                applied,
-                _keep(batch.anchor, kept),
-                [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves],
-                structure,
-                _autocast(output.device.type) if applied is None else None,
-            )
-            output.register_hook(partial(self._receive, layer, call))
+            call = Call(layer, applied, leaves, structure, kept, output, batch.anchor)
+            output.register_hook(partial(self._receive, call))
             return output
 
         return watched
 
     def _check_forward(
         self,
-        layer: _Layer,
+        layer: Layer,
         batch: _Batch,
         inputs: list[Tensor],
         versions: list[int],
@@ -511,7 +406,7 @@ class GradientSketcher:
         """Refuse what has no per-sample gradient, or none that can be had from its inputs."""
         if not isinstance(output, Tensor):
             raise RuntimeError(
-                f"module {layer.name!r} ({type(layer.module).__name__}) must return one tensor for "
+                f"{layer.title} must return one tensor for "
                 f"its parameters {', '.join(layer.owned)} to be attributed, got "
                 f"{type(output).__name__}"
             )
@@ -519,13 +414,12 @@ class GradientSketcher:
             return
         if [x._version for x in inputs] != versions:
             raise RuntimeError(
-                f"module {layer.name!r} ({type(layer.module).__name__}) changes its input in "
-                "place: its gradient cannot be recomputed"
+                f"{layer.title} changes its input in place: its gradient cannot be recomputed"
             )
         rows = output.shape[0] if output.ndim else 0
-        if not inputs or rows != batch.rows or not any(_has_rows(x, rows) for x in inputs):
+        if not inputs or rows != batch.rows or not any(has_rows(x, rows) for x in inputs):
             raise RuntimeError(
-                f"module {layer.name!r} ({type(layer.module).__name__}) must see and return "
+                f"{layer.title} must see and return "
                 f"{batch.rows} rows (samples x rows_per_sample), got output "
                 f"{list(output.shape)} from inputs {[list(x.shape) for x in inputs]}: work "
                 "shared between samples has no per-sample gradient"
@@ -533,129 +427,52 @@ class GradientSketcher:
         if self._norms is not None:
             self._norms.expect(layer.owned.values())
 
-    def _receive(self, layer: _Layer, call: _Call, output_grads: Tensor) -> None:
+    def _receive(self, call: Call, output_grads: Tensor) -> None:
         device_type = output_grads.device.type
         # the usual case; entering contexts takes as long as many a layer
         if not (torch.is_grad_enabled() or torch.is_autocast_enabled(device_type)):
-            self._add(layer, call, output_grads)
+            self._add(call, output_grads)
             return
         # the caller may run the backward inside autocast too, which would round the products
         with torch.no_grad(), torch.autocast(device_type, enabled=False):
-            self._add(layer, call, output_grads)
+            self._add(call, output_grads)
 
-    def _add(self, layer: _Layer, call: _Call, output_grads: Tensor) -> None:
+    def _add(self, call: Call, output_grads: Tensor) -> None:
         batch = self._batch
         if batch is None:
             raise RuntimeError("backward must run inside the batch its forward ran in")
-        args, kwargs, rest = call.arguments(layer)
+        layer, features = call.layer, batch.features
         if self._norms is not None:
             for index in set(layer.owned.values()):
                 self._norms.begin(index)
-        module = layer.module
         if call.rule is None:
-            self._recompute(layer, call, args, kwargs, rest[0], output_grads, batch)
+            self._recomputing = True
+            try:
+                for index, sample, grad in call.recomputed_grads(
+                    output_grads, batch.rows_per_sample
+                ):
+                    self._accumulator.add_whole(
+                        index, grad[None].to(features.dtype), features, slice(sample, sample + 1)
+                    )
+            finally:
+                self._recomputing = False
             return
-        x = args[0]
+        x = call.first()
         if layer.weighing is not None:
             self._accumulator.add_weight(
                 layer.owned["weight"],
                 layer.weighing,
                 x,
                 output_grads,
-                batch.features,
+                features,
                 batch.rows_per_sample,
             )
-        whole = slice(0, len(batch.features))
+        whole = slice(0, len(features))
         for attribute, grads in call.rule(
-            module, x, output_grads.to(batch.features.dtype), batch.rows_per_sample
+            layer.module, x, output_grads.to(features.dtype), batch.rows_per_sample
         ):
             if attribute in layer.owned:
-                self._accumulator.add_whole(layer.owned[attribute], grads, batch.features, whole)
-
-    def _recompute(
-        self,
-        layer: _Layer,
-        call: _Call,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        original: Tensor,
-        output_grads: Tensor,
-        batch: _Batch,
-    ) -> None:
-        """The fallback: differentiate the module again, one sample at a time."""
-        module = layer.module
-        for name, child in module.named_modules():
-            if isinstance(child, nn.modules.dropout._DropoutNd) and child.training and child.p > 0:
-                raise RuntimeError(
-                    f"module {layer.name!r} ({type(module).__name__}) has active dropout in "
-                    f"{name or 'itself'!r} and would be recomputed with other masks: use eval mode"
-                )
-        parameters = {attribute: getattr(module, attribute) for attribute in layer.owned}
-        leaves, structure = tree_flatten((args, kwargs))
-        assert call.autocast is not None
-        device_type, enabled, dtype = call.autocast
-        self._recomputing = True
-        try:
-            for sample in range(len(batch.features)):
-                rows = slice(sample * batch.rows_per_sample, (sample + 1) * batch.rows_per_sample)
-                args, kwargs = tree_unflatten(
-                    [leaf[rows] if _has_rows(leaf, batch.rows) else leaf for leaf in leaves],
-                    structure,
-                )
-                with torch.enable_grad(), torch.autocast(device_type, dtype, enabled=enabled):
-                    values = {
-                        attribute: parameter.detach().requires_grad_()
-                        for attribute, parameter in parameters.items()
-                    }
-                    output = torch.func.functional_call(
-                        module, values, args, kwargs, tie_weights=False
-                    )
-                    _check_recomputed(layer, output, original[rows])
-                    # a forward that did not use its parameters
-                    if not output.requires_grad:
-                        continue
-                    grads = torch.autograd.grad(
-                        output, list(values.values()), output_grads[rows], allow_unused=True
-                    )
-                for index, grad in zip(layer.owned.values(), grads, strict=True):
-                    if grad is not None:
-                        self._accumulator.add_whole(
-                            index,
-                            grad[None].to(batch.features.dtype),
-                            batch.features,
-                            slice(sample, sample + 1),
-                        )
-        finally:
-            self._recomputing = False
-
-
-def _check_recomputed(layer: _Layer, output: Tensor, original: Tensor) -> None:
-    """Refuse a module that does not give the same output twice, or alone as in its batch."""
-    difference = (output.detach() - original).norm()
-    if not difference <= torch.finfo(original.dtype).eps ** 0.5 * original.norm():
-        raise RuntimeError(
-            f"module {layer.name!r} ({type(layer.module).__name__}) gives another output when it "
-            "is recomputed for one sample: it is random, has a state, or mixes samples"
-        )
-
-
-def _autocast(device_type: str) -> tuple[str, bool, torch.dtype]:
-    enabled = torch.is_autocast_enabled(device_type)
-    return device_type, enabled, torch.get_autocast_dtype(device_type)
-
-
-def _flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], TreeSpec]:
-    # nearly every layer is called like this, and flattening in Python is slow
-    if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-        return [args[0]], _ONE_TENSOR
-    return tree_flatten((args, kwargs))
-
-
-_ONE_TENSOR = tree_flatten(((torch.zeros(0),), {}))[1]
-
-
-def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    return [leaf for leaf in _flatten(args, kwargs)[0] if isinstance(leaf, Tensor)]
+                self._accumulator.add_whole(layer.owned[attribute], grads, features, whole)
 
 
 def _choose_parameters(model: nn.Module, choice: ParameterChoice) -> dict[str, nn.Parameter]:
@@ -681,7 +498,3 @@ def _choose_parameters(model: nn.Module, choice: ParameterChoice) -> dict[str, n
     if not chosen:
         raise ValueError("parameters must choose at least one parameter that requires a gradient")
     return chosen
-
-
-def _has_rows(leaf: Any, rows: int) -> bool:
-    return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == rows
