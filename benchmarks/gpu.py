@@ -9,9 +9,10 @@ and kept as OUT/table.txt.
     python benchmarks/gpu.py --out out                 all of it, under 8 minutes
     python benchmarks/gpu.py --out out --only stages   one piece; see --list
 
-Needs torch, triton and pytest. diffusers, numpy, scipy, scikit-learn and pytest-benchmark (the
-tests and the suites), and compute-sanitizer, are used where they are installed; no network, and
-nothing outside the repository. Without a GPU it is a rehearsal: the interpreter, tiny sizes.
+Needs torch, triton and pytest. What else is installed is used: diffusers with what dtrak needs,
+peft, traker, pytest-benchmark, compute-sanitizer; without diffusers the layers of the CIFAR U-Net
+stand in for it. No network, and nothing outside the repository. Without a GPU it is a rehearsal:
+the interpreter, tiny sizes.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import torch
 from protocol import Absent, Check, Provider, Roofs, Work, gram_error, relative_error
 from races import Contest, Races
 from torch import Tensor
-from workloads import cifar_unet, digits_model
+from workloads import parameter_shapes
 
 from dtrak_kernels import Projection, project, project_, reference
 from dtrak_kernels.ops import DENSE_KINDS
@@ -96,9 +96,7 @@ def make_gradients(
     if smoke:
         shapes: list[tuple[int, ...]] = [(16, 8, 3, 3), (16,), (40, 30), (30,)]
     else:
-        with torch.device("meta"):
-            unet = digits_model().unet if case.model == "digits" else cifar_unet()
-        shapes = [tuple(parameter.shape) for parameter in unet.parameters()]
+        shapes = parameter_shapes(case.model)
     generator = torch.Generator().manual_seed(0)
     # every parameter has a scale of its own, as in a real gradient
     scale = torch.cat(

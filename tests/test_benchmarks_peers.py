@@ -171,6 +171,40 @@ def test_models_have_the_published_sizes():
     assert sum(chosen) == 25_509_888
 
 
+def without(monkeypatch, *names):
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+def test_the_layers_of_cifar_are_known_without_diffusers(monkeypatch):
+    cuda = torch.device("cuda")
+    expected = workloads.unet_layers(cuda)["CIFAR U-Net"]
+    known = set(workloads.parameter_shapes("cifar"))
+    without(monkeypatch, "diffusers")
+    found = workloads.unet_layers(cuda)
+    assert list(found) == ["CIFAR U-Net"]
+    assert {(s.name, s.options) for s in found["CIFAR U-Net"]} == {
+        (s.name, s.options) for s in expected
+    }
+    shapes = workloads.parameter_shapes("cifar")
+    assert set(shapes) <= known
+    assert 0.998 < sum(torch.Size(shape).numel() for shape in shapes) / 38_306_691 < 1
+    for make in (workloads.cifar_unet, workloads.stable_diffusion_unet):
+        with pytest.raises(protocol.Absent, match="diffusers is not installed"):
+            make()
+    with pytest.raises(protocol.Absent, match="diffusers is not installed"):
+        workloads.digits(CPU, 2, 1, "float32")
+    with pytest.raises(protocol.Absent, match="diffusers is not installed"):
+        workloads.parameter_shapes("digits")
+
+
+def test_a_missing_peft_is_known_before_the_model_is_made(monkeypatch):
+    without(monkeypatch, "peft")
+    monkeypatch.setattr(workloads, "tiny_conditional_unet", lambda: pytest.fail("was made"))
+    with pytest.raises(protocol.Absent, match="peft is not installed"):
+        workloads.lora(CPU, 1, 1, "float32")
+
+
 def test_layers_are_those_of_the_model():
     x, steps = workloads.random_rows(1, 1, (1, 8, 8), CPU)
     unet = tiny_unet()
