@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -123,10 +124,18 @@ def find_sanitizer() -> str | None:
     return str(places[-1]) if places else None
 
 
-def files_with_gpu_tests() -> list[str]:
-    """Only these are collected: it takes half a minute to import all others."""
-    files = sorted((ROOT / "tests").glob("test_*.py"))
-    return [str(file) for file in files if "mark.gpu" in file.read_text()]
+def files_with_gpu_tests() -> dict[str, list[str]]:
+    """Those of the kernels, and those of dtrak, which need all it needs.
+
+    Only these are collected: it takes half a minute to import all others.
+    """
+    found: dict[str, list[str]] = {"gpu tests": [], "gpu tests of dtrak": []}
+    for file in sorted((ROOT / "tests").glob("test_*.py")):
+        text = file.read_text()
+        if "mark.gpu" in text:
+            needs_all = re.search(r"^(from|import) dtrak[. ]", text, re.MULTILINE)
+            found["gpu tests of dtrak" if needs_all else "gpu tests"].append(str(file))
+    return found
 
 
 def suites() -> list[Path]:
@@ -165,8 +174,11 @@ def make_pieces(cuda: bool, out: Path) -> list[Piece]:
             absent or ("" if cuda else "without a GPU, make test runs them"),
         )
     )
-    marked = (*files_with_gpu_tests(), "-m", "gpu", f"--junitxml={out / 'gpu_tests.xml'}")
-    pieces.append(Piece("gpu tests", (*pytest, *marked), 80, absent))
+    for name, chosen in files_with_gpu_tests().items():
+        xml = f"--junitxml={out / name.replace(' ', '_')}.xml"
+        missing = "diffusers is not installed" if "dtrak" in name and not has("diffusers") else ""
+        command = (*pytest, *chosen, "-m", "gpu", xml)
+        pieces.append(Piece(name, command, 60, absent or missing))
     sanitizer = find_sanitizer()
     missing = "" if sanitizer else "compute-sanitizer is not installed"
     pieces.append(

@@ -191,9 +191,34 @@ def test_eight_minutes_are_enough():
 
 
 def test_what_only_gpus_run_is_collected_and_nothing_else():
-    files = gpu.files_with_gpu_tests()
-    assert str(ROOT / "tests" / "test_projection.py") in files
-    assert str(ROOT / "tests" / "test_readme.py") not in files
+    kernels, dtrak = gpu.files_with_gpu_tests().values()
+    assert str(ROOT / "tests" / "test_projection.py") in kernels
+    assert str(ROOT / "tests" / "test_training.py") in dtrak
+    assert str(ROOT / "tests" / "test_readme.py") not in kernels + dtrak
+
+
+def test_tests_of_kernels_need_neither_diffusers_nor_scipy(tmp_path):
+    """They are collected on a machine that has torch, triton and pytest alone."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Bare:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('diffusers', 'scipy', 'trak', 'sklearn', 'typer'):\n"
+        "            raise ModuleNotFoundError(name, name=name)\n"
+        "sys.meta_path.insert(0, Bare())\n"
+    )
+    files = {str(ROOT / "tests" / f"test_{name}.py") for name in gpu.KERNEL_TESTS}
+    files |= set(gpu.files_with_gpu_tests()["gpu tests"])
+    variables = gpu.environment(tmp_path, cuda=False)
+    paths = os.pathsep.join([str(tmp_path), variables["PYTHONPATH"]])
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:xdist", *sorted(files)],
+        capture_output=True,
+        text=True,
+        env=variables | {"PYTHONPATH": paths},
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
 
 
 def test_the_page_shows_this_run_s_suites(tmp_path):
