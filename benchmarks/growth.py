@@ -72,7 +72,8 @@ PLANS = {
     "cuda": Plan(
         Point(N=4000, width=64, S=4, K=32768, B=16),
         {
-            "N": (64, 256, 1024, 4096),
+            # a batch of a small U-Net takes what launching its kernels takes, tens of milliseconds
+            "N": (16, 64, 256, 1024),
             SOLVING: (1000, 2000, 4000, 8000),
             "P": (32, 64, 128, 256),
             "S": (1, 4, 16, 64),

@@ -232,6 +232,8 @@ def _prepared(provider: Provider, device: torch.device, outcome: Outcome) -> Any
     """The function to time and its first result, its peak memory noted."""
     if device.type == "cuda":
         synchronise(device)
+        # what earlier providers used is free: some ask before they make a matrix
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run = provider.prepare()

@@ -1,6 +1,7 @@
 """What the benchmarks compare with: gradients by other ways, other projectors, real layers."""
 
 import importlib
+import importlib.util
 import sys
 import types
 from pathlib import Path
@@ -169,6 +170,36 @@ def test_models_have_the_published_sizes():
     assert total == 859_520_964
     chosen = [p.numel() for p in unet.parameters() if p.requires_grad]
     assert sum(chosen) == 25_509_888
+
+
+def suite(name):
+    """A suite's module; a test file of the same name may be loaded, too."""
+    file = Path(peers.__file__).parent / f"test_{name}.py"
+    spec = importlib.util.spec_from_file_location(f"suite_{name}", file)
+    module = importlib.util.module_from_spec(spec)
+    # dataclasses look their module up
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_gpu_s_cases_are_real_ones_and_fit_into_it():
+    third, P = 130 * 2**30 / 3, 38_306_691
+    projection = suite("projection").make_cases(cuda=True)
+    for kind in ("rademacher", "normal", "sjlt"):
+        widths = {c.proj_dim for c in projection if (c.kind, c.model) == (kind, "cifar")}
+        assert 65536 in widths
+        # a baseline that stores its matrix is there, too
+        assert kind == "sjlt" or 2 * P * min(widths) < third
+    assert {c.dtype for c in projection} == {"float32", "bfloat16"}
+    sketcher = suite("sketcher").make_cases(smoke=False, cuda=True)
+    assert {c.model for c in sketcher} == set(workloads.MODELS)
+    assert 65536 in sketcher[0].sparse
+    for case in sketcher:
+        assert case.peers in case.dense, "peers are beside ours of the same width"
+        assert 4 * P * case.peers < third / 2 or case.model == "digits"
+    # the dtype of a GPU is rehearsed
+    assert any(c.dtype == "bfloat16" for c in suite("sketcher").make_cases(smoke=True, cuda=True))
 
 
 def without(monkeypatch, *names):
