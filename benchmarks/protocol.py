@@ -200,7 +200,7 @@ def measure_roofs(device: torch.device, dtype: str, *, smoke: bool = False) -> R
     product = torch.empty_like(a)
 
     def best(run: Callable[[], Any]) -> float:
-        return min(_timed(run, device, None) for _ in range(1 if smoke else 6))
+        return min(timed(run, device, None) for _ in range(1 if smoke else 6))
 
     copy = 2 * source.nbytes / best(lambda: target.copy_(source))
     before = torch.backends.cuda.matmul.allow_tf32
@@ -212,7 +212,21 @@ def measure_roofs(device: torch.device, dtype: str, *, smoke: bool = False) -> R
     return Roofs(copy, gemm, dtype)
 
 
-def _timed(run: Callable[[], Any], device: torch.device, flush: Tensor | None) -> float:
+def make_flush(device: torch.device) -> Tensor | None:
+    """What overwrites the cache of a GPU; nothing elsewhere."""
+    if device.type != "cuda":
+        return None
+    return torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+
+
+def timed(run: Callable[[], Any], device: torch.device, flush: Tensor | None) -> float:
+    """Seconds of a call, on the device's own clock if that is a GPU.
+
+    Args:
+        run: the call.
+        device: where it runs.
+        flush: of `make_flush`; overwritten before.
+    """
     if device.type == "cuda":
         # the flush also keeps the device busy while the call is enqueued
         if flush is not None:
@@ -308,9 +322,7 @@ def race(
                 runs[provider.name] = run
     finally:
         gc.unfreeze()
-    flush = None
-    if device.type == "cuda":
-        flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+    flush = make_flush(device)
     least, most = rounds
     order = list(runs)
     gc.collect()
@@ -322,7 +334,7 @@ def race(
                 break
             for name in due:
                 try:
-                    outcomes[name].seconds.append(_timed(runs[name], device, flush))
+                    outcomes[name].seconds.append(timed(runs[name], device, flush))
                 # what it keeps beside the others may be too much
                 except Exception as reason:
                     order.remove(name)
