@@ -190,7 +190,7 @@ def make_pieces(cuda: bool, out: Path) -> list[Piece]:
             (sanitizer or "", "--tool", "memcheck", "--error-exitcode", "9"),
         )
     )
-    pieces.append(Piece("stages", (stages, *folder, *smoke), 80, is_timing=True))
+    pieces.append(Piece("stages", (stages, *folder, *smoke), 80 if cuda else 180, is_timing=True))
     record = ("--record", f"--rows={out / 'rows'}", "--seconds=0.2") if cuda else ("--smoke",)
     # without pytest-benchmark conftest.py stands in for it
     only = ("--benchmark-only",) if has("pytest_benchmark") else ()
@@ -206,7 +206,9 @@ def make_pieces(cuda: bool, out: Path) -> list[Piece]:
     # a taste of it: all of it is one command of its own, make tune
     found = ("--out", str(out / "configs"), "--journal", str(out / "tune.jsonl"))
     length = ("--operation", "sketch", "--seconds", "4", "--minutes", "0.7")
-    pieces.append(Piece("tune", (tune, *found, *length, *smoke), 60, is_timing=True))
+    pieces.append(
+        Piece("tune", (tune, *found, *length, *smoke), 60 if cuda else 120, is_timing=True)
+    )
     return pieces
 
 
@@ -467,17 +469,19 @@ def tuned_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def suite_lines(folder: Path, since: str) -> Iterator[str]:
-    """Our providers beside their baselines, those of many layers as a median; of this run only."""
+    """Ours beside baselines, of this run only: a line per group and kind, layers as a median."""
     layers: dict[str, list[float]] = {}
+    shown: set[tuple[str, str]] = set()
     for suite in (file.stem.removeprefix("test_") for file in suites()):
         for row in read_rows(folder / f"{suite}.jsonl"):
-            ours = any(word in row.get("provider", "") for word in OURS)
-            if not ours or not row.get("ratio") or row.get("run", since) < since:
+            kind = next((word for word in OURS if word in row.get("provider", "")), "")
+            if not kind or not row.get("ratio") or row.get("run", since) < since:
                 continue
             if suite == "layers":
                 key = f"{row['model']}, {row['dtype']}\t{row['provider']}\t{row['baseline']}"
                 layers.setdefault(key, []).append(row["ratio"])
-            else:
+            elif (row["group"], kind) not in shown:
+                shown.add((row["group"], kind))
                 name = f"{suite}: {row['group']}"
                 ratio = f"{row['ratio']:8.3f}x {row['baseline']}"
                 yield f"  {name:56.56} {row['provider']:28.28} {ratio}"
@@ -508,7 +512,7 @@ def table(
             lines += ["", *write(rows)]
     found = list(suite_lines(out / "rows", since))
     if found:
-        lines += ["", "suites: time over the baseline's", *found[:24]]
+        lines += ["", "suites: time over the baseline's", *found[:28]]
     return "\n".join(lines) + "\n"
 
 

@@ -225,6 +225,8 @@ def test_the_page_shows_this_run_s_suites(tmp_path):
     row = {"provider": "features: sjlt, K = 8", "ratio": 1.5, "baseline": "step", "dtype": "bf16"}
     row |= {"group": "U-Net", "run": "2026-01-02T00:00:00Z"}
     files = {"sketcher": [row, row | {"run": "2025-01-02T00:00:00Z", "group": "old"}]}
+    # another width is in the report
+    files["sketcher"].append(row | {"provider": "features: sjlt, K = 16"})
     files["layers"] = [
         row | {"model": "SD", "group": str(n), "ratio": ratio} for n, ratio in enumerate((1, 2, 30))
     ]
