@@ -441,12 +441,12 @@ def stage_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 def modelled_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     """A line per kernel: the model's time, and the measured one where there is a GPU."""
-    yield f"{'kernel':34} {'modelled':>12} {'measured':>12}   limited by (model)"
+    yield f"{'kernel':46} {'modelled':>12} {'measured':>12}   limited by (model)"
     for row in rows:
         measured = row.get("measured_seconds")
         text = "-" if measured is None else f"{1e3 * measured:.3f} ms"
         time_text = f"{1e3 * row['modelled_seconds']:.3f} ms"
-        yield f"{row['case']:34.34} {time_text:>12} {text:>12}   {row['limit']}, {row['card']}"
+        yield f"{row['case']:46.46} {time_text:>12} {text:>12}   {row['limit']}, {row['card']}"
 
 
 def tuned_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
