@@ -2,15 +2,17 @@
 
 Every piece of evidence is a process of its own with a time limit, its output in a file of its own
 under OUT; whatever one of them does (fail, hang, lose the device), the others run, and what it had
-written stays. All pieces together stay below the budget, and a page that says how they went is
-printed last and kept as OUT/table.txt.
+written stays. What only checks runs side by side, where there are cores for it; what is timed runs
+alone. All pieces together stay below the budget, and a page that says how they went is printed last
+and kept as OUT/table.txt.
 
     python benchmarks/gpu.py --out out                 all of it, under 8 minutes
     python benchmarks/gpu.py --out out --only stages   one piece; see --list
 
-Needs torch, triton and pytest. diffusers, numpy, scipy, scikit-learn and pytest-benchmark (the
-tests and the suites), and compute-sanitizer, are used where they are installed; no network, and
-nothing outside the repository. Without a GPU it is a rehearsal: the interpreter, tiny sizes.
+Needs torch, triton and pytest. What else is installed is used: diffusers with what dtrak needs,
+peft, traker, pytest-benchmark, compute-sanitizer; without diffusers the layers of the CIFAR U-Net
+stand in for it. No network, and nothing outside the repository. Without a GPU it is a rehearsal:
+the interpreter, tiny sizes.
 """
 
 from __future__ import annotations
@@ -18,30 +20,44 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from pages import read_rows
 
 ROOT = Path(__file__).parents[1]
+XML = "--junitxml="
 HERE = Path(__file__).parent
 # seconds for everything, of which some are kept to end processes and to write the page
-BUDGET_GPU, BUDGET_CPU = 460.0, 180.0
-RESERVE = 5.0
+BUDGET = 460.0
+RESERVE = 10.0
+# a piece that is late gets these, so many seconds after its limit; then it is left to itself: a
+# process that waits for its driver cannot be ended
+SIGNALS = ((0.0, signal.SIGINT), (4.0, signal.SIGTERM), (5.0, signal.SIGKILL))
+PATIENCE = 8.0
 KERNELS = ("rademacher", "normal", "sketch", "gram_product")
+# what the page shows of the suites; the report shows all
+OURS = ("features: sjlt", "features: kronecker", "philox", "fused", "dual")
+# seconds a suite may take here: what is not reached is make bench's
+SUITE_LIMITS = {"suite sketcher": 80.0, "suite projection": 60.0}
 # tests that run the kernels on whatever device there is; those marked gpu are run by themselves
 KERNEL_TESTS = ("projection", "streams", "sketch_kernel", "gram", "sketcher")
 
 PROBE = """
-import json, torch, triton
+import json, sys, torch, triton
 cuda = torch.cuda.is_available()
 facts = {"cuda": cuda, "torch": torch.__version__, "triton": triton.__version__, "device": "cpu"}
 if cuda:
@@ -49,7 +65,7 @@ if cuda:
     facts |= {"device": p.name, "multiprocessors": p.multi_processor_count}
     facts |= {"bytes": p.total_memory, "capability": f"{p.major}.{p.minor}"}
     facts |= {"runtime": torch.version.cuda or torch.version.hip}
-print(json.dumps(facts))
+open(sys.argv[1], "w").write(json.dumps(facts))
 """
 
 
@@ -63,6 +79,7 @@ class Piece:
         limit: seconds it may take.
         absent: why it cannot run here; empty if it can.
         wrapper: what the interpreter runs under.
+        is_timing: whether its times count: nothing runs beside it.
     """
 
     name: str
@@ -70,6 +87,7 @@ class Piece:
     limit: float
     absent: str = ""
     wrapper: tuple[str, ...] = ()
+    is_timing: bool = False
 
 
 @dataclass
@@ -78,15 +96,16 @@ class Outcome:
 
     Attributes:
         name: of the piece.
-        status: ``"passed"``, ``"failed"``, ``"timed out"``, ``"skipped"`` or ``"interrupted"``.
-        seconds: it took.
+        status: ``"passed"``, ``"failed"``, ``"timed out"``, ``"skipped"`` or ``"interrupted"``;
+            ``"cut short"`` if all passed of what there was time for.
         note: a few words.
+        seconds: it took.
     """
 
     name: str
     status: str
-    seconds: float = 0.0
     note: str = ""
+    seconds: float = 0.0
 
 
 def has(module: str) -> bool:
@@ -105,6 +124,29 @@ def find_sanitizer() -> str | None:
     return str(places[-1]) if places else None
 
 
+def files_with_gpu_tests() -> dict[str, list[str]]:
+    """Those of the kernels, and those of dtrak, which need all it needs.
+
+    Only these are collected: it takes half a minute to import all others.
+    """
+    found: dict[str, list[str]] = {"gpu tests": [], "gpu tests of dtrak": []}
+    for file in sorted((ROOT / "tests").glob("test_*.py")):
+        text = file.read_text()
+        if "mark.gpu" in text:
+            needs_all = re.search(r"^(from|import) dtrak[. ]", text, re.MULTILINE)
+            found["gpu tests of dtrak" if needs_all else "gpu tests"].append(str(file))
+    return found
+
+
+def suites() -> list[Path]:
+    """The suites, the most telling first."""
+    order = ("sketcher", "projection", "ridge", "attribute", "layers", "growth")
+    names = [f"test_{name}.py" for name in order]
+    return sorted(
+        HERE.glob("test_*.py"), key=lambda f: names.index(f.name) if f.name in names else 99
+    )
+
+
 def make_pieces(cuda: bool, out: Path) -> list[Piece]:
     """All pieces, the most telling first: what comes last is cut if time runs out.
 
@@ -116,26 +158,27 @@ def make_pieces(cuda: bool, out: Path) -> list[Piece]:
         str(HERE / f"{name}.py") for name in ("agreement", "stages", "modelled", "tune")
     )
     pieces = [
-        Piece(f"agreement {kernel}", (agreement, "--kernel", kernel, *folder), 40)
+        Piece(f"agreement {kernel}", (agreement, "--kernel", kernel, *folder), 60)
         for kernel in KERNELS
     ]
     if not cuda:
-        pieces = [Piece("agreement", (agreement, *folder, *smoke), 60)]
-    pieces.append(Piece("stages", (stages, *folder, *smoke), 100 if cuda else 50))
-    pieces.append(Piece("modelled", (modelled, *folder, *smoke), 50))
-    pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors")
+        pieces = [Piece("agreement", (agreement, *folder, *smoke), 180)]
+    pytest = ("-m", "pytest", "-v", "-p", "no:cacheprovider", "--continue-on-collection-errors")
     absent = "" if has("pytest") else "pytest is not installed"
-    marked = (str(ROOT / "tests"), "-m", "gpu", f"--junitxml={out / 'gpu_tests.xml'}")
-    pieces.append(Piece("gpu tests", (*pytest, *marked), 90, absent))
     files = (str(ROOT / "tests" / f"test_{name}.py") for name in KERNEL_TESTS)
     pieces.append(
         Piece(
             "kernel tests",
             (*pytest, *files, "-m", "not gpu", f"--junitxml={out / 'kernel_tests.xml'}"),
-            90,
+            110,
             absent or ("" if cuda else "without a GPU, make test runs them"),
         )
     )
+    for name, chosen in files_with_gpu_tests().items():
+        xml = f"--junitxml={out / name.replace(' ', '_')}.xml"
+        missing = "diffusers is not installed" if "dtrak" in name and not has("diffusers") else ""
+        command = (*pytest, *chosen, "-m", "gpu", xml)
+        pieces.append(Piece(name, command, 60, absent or missing))
     sanitizer = find_sanitizer()
     missing = "" if sanitizer else "compute-sanitizer is not installed"
     pieces.append(
@@ -147,18 +190,25 @@ def make_pieces(cuda: bool, out: Path) -> list[Piece]:
             (sanitizer or "", "--tool", "memcheck", "--error-exitcode", "9"),
         )
     )
-    for module, name in (("pytest_benchmark", "pytest-benchmark"), ("diffusers", "diffusers")):
-        absent = absent or ("" if has(module) else f"{name} is not installed")
+    pieces.append(Piece("stages", (stages, *folder, *smoke), 80 if cuda else 180, is_timing=True))
     record = ("--record", f"--rows={out / 'rows'}", "--seconds=0.2") if cuda else ("--smoke",)
-    for file in sorted(HERE.glob("test_*.py")) if cuda else [HERE]:
+    # without pytest-benchmark conftest.py stands in for it
+    only = ("--benchmark-only",) if has("pytest_benchmark") else ()
+    for file in suites() if cuda else [HERE]:
         name = file.stem.replace("test_", "suite ") if cuda else "suites"
         xml = f"--junitxml={out / name.replace(' ', '_')}.xml"
-        command = (*pytest, str(file), "--benchmark-only", *record, xml)
-        pieces.append(Piece(name, command, 90, absent))
+        command = (*pytest, str(file), *only, *record, xml)
+        limit = SUITE_LIMITS.get(name, 50) if cuda else 240
+        pieces.append(Piece(name, command, limit, absent, is_timing=True))
+    # a model needs no time that other pieces want, its measured times little
+    before_suites = next(i for i, piece in enumerate(pieces) if piece.name == "stages") + 1
+    pieces.insert(before_suites, Piece("modelled", (modelled, *folder, *smoke), 40, is_timing=True))
     # a taste of it: all of it is one command of its own, make tune
     found = ("--out", str(out / "configs"), "--journal", str(out / "tune.jsonl"))
-    length = ("--operation", "sketch", "--seconds", "4", "--minutes", "1")
-    pieces.append(Piece("tune", (tune, *found, *length, *smoke), 90))
+    length = ("--operation", "sketch", "--seconds", "4", "--minutes", "0.7")
+    pieces.append(
+        Piece("tune", (tune, *found, *length, *smoke), 60 if cuda else 120, is_timing=True)
+    )
     return pieces
 
 
@@ -180,34 +230,73 @@ def environment(out: Path, cuda: bool) -> dict[str, str]:
     )
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Ask a process and its children to end; a moment later, make them."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            break
-        try:
-            process.wait(timeout=2)
+def send(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """Send a signal to a process and its children."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)
+
+
+@dataclass
+class Running:
+    """A piece whose process was started.
+
+    Attributes:
+        piece: of which it is.
+        process: its own, and the first of its group.
+        log: where its output goes.
+        limit: seconds it may take.
+        begin: when it was started.
+        sent: signals it got for being late.
+    """
+
+    piece: Piece
+    process: subprocess.Popen[bytes]
+    log: Path
+    limit: float
+    begin: float = field(default_factory=time.monotonic)
+    sent: int = 0
+
+    def poll(self) -> Outcome | None:
+        """How it went, once that is known; never waits."""
+        code, seconds = self.process.poll(), time.monotonic() - self.begin
+        late = seconds - self.limit
+        note = f"stopped after {self.limit:.0f} s"
+        if code is not None:
+            if not self.sent:
+                return Outcome(self.piece.name, *describe(self.piece, code, self.log), seconds)
             # children that outlive it are made to end, too
-        except subprocess.TimeoutExpired:
-            continue
-    process.wait()
+            send(self.process, signal.SIGKILL)
+            counts = count_tests(self.piece)
+            if counts is None:
+                return Outcome(self.piece.name, "timed out", note, seconds)
+            is_good = counts["passed"] and not (counts["failed"] or counts["errors"])
+            status = "cut short" if is_good else "timed out"
+            return Outcome(self.piece.name, status, f"{note}: {in_words(counts)}", seconds)
+        for after, number in SIGNALS[self.sent :]:
+            if late >= after:
+                send(self.process, number)
+                self.sent += 1
+        if late < PATIENCE:
+            return None
+        return Outcome(self.piece.name, "timed out", f"{note}, and does not end", seconds)
 
 
-def run_piece(piece: Piece, out: Path, limit: float, variables: dict[str, str]) -> Outcome:
-    """Run a piece; whatever happens to it is an outcome."""
+def start(piece: Piece, out: Path, limit: float, variables: dict[str, str]) -> Running | Outcome:
+    """Start a piece; an outcome at once if that cannot be done."""
     if piece.absent:
-        return Outcome(piece.name, "skipped", note=piece.absent)
+        return Outcome(piece.name, "skipped", piece.absent)
     if limit < 1:
-        return Outcome(piece.name, "skipped", note="no time was left")
-    begin = time.monotonic()
+        return Outcome(piece.name, "skipped", "no time was left")
     log = out / f"{piece.name.replace(' ', '_')}.log"
+    # what another run counted is not this one's
+    for argument in piece.arguments:
+        if argument.startswith(XML):
+            Path(argument.removeprefix(XML)).unlink(missing_ok=True)
     if piece.wrapper:
         # or the allocator's pool hides what is out of bounds
         variables = variables | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    with log.open("wb") as file:
-        try:
+    try:
+        with log.open("wb") as file:
             process = subprocess.Popen(
                 [*piece.wrapper, sys.executable, *piece.arguments],
                 stdout=file,
@@ -217,31 +306,70 @@ def run_piece(piece: Piece, out: Path, limit: float, variables: dict[str, str]) 
                 env=variables,
                 start_new_session=True,
             )
-        except OSError as error:
-            return Outcome(piece.name, "failed", note=str(error))
-        try:
-            code = process.wait(timeout=limit)
-        except subprocess.TimeoutExpired:
-            end(process)
-            seconds = time.monotonic() - begin
-            return Outcome(piece.name, "timed out", seconds, f"stopped after {limit:.0f} s")
-        except KeyboardInterrupt:
-            end(process)
-            raise
-    seconds = time.monotonic() - begin
-    status, note = describe(piece, code, log)
-    return Outcome(piece.name, status, seconds, note)
+    except OSError as error:
+        return Outcome(piece.name, "failed", str(error))
+    return Running(piece, process, log, limit)
+
+
+def run_pieces(
+    pieces: list[Piece],
+    out: Path,
+    deadline: float,
+    variables: dict[str, str],
+    *,
+    width: int = 1,
+    tell: Callable[[Outcome], Any] = lambda outcome: None,
+) -> bool:
+    """Run pieces in their order, some of them side by side; whatever happens is an outcome.
+
+    Args:
+        pieces: to run.
+        out: folder of the logs.
+        deadline: no piece is given time beyond it, on the monotonic clock.
+        variables: of the environment.
+        width: how many run at a time.
+        tell: is given every outcome, once it is known.
+
+    Returns:
+        Whether Ctrl-C ended it.
+    """
+    waiting, running = list(pieces), list[Running]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < width:
+                piece = waiting.pop(0)
+                limit = min(piece.limit, deadline - time.monotonic())
+                begun = start(piece, out, limit, variables)
+                if isinstance(begun, Outcome):
+                    tell(begun)
+                else:
+                    running.append(begun)
+            for one in list(running):
+                outcome = one.poll()
+                if outcome is not None:
+                    running.remove(one)
+                    tell(outcome)
+            time.sleep(0.05)
+    except KeyboardInterrupt:
+        for number, seconds in ((signal.SIGINT, 3.0), (signal.SIGKILL, 2.0)):
+            for one in running:
+                send(one.process, number)
+            until = time.monotonic() + seconds
+            while time.monotonic() < until and any(one.process.poll() is None for one in running):
+                time.sleep(0.1)
+        for one in running:
+            tell(Outcome(one.piece.name, "interrupted", "", time.monotonic() - one.begin))
+        return True
+    return False
 
 
 def describe(piece: Piece, code: int, log: Path) -> tuple[str, str]:
     """Status and a few words about a piece that ended by itself."""
-    xml = next((a.split("=", 1)[1] for a in piece.arguments if a.startswith("--junitxml=")), "")
-    if xml and Path(xml).is_file():
-        counts = count_tests(Path(xml))
-        note = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
+    counts = count_tests(piece)
+    if counts is not None:
         bad = counts["failed"] or counts["errors"]
         # 5: nothing was selected
-        return ("failed" if bad or code not in (0, 5) else "passed"), note or "no tests"
+        return ("failed" if bad or code not in (0, 5) else "passed"), in_words(counts)
     if code == 0:
         return "passed", ""
     lines = log.read_text(errors="replace").strip().splitlines()
@@ -249,13 +377,17 @@ def describe(piece: Piece, code: int, log: Path) -> tuple[str, str]:
     return "failed", f"{what}: {lines[-1].strip()[:90]}" if lines else what
 
 
-def count_tests(file: Path) -> dict[str, int]:
-    """Passed, failed, errors and skipped of a JUnit file."""
-    suite = ElementTree.parse(file).getroot().find("testsuite")
-    if suite is None:
-        return dict.fromkeys(("passed", "failed", "errors", "skipped"), 0)
+def count_tests(piece: Piece) -> dict[str, int] | None:
+    """Passed, failed, errors and skipped in the JUnit file of a piece; None if it wrote none."""
+    xml = next((a.removeprefix(XML) for a in piece.arguments if a.startswith(XML)), "")
+    try:
+        suite = ElementTree.parse(xml).getroot().find("testsuite")
+    # none was asked for, or a process that was ended left half of one
+    except (OSError, ElementTree.ParseError):
+        return None
+    names = ("tests", "failures", "errors", "skipped")
     total, failed, errors, skipped = (
-        int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")
+        0 if suite is None else int(suite.get(name, 0)) for name in names
     )
     return {
         "passed": total - failed - errors - skipped,
@@ -263,6 +395,11 @@ def count_tests(file: Path) -> dict[str, int]:
         "errors": errors,
         "skipped": skipped,
     }
+
+
+def in_words(counts: dict[str, int]) -> str:
+    """``3 passed, 1 skipped``."""
+    return ", ".join(f"{n} {what}" for what, n in counts.items() if n) or "no tests"
 
 
 def agreement_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -304,12 +441,12 @@ def stage_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 def modelled_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     """A line per kernel: the model's time, and the measured one where there is a GPU."""
-    yield f"{'kernel':34} {'modelled':>12} {'measured':>12}   limited by (model)"
+    yield f"{'kernel':46} {'modelled':>12} {'measured':>12}   limited by (model)"
     for row in rows:
         measured = row.get("measured_seconds")
         text = "-" if measured is None else f"{1e3 * measured:.3f} ms"
         time_text = f"{1e3 * row['modelled_seconds']:.3f} ms"
-        yield f"{row['case']:34.34} {time_text:>12} {text:>12}   {row['limit']}, {row['card']}"
+        yield f"{row['case']:46.46} {time_text:>12} {text:>12}   {row['limit']}, {row['card']}"
 
 
 def tuned_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -331,19 +468,33 @@ def tuned_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
         yield f"  {name:70.70} {times}"
 
 
-def suite_lines(folder: Path) -> Iterator[str]:
-    """Our providers beside their baselines."""
-    for file in sorted(folder.glob("*.jsonl")):
-        for row in read_rows(file):
-            ours = any(word in row.get("provider", "") for word in ("sjlt", "philox", "fused"))
-            if ours and row.get("ratio"):
-                name = f"{file.stem}: {row['group']}"
+def suite_lines(folder: Path, since: str) -> Iterator[str]:
+    """Ours beside baselines, of this run only: a line per group and kind, layers as a median."""
+    layers: dict[str, list[float]] = {}
+    shown: set[tuple[str, str]] = set()
+    for suite in (file.stem.removeprefix("test_") for file in suites()):
+        for row in read_rows(folder / f"{suite}.jsonl"):
+            kind = next((word for word in OURS if word in row.get("provider", "")), "")
+            if not kind or not row.get("ratio") or row.get("run", since) < since:
+                continue
+            if suite == "layers":
+                key = f"{row['model']}, {row['dtype']}\t{row['provider']}\t{row['baseline']}"
+                layers.setdefault(key, []).append(row["ratio"])
+            elif (row["group"], kind) not in shown:
+                shown.add((row["group"], kind))
+                name = f"{suite}: {row['group']}"
                 ratio = f"{row['ratio']:8.3f}x {row['baseline']}"
-                yield f"  {name:56.56} {row['provider']:18.18} {ratio}"
+                yield f"  {name:56.56} {row['provider']:28.28} {ratio}"
+    for key, ratios in layers.items():
+        model, provider, baseline = key.split("\t")
+        name = f"layers: {model}, median of {len(ratios)}"
+        yield f"  {name:56.56} {provider:28.28} {median(ratios):8.3f}x {baseline}"
 
 
-def table(facts: dict[str, Any], outcomes: list[Outcome], out: Path, seconds: float) -> str:
-    """The page."""
+def table(
+    facts: dict[str, Any], outcomes: list[Outcome], out: Path, seconds: float, since: str = ""
+) -> str:
+    """The page; ``since`` is when the run began, as rows say it."""
     lines = [
         f"{facts['device']}, torch {facts.get('torch', '?')}, triton {facts.get('triton', '?')}: "
         f"{len(outcomes)} pieces in {seconds:.0f} s, results in {out}",
@@ -359,25 +510,23 @@ def table(facts: dict[str, Any], outcomes: list[Outcome], out: Path, seconds: fl
     for rows, write in sections:
         if rows:
             lines += ["", *write(rows)]
-    suites = list(suite_lines(out / "rows"))
-    if suites:
-        lines += ["", "suites: time over the baseline's", *suites[:20]]
+    found = list(suite_lines(out / "rows", since))
+    if found:
+        lines += ["", "suites: time over the baseline's", *found[:28]]
     return "\n".join(lines) + "\n"
 
 
 def probe(out: Path) -> dict[str, Any]:
     """What this machine is; a machine on which torch does not start is one without a GPU."""
+    nothing = {"cuda": False, "device": "torch and triton do not start here"}
+    answer = out / "probe.json"
+    answer.unlink(missing_ok=True)
+    piece = Piece("probe", ("-c", PROBE, str(answer)), 60)
+    run_pieces([piece], out, time.monotonic() + 60, environment(out, True))
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", PROBE],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            env=environment(out, True),
-        )
-        return json.loads(done.stdout)
-    except (subprocess.TimeoutExpired, json.JSONDecodeError, OSError):
-        return {"cuda": False, "device": "torch and triton do not start here"}
+        return json.loads(answer.read_text())
+    except (json.JSONDecodeError, OSError):
+        return nothing
 
 
 def main() -> int:
@@ -394,7 +543,7 @@ def main() -> int:
     options = parser.parse_args()
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    begin = time.monotonic()
+    begin, since = time.monotonic(), datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     facts = probe(out)
     pieces = make_pieces(facts["cuda"], out)
     if options.only:
@@ -410,27 +559,32 @@ def main() -> int:
     for stale in ("agreement", "stages", "modelled", "tune"):
         (out / f"{stale}.jsonl").unlink(missing_ok=True)
     (out / "summary.json").unlink(missing_ok=True)
-    budget = options.budget or (BUDGET_GPU if facts["cuda"] else BUDGET_CPU)
+    budget = options.budget or BUDGET
     variables = environment(out, facts["cuda"])
     sys.stdout.write(f"{facts['device']}: {len(pieces)} pieces, at most {budget:.0f} s\n")
     outcomes: list[Outcome] = []
-    interrupted = False
-    for piece in pieces:
-        left = budget - RESERVE - (time.monotonic() - begin)
-        sys.stdout.write(f"{piece.name:24} ")
-        sys.stdout.flush()
-        try:
-            outcome = run_piece(piece, out, min(piece.limit, left), variables)
-        except KeyboardInterrupt:
-            outcome, interrupted = Outcome(piece.name, "interrupted"), True
+
+    def tell(outcome: Outcome) -> None:
         outcomes.append(outcome)
-        sys.stdout.write(f"{outcome.status:12} {outcome.seconds:6.1f} s  {outcome.note}\n")
+        line = f"{outcome.name:24} {outcome.status:12} {outcome.seconds:6.1f} s  {outcome.note}\n"
+        sys.stdout.write(line)
+        sys.stdout.flush()
+
+    interrupted = False
+    cores = os.cpu_count() or 1
+    for is_timing, group in groupby(pieces, key=lambda piece: piece.is_timing):
+        width = 1 if is_timing else max(1, min(6, cores // 2))
+        # those that run side by side share the cores
+        shared = {"OMP_NUM_THREADS": str(max(1, cores // width))} if width > 1 else {}
+        interrupted = run_pieces(
+            list(group), out, begin + budget - RESERVE, variables | shared, width=width, tell=tell
+        )
         if interrupted:
             break
     seconds = time.monotonic() - begin
     summary = {"facts": facts, "seconds": seconds, "pieces": [asdict(o) for o in outcomes]}
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    page = table(facts, outcomes, out, seconds)
+    page = table(facts, outcomes, out, seconds, since)
     (out / "table.txt").write_text(page)
     sys.stdout.write("\n" + page)
     if interrupted:

@@ -11,10 +11,9 @@ from typing import Any
 
 import peers
 import torch
-from diffusers import UNet2DModel
 from protocol import Check, Outcome, Provider, Work, race, relative_error
-from torch import Tensor
-from workloads import Workload, random_rows, sample_of
+from torch import Tensor, nn
+from workloads import Workload, diffusers, random_rows, sample_of
 
 from dtrak_kernels import GradientSketcher, Projection, project
 from dtrak_kernels.ridge import RidgeSolver
@@ -73,7 +72,8 @@ PLANS = {
     "cuda": Plan(
         Point(N=4000, width=64, S=4, K=32768, B=16),
         {
-            "N": (64, 256, 1024, 4096),
+            # a batch of a small U-Net takes what launching its kernels takes, tens of milliseconds
+            "N": (16, 64, 256, 1024),
             SOLVING: (1000, 2000, 4000, 8000),
             "P": (32, 64, 128, 256),
             "S": (1, 4, 16, 64),
@@ -106,21 +106,25 @@ PLANS = {
 }
 
 
-def make_unet(width: int, size: int, levels: int) -> UNet2DModel:
+def make_unet(width: int, size: int, levels: int) -> nn.Module:
     """Attention at every resolution but the first; P grows as the square of the width."""
     down = ("DownBlock2D", *("AttnDownBlock2D" for _ in range(levels - 1)))
-    return UNet2DModel(
-        sample_size=size,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=tuple(width * 2**level for level in range(levels)),
-        layers_per_block=1,
-        down_block_types=down,
-        up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
-        norm_num_groups=8,
-        resnet_time_scale_shift="scale_shift",
-        add_attention=False,
-    ).eval()
+    return (
+        diffusers()
+        .UNet2DModel(
+            sample_size=size,
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=tuple(width * 2**level for level in range(levels)),
+            layers_per_block=1,
+            down_block_types=down,
+            up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
+            norm_num_groups=8,
+            resnet_time_scale_shift="scale_shift",
+            add_attention=False,
+        )
+        .eval()
+    )
 
 
 def make_workload(point: Point, plan: Plan, device: torch.device, samples: int) -> Workload:

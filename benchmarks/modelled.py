@@ -40,6 +40,7 @@ from compile_all import (
     compile_kernel,
     disassembly,
 )
+from protocol import make_flush, timed
 from sketch_layers import Layer
 from triton.backends.compiler import GPUTarget
 
@@ -418,16 +419,10 @@ def make_cases(card: Card, *, smoke: bool, device_name: str = "") -> Iterator[Ca
 
 def measure(run: Callable[[], Any], rounds: int = 20) -> float:
     """Median seconds of a launch on the GPU."""
+    device = torch.device("cuda")
+    flush = make_flush(device)
     run()
-    seconds = []
-    for _ in range(rounds):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        stop.record()
-        torch.cuda.synchronize()
-        seconds.append(start.elapsed_time(stop) / 1e3)
-    return sorted(seconds)[rounds // 2]
+    return sorted(timed(run, device, flush) for _ in range(rounds))[rounds // 2]
 
 
 def find_card(name: str) -> Card | None:

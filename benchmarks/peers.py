@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import AttnProcessor
 from protocol import Absent
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
@@ -45,6 +44,9 @@ class _PlainAttention:
     def __enter__(self) -> None:
         self.before = [module.processor for module in self.modules]
         for module in self.modules:
+            # only modules of diffusers have processors
+            from diffusers.models.attention_processor import AttnProcessor
+
             module.set_processor(AttnProcessor())
 
     def __exit__(self, *_: Any) -> None:

@@ -186,7 +186,11 @@ def live_bytes() -> int:
 
 
 def measure_roofs(device: torch.device, dtype: str, *, smoke: bool = False) -> Roofs:
-    """A large copy and a large matrix product, the best of several."""
+    """A large copy and a large matrix product, the best of several.
+
+    Convolutions in float32 use the TF32 units of a GPU by default, and our dense kernels those of
+    16 bits: the product does, too, or what it is the roof of would pass it.
+    """
     cuda = device.type == "cuda"
     size = 1024 if smoke else 2**26 if not cuda else 2**28
     source = torch.ones(size, dtype=torch.float32, device=device)
@@ -196,16 +200,33 @@ def measure_roofs(device: torch.device, dtype: str, *, smoke: bool = False) -> R
     product = torch.empty_like(a)
 
     def best(run: Callable[[], Any]) -> float:
-        return min(_timed(run, device, None) for _ in range(1 if smoke else 6))
+        return min(timed(run, device, None) for _ in range(1 if smoke else 6))
 
-    return Roofs(
-        copy=2 * source.nbytes / best(lambda: target.copy_(source)),
-        gemm=2 * side**3 / best(lambda: torch.mm(a, b, out=product)),
-        dtype=dtype,
-    )
+    copy = 2 * source.nbytes / best(lambda: target.copy_(source))
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        gemm = 2 * side**3 / best(lambda: torch.mm(a, b, out=product))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    return Roofs(copy, gemm, dtype)
 
 
-def _timed(run: Callable[[], Any], device: torch.device, flush: Tensor | None) -> float:
+def make_flush(device: torch.device) -> Tensor | None:
+    """What overwrites the cache of a GPU; nothing elsewhere."""
+    if device.type != "cuda":
+        return None
+    return torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+
+
+def timed(run: Callable[[], Any], device: torch.device, flush: Tensor | None) -> float:
+    """Seconds of a call, on the device's own clock if that is a GPU.
+
+    Args:
+        run: the call.
+        device: where it runs.
+        flush: of `make_flush`; overwritten before.
+    """
     if device.type == "cuda":
         # the flush also keeps the device busy while the call is enqueued
         if flush is not None:
@@ -225,6 +246,8 @@ def _prepared(provider: Provider, device: torch.device, outcome: Outcome) -> Any
     """The function to time and its first result, its peak memory noted."""
     if device.type == "cuda":
         synchronise(device)
+        # what earlier providers used is free: some ask before they make a matrix
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run = provider.prepare()
@@ -243,6 +266,10 @@ def _prepared(provider: Provider, device: torch.device, outcome: Outcome) -> Any
     return run, result
 
 
+def _words(reason: Exception) -> str:
+    return f"{type(reason).__name__}: {' '.join(str(reason).split())}"
+
+
 def _first_run(provider: Provider, device: torch.device, outcome: Outcome) -> Any:
     """The function to time, after a run of it that was measured and compared; or ``None``."""
     try:
@@ -253,9 +280,7 @@ def _first_run(provider: Provider, device: torch.device, outcome: Outcome) -> An
         return None
     # a peer may fail in any way of its own (memory, a missing rule); the others go on
     except Exception as reason:
-        outcome.failure = f"{type(reason).__name__}: {' '.join(str(reason).split())}"
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        outcome.failure = _words(reason)
         return None
     for check, error in zip(provider.checks, outcome.errors, strict=True):
         # not `>`: NaN is no agreement
@@ -297,9 +322,7 @@ def race(
                 runs[provider.name] = run
     finally:
         gc.unfreeze()
-    flush = None
-    if device.type == "cuda":
-        flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+    flush = make_flush(device)
     least, most = rounds
     order = list(runs)
     gc.collect()
@@ -310,7 +333,13 @@ def race(
             if not due:
                 break
             for name in due:
-                outcomes[name].seconds.append(_timed(runs[name], device, flush))
+                try:
+                    outcomes[name].seconds.append(timed(runs[name], device, flush))
+                # what it keeps beside the others may be too much
+                except Exception as reason:
+                    order.remove(name)
+                    outcomes[name] = Outcome(failure=_words(reason))
+                    del runs[name]
             order.reverse()
     finally:
         gc.enable()

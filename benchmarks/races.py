@@ -74,6 +74,7 @@ class Races:
         self._case: Any = None
         self._contest: Contest | None = None
         self._outcomes: dict[str, Outcome] = {}
+        self._error: Exception | None = None
 
     def present(
         self,
@@ -116,17 +117,26 @@ class Races:
         return row
 
     def _run(self, case: Any, build: Callable[[], Contest]) -> tuple[Contest, dict[str, Outcome]]:
-        if self._contest is None or case != self._case:
+        if self._case is None or case != self._case:
             # what the last case holds goes before this one is built
-            self._contest, self._outcomes = None, {}
+            self._contest, self._outcomes, self._error = None, {}, None
             gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            contest = build()
-            seconds = self.seconds if contest.seconds is None else contest.seconds
-            options: dict[str, Any] = {"rounds": (1, 1)} if self.smoke else {}
-            self._outcomes = race(
-                contest.providers, self.device, seconds=min(seconds, self.seconds), **options
-            )
-            self._case, self._contest = case, contest
+            self._case = case
+            try:
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                contest = build()
+                seconds = self.seconds if contest.seconds is None else contest.seconds
+                options: dict[str, Any] = {"rounds": (1, 1)} if self.smoke else {}
+                self._outcomes = race(
+                    contest.providers, self.device, seconds=min(seconds, self.seconds), **options
+                )
+                self._contest = contest
+            # a case that cannot be built is not built again for every provider
+            except Exception as error:
+                # its frames hold what the case made
+                self._error = error.with_traceback(None)
+        if self._error is not None:
+            raise self._error
+        assert self._contest is not None
         return self._contest, self._outcomes

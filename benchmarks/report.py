@@ -281,9 +281,12 @@ def _environment(row: Row) -> str:
     driver = f", driver {row['driver']}" if row.get("driver") else ""
     roofs = ""
     if "roof_bytes_per_second" in row:
+        # as `protocol.measure_roofs` makes it
+        is_tf32 = row["device_type"] == "cuda" and row["dtype"] == "float32"
+        dtype = f"{row['dtype']} (TF32)" if is_tf32 else row["dtype"]
         roofs = (
             f"; roofs of this run: copy {row['roof_bytes_per_second'] / 1e9:,.0f} GB/s, "
-            f"{row['dtype']} product {row['roof_flops_per_second'] / 1e12:,.2f} TFLOP/s"
+            f"{dtype} product {row['roof_flops_per_second'] / 1e12:,.2f} TFLOP/s"
         )
     return (
         f"{row['device']}{driver}, torch {row['torch']}, triton {row['triton']}, commit "

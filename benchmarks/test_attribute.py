@@ -14,6 +14,8 @@ from races import Contest, Races
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+pytest.importorskip("diffusers", reason="diffusers is not installed")
+
 from dtrak.data import load_data
 from dtrak.diffusion import DiffusionModel, digits_model
 from dtrak.features import FeatureSettings, FusedExtractor, fitting_batch_size
@@ -21,6 +23,9 @@ from dtrak.outputs import select_timesteps
 from dtrak.published import PUBLISHED_BATCH_SIZE, PublishedExtractor
 from dtrak.training import Recipe, train
 from dtrak_kernels import Projection, project
+
+# what is compared is exact
+pytestmark = pytest.mark.usefixtures("whole_float32")
 
 FUSED = "fused"
 GRADIENTS, PROJECTION = "published: vmap(grad), step by step", "published: TRAK's projector"

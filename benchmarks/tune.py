@@ -28,6 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -42,8 +43,9 @@ if not torch.cuda.is_available():
 
 import sketch_layers
 from pages import read_rows
+from protocol import make_flush, timed
 
-from dtrak_kernels import Projection, sketch_config
+from dtrak_kernels import Projection, sketch_config, tuning
 from dtrak_kernels.gram_kernel import DEFAULT_CONFIG, launch_gram_product
 from dtrak_kernels.projection import Config, default_config, launch_project
 from dtrak_kernels.sketch_kernel import launch_sketch
@@ -230,18 +232,14 @@ def make_problems(operation: str, device: torch.device, *, smoke: bool) -> Itera
 
 
 def measure(run: Callable[[], Any], rounds: int = 7) -> float:
-    """Median seconds, after a run that compiles."""
-    seconds = []
-    for number in range(rounds + 1):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        if number:
-            seconds.append(time.perf_counter() - begin)
-    return sorted(seconds)[rounds // 2]
+    """Median seconds, after a run that compiles.
+
+    As `protocol` times: a launch takes longer than a small kernel, and only the kernel counts.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    flush = make_flush(device)
+    run()
+    return sorted(timed(run, device, flush) for _ in range(rounds))[rounds // 2]
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -414,7 +412,9 @@ def end(process: subprocess.Popen[bytes]) -> None:
     """Make a search and what it started end."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        # one that waits for its driver does not end: nothing waits for it
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=5)
 
 
 def drive(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -466,9 +466,22 @@ def main() -> int:
         return 2
     if options.worker:
         return work(options)
+    # what is there is read before half an hour is spent on what cannot be added to it
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    for operation in options.operation or OPERATIONS:
+        try:
+            tuning.read_entries(options.out / f"{operation}.json", name)
+        except ValueError as error:
+            sys.stderr.write(f"{options.out}: {error}\n")
+            return 2
     # a process started in the background ignores Ctrl-C otherwise
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    return drive(options, sys.argv[1:])
+    # whoever ends this process means the search, too
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return drive(options, sys.argv[1:])
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
 from protocol import Absent
 from torch import Tensor, nn
 
-from dtrak.diffusion import digits_model
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel, UNet2DModel
+
+
+LAYERS = Path(__file__).parent / "cifar2_layers.json"
+
+
+def diffusers() -> ModuleType:
+    """The library of U-Nets.
+
+    Raises:
+        Absent: it is not installed.
+    """
+    try:
+        import diffusers
+    except ImportError as error:
+        raise Absent("diffusers is not installed") from error
+    return diffusers
 
 
 @dataclass
@@ -120,6 +139,9 @@ def digits(
     smoke: bool = False,
 ) -> Workload:
     """The main job's U-Net: 186,081 parameters, 8 x 8 pixels, also in a smoke run."""
+    diffusers()
+    from dtrak.diffusion import digits_model
+
     unet = digits_model().unet.to(device)
     inputs = random_rows(samples, rows_per_sample, (1, 8, 8), device)
     return Workload("digits U-Net", unet, inputs, rows_per_sample, dtype, sample_of)
@@ -132,36 +154,44 @@ def cifar_unet() -> UNet2DModel:
         D-TRAK's CIFAR2 configuration at e2a0c2e, with the scale-shift time conditioning its script
         switches on.
     """
-    return UNet2DModel(
-        sample_size=32,
-        in_channels=3,
-        out_channels=3,
-        block_out_channels=(128, 256, 256, 256),
-        layers_per_block=2,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=None,
-        norm_eps=1e-6,
-        downsample_padding=0,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        resnet_time_scale_shift="scale_shift",
-    ).eval()
+    return (
+        diffusers()
+        .UNet2DModel(
+            sample_size=32,
+            in_channels=3,
+            out_channels=3,
+            block_out_channels=(128, 256, 256, 256),
+            layers_per_block=2,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=None,
+            norm_eps=1e-6,
+            downsample_padding=0,
+            flip_sin_to_cos=False,
+            freq_shift=1,
+            resnet_time_scale_shift="scale_shift",
+        )
+        .eval()
+    )
 
 
 def thin_unet(width: int = 32) -> UNet2DModel:
     """The CIFAR U-Net at a laptop's scale: 1,192,259 parameters at the default width."""
-    return UNet2DModel(
-        sample_size=32,
-        in_channels=3,
-        out_channels=3,
-        block_out_channels=(width, 2 * width, 2 * width),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=8,
-        resnet_time_scale_shift="scale_shift",
-    ).eval()
+    return (
+        diffusers()
+        .UNet2DModel(
+            sample_size=32,
+            in_channels=3,
+            out_channels=3,
+            block_out_channels=(width, 2 * width, 2 * width),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+            norm_num_groups=8,
+            resnet_time_scale_shift="scale_shift",
+        )
+        .eval()
+    )
 
 
 def cifar(
@@ -184,12 +214,13 @@ def cifar(
 
 def stable_diffusion_unet() -> UNet2DConditionModel:
     """The U-Net of Stable Diffusion 1.x: 859.5 M parameters."""
-    return UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    unet = diffusers().UNet2DConditionModel
+    return unet(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
 
 
 def tiny_conditional_unet() -> UNet2DConditionModel:
     """The same kinds of layers at a laptop's scale."""
-    return UNet2DConditionModel(
+    return diffusers().UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(32, 64),
         layers_per_block=1,
@@ -201,8 +232,8 @@ def tiny_conditional_unet() -> UNet2DConditionModel:
     )
 
 
-def add_lora(unet: UNet2DConditionModel, rank: int) -> None:
-    """Freeze the U-Net and put trainable low-rank pairs beside its attention projections.
+def lora_config(rank: int) -> Any:
+    """Low-rank pairs beside the attention projections.
 
     Raises:
         Absent: PEFT is not installed.
@@ -211,9 +242,19 @@ def add_lora(unet: UNet2DConditionModel, rank: int) -> None:
         from peft import LoraConfig
     except ImportError as error:
         raise Absent("peft is not installed") from error
-    unet.requires_grad_(False)
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
+
+
+def add_lora(unet: UNet2DConditionModel, rank: int) -> None:
+    """Freeze the U-Net and put trainable low-rank pairs beside its attention projections.
+
+    Raises:
+        Absent: PEFT is not installed.
+    """
+    config = lora_config(rank)
+    unet.requires_grad_(False)
+    unet.add_adapter(config)
     for name, parameter in unet.named_parameters():
         # as after training: a fresh pair has a zero side, and so a gradient that is half zero
         if "lora_B" in name:
@@ -230,8 +271,10 @@ def lora(
 ) -> Workload:
     """LoRA: rank 128 on SD-1.x at 256 pixels on a GPU, rank 4 on a tiny U-Net elsewhere."""
     cuda = device.type == "cuda" and not smoke
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
+    # known before 860 M parameters are made, and they are made where they are wanted
+    lora_config(4)
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(0)
         unet = stable_diffusion_unet() if cuda else tiny_conditional_unet()
         add_lora(unet, 128 if cuda else 4)
     size, tokens, width = (32, 77, 768) if cuda else (16, 8, 32)
@@ -313,8 +356,49 @@ def layer_shapes(unet: nn.Module, call: Callable[..., Any], *inputs: Tensor) -> 
     return [LayerShape(s.kind, s.options, s.x, count) for s, count in found.items()]
 
 
+def recorded_layers() -> list[LayerShape]:
+    """The layers of the CIFAR U-Net, as `stages` recorded them."""
+    found = []
+    for entry in json.loads(LAYERS.read_text())["layers"]:
+        options = {"groups": 1} if entry["kind"] == "conv" else {}
+        options |= {k: tuple(v) if isinstance(v, list) else v for k, v in entry["options"].items()}
+        names = (*_OPTIONS[entry["kind"]], "bias")
+        named = tuple((name, options[name]) for name in names)
+        found.append(LayerShape(entry["kind"], named, tuple(entry["x"]), entry["count"]))
+    return found
+
+
+def parameter_shapes(model: str) -> list[tuple[int, ...]]:
+    """Shapes of the parameters of the digits or the CIFAR U-Net.
+
+    Raises:
+        Absent: diffusers is not installed, without which only the layers of the CIFAR U-Net are
+            known: all its parameters but those of norms.
+    """
+    try:
+        diffusers()
+    except Absent:
+        if model != "cifar":
+            raise
+        layers = [layer for layer in recorded_layers() for _ in range(layer.count)]
+        with torch.device("meta"):
+            return [tuple(p.shape) for layer in layers for p in layer.make().parameters()]
+    from dtrak.diffusion import digits_model
+
+    with torch.device("meta"):
+        unet = digits_model().unet if model == "digits" else cifar_unet()
+    return [tuple(parameter.shape) for parameter in unet.parameters()]
+
+
 def unet_layers(device: torch.device) -> dict[str, list[LayerShape]]:
-    """Every distinct layer: of the CIFAR and SD-1.x U-Nets on a GPU, of the thin one elsewhere."""
+    """Every distinct layer: of the CIFAR and SD-1.x U-Nets on a GPU, of the thin one elsewhere.
+
+    Without diffusers those of the CIFAR U-Net are known, and no others.
+    """
+    try:
+        diffusers()
+    except Absent:
+        return {"CIFAR U-Net": recorded_layers()} if device.type == "cuda" else {}
     with torch.device("meta"):
         steps = torch.zeros(1)
         if device.type != "cuda":

@@ -292,11 +292,12 @@ def build_tuned(operation, sizes, config, target):
         return build_form(form, sketch_config.read_config(config, "sketch.json"), target)
     if operation == "gram_product":
         kernel, types, constexprs, options = gram_kernel.KERNELS["gram_product_float32"]
+        config = gram_kernel.read_config(config, "gram_product.json")
         constexprs = {name: config[name] for name in constexprs}
         options = {name: config[name] for name in options}
         return compile_kernel(kernel, types, constexprs, target, **options)
     kind = operation.removeprefix("project_")
-    fields = projection.Config(**config)
+    fields = projection.read_config(config, f"{operation}.json")
     return compile_kernel(
         getattr(projection, f"_{kind}_partial_kernel"),
         PRODUCT.format(dtype="bf16" if kind == "rademacher" else "fp16"),
@@ -319,7 +320,8 @@ def tuned_cases(arch, folder):
                 continue
             for entry in entries:
                 config, sizes = entry["config"], entry["sizes"]
-                fields = asdict(projection.Config(**config)) if "project" in operation else {}
+                is_dense = "project" in operation
+                fields = asdict(projection.read_config(config, file.name)) if is_dense else {}
                 yield {
                     "kernel": operation.removeprefix("project_"),
                     "tuned": device,

@@ -1,6 +1,7 @@
 """What the benchmarks compare with: gradients by other ways, other projectors, real layers."""
 
 import importlib
+import importlib.util
 import sys
 import types
 from pathlib import Path
@@ -169,6 +170,70 @@ def test_models_have_the_published_sizes():
     assert total == 859_520_964
     chosen = [p.numel() for p in unet.parameters() if p.requires_grad]
     assert sum(chosen) == 25_509_888
+
+
+def suite(name):
+    """A suite's module; a test file of the same name may be loaded, too."""
+    file = Path(peers.__file__).parent / f"test_{name}.py"
+    spec = importlib.util.spec_from_file_location(f"suite_{name}", file)
+    module = importlib.util.module_from_spec(spec)
+    # dataclasses look their module up
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_gpu_s_cases_are_real_ones_and_fit_into_it():
+    third, P = 130 * 2**30 / 3, 38_306_691
+    projection = suite("projection").make_cases(cuda=True)
+    for kind in ("rademacher", "normal", "sjlt"):
+        widths = {c.proj_dim for c in projection if (c.kind, c.model) == (kind, "cifar")}
+        assert 65536 in widths
+        # a baseline that stores its matrix is there, too
+        assert kind == "sjlt" or 2 * P * min(widths) < third
+    assert {c.dtype for c in projection} == {"float32", "bfloat16"}
+    sketcher = suite("sketcher").make_cases(smoke=False, cuda=True)
+    assert {c.model for c in sketcher} == set(workloads.MODELS)
+    assert 65536 in sketcher[0].sparse
+    for case in sketcher:
+        assert case.peers in case.dense, "peers are beside ours of the same width"
+        assert 4 * P * case.peers < third / 2 or case.model == "digits"
+    # the dtype of a GPU is rehearsed
+    assert any(c.dtype == "bfloat16" for c in suite("sketcher").make_cases(smoke=True, cuda=True))
+
+
+def without(monkeypatch, *names):
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+def test_the_layers_of_cifar_are_known_without_diffusers(monkeypatch):
+    cuda = torch.device("cuda")
+    expected = workloads.unet_layers(cuda)["CIFAR U-Net"]
+    known = set(workloads.parameter_shapes("cifar"))
+    without(monkeypatch, "diffusers")
+    found = workloads.unet_layers(cuda)
+    assert list(found) == ["CIFAR U-Net"]
+    assert {(s.name, s.options) for s in found["CIFAR U-Net"]} == {
+        (s.name, s.options) for s in expected
+    }
+    shapes = workloads.parameter_shapes("cifar")
+    assert set(shapes) <= known
+    assert 0.998 < sum(torch.Size(shape).numel() for shape in shapes) / 38_306_691 < 1
+    for make in (workloads.cifar_unet, workloads.stable_diffusion_unet):
+        with pytest.raises(protocol.Absent, match="diffusers is not installed"):
+            make()
+    with pytest.raises(protocol.Absent, match="diffusers is not installed"):
+        workloads.digits(CPU, 2, 1, "float32")
+    with pytest.raises(protocol.Absent, match="diffusers is not installed"):
+        workloads.parameter_shapes("digits")
+
+
+def test_a_missing_peft_is_known_before_the_model_is_made(monkeypatch):
+    without(monkeypatch, "peft")
+    monkeypatch.setattr(workloads, "tiny_conditional_unet", lambda: pytest.fail("was made"))
+    with pytest.raises(protocol.Absent, match="peft is not installed"):
+        workloads.lora(CPU, 1, 1, "float32")
 
 
 def test_layers_are_those_of_the_model():

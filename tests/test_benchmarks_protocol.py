@@ -171,6 +171,7 @@ def test_roofs_are_rates_of_this_machine():
     roofs = protocol.measure_roofs(CPU, "float32", smoke=True)
     assert 1e6 < roofs.copy < 1e14
     assert 1e5 < roofs.gemm < 1e16
+    assert not torch.backends.cuda.matmul.allow_tf32
     other = protocol.Roofs(copy=2 * roofs.copy, gemm=roofs.gemm / 2, dtype="float32")
     assert roofs.best(other) == protocol.Roofs(other.copy, roofs.gemm, "float32")
 
@@ -264,13 +265,46 @@ def test_disagreement_fails_and_absence_skips_the_test():
 
 
 def test_a_case_that_cannot_be_built_is_skipped():
+    built = []
+
     def build():
+        built.append(1)
         raise protocol.Absent("needs two moons")
 
     referee = races.Races(CPU, 0.0, True, lambda suite, **row: None)
     for name in ("a", "b"):
         with pytest.raises(pytest.skip.Exception, match="needs two moons"):
             referee.present(Benchmark(), 1, name, build, roofs)
+    # which may take long: once is enough
+    assert len(built) == 1
+
+    def fail():
+        built.append(1)
+        raise RuntimeError("out of memory")
+
+    for name in ("a", "b"):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            referee.present(Benchmark(), 2, name, fail, roofs)
+    assert len(built) == 2
+    found = referee.present(
+        Benchmark(), 3, "a", lambda: contest(provider("a", lambda: None)), roofs
+    )
+    assert found["provider"] == "a"
+
+
+def test_whoever_fails_while_it_is_timed_leaves_the_others():
+    calls = []
+
+    def run():
+        calls.append(1)
+        # agreed, and kept what later rounds need
+        if len(calls) > 3:
+            raise RuntimeError("out of\nmemory")
+
+    found = protocol.race([provider("one", run), provider("two", lambda: None)], CPU, seconds=0)
+    assert found["one"].failure == "RuntimeError: out of memory"
+    assert not found["one"].counts
+    assert len(found["two"].seconds) == 3
 
 
 def test_the_first_baseline_that_ran_counts():

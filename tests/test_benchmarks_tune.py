@@ -3,7 +3,9 @@
 import importlib
 import json
 import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,6 +120,60 @@ def test_kernels_launch_what_was_written(tmp_path, monkeypatch):
     assert projection._config("rademacher", OnACard(), 64) == projection.Config(**config)
     assert projection._config("normal", OnACard(), 64) == projection.default_config(90)
     assert gram_kernel._config(OnACard(), 2)["BLOCK_N"] == 32
+    # what nobody can launch is an error that names the file
+    tune.store(tmp_path, dense, "Some card", {"block_b": 33})
+    tuning._entries.cache_clear()
+    with pytest.raises(ValueError, match=r"configs/project_rademacher\.json, Some card: block_b"):
+        projection._config("rademacher", OnACard(), 64)
+    tuning._entries.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "read, config, message",
+    [
+        (projection.read_config, {}, "block_b must be given, got nothing"),
+        (
+            projection.read_config,
+            {"block_b": 32, "blok_k": 64},
+            "fields must be among block_b, block_k, num_warps, num_stages, splits, got 'blok_k'",
+        ),
+        (
+            projection.read_config,
+            {"block_b": 48},
+            "block_b must be a power of two from 16 to 256, got 48",
+        ),
+        (
+            projection.read_config,
+            {"block_b": 32, "splits": -1},
+            "splits must be a whole number from 0 to 32768, got -1",
+        ),
+        (
+            projection.read_config,
+            {"block_b": 32, "num_stages": True},
+            "num_stages must be a whole number from 1 to 16, got True",
+        ),
+        (gram_kernel.read_config, {"BLOCK_N": 16}, "BLOCK_K must be given, got BLOCK_N"),
+        (
+            gram_kernel.read_config,
+            gram_kernel.DEFAULT_CONFIG | {"BLOCK_M": "32"},
+            "BLOCK_M must be a power of two from 16 to 256, got '32'",
+        ),
+    ],
+)
+def test_impossible_configurations_are_refused(read, config, message):
+    with pytest.raises(ValueError, match=rf"^here: {message}$"):
+        read(config, "here")
+    good = gram_kernel.DEFAULT_CONFIG if read is gram_kernel.read_config else {"block_b": 32}
+    assert read(good, "here") is not None
+
+
+def test_what_the_tuner_tries_can_be_read():
+    for operation in ("project_normal", "gram_product"):
+        one = next(tune.make_problems(operation, torch.device("cpu"), smoke=True))
+        module = gram_kernel if operation == "gram_product" else projection
+        for name, values in one.choices.items():
+            for value in values:
+                module.read_config(one.default | {name: value}, operation)
 
 
 def run_main(monkeypatch, *arguments):
@@ -277,6 +333,44 @@ def test_a_search_that_never_starts_is_given_up(tmp_path, monkeypatch, capsys):
     where = ("--out", str(tmp_path), "--journal", str(tmp_path / "tune.jsonl"))
     assert run_main(monkeypatch, "--smoke", *where) == 1
     assert "the search ended with status 7 before it tried anything" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", [b'{"cpu": [', b"\xff\xfe", b'{"cpu": [{"config": 3}]}'])
+def test_a_damaged_file_is_refused_before_anything_is_measured(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "gram_product.json").write_bytes(text)
+    monkeypatch.setattr(tune, "drive", lambda *_: pytest.fail("it was begun"))
+    assert run_main(monkeypatch, "--smoke", "--out", str(tmp_path)) == 2
+    assert "gram_product.json must " in capsys.readouterr().err
+    assert (tmp_path / "gram_product.json").read_bytes() == text
+    tuning._entries.cache_clear()
+    with pytest.raises(ValueError, match=r"gram_product\.json must"):
+        tuning.nearest("gram_product", "cpu", {"N": 3}, tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+def test_whoever_ends_the_tuner_ends_the_search(tmp_path):
+    """SIGTERM, which a time limit sends, reaches only the process that watches the search."""
+    script = tmp_path / "watching.py"
+    pid = tmp_path / "pid"
+    search = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(tune.__file__).parent)!r}); import tune\n"
+        f"tune.WORKER = [sys.executable, '-c', {search!r}]\n"
+        f"sys.argv = ['tune.py', '--smoke', '--out', {str(tmp_path)!r}, '--journal', "
+        f"{str(tmp_path / 'tune.jsonl')!r}]\n"
+        "sys.exit(tune.main())"
+    )
+    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (pid.is_file() and pid.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted" in out
+    stat = Path(f"/proc/{pid.read_text()}/stat")
+    assert not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z"
 
 
 def test_refusals(monkeypatch, capsys):

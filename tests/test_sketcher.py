@@ -4,8 +4,6 @@ import copy
 
 import pytest
 import torch
-from diffusers import UNet2DModel
-from diffusers.models.attention_processor import AttnProcessor
 from numerics import relative_error
 from torch import nn
 from torch.func import functional_call, grad, vmap
@@ -24,7 +22,10 @@ PROJECTIONS = [
 ]
 
 
-def small_unet(**changes) -> UNet2DModel:
+def small_unet(**changes) -> nn.Module:
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    from diffusers.models.attention_processor import AttnProcessor
+
     torch.manual_seed(0)
     settings = {
         "sample_size": 8,
@@ -38,7 +39,7 @@ def small_unet(**changes) -> UNet2DModel:
         "attention_head_dim": 8,
         "resnet_time_scale_shift": "scale_shift",
     }
-    model = UNet2DModel(**(settings | changes)).double().eval()
+    model = diffusers.UNet2DModel(**(settings | changes)).double().eval()
     # fused attention is not exact in float64 on a CPU, so both sides use the plain one
     for module in model.modules():
         if hasattr(module, "set_processor"):

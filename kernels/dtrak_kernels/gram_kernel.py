@@ -114,13 +114,32 @@ KERNELS: dict[str, tuple[Any, str, dict[str, int], dict[str, int]]] = {
 }
 
 
+def read_config(entry: dict[str, Any], name: str) -> dict[str, int]:
+    """A configuration from a file: all fields of `DEFAULT_CONFIG`.
+
+    Args:
+        entry: the fields.
+        name: what to call it in an error.
+
+    Raises:
+        ValueError: a field is unknown, missing or impossible.
+    """
+    powers = {"BLOCK_N": (16, 256), "BLOCK_K": (16, 256), "BLOCK_M": (16, 256)}
+    powers["num_warps"] = (1, 32)
+    tuning.check_config(entry, name, powers, {"num_stages": (1, 16)}, required=DEFAULT_CONFIG)
+    return entry
+
+
 def _config(features: Tensor, M: int) -> dict[str, int]:
     """The tuned configuration of the device, or the default one."""
     if features.device.type != "cuda":
         return DEFAULT_CONFIG
     name = torch.cuda.get_device_name(features.device)
     sizes = {"N": features.shape[0], "K": features.shape[1], "M": M}
-    return tuning.nearest("gram_product", name, sizes) or DEFAULT_CONFIG
+    tuned = tuning.nearest("gram_product", name, sizes)
+    if tuned is None:
+        return DEFAULT_CONFIG
+    return read_config(tuned, f"configs/gram_product.json, {name}")
 
 
 def launch_gram_product(

@@ -21,7 +21,7 @@ the same way. All products accumulate in float32.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -287,13 +287,31 @@ def default_config(arch: int | str) -> Config:
     return Config(block_b=64, num_stages=2)
 
 
+def read_config(entry: dict[str, Any], name: str) -> Config:
+    """A configuration from a file.
+
+    Args:
+        entry: fields of `Config`.
+        name: what to call it in an error.
+
+    Raises:
+        ValueError: a field is unknown, missing or not as `Config` says.
+    """
+    powers = {"block_b": (16, 256), "block_k": (16, 256), "num_warps": (1, 32)}
+    counts = {"num_stages": (1, 16), "splits": (0, 2**15)}
+    tuning.check_config(entry, name, powers, counts, required=("block_b",))
+    return Config(**entry)
+
+
 def _config(kind: str, grads: Tensor, proj_dim: int) -> Config:
     if grads.device.type != "cuda":
         return Config(block_b=128, block_k=64, splits=2)
     sizes = {"B": len(grads), "P": grads.shape[1], "K": proj_dim}
     name = torch.cuda.get_device_name(grads.device)
     tuned = tuning.nearest(f"project_{kind}", name, sizes)
-    return Config(**tuned) if tuned else default_config(tuning.arch_of(grads.device))
+    if tuned is None:
+        return default_config(tuning.arch_of(grads.device))
+    return read_config(tuned, f"configs/project_{kind}.json, {name}")
 
 
 def _splits(config: Config, tiles: int, blocks: int, plane: int, device: torch.device) -> int:

@@ -26,11 +26,6 @@ _SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 _LEAST_SHARED = 64 * 1024
 
 
-def _is_power_of_two(value: Any, least: int, most: int) -> bool:
-    is_int = isinstance(value, int) and not isinstance(value, bool)
-    return is_int and least <= value <= most and value & (value - 1) == 0
-
-
 @dataclass(frozen=True)
 class Config:
     """How the work is cut up; never what it computes, beyond rounding.
@@ -57,9 +52,9 @@ class Config:
     input_precision: str = "ieee"
 
     def __post_init__(self) -> None:
-        if not _is_power_of_two(self.block_t, 16, 256):
+        if not tuning.is_power_of_two(self.block_t, 16, 256):
             raise ValueError(f"block_t must be a power of two from 16 to 256, got {self.block_t!r}")
-        if not _is_power_of_two(self.num_warps, 1, 32):
+        if not tuning.is_power_of_two(self.num_warps, 1, 32):
             raise ValueError(f"num_warps must be a power of two up to 32, got {self.num_warps!r}")
         if self.num_stages not in range(1, 9) or isinstance(self.num_stages, bool):
             raise ValueError(f"num_stages must be from 1 to 8, got {self.num_stages!r}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,61 @@ def _is_entry(entry: Any) -> bool:
     )
 
 
-@cache
-def _entries(path: Path, device_name: str) -> list[dict[str, Any]]:
+def is_power_of_two(value: Any, least: int, most: int) -> bool:
+    """Whether a value of a file is such a number; ``true`` is none."""
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    return is_int and least <= value <= most and value & (value - 1) == 0
+
+
+def check_config(
+    config: Mapping[str, Any],
+    name: str,
+    powers: Mapping[str, tuple[int, int]],
+    counts: Mapping[str, tuple[int, int]],
+    required: Collection[str],
+) -> None:
+    """Refuse a configuration that no launch can use.
+
+    Args:
+        config: from a file.
+        name: what to call it in an error.
+        powers: fields that are powers of two, with their least and largest value.
+        counts: fields that are other whole numbers, likewise.
+        required: fields that must be there.
+
+    Raises:
+        ValueError: a field is unknown, missing or not as above.
+    """
+    known = (*powers, *counts)
+    for field in required:
+        if field not in config:
+            raise ValueError(f"{name}: {field} must be given, got {', '.join(config) or 'nothing'}")
+    for field, value in config.items():
+        if field not in known:
+            raise ValueError(f"{name}: fields must be among {', '.join(known)}, got {field!r}")
+        least, most = powers.get(field) or counts[field]
+        if field in powers:
+            is_good, what = is_power_of_two(value, least, most), "a power of two"
+        else:
+            is_int = isinstance(value, int) and not isinstance(value, bool)
+            is_good, what = is_int and least <= value <= most, "a whole number"
+        if not is_good:
+            raise ValueError(
+                f"{name}: {field} must be {what} from {least} to {most}, got {value!r}"
+            )
+
+
+def read_entries(path: Path, device_name: str) -> list[dict[str, Any]]:
+    """What a file says of a device; nothing if there is no file.
+
+    Raises:
+        ValueError: the file is not as above.
+    """
     if not path.exists():
         return []
     try:
         devices = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path.name} must be JSON, got {error}") from None
     entries = devices.get(device_name, []) if isinstance(devices, dict) else None
     if not isinstance(entries, list) or not all(_is_entry(entry) for entry in entries):
@@ -52,6 +100,9 @@ def _entries(path: Path, device_name: str) -> list[dict[str, Any]]:
             "with sizes that are words or numbers above 0"
         )
     return entries
+
+
+_entries = cache(read_entries)
 
 
 def nearest(
