@@ -25,6 +25,7 @@ ROWS = pytest.StashKey[list[dict[str, Any]]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("dtrak benchmarks")
     group.addoption("--smoke", action="store_true", help="tiny sizes: does the code still run?")
+    group.addoption("--large", action="store_true", help="on a CPU, too, the real CIFAR U-Net")
     group.addoption("--record", action="store_true", help="append rows to the results")
     group.addoption("--rows", default=str(RESULTS), help="folder of the rows")
     group.addoption(

@@ -104,13 +104,17 @@ def _ratio(top: Row | None, bottom: Row | None) -> float | None:
 
 
 def price(rows: list[Row], model: str) -> str | None:
-    """What features cost in training steps, by the cheapest kinds."""
-    parts = []
-    for kind in ("sjlt", "kronecker"):
-        row = pick(rows, f"features: {kind}", model)
-        if row and row["ratio"] is not None:
-            parts.append(f"{row['ratio']:.2f}x {kind}")
-    return ", ".join(parts) or None
+    """What features cost in training steps, by the cheapest kinds; of several sizes, of each."""
+    found = {}
+    for group in dict.fromkeys(row["group"] for row in rows if model in row["group"]):
+        alike = [row for row in rows if row["group"] == group]
+        ours = ((kind, pick(alike, f"features: {kind}")) for kind in ("sjlt", "kronecker"))
+        parts = [f"{row['ratio']:.2f}x {kind}" for kind, row in ours if row and row["ratio"]]
+        if parts:
+            found[group] = ", ".join(parts)
+    if len(found) > 1:
+        return "; ".join(f"{text} ({group})" for group, text in found.items())
+    return next(iter(found.values()), None)
 
 
 def main_job(rows: list[Row]) -> Row | None:

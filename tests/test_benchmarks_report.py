@@ -260,6 +260,21 @@ def test_figures_at_a_glance(folder):
     assert sweep == "545x faster (inverses extrapolated from one)"
 
 
+def test_a_model_of_several_sizes_is_shown_in_each():
+    whole = "CIFAR U-Net, float32"
+    rows = [
+        row("sketcher", group, f"features: {kind}, K = 8", 1.0, ratio=ratio)
+        for group, kind, ratio in (
+            (f"thin {whole}", "sjlt", 1.5),
+            (whole, "sjlt", 1.25),
+            (whole, "kronecker", 0.5),
+        )
+    ]
+    assert report.price(rows, "CIFAR") == (
+        "1.50x sjlt (thin CIFAR U-Net, float32); 1.25x sjlt, 0.50x kronecker (CIFAR U-Net, float32)"
+    )
+
+
 def test_only_the_newest_run_of_a_device_counts(folder):
     put(folder, {"ridge": everything()["ridge"]})
     newer = row("ridge", "inverse", "dual, one damping", 3.0, run="2026-05-01T00:00:00Z")

@@ -284,26 +284,27 @@ class ParameterSketch:
         (tile_rows, tile_columns), (_, across) = self.tile, self.grid
         size = tile_rows * tile_columns
         signs = self.signs_on(out.device)
-        wrapped = out.new_zeros(len(out), *self.tile)
         for top in range(0, grads.shape[1], tile_rows):
             rows = slice(top, min(top + tile_rows, grads.shape[1]))
             signed = grads[:, rows] * signs[first_row + rows.start : first_row + rows.stop]
             first_tile = (first_row + top) // tile_rows * across
+            # blocks that go on at the beginning of the features: added up by rows of tiles, of
+            # which every slice has whole ones
+            wrapped: dict[int, Tensor] = {}
             for right in range(across):
-                number, *shifts = self._dealt[first_tile + right]
-                entries = signed[:, :, right * tile_columns : (right + 1) * tile_columns]
+                number, row_shift, column_shift = self._dealt[first_tile + right]
                 start = (self.base + number * size) % self.proj_dim
                 if start + size <= self.proj_dim:
                     block = out[:, start : start + size].unflatten(1, self.tile)
-                    for target, source in _shifted(block, entries, *shifts):
-                        target.add_(source)
-                    continue
-                # it goes on at the beginning of the features
-                if entries.shape[1:] != self.tile:
-                    wrapped.zero_()
-                for target, source in _shifted(wrapped, entries, *shifts):
-                    target.copy_(source)
-                _add_modulo(wrapped.flatten(1), start, out)
+                else:
+                    if start not in wrapped:
+                        wrapped[start] = out.new_zeros(len(out), *self.tile)
+                    block = wrapped[start]
+                entries = signed[:, :, right * tile_columns : (right + 1) * tile_columns]
+                for target, source in _shifted(block, entries, row_shift, column_shift):
+                    target.add_(source)
+            for start, block in wrapped.items():
+                _add_modulo(block.flatten(1), start, out)
 
 
 def _shifted(
