@@ -7,7 +7,7 @@ import pytest
 import torch
 from numerics import relative_error
 
-from dtrak_kernels import ridge
+from dtrak_kernels import ridge_iteration, ridge_rows
 from dtrak_kernels.ridge import METHODS, RidgeSolver, cholesky, plan_ridge, top_k
 
 FACTORISED = ("primal", "dual", "svd")
@@ -158,7 +158,7 @@ def test_sweep_factorises_once(monkeypatch):
 def test_blocks_do_not_matter(N, K, method, monkeypatch):
     features, queries = rows(N, K), rows(11, K, seed=1)
     expected = by_singular_values(features, queries, 0.5)
-    monkeypatch.setattr(ridge, "_BLOCK_BYTES", 8 * K * 7)
+    monkeypatch.setattr(ridge_rows, "BLOCK_BYTES", 8 * K * 7)
     # rows for the dual, columns for its singular values, queries: all in small ragged blocks
     budget = 8 * 8 * K * 9
     store = Store(features)
@@ -203,7 +203,7 @@ def test_refinement_leaves_to_float64_what_float32_cannot_do(device):
 
 
 def test_conjugate_gradients_that_do_not_converge_say_the_residual(monkeypatch):
-    monkeypatch.setattr(ridge, "_cg_rank", lambda N, K: 1)
+    monkeypatch.setattr(ridge_iteration, "preconditioner_rank", lambda N, K: 1)
     solver = RidgeSolver(rows(40, 60), method="cg", max_iterations=2)
     with pytest.raises(ValueError, match=r"relative residual of 1e-09, got \d\.\d+e.\d+ after 2"):
         solver.scores(rows(2, 60, seed=1), 1e-3)
@@ -212,7 +212,7 @@ def test_conjugate_gradients_that_do_not_converge_say_the_residual(monkeypatch):
 @pytest.mark.parametrize("method", METHODS)
 def test_top_k_is_that_of_the_full_matrix(method, monkeypatch):
     features, queries = deficient(), rows(6, 20, seed=1)
-    monkeypatch.setattr(ridge, "_BLOCK_BYTES", 8 * 20 * 4)
+    monkeypatch.setattr(ridge_rows, "BLOCK_BYTES", 8 * 20 * 4)
     scores = RidgeSolver(features, method=method).scores(queries, 1.0)
     actual = RidgeSolver(features, method=method).top_k(queries, 5, 1.0)
     for query in range(6):
