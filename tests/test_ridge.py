@@ -7,7 +7,7 @@ import pytest
 import torch
 from numerics import relative_error
 
-from dtrak_kernels import ridge_iteration, ridge_rows
+from dtrak_kernels import ridge_factors, ridge_iteration, ridge_rows
 from dtrak_kernels.ridge import METHODS, RidgeSolver, cholesky, plan_ridge, top_k
 
 FACTORISED = ("primal", "dual", "svd")
@@ -150,6 +150,23 @@ def test_sweep_factorises_once(monkeypatch):
     solver.scores_sweep(rows(2, 30), SWEEP)
     solver.scores_sweep(rows(2, 30), SWEEP)
     solver.leverages(1.0)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("method, name", [("primal", "cholesky"), ("cg", "nystrom_preconditioner")])
+def test_preconditioned_makes_its_inverse_once(method, name, monkeypatch):
+    calls = []
+    module = ridge_factors if method == "primal" else ridge_iteration
+    original = getattr(module, name)
+
+    def count(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, count)
+    # blocks of seven rows
+    monkeypatch.setattr(ridge_rows, "BLOCK_BYTES", 8 * 12 * 7)
+    RidgeSolver(rows(30, 12), method=method).preconditioned(0.5)
     assert len(calls) == 1
 
 
