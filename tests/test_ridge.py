@@ -326,6 +326,16 @@ def test_inverse_times_is_the_dense_inverse(N, K, method):
     assert relative_error(actual, expected) < 1e-10
 
 
+@pytest.mark.parametrize("method", [*FACTORISED, None])
+@pytest.mark.parametrize("N, K", [(9, 9), (14, 9)])
+def test_inverse_times_without_damping(N, K, method):
+    features, queries = rows(N, K), rows(3, K, seed=1)
+    phi = features.double()
+    expected = torch.linalg.solve(phi.T @ phi, queries.double().T).T
+    actual = RidgeSolver(features, method=method).inverse_times(queries, 0.0)
+    assert relative_error(actual, expected) < 1e-10
+
+
 @pytest.mark.parametrize("method", FACTORISED)
 @pytest.mark.parametrize("columns", [None, 3])
 @pytest.mark.parametrize("N, K", [(9, 14), (14, 9)])

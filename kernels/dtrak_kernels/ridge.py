@@ -259,8 +259,9 @@ class RidgeSolver:
     def inverse_times(self, queries: Tensor, damping: float) -> Tensor:
         """``Q (ΦᵀΦ + λI)⁻¹``.
 
-        From the dual it is ``(Q - QΦᵀ(ΦΦᵀ + λI)⁻¹Φ) / λ``, whose error grows as 1 / λ: for scores
-        use :meth:`scores`, which does not pass through it.
+        From the dual it is ``(Q - QΦᵀ(ΦΦᵀ + λI)⁻¹Φ) / λ``, whose error grows as 1 / λ (at λ = 0
+        ``QΦᵀ(ΦΦᵀ)⁻²Φ``, the pseudo-inverse): for scores use :meth:`scores`, which does not pass
+        through it.
 
         Args:
             queries: ``[M, K]`` floating.
@@ -275,15 +276,18 @@ class RidgeSolver:
         """
         queries = self._checked_queries(queries)
         damping = self._check_damping(damping)
-        if not self._is_dual or damping == 0.0:
+        if not self._is_dual:
             return self._inverse_at(damping)(queries)
         spectrum = self._factors.spectrum_at(damping)
-        inner = (self._reader.cross(queries) @ spectrum.basis) * spectrum.inverse(damping)
+        inverse = spectrum.inverse(damping)
+        # at λ = 0 the rows span every query, and G⁻¹ = Φᵀ D⁻² Φ
+        weight = inverse if damping > 0.0 else inverse**2
+        inner = (self._reader.cross(queries) @ spectrum.basis) * weight
         inner = inner @ spectrum.basis.T
         explained = torch.zeros_like(queries)
         for start, stop, rows in self._reader.blocks():
             explained += inner[:, start:stop] @ rows
-        return (queries - explained) / damping
+        return (queries - explained) / damping if damping > 0.0 else explained
 
     def _dual_scores(self, queries: Tensor, damping: float) -> Iterator[tuple[int, int, Tensor]]:
         """``(start, stop, scores [stop - start, N] float32)`` for blocks of queries."""
