@@ -250,6 +250,16 @@ def test_top_k_is_that_of_the_full_matrix(method, monkeypatch):
             )
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_no_queries_have_no_scores(method):
+    solver = RidgeSolver(rows(6, 9), method=method)
+    assert solver.scores(rows(0, 9), 1.0).shape == (0, 6)
+    assert solver.scores_sweep(rows(0, 9), [1.0, 2.0]).shape == (2, 0, 6)
+    best = solver.top_k(rows(0, 9), 2, 1.0)
+    for part in (best.proponents, best.proponent_scores, best.opponents, best.opponent_scores):
+        assert part.shape == (0, 2)
+
+
 def test_top_k_breaks_ties_by_row_number():
     scores = torch.tensor([[1.0, 3.0, 3.0, 0.0, 1.0, 0.0, 3.0]])
     best = top_k(scores, 4)

@@ -293,7 +293,8 @@ class RidgeSolver:
         """``(start, stop, scores [stop - start, N] float32)`` for blocks of queries."""
         inverse = self._inverse_at(damping)
         size = max(1, self.memory_budget // 8 // (24 * self.num_samples))
-        for start in range(0, queries.shape[0], size):
+        # once for no queries, too: whoever joins the blocks wants one
+        for start in range(0, max(1, queries.shape[0]), size):
             part = queries[start : start + size]
             yield start, start + part.shape[0], inverse(self._reader.cross(part)).float()
 
