@@ -9,6 +9,7 @@ from numerics import relative_error
 
 from dtrak_kernels import ridge_factors, ridge_iteration, ridge_rows
 from dtrak_kernels.ridge import METHODS, RidgeSolver, cholesky, plan_ridge, top_k
+from dtrak_kernels.ridge_ranking import rank_blocks
 
 FACTORISED = ("primal", "dual", "svd")
 SHAPES = [(12, 30), (30, 12), (16, 16), (1, 5), (5, 1)]
@@ -280,6 +281,16 @@ def test_top_k_of_wide_rows_is_a_stable_sort():
             assert best.proponents[query].tolist() == high
             assert best.opponents[query].tolist() == low
             assert torch.equal(best.proponent_scores[query], matrix[query, high])
+
+
+@pytest.mark.parametrize("size", [3, 70])
+def test_top_k_of_blocks_breaks_ties_by_row_number(size):
+    tied = (2 * rows(3, 200)).round() / 2
+    whole, best = top_k(tied, 6), rank_blocks(tied.split(size, dim=1), 6)
+    assert torch.equal(best.proponents, whole.proponents)
+    assert torch.equal(best.opponents, whole.opponents)
+    assert torch.equal(best.proponent_scores, whole.proponent_scores)
+    assert torch.equal(best.opponent_scores, whole.opponent_scores)
 
 
 def test_top_k_never_holds_the_score_matrix():
