@@ -7,8 +7,9 @@ import pytest
 import torch
 from numerics import relative_error
 
-from dtrak_kernels import ridge
+from dtrak_kernels import ridge_factors, ridge_iteration, ridge_rows
 from dtrak_kernels.ridge import METHODS, RidgeSolver, cholesky, plan_ridge, top_k
+from dtrak_kernels.ridge_ranking import rank_blocks
 
 FACTORISED = ("primal", "dual", "svd")
 SHAPES = [(12, 30), (30, 12), (16, 16), (1, 5), (5, 1)]
@@ -153,12 +154,29 @@ def test_sweep_factorises_once(monkeypatch):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("method, name", [("primal", "cholesky"), ("cg", "nystrom_preconditioner")])
+def test_preconditioned_makes_its_inverse_once(method, name, monkeypatch):
+    calls = []
+    module = ridge_factors if method == "primal" else ridge_iteration
+    original = getattr(module, name)
+
+    def count(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, count)
+    # blocks of seven rows
+    monkeypatch.setattr(ridge_rows, "BLOCK_BYTES", 8 * 12 * 7)
+    RidgeSolver(rows(30, 12), method=method).preconditioned(0.5)
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("N, K", [(29, 40), (40, 29)])
 def test_blocks_do_not_matter(N, K, method, monkeypatch):
     features, queries = rows(N, K), rows(11, K, seed=1)
     expected = by_singular_values(features, queries, 0.5)
-    monkeypatch.setattr(ridge, "_BLOCK_BYTES", 8 * K * 7)
+    monkeypatch.setattr(ridge_rows, "BLOCK_BYTES", 8 * K * 7)
     # rows for the dual, columns for its singular values, queries: all in small ragged blocks
     budget = 8 * 8 * K * 9
     store = Store(features)
@@ -203,7 +221,7 @@ def test_refinement_leaves_to_float64_what_float32_cannot_do(device):
 
 
 def test_conjugate_gradients_that_do_not_converge_say_the_residual(monkeypatch):
-    monkeypatch.setattr(ridge, "_cg_rank", lambda N, K: 1)
+    monkeypatch.setattr(ridge_iteration, "preconditioner_rank", lambda N, K: 1)
     solver = RidgeSolver(rows(40, 60), method="cg", max_iterations=2)
     with pytest.raises(ValueError, match=r"relative residual of 1e-09, got \d\.\d+e.\d+ after 2"):
         solver.scores(rows(2, 60, seed=1), 1e-3)
@@ -212,7 +230,7 @@ def test_conjugate_gradients_that_do_not_converge_say_the_residual(monkeypatch):
 @pytest.mark.parametrize("method", METHODS)
 def test_top_k_is_that_of_the_full_matrix(method, monkeypatch):
     features, queries = deficient(), rows(6, 20, seed=1)
-    monkeypatch.setattr(ridge, "_BLOCK_BYTES", 8 * 20 * 4)
+    monkeypatch.setattr(ridge_rows, "BLOCK_BYTES", 8 * 20 * 4)
     scores = RidgeSolver(features, method=method).scores(queries, 1.0)
     actual = RidgeSolver(features, method=method).top_k(queries, 5, 1.0)
     for query in range(6):
@@ -231,6 +249,16 @@ def test_top_k_is_that_of_the_full_matrix(method, monkeypatch):
             assert scores[query, indices[query]].tolist() == pytest.approx(
                 values[query].tolist(), rel=1e-5
             )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_queries_have_no_scores(method):
+    solver = RidgeSolver(rows(6, 9), method=method)
+    assert solver.scores(rows(0, 9), 1.0).shape == (0, 6)
+    assert solver.scores_sweep(rows(0, 9), [1.0, 2.0]).shape == (2, 0, 6)
+    best = solver.top_k(rows(0, 9), 2, 1.0)
+    for part in (best.proponents, best.proponent_scores, best.opponents, best.opponent_scores):
+        assert part.shape == (0, 2)
 
 
 def test_top_k_breaks_ties_by_row_number():
@@ -253,6 +281,16 @@ def test_top_k_of_wide_rows_is_a_stable_sort():
             assert best.proponents[query].tolist() == high
             assert best.opponents[query].tolist() == low
             assert torch.equal(best.proponent_scores[query], matrix[query, high])
+
+
+@pytest.mark.parametrize("size", [3, 70])
+def test_top_k_of_blocks_breaks_ties_by_row_number(size):
+    tied = (2 * rows(3, 200)).round() / 2
+    whole, best = top_k(tied, 6), rank_blocks(tied.split(size, dim=1), 6)
+    assert torch.equal(best.proponents, whole.proponents)
+    assert torch.equal(best.opponents, whole.opponents)
+    assert torch.equal(best.proponent_scores, whole.proponent_scores)
+    assert torch.equal(best.opponent_scores, whole.opponent_scores)
 
 
 def test_top_k_never_holds_the_score_matrix():
@@ -306,6 +344,16 @@ def test_inverse_times_is_the_dense_inverse(N, K, method):
     damped = features.double().T @ features.double() + 0.1 * torch.eye(K, dtype=torch.float64)
     expected = torch.linalg.solve(damped, queries.double().T).T
     actual = RidgeSolver(features, method=method).inverse_times(queries, 0.1)
+    assert relative_error(actual, expected) < 1e-10
+
+
+@pytest.mark.parametrize("method", [*FACTORISED, None])
+@pytest.mark.parametrize("N, K", [(9, 9), (14, 9)])
+def test_inverse_times_without_damping(N, K, method):
+    features, queries = rows(N, K), rows(3, K, seed=1)
+    phi = features.double()
+    expected = torch.linalg.solve(phi.T @ phi, queries.double().T).T
+    actual = RidgeSolver(features, method=method).inverse_times(queries, 0.0)
     assert relative_error(actual, expected) < 1e-10
 
 
