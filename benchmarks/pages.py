@@ -71,22 +71,32 @@ def newest(results: Path) -> dict[str, Any]:
     return json.loads(results.read_text().splitlines()[-1])
 
 
-def run(table: Table, description: str | None, measure: Callable[[bool, bool], None]) -> None:
+def run(
+    table: Table,
+    description: str | None,
+    measure: Callable[..., None],
+    *,
+    folder: Path | None = None,
+) -> None:
     """The command of a page: measure (told whether to record, and whether it is a rehearsal).
 
     Args:
         table: what ``--docs`` rewrites and ``--check`` compares.
         description: of the command.
-        measure: given ``--record`` and ``--smoke``.
+        measure: given ``--record`` and ``--smoke``, and ``--folder`` where there is one.
+        folder: default of ``--folder``, where work is kept; None for a command that keeps none.
     """
     parser = argparse.ArgumentParser(description=description)
     for flag in ("record", "smoke", "docs", "check"):
         parser.add_argument(f"--{flag}", action="store_true")
+    if folder is not None:
+        parser.add_argument("--folder", type=Path, default=folder)
     options = parser.parse_args()
     if options.docs or options.check:
         table.bring_up_to_date(only_check=options.check)
     else:
-        measure(options.record and not options.smoke, options.smoke)
+        kept = () if folder is None else (options.folder,)
+        measure(options.record and not options.smoke, options.smoke, *kept)
 
 
 def record(results: Path, row: dict[str, Any]) -> None:

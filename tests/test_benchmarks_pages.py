@@ -45,6 +45,14 @@ def test_a_rehearsal_is_not_recorded(table, monkeypatch):
     assert table.page.read_text() == PAGE
 
 
+def test_a_command_that_keeps_its_work_is_told_where(table, monkeypatch, tmp_path):
+    measured = []
+    for flags in ([], ["--folder", str(tmp_path)]):
+        monkeypatch.setattr(sys, "argv", ["page", *flags])
+        pages.run(table, "what it is", lambda *how: measured.append(how), folder=Path("kept"))
+    assert measured == [(False, False, Path("kept")), (False, False, tmp_path)]
+
+
 def test_the_newest_row_is_the_one_recorded_last(tmp_path):
     results = tmp_path / "rows.jsonl"
     for value in (1, 2):

@@ -297,8 +297,9 @@ def test_real_gradients_are_within_the_bound():
     assert errors.square().mean() / bound.mean() < 1.15
 
 
-def test_the_documented_table_is_the_newest_row():
+@pytest.mark.parametrize("name", ["quality_sketches.py", "quality_lds.py"])
+def test_the_documented_table_is_the_newest_row(name):
     root = Path(__file__).parents[1]
-    script = root / "benchmarks" / "quality_sketches.py"
+    script = root / "benchmarks" / name
     done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
