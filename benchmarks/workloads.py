@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -205,27 +206,30 @@ def cifar(
     """32 x 32 pixels: the real U-Net on a GPU, a thinner one elsewhere."""
     if device.type == "cuda" and not smoke:
         return whole_cifar(device, samples, rows_per_sample, dtype)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        unet = thin_unet(8 if smoke else 32).to(device)
-    inputs = random_rows(samples, rows_per_sample, (3, 32, 32), device)
-    return Workload("thin CIFAR U-Net", unet, inputs, rows_per_sample, dtype, sample_of)
+    thin = partial(thin_unet, 8 if smoke else 32)
+    return _small_images("thin CIFAR U-Net", thin, device, samples, rows_per_sample, dtype)
 
 
 def whole_cifar(
+    device: torch.device, samples: int, rows_per_sample: int, dtype: str, **_: Any
+) -> Workload:
+    """32 x 32 pixels: the real U-Net, wherever."""
+    return _small_images("CIFAR U-Net", cifar_unet, device, samples, rows_per_sample, dtype)
+
+
+def _small_images(
+    name: str,
+    make: Callable[[], nn.Module],
     device: torch.device,
     samples: int,
     rows_per_sample: int,
     dtype: str,
-    *,
-    smoke: bool = False,
 ) -> Workload:
-    """32 x 32 pixels: the real U-Net, wherever."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        unet = cifar_unet().to(device)
+        unet = make().to(device)
     inputs = random_rows(samples, rows_per_sample, (3, 32, 32), device)
-    return Workload("CIFAR U-Net", unet, inputs, rows_per_sample, dtype, sample_of)
+    return Workload(name, unet, inputs, rows_per_sample, dtype, sample_of)
 
 
 def stable_diffusion_unet() -> UNet2DConditionModel:

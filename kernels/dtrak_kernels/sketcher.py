@@ -297,8 +297,9 @@ class GradientSketcher:
                 parameter.grad = None
             for layer in self._layers:
                 layer.depth = 0
+                forward = self._watch(layer, batch)
                 watched[layer.module] = vars(layer.module).get("forward")
-                vars(layer.module)["forward"] = self._watch(layer, batch)
+                vars(layer.module)["forward"] = forward
             yield batch.features
             for name, parameter in zip(self.parameter_names, self._parameters, strict=True):
                 # frozen wherever its module runs, it has a gradient from elsewhere
@@ -406,9 +407,8 @@ class GradientSketcher:
         """Refuse what has no per-sample gradient, or none that can be had from its inputs."""
         if not isinstance(output, Tensor):
             raise RuntimeError(
-                f"{layer.title} must return one tensor for "
-                f"its parameters {', '.join(layer.owned)} to be attributed, got "
-                f"{type(output).__name__}"
+                f"{layer.title} must return one tensor for its parameters "
+                f"{', '.join(layer.owned)} to be attributed, got {type(output).__name__}"
             )
         if batch.rows == 0:
             return
@@ -419,10 +419,10 @@ class GradientSketcher:
         rows = output.shape[0] if output.ndim else 0
         if not inputs or rows != batch.rows or not any(has_rows(x, rows) for x in inputs):
             raise RuntimeError(
-                f"{layer.title} must see and return "
-                f"{batch.rows} rows (samples x rows_per_sample), got output "
-                f"{list(output.shape)} from inputs {[list(x.shape) for x in inputs]}: work "
-                "shared between samples has no per-sample gradient"
+                f"{layer.title} must see and return {batch.rows} rows (samples x "
+                f"rows_per_sample), got output {list(output.shape)} from inputs "
+                f"{[list(x.shape) for x in inputs]}: work shared between samples has no "
+                "per-sample gradient"
             )
         if self._norms is not None:
             self._norms.expect(layer.owned.values())
