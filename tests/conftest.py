@@ -3,6 +3,10 @@
 import os
 import sys
 
+# before torch imports NumPy, whose products are the interpreter's: with threads the last bits of a
+# row depend on where it stands
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import pytest
 import torch
 
