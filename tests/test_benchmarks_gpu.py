@@ -104,12 +104,22 @@ def test_a_process_that_cannot_be_ended_is_left_behind(tmp_path, monkeypatch):
 
 def test_tests_that_take_too_long_are_counted_as_far_as_they_came(tmp_path):
     (tmp_path / "test_some.py").write_text(
-        "import time\ndef test_a(): pass\ndef test_b(): time.sleep(600)\n"
+        "import pathlib, time\ndef test_a(): pass\n"
+        f"def test_b(): pathlib.Path({str(tmp_path / 'reached')!r}).touch(); time.sleep(600)\n"
     )
     xml = f"--junitxml={tmp_path / 'out.xml'}"
     command = ("-m", "pytest", "-v", "-p", "no:cacheprovider", str(tmp_path), xml)
-    outcome = run(gpu.Piece("tests", command, 12), tmp_path)
-    assert (outcome.status, outcome.note) == ("cut short", "stopped after 12 s: 1 passed")
+    one = gpu.Piece("tests", command, 300)
+    running = gpu.start(one, tmp_path, one.limit, gpu.environment(tmp_path, cuda=False))
+    while not (tmp_path / "reached").exists():
+        assert running.poll() is None
+        time.sleep(0.1)
+    # late from now on, however long it took to begin
+    running.limit = time.monotonic() - running.begin
+    while (outcome := running.poll()) is None:
+        time.sleep(0.1)
+    note = f"stopped after {running.limit:.0f} s: 1 passed"
+    assert (outcome.status, outcome.note) == ("cut short", note)
     assert "test_a PASSED" in (tmp_path / "tests.log").read_text()
     # half a file, as of a process that was killed, ends nothing
     (tmp_path / "out.xml").write_text("<testsuites><testsu")
