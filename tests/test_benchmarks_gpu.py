@@ -2,12 +2,12 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace as replace_fields
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,7 @@ def piece(name, code, limit=20.0, **options):
 
 
 def run(one, out, limit=None):
-    (outcome,) = run_all([one], out, limit)
+    (outcome,) = run_all([replace_fields(one, limit=limit or one.limit)], out)
     return outcome
 
 
@@ -76,8 +76,7 @@ def test_a_piece_that_hangs_is_ended_with_its_children(tmp_path):
     begin = time.monotonic()
     outcome = run(piece("hangs", code), tmp_path, limit=4)
     assert time.monotonic() - begin < 15
-    assert outcome.status == "timed out"
-    assert re.fullmatch("stopped after [34] s", outcome.note)
+    assert (outcome.status, outcome.note) == ("timed out", "stopped after 4 s")
     assert (tmp_path / "hangs.log").read_text() == "half a result\n"
     child = int((tmp_path / "pid").read_text())
     deadline = time.monotonic() + 10
