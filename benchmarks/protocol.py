@@ -2,12 +2,14 @@
 
 A `Provider` is one way to do the work of a case. `race` runs each once, notes its peak memory and
 how far its result is from what it must be, drops those that disagree, and then times the others in
-rounds: everyone once, and again in reverse order, so that a machine that slows down slows all.
+rounds: everyone once, each time in another order, so that a machine that slows down slows all, and
+nobody has to follow the same neighbour, whose memory and caches it finds.
 """
 
 from __future__ import annotations
 
 import gc
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -324,7 +326,7 @@ def race(
         gc.unfreeze()
     flush = make_flush(device)
     least, most = rounds
-    order = list(runs)
+    order, shuffle = list(runs), random.Random(0)
     gc.collect()
     gc.disable()
     try:
@@ -332,7 +334,7 @@ def race(
             due = [n for n in order if number < least or sum(outcomes[n].seconds) < seconds]
             if not due:
                 break
-            for name in due:
+            for name in shuffle.sample(due, len(due)):
                 try:
                     outcomes[name].seconds.append(timed(runs[name], device, flush))
                 # what it keeps beside the others may be too much
@@ -340,7 +342,6 @@ def race(
                     order.remove(name)
                     outcomes[name] = Outcome(failure=_words(reason))
                     del runs[name]
-            order.reverse()
     finally:
         gc.enable()
     return outcomes

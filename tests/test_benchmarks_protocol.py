@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import importlib
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -59,11 +60,14 @@ def test_rounds_take_turns():
         [provider(name, lambda name=name: calls.append(name)) for name in names],
         CPU,
         seconds=0,
-        rounds=(4, 9),
+        rounds=(12, 20),
     )
-    timed = "".join(calls[6:])
-    assert timed == "abc" + "cba" + "abc" + "cba"
-    assert [len(found[name].seconds) for name in names] == [4, 4, 4]
+    timed = calls[6:]
+    assert [sorted(timed[at : at + 3]) for at in range(0, len(timed), 3)] == [names] * 12
+    assert [len(found[name].seconds) for name in names] == [12, 12, 12]
+    # whatever a neighbour leaves behind, everyone meets it
+    others = {(a, b) for a in names for b in names if a != b}
+    assert others <= set(itertools.pairwise(timed))
 
 
 def test_a_slow_provider_gets_the_least_rounds_and_a_fast_one_more():
