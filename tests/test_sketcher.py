@@ -340,6 +340,65 @@ def test_gradient_checkpointing(reentrant):
     check_module(Model(), torch.randn(4, 5), 2)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_statistics_of_a_group_norm_cost_no_pass(reentrant, monkeypatch):
+    """Autograd's are taken, but not where that would run a checkpoint's forward again."""
+    runs, made, made_by = [], [], torch.native_group_norm
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv1d(6, 6, 3), nn.GroupNorm(2, 6)
+
+        def forward(self, x):
+            runs.append(len(x))
+            return self.norm(self.conv(x)).tanh()
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = Block(), Block()
+
+        def forward(self, x):
+            return checkpoint(self.second, self.first(x), use_reentrant=reentrant)
+
+    def counted(x, *rest):
+        made.append(x.dtype)
+        return made_by(x, *rest)
+
+    monkeypatch.setattr(torch, "native_group_norm", counted)
+    torch.manual_seed(0)
+    model, x = Model(), torch.randn(4, 6, 9)
+    sketcher = GradientSketcher(model, Projection("sjlt", 256))
+    features = sketcher.sketch(lambda: flat_output(model, x), 4)
+    # the first block, the second, and the second again in the backward
+    assert runs == [4, 4, 4]
+    # a re-entrant checkpoint runs again without hooks on what is saved
+    assert len(made) == (0 if reentrant else 1)
+    wide, wide_x = model.double(), x.double()
+    expected = GradientSketcher(wide, Projection("sjlt", 256)).sketch(
+        lambda: flat_output(wide, wide_x), 4
+    )
+    assert relative_error(features.double(), expected) < 1e-5
+    check_module(Model(), torch.randn(4, 6, 9), 2)
+
+
+def test_group_norms_in_half_precision_are_summed_in_float32():
+    """Autograd's statistics of 16-bit inputs are not taken for those of float32."""
+    torch.manual_seed(0)
+    first, norm = nn.Conv1d(4, 6, 1), nn.GroupNorm(2, 6)
+    model = nn.Sequential(first, norm).bfloat16()
+    x, weights = torch.randn(3, 4, 50).bfloat16(), torch.randn(3, 6, 50).bfloat16()
+    # autograd has statistics where the input needs a gradient
+    x.requires_grad_()
+    sketcher = GradientSketcher(model, EXACT, parameters=["1.weight", "1.bias"])
+    features = sketcher.sketch(lambda: (model(x).float() * weights.float()).sum((1, 2)), 3)
+    # the same 16-bit input, normalised in float64
+    normalised = nn.functional.group_norm(first(x).detach().double(), 2, eps=norm.eps)
+    expected = torch.stack([weights.double() * normalised, weights.double()], 1).sum(3).flatten(1)
+    assert relative_error(features.double(), expected) < 1e-6
+
+
 def test_checkpointing_keeps_no_layer_inputs():
     """Inputs are kept as autograd keeps activations: dropped by a checkpoint, made again."""
     from dtrak.measure import TensorMeter

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,11 @@ from .ops import (
     choose_implementation,
     project_,
 )
-from .sjlt import ParameterSketch, matrix_shape, sketch_parameters
-from .weight_gradient import WeightModule, weight_grads, workspace_bytes
+from .sjlt import TABLE_ENTRIES, ParameterSketch, matrix_shape, sketch_parameters
+from .weight_gradient import Form, WeightModule, weight_grads, whole_form, workspace_bytes
+
+# of one slice that waits for others to be scattered with
+MOST_WAITING_BYTES = 64 * 2**10
 
 
 class Accumulator(ABC):
@@ -36,6 +40,7 @@ class Accumulator(ABC):
         self.shapes = [tuple(shape) for shape in shapes]
         sizes = [math.prod(shape) for shape in self.shapes]
         self.offsets = [sum(sizes[:index]) for index in range(len(sizes))]
+        self._forms: dict[tuple[Any, ...], Form | None] = {}
 
     def row_multiple(self, index: int) -> int:
         """Slices of rows of parameter ``index`` must begin at multiples of this."""
@@ -95,6 +100,15 @@ class Accumulator(ABC):
             out: ``[B, K]`` features.
             rows_per_sample: consecutive rows that make up one sample.
         """
+        # layers come in the same shapes batch after batch, and many take less time than a decision
+        key = index, x.shape, output_grads.shape, x.dtype, output_grads.dtype, rows_per_sample
+        if key not in self._forms:
+            self._forms[key] = whole_form(module, x, output_grads, rows_per_sample)
+        form = self._forms[key]
+        if form is not None:
+            samples = out.shape[0]
+            self.add(index, form(module, x, output_grads, samples), out, slice(0, samples))
+            return
         for part in weight_grads(
             module,
             x,
@@ -112,8 +126,9 @@ class Accumulator(ABC):
 
     def add_whole(self, index: int, grads: Tensor, out: Tensor, samples: slice) -> None:
         """Add ``grads [b, *shape]``, the gradient of a whole parameter."""
-        if matrix_shape(self.shapes[index]) is None:
-            self.add(index, grads.reshape(len(grads), -1), out, samples)
+        if len(self.shapes[index]) < 2:
+            flat = grads if grads.ndim == 2 else grads.reshape(grads.shape[0], -1)
+            self.add(index, flat, out, samples)
         elif grads.numel():
             self.add(index, grads, out, samples)
 
@@ -146,46 +161,64 @@ class DenseAccumulator(Accumulator):
 
 
 class SketchAccumulator(Accumulator):
-    """Sketches of single parameters: each slice goes where its parameter's sketch puts it."""
+    """Sketches of single parameters: each slice goes where its parameter's sketch puts it.
+
+    On a CPU the entries of small slices wait until there are enough of them, and are scattered all
+    at once: most parameters are small, and what a call costs, they cost.
+    """
 
     sketches: Sequence[ParameterSketch | TwoSidedSketch]
 
     def __init__(self, shapes: Sequence[Sequence[int]]) -> None:
         super().__init__(shapes)
-        self._vectors: list[tuple[ParameterSketch, Tensor]] = []
-        self._vector_bytes = 0
+        # positions, signs, entries
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._waiting_bytes = 0
 
     def open(self, out: Tensor) -> None:
         """See `Accumulator.open`."""
-        self._vectors.clear()
-        self._vector_bytes = 0
+        self._waiting.clear()
+        self._waiting_bytes = 0
 
     def close(self, out: Tensor) -> None:
-        """Sketch the vectors that came so far, all at once."""
-        if self._vectors:
-            tables = [sketch.table(out.dtype) for sketch, _ in self._vectors]
-            positions, signs = (torch.cat(parts) for parts in zip(*tables, strict=True))
-            entries = torch.cat([grads for _, grads in self._vectors], dim=1)
-            out.scatter_add_(1, positions.expand_as(entries), entries * signs)
+        """Scatter what still waits."""
+        if self._waiting:
+            positions, signs, entries = zip(*self._waiting, strict=True)
+            values = torch.cat(entries, dim=1).mul_(torch.cat(signs))
+            out.scatter_add_(1, torch.cat(positions).expand_as(values), values)
         self.open(out)
+
+    def waits(self, grads: Tensor, out: Tensor) -> bool:
+        """Whether gradients of some samples are worth keeping until others come."""
+        return out.is_cpu and grads.shape[0] == out.shape[0] and grads.nbytes <= MOST_WAITING_BYTES
+
+    def scatter(self, positions: Tensor, signs: Tensor, entries: Tensor, out: Tensor) -> None:
+        """Add entries times signs at their positions, at the latest when the batch closes.
+
+        Args:
+            positions: ``[n]`` int64.
+            signs: ``[n]`` in the dtype of the features.
+            entries: ``[B, n]`` likewise; they must stay as they are.
+            out: ``[B, K]`` features.
+        """
+        self._waiting.append((positions, signs, entries))
+        self._waiting_bytes += entries.nbytes
+        if self._waiting_bytes > workspace_bytes(out.device):
+            self.close(out)
 
     def add(
         self, index: int, grads: Tensor, out: Tensor, samples: slice, first_row: int = 0
     ) -> None:
         """See `Accumulator.add`."""
         sketch = self.sketches[index]
-        if grads.ndim > 2:
+        if isinstance(sketch, TwoSidedSketch):
             sketch.add_block(grads, out[samples], first_row)
-            return
-        assert isinstance(sketch, ParameterSketch)
-        # most parameters are vectors, and small: what a call costs on a CPU, they cost
-        if out.device.type != "cpu" or len(grads) < len(out):
+        elif sketch.size <= TABLE_ENTRIES and self.waits(grads, out):
+            self.scatter(*sketch.entries(grads, first_row), out)
+        elif grads.ndim > 2:
+            sketch.add_block(grads, out[samples], first_row)
+        else:
             sketch.add_vector(grads, out[samples])
-            return
-        self._vectors.append((sketch, grads))
-        self._vector_bytes += grads.nbytes
-        if self._vector_bytes > workspace_bytes(out.device):
-            self.close(out)
 
 
 class SjltAccumulator(SketchAccumulator):
@@ -272,7 +305,11 @@ class KroneckerAccumulator(SketchAccumulator):
             super().add_weight(index, module, x, output_grads, out, rows_per_sample)
             return
         assert isinstance(sketch, TwoSidedSketch)
-        sketch.add_product(module, x, output_grads, out, rows_per_sample)
+        thin = sketch.thin_product(module, x, output_grads, out.dtype, rows_per_sample)
+        if self.waits(thin, out):
+            self.scatter(*sketch.table(out.dtype), thin.flatten(1), out)
+        else:
+            sketch.add_thin(thin, out)
 
 
 class ExactAccumulator(Accumulator):

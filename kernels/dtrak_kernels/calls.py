@@ -87,9 +87,14 @@ class _Held:
         return list(self.tensors)
 
 
-def _keep(anchor: Tensor, tensors: list[Tensor]) -> _Saved | _Held:
+def saving_is_hooked() -> bool:
+    """Whether hooks on saved tensors are active here, as checkpointing puts them on."""
     hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    if hooks is None or hooks(False) is not None:
+    return hooks is None or hooks(False) is not None
+
+
+def _keep(anchor: Tensor, tensors: list[Tensor]) -> _Saved | _Held:
+    if saving_is_hooked():
         return _Saved(_Keep.apply(anchor, *tensors))
     return _Held(tensors, [x._version for x in tensors])
 
@@ -153,9 +158,10 @@ class Call:
                 "gradient would be wrong"
             ) from error
 
-    def first(self) -> Tensor:
-        """The tensor that stands for the only argument of a layer with a rule."""
-        return self._get()[0]
+    def seen(self) -> tuple[Tensor, list[Tensor]]:
+        """What stands for the only argument of a layer with a rule, and what its rule is given."""
+        x, *statistics = self._get()
+        return x, statistics
 
     def recomputed_grads(
         self, output_grads: Tensor, rows_per_sample: int

@@ -165,6 +165,25 @@ class TwoSidedSketch:
     def _place(self) -> ParameterSketch:
         return ParameterSketch((self.thin_size,), self.offset, self.proj_dim, self.seed)
 
+    @cached_property
+    def _tables(self) -> dict[torch.dtype, tuple[Tensor, Tensor]]:
+        return {}
+
+    def table(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Where every entry of an unscaled thin gradient goes, and times what; kept.
+
+        Args:
+            dtype: of the factors.
+
+        Returns:
+            Positions, int64, and scaled signs, ``[k_o · taps · k_i]`` each.
+        """
+        if dtype not in self._tables:
+            positions, signs = self._place.table(dtype)
+            scale = self.output_factor.scale * self.input_factor.scale
+            self._tables[dtype] = positions, signs * scale
+        return self._tables[dtype]
+
     def add_thin(self, thin: Tensor, out: Tensor) -> None:
         """Place unscaled thin gradients ``[b, k_o, taps, k_i]`` in ``out [b, K]``, in place."""
         scale = self.output_factor.scale * self.input_factor.scale
@@ -211,33 +230,34 @@ class TwoSidedSketch:
             return self._project_channels(output_grads, self.input_factor, module.groups)
         return self._project_rows(output_grads, module.groups)
 
-    def add_product(
+    def thin_product(
         self,
         module: nn.Linear | Convolution,
         thin_x: Tensor,
         output_grads: Tensor,
-        out: Tensor,
+        dtype: torch.dtype,
         rows_per_sample: int,
-    ) -> None:
-        """Sketch the gradients of a layer's weight without forming them, in place.
+    ) -> Tensor:
+        """Thin gradients of a layer's weight, made without the gradients.
 
         Args:
             module: the layer.
             thin_x: `thin_input` of its input.
             output_grads: gradient with respect to its output.
-            out: ``[B, K]``, with ``R = B · rows_per_sample``.
+            dtype: of the features.
             rows_per_sample: consecutive rows that make up one sample.
+
+        Returns:
+            ``[B, k_o, taps, k_i]``, unscaled.
         """
-        a = thin_x.to(out.dtype)
-        d = self.thin_output_grads(module, output_grads).to(out.dtype)
-        samples = len(output_grads) // rows_per_sample
+        a = thin_x.to(dtype)
+        d = self.thin_output_grads(module, output_grads).to(dtype)
+        samples = output_grads.shape[0] // rows_per_sample
         if isinstance(module, nn.Linear):
-            thin = linear_grads(module, a, d, samples).transpose(2, 3)
-        elif isinstance(module, TRANSPOSED):
-            thin = _thin_convolution(module, d, a, samples)
-        else:
-            thin = _thin_convolution(module, a, d, samples)
-        self.add_thin(thin, out)
+            return linear_grads(module, a, d, samples).transpose(2, 3)
+        if isinstance(module, TRANSPOSED):
+            return _thin_convolution(module, d, a, samples)
+        return _thin_convolution(module, a, d, samples)
 
     def _project_channels(self, x: Tensor, factor: Factor, groups: int) -> Tensor:
         """``[R, groups · I, *spatial]`` to ``[R · groups, k_i, *spatial]``.

@@ -15,28 +15,30 @@ from torch import Tensor, nn
 
 from .weight_gradient import CONVOLUTIONS, Convolution
 
-# (module, input, output gradient in the features' dtype, rows per sample) -> (attribute, [B, n])
-Rule = Callable[[Any, Tensor, Tensor, int], Iterator[tuple[str, Tensor]]]
+# (module, input, output gradient in the features' dtype, rows per sample, *statistics)
+#     -> (attribute, [B, n])
+Rule = Callable[..., Iterator[tuple[str, Tensor]]]
 
 
 def _over_positions(rows: Tensor, rows_per_sample: int) -> Tensor:
     """``[R, O, ...]`` summed over all but samples and channels."""
-    rows = rows.flatten(2).sum(2) if rows.ndim > 2 else rows
-    return _over_leading(rows, rows.shape[1:], rows_per_sample)
+    sums = _over_leading(rows, rows.shape[1:], rows_per_sample) if rows_per_sample > 1 else rows
+    return sums.flatten(2).sum(2) if rows.ndim > 2 else sums
 
 
 def _over_leading(grads: Tensor, normalized_shape: tuple[int, ...], rows_per_sample: int) -> Tensor:
     """``[R, ..., *normalized_shape]`` summed over all that is not a sample or normalised."""
-    return grads.reshape(len(grads) // rows_per_sample, -1, *normalized_shape).sum(1)
+    return grads.reshape(grads.shape[0] // rows_per_sample, -1, *normalized_shape).sum(1)
 
 
 def _affine_grads(
     module: nn.Linear | Convolution, x: Tensor, output_grads: Tensor, rows_per_sample: int
 ) -> Iterator[tuple[str, Tensor]]:
-    if module.bias is None:
+    bias = module.bias
+    if bias is None:
         return
     if isinstance(module, nn.Linear):
-        yield "bias", _over_leading(output_grads, (module.out_features,), rows_per_sample)
+        yield "bias", _over_leading(output_grads, bias.shape, rows_per_sample)
     else:
         yield "bias", _over_positions(output_grads, rows_per_sample)
 
@@ -48,22 +50,49 @@ def _embedding_grads(
 
 
 def _group_norm_grads(
-    module: nn.GroupNorm, x: Tensor, output_grads: Tensor, rows_per_sample: int
+    module: nn.GroupNorm,
+    x: Tensor,
+    output_grads: Tensor,
+    rows_per_sample: int,
+    *statistics: Tensor,
 ) -> Iterator[tuple[str, Tensor]]:
     if not module.affine:
         return
     # one row, whose channels are those of all rows: what is summed over rows stays apart
-    channels, groups = len(x) * module.num_channels, len(x) * module.num_groups
-    x, d = (t.contiguous().view(1, channels, -1) for t in (x.to(output_grads.dtype), output_grads))
+    rows = x.shape[0]
+    channels, groups = rows * module.num_channels, rows * module.num_groups
+    if x.dtype != output_grads.dtype:
+        x, statistics = x.to(output_grads.dtype), ()
+    x, d = (t.contiguous().view(1, channels, -1) for t in (x, output_grads))
     size = 1, channels, x.shape[2], groups
-    _, mean, rstd = torch.native_group_norm(x, None, None, *size, module.eps)
+    if not statistics:
+        _, *made = torch.native_group_norm(x, None, None, *size, module.eps)
+        statistics = tuple(made)
     # of this weight only the shape counts
     weight = x.new_empty(channels)
     _, *sums = torch.ops.aten.native_group_norm_backward(
-        d, x, mean, rstd, weight, *size, [False, True, True]
+        d, x, *statistics, weight, *size, [False, True, True]
     )
     for attribute, grads in zip(("weight", "bias"), sums, strict=True):
         yield attribute, grads.view(-1, rows_per_sample, module.num_channels).sum(1)
+
+
+def kept_statistics(output: Tensor) -> list[Tensor]:
+    """Means and inverse deviations of a group normalisation's groups, ``[R, G]`` each.
+
+    They cost a pass over the input, and autograd has them already.
+
+    Args:
+        output: of any layer, whose forward ran without hooks on saved tensors: such a hook may run
+            the forward again.
+
+    Returns:
+        Nothing where autograd does not have them.
+    """
+    node: Any = output.grad_fn
+    if type(node).__name__ != "NativeGroupNormBackward0":
+        return []
+    return [node._saved_result1, node._saved_result2]
 
 
 def _layer_norm_grads(

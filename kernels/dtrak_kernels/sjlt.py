@@ -96,6 +96,11 @@ class ParameterSketch:
     seed: int
 
     @cached_property
+    def size(self) -> int:
+        """Its number of entries."""
+        return math.prod(self.shape)
+
+    @cached_property
     def tile(self) -> tuple[int, int]:
         """``(BM, BN)``."""
         rows, columns = (_tile_size(extent) for extent in self._matrix)
@@ -166,12 +171,11 @@ class ParameterSketch:
     def signs(self) -> Tensor:
         """Signs, int8: ``[tiles, BM, BN]`` at accumulator positions, or ``[n]`` for a vector."""
         if matrix_shape(self.shape) is None:
-            size = math.prod(self.shape)
             words = torch.stack(
-                self._words(torch.arange(-(-size // 128)), Stream.SJLT_VECTOR), dim=1
+                self._words(torch.arange(-(-self.size // 128)), Stream.SJLT_VECTOR), dim=1
             )
             bits = words[:, :, None] >> torch.arange(32) & 1
-            return (1 - 2 * bits).flatten()[:size].to(torch.int8)
+            return (1 - 2 * bits).flatten()[: self.size].to(torch.int8)
         blocks, _, _ = self.placement
         signs = torch.empty(len(blocks), *self.tile, dtype=torch.int8)
         state: dict[int, Tensor] = {}
@@ -208,7 +212,7 @@ class ParameterSketch:
 
     def _places(self) -> tuple[Tensor, Tensor]:
         if matrix_shape(self.shape) is None:
-            return (self.base + torch.arange(math.prod(self.shape))) % self.proj_dim, self.signs
+            return (self.base + torch.arange(self.size)) % self.proj_dim, self.signs
         (rows, columns), (tile_rows, tile_columns) = self._matrix, self.tile
         blocks, row_shifts, column_shifts = self.placement
         row, column = torch.arange(rows)[:, None], torch.arange(columns)
@@ -261,16 +265,32 @@ class ParameterSketch:
             first_row: a multiple of BM.
         """
         # atomic additions of a GPU come in any order
-        if grads.device.type != "cpu" or math.prod(self.shape) > TABLE_ENTRIES:
+        if grads.device.type != "cpu" or self.size > TABLE_ENTRIES:
             self.add_matrix(as_matrix(grads), out, first_row)
             return
+        positions, signs, entries = self.entries(grads, first_row)
+        out.scatter_add_(1, positions.expand_as(entries), entries * signs)
+
+    def entries(self, grads: Tensor, first_row: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """What `add_block` or `add_vector` adds, entry by entry.
+
+        Args:
+            grads: as there, ``[B, R, I, *kernel]`` or ``[B, n]``.
+            first_row: as there.
+
+        Returns:
+            Positions, int64 ``[n]``, signs ``[n]`` and entries ``[B, n]``, both as ``grads``.
+        """
+        if grads.ndim == 2:
+            return *self.table(grads.dtype), grads
         columns_last = not grads.is_contiguous()
         entries = (as_matrix(grads) if columns_last else grads).flatten(1)
-        first = first_row * math.prod(self.shape[1:])
-        positions, signs = (
-            t[first : first + entries.shape[1]] for t in self.table(out.dtype, columns_last)
-        )
-        out.scatter_add_(1, positions.expand_as(entries), entries * signs)
+        positions, signs = self.table(grads.dtype, columns_last)
+        if entries.shape[1] < positions.shape[0]:
+            first = first_row * math.prod(self.shape[1:])
+            part = slice(first, first + entries.shape[1])
+            positions, signs = positions[part], signs[part]
+        return positions, signs, entries
 
     def add_matrix(self, grads: Tensor, out: Tensor, first_row: int = 0) -> None:
         """Sketch per-sample gradients of rows of a matrix parameter into ``out``, in place.

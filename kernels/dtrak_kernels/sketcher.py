@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from .accumulators import Accumulator, make_accumulator
-from .calls import Call, Layer, flatten_call, has_rows
+from .calls import Call, Layer, flatten_call, has_rows, saving_is_hooked
 from .gradient_norms import NormingAccumulator
-from .layer_rules import own_rule, rule_applies
+from .layer_rules import kept_statistics, own_rule, rule_applies
 from .ops import Projection
 from .planning import Plan, make_plan
 
@@ -390,6 +390,8 @@ class GradientSketcher:
                 # what the layer multiplied, where autocast rounded its input
                 x = kept[0].to(output.dtype) if kept[0].is_floating_point() else kept[0]
                 kept = [self._accumulator.keep(layer.owned["weight"], layer.weighing, x)]
+            elif applied is not None and not saving_is_hooked():
+                kept += kept_statistics(output)
             call = Call(layer, applied, leaves, structure, kept, output, batch.anchor)
             output.register_hook(partial(self._receive, call))
             return output
@@ -457,7 +459,7 @@ class GradientSketcher:
             finally:
                 self._recomputing = False
             return
-        x = call.first()
+        x, statistics = call.seen()
         if layer.weighing is not None:
             self._accumulator.add_weight(
                 layer.owned["weight"],
@@ -469,7 +471,7 @@ class GradientSketcher:
             )
         whole = slice(0, len(features))
         for attribute, grads in call.rule(
-            layer.module, x, output_grads.to(features.dtype), batch.rows_per_sample
+            layer.module, x, output_grads.to(features.dtype), batch.rows_per_sample, *statistics
         ):
             if attribute in layer.owned:
                 self._accumulator.add_whole(layer.owned[attribute], grads, features, whole)

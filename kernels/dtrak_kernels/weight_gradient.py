@@ -303,6 +303,25 @@ def choose_form(
     return grouped_grads if prefers_grouped(module, x, output_grads, rows_per_sample) else None
 
 
+def whole_form(
+    module: WeightModule, x: Tensor, output_grads: Tensor, rows_per_sample: int
+) -> Form | None:
+    """How all gradients of a weight are made at once; None where `weight_grads` is needed.
+
+    Args:
+        module: the layer.
+        x: its input.
+        output_grads: gradient with respect to its output.
+        rows_per_sample: consecutive rows that make up one sample.
+    """
+    if isinstance(module, nn.Embedding):
+        return None
+    entries = len(x) // rows_per_sample * module.weight.numel()
+    if entries * accumulation_dtype(output_grads).itemsize > workspace_bytes(x.device):
+        return None
+    return choose_form(module, x, output_grads, rows_per_sample)
+
+
 def linear_grads(module: nn.Linear, x: Tensor, output_grads: Tensor, samples: int) -> Tensor:
     """Gradients of a linear layer's weight.
 
