@@ -229,7 +229,7 @@ def vae_latents(images: Tensor, vae: Any, *, batch_size: int = 16) -> Tensor:
 
     Args:
         images: ``[N, C, H, W]`` in [-1, 1]; grey ones are repeated into as many channels as the VAE
-            takes.
+            takes. Their memory layout, which convolutions round by, does not matter.
         vae: see `load_vae`.
         batch_size: images at a time.
 
@@ -255,7 +255,7 @@ def vae_latents(images: Tensor, vae: Any, *, batch_size: int = 16) -> Tensor:
     _check_finite("images", images)
     parts = []
     for batch in images.split(batch_size):
-        pixels = batch.expand(-1, channels, -1, -1).to(vae.device, torch.float32)
+        pixels = batch.expand(-1, channels, -1, -1).to(vae.device, torch.float32).contiguous()
         parts.append(vae.encode(pixels).latent_dist.mode().cpu())
     return torch.cat(parts)
 

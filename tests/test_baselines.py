@@ -311,6 +311,13 @@ def test_latents_are_the_mode_of_the_posterior(vae_folder, channels):
     assert relative_error(found[0], found[1]) > 1e-3
 
 
+def test_latents_do_not_depend_on_the_memory_layout(vae_folder):
+    vae = load_vae(vae_folder)
+    batch = images(4, 3, size=16)
+    read_from_files = batch.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(vae_latents(batch, vae), vae_latents(read_from_files, vae))
+
+
 def test_vae_refuses(vae_folder, tmp_path):
     vae = load_vae(vae_folder / "vae")
     with pytest.raises(ValueError, match=r"images must be \[N, 1 or 3, H, W\], got \[1, 2, 8, 8"):
