@@ -577,6 +577,27 @@ def test_plan_takes_the_smaller_gram_that_fits():
         plan_ridge(3, 0)
 
 
+@pytest.mark.parametrize("call", ["scores", "iter_sweep", "top_k"])
+def test_many_queries_fit_the_memory_budget(call):
+    """Blocks of rows are small where there are far more queries than features."""
+    from dtrak.measure import TensorMeter
+
+    features, queries, budget = rows(5000, 4), rows(400, 4, seed=1).double(), 2**18
+    solver = RidgeSolver(features, method="primal", memory_budget=budget)
+    solver.scores(queries[:1], 0.5)
+    result = 0 if call == "top_k" else 400 * 5000 * 4
+    with TensorMeter(known=[features, queries]) as meter:
+        if call == "scores":
+            found = solver.scores(queries, 0.5)
+        elif call == "iter_sweep":
+            found = next(solver.iter_sweep(queries, [0.5]))
+        else:
+            found = solver.top_k(queries, 1, 0.5).proponent_scores[:, 0]
+    expected = by_singular_values(features, queries, 0.5)
+    assert relative_error(found, expected.amax(1) if call == "top_k" else expected) < 1e-6
+    assert meter.peak_bytes - result <= budget
+
+
 def test_scores_of_16_bit_features_are_those_of_their_values():
     for dtype in (torch.float16, torch.bfloat16):
         features, queries = rows(12, 30).to(dtype), rows(3, 30, seed=1).to(dtype)

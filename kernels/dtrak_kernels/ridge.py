@@ -164,7 +164,7 @@ class RidgeSolver:
                 out[start:stop] = scores
         else:
             preconditioned = self._inverse_at(damping)(queries)
-            self._reader.times_rows(preconditioned, out, width=queries.shape[0])
+            self._reader.times_rows(preconditioned, out)
         return out
 
     def top_k(self, queries: Tensor, k: int, damping: float) -> TopK:

@@ -90,9 +90,9 @@ class RowReader:
             stop = min(start + width, self.num_features)
             yield torch.cat([rows[:, start:stop] for _, _, rows in self.blocks()]).T
 
-    def times_rows(self, left: Tensor, out: Tensor, *, width: int = 1) -> Tensor:
+    def times_rows(self, left: Tensor, out: Tensor) -> Tensor:
         """Write ``left Φᵀ`` for ``left [M, K]`` float64 to ``out [M, N]``, which is returned."""
-        for start, stop, rows in self.blocks(width):
+        for start, stop, rows in self.blocks(width=left.shape[0]):
             out[:, start:stop] = left @ rows.T
         return out
 
