@@ -92,7 +92,8 @@ def kept_statistics(output: Tensor) -> list[Tensor]:
     node: Any = output.grad_fn
     if type(node).__name__ != "NativeGroupNormBackward0":
         return []
-    return [node._saved_result1, node._saved_result2]
+    # they know the node that made them, which would be kept by what it keeps
+    return [node._saved_result1.detach(), node._saved_result2.detach()]
 
 
 def _layer_norm_grads(
