@@ -135,9 +135,18 @@ def own_rule(module: nn.Module) -> Rule | None:
     """The rule of a module whose forward is the one that a rule was written for."""
     for kind, rule in _RULES.items():
         if isinstance(module, kind):
-            own = type(module).forward is not kind.forward or "forward" in vars(module)
-            return None if own else rule
+            return None if any(_is_own(module, kind, name) for name in _METHODS) else rule
     return None
+
+
+# a convolution's forward calls the other one, which patches for tiled images replace
+_METHODS = ("forward", "_conv_forward")
+
+
+def _is_own(module: nn.Module, kind: type[nn.Module], method: str) -> bool:
+    """Whether a module's method is another one than that of its kind."""
+    of_type, of_kind = (getattr(t, method, None) for t in (type(module), kind))
+    return of_type is not of_kind or method in vars(module)
 
 
 def rule_applies(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
