@@ -19,10 +19,19 @@ from .ops import (
     project_,
 )
 from .sjlt import TABLE_ENTRIES, ParameterSketch, matrix_shape, sketch_parameters
-from .weight_gradient import Form, WeightModule, weight_grads, whole_form, workspace_bytes
+from .weight_gradient import (
+    Form,
+    WeightModule,
+    geometry,
+    weight_grads,
+    whole_form,
+    workspace_bytes,
+)
 
 # of one slice that waits for others to be scattered with
 MOST_WAITING_BYTES = 64 * 2**10
+# decisions that are kept: sequences come in any length
+MOST_FORMS = 4096
 
 
 class Accumulator(ABC):
@@ -66,6 +75,9 @@ class Accumulator(ABC):
     def close(self, out: Tensor) -> None:  # noqa: B027
         """The batch is over: add what is still to be added."""
 
+    def forget(self) -> None:  # noqa: B027
+        """Drop what a batch, complete or not, has left."""
+
     @abstractmethod
     def add(
         self, index: int, grads: Tensor, out: Tensor, samples: slice, first_row: int = 0
@@ -101,8 +113,12 @@ class Accumulator(ABC):
             rows_per_sample: consecutive rows that make up one sample.
         """
         # layers come in the same shapes batch after batch, and many take less time than a decision
-        key = index, x.shape, output_grads.shape, x.dtype, output_grads.dtype, rows_per_sample
+        shapes = x.shape, output_grads.shape, x.dtype, output_grads.dtype, rows_per_sample
+        # modules that share a weight may differ, and a padding mode may be changed
+        key = module, *geometry(module), x.is_cpu, *shapes
         if key not in self._forms:
+            if len(self._forms) >= MOST_FORMS:
+                self._forms.clear()
             self._forms[key] = whole_form(module, x, output_grads, rows_per_sample)
         form = self._forms[key]
         if form is not None:
@@ -175,8 +191,8 @@ class SketchAccumulator(Accumulator):
         self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
         self._waiting_bytes = 0
 
-    def open(self, out: Tensor) -> None:
-        """See `Accumulator.open`."""
+    def forget(self) -> None:
+        """See `Accumulator.forget`."""
         self._waiting.clear()
         self._waiting_bytes = 0
 
@@ -186,7 +202,7 @@ class SketchAccumulator(Accumulator):
             positions, signs, entries = zip(*self._waiting, strict=True)
             values = torch.cat(entries, dim=1).mul_(torch.cat(signs))
             out.scatter_add_(1, torch.cat(positions).expand_as(values), values)
-        self.open(out)
+        self.forget()
 
     def waits(self, grads: Tensor, out: Tensor) -> bool:
         """Whether gradients of some samples are worth keeping until others come."""
@@ -211,6 +227,9 @@ class SketchAccumulator(Accumulator):
     ) -> None:
         """See `Accumulator.add`."""
         sketch = self.sketches[index]
+        # a float32 layer of a model that has float64 ones
+        if grads.dtype != out.dtype:
+            grads = grads.to(out.dtype)
         if isinstance(sketch, TwoSidedSketch):
             sketch.add_block(grads, out[samples], first_row)
         elif sketch.size <= TABLE_ENTRIES and self.waits(grads, out):

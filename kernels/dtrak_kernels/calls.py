@@ -112,6 +112,73 @@ def has_rows(leaf: Any, rows: int) -> bool:
     return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == rows
 
 
+def is_discrete(output: Any) -> bool:
+    """Whether it is a tensor that has no gradient."""
+    return isinstance(output, Tensor) and not (output.is_floating_point() or output.is_complex())
+
+
+def versions_of(layer: Layer, inputs: list[Tensor]) -> list[int]:
+    """Numbers that change with the inputs of a layer.
+
+    Raises:
+        RuntimeError: one has none.
+    """
+    try:
+        return [x._version for x in inputs]
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"an input of {layer.title} was made in inference mode, so autograd cannot use it: "
+            "pass a clone"
+        ) from error
+
+
+def check_forward(
+    layer: Layer, rows: int, inputs: list[Tensor], versions: list[int], output: Any
+) -> None:
+    """Refuse what has no per-sample gradient, or none that can be had from its inputs.
+
+    Args:
+        layer: whose forward ran.
+        rows: of the batch, samples x rows_per_sample.
+        inputs: all tensors that it was given.
+        versions: of the inputs, before.
+        output: what it gave.
+
+    Raises:
+        RuntimeError: naming the layer.
+    """
+    if not isinstance(output, Tensor):
+        raise RuntimeError(
+            f"{layer.title} must return one tensor for its parameters "
+            f"{', '.join(layer.owned)} to be attributed, got {type(output).__name__}"
+        )
+    if rows == 0:
+        return
+    if [x._version for x in inputs] != versions:
+        raise RuntimeError(
+            f"{layer.title} changes its input in place: its gradient cannot be recomputed"
+        )
+    seen = output.shape[0] if output.ndim else 0
+    if not inputs or seen != rows or not any(has_rows(x, rows) for x in inputs):
+        raise RuntimeError(
+            f"{layer.title} must see and return {rows} rows (samples x "
+            f"rows_per_sample), got output {list(output.shape)} from inputs "
+            f"{[list(x.shape) for x in inputs]}: work shared between samples has no "
+            "per-sample gradient"
+        )
+
+
+class _Forward(nn.Module):
+    """Runs a module without the hooks on it: it is given, and gives, what is between them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.forward(*args, **kwargs)
+
+
 class Call:
     """What one forward of a layer saw.
 
@@ -122,7 +189,7 @@ class Call:
         structure: of its arguments.
         kept: what stands for the tensors among the leaves, in their order.
         output: of the layer, which a layer without a rule is compared with when it runs again.
-        anchor: a scalar that requires a gradient.
+        anchor: a scalar that requires a gradient, of the batch that the forward ran in.
     """
 
     def __init__(
@@ -135,7 +202,7 @@ class Call:
         output: Tensor,
         anchor: Tensor,
     ) -> None:
-        self.layer, self.rule, self._structure = layer, rule, structure
+        self.layer, self.rule, self.anchor, self._structure = layer, rule, anchor, structure
         self._leaves = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
         if rule is None:
             kept = [*kept, output.detach().clone()]
@@ -145,9 +212,22 @@ class Call:
                 torch.get_autocast_dtype(device_type),
                 torch.is_autocast_enabled(device_type),
             )
-        self._kept = _keep(anchor, kept)
+            self._eps = _coarsest_eps([*kept, *layer.module.parameters()])
+            if torch.is_autocast_enabled(device_type):
+                self._eps = max(self._eps, torch.finfo(self._autocast[1]).eps)
+        self._kept: _Saved | _Held | None = _keep(anchor, kept)
 
-    def _get(self) -> list[Tensor]:
+    def get(self) -> list[Tensor]:
+        """What was kept; a checkpoint may run its forward again for it.
+
+        Raises:
+            RuntimeError: it was changed in place meanwhile, or released.
+        """
+        if self._kept is None:
+            raise RuntimeError(
+                f"a second backward went through {self.layer.title}: the first one needs "
+                "retain_graph=True"
+            )
         try:
             return self._kept.get()
         except RuntimeError as error:
@@ -158,17 +238,17 @@ class Call:
                 "gradient would be wrong"
             ) from error
 
-    def seen(self) -> tuple[Tensor, list[Tensor]]:
-        """What stands for the only argument of a layer with a rule, and what its rule is given."""
-        x, *statistics = self._get()
-        return x, statistics
+    def release(self) -> None:
+        """Let go of what was kept: its graph may live on."""
+        self._kept = None
 
     def recomputed_grads(
-        self, output_grads: Tensor, rows_per_sample: int
+        self, kept: list[Tensor], output_grads: Tensor, rows_per_sample: int
     ) -> Iterator[tuple[int, int, Tensor]]:
         """The fallback: differentiate the layer again, one sample at a time.
 
         Args:
+            kept: what `get` gave.
             output_grads: gradient with respect to its output.
             rows_per_sample: consecutive rows of the batch that make up one sample.
 
@@ -185,11 +265,11 @@ class Call:
                     f"{layer.title} has active dropout in {name or 'itself'!r} and would be "
                     "recomputed with other masks: use eval mode"
                 )
-        saved = self._get()
-        original = saved.pop()
-        leaves = [saved.pop(0) if leaf is None else leaf[0] for leaf in self._leaves]
+        *tensors, original = kept
+        leaves = [tensors.pop(0) if leaf is None else leaf[0] for leaf in self._leaves]
         parameters = {attribute: getattr(module, attribute) for attribute in layer.owned}
         device_type, dtype, enabled = self._autocast
+        bare = _Forward(module)
         for sample in range(len(output_grads) // rows_per_sample):
             rows = slice(sample * rows_per_sample, (sample + 1) * rows_per_sample)
             args, kwargs = tree_unflatten(
@@ -201,8 +281,14 @@ class Call:
                     attribute: parameter.detach().requires_grad_()
                     for attribute, parameter in parameters.items()
                 }
-                output = torch.func.functional_call(module, values, args, kwargs, tie_weights=False)
-                _check_recomputed(layer, output, original[rows])
+                output = torch.func.functional_call(
+                    bare,
+                    {f"module.{attribute}": value for attribute, value in values.items()},
+                    args,
+                    kwargs,
+                    tie_weights=False,
+                )
+                _check_recomputed(layer, output, original[rows], self._eps)
                 # a forward that did not use its parameters
                 if not output.requires_grad:
                     continue
@@ -214,10 +300,16 @@ class Call:
                     yield index, sample, grad
 
 
-def _check_recomputed(layer: Layer, output: Tensor, original: Tensor) -> None:
+def _coarsest_eps(tensors: list[Tensor]) -> float:
+    """Of the tensors' dtypes: what computes with them is no more exact than that."""
+    dtypes = {x.dtype for x in tensors if x.is_floating_point() or x.is_complex()}
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+
+def _check_recomputed(layer: Layer, output: Tensor, original: Tensor, eps: float) -> None:
     """Refuse a module that does not give the same output twice, or alone as in its batch."""
     difference = (output.detach() - original).norm()
-    if not difference <= torch.finfo(original.dtype).eps ** 0.5 * original.norm():
+    if not difference <= eps**0.5 * original.norm():
         raise RuntimeError(
             f"{layer.title} gives another output when it is recomputed for one sample: it is "
             "random, has a state, or mixes samples"

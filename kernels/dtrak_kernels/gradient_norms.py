@@ -99,11 +99,15 @@ class NormingAccumulator(Accumulator):
         self._held: dict[int, Tensor] = {}
         self._squares = torch.zeros(0)
 
-    def open(self, out: Tensor) -> None:
-        """See `Accumulator.open`."""
+    def forget(self) -> None:
+        """See `Accumulator.forget`."""
         self._uses.clear()
         self._streamed.clear()
         self._held.clear()
+        self.accumulator.forget()
+
+    def open(self, out: Tensor) -> None:
+        """See `Accumulator.open`."""
         self._squares = out.new_zeros(len(out))
         self.accumulator.open(out)
 

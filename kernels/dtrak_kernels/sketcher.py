@@ -5,17 +5,16 @@
         f.sum().backward()
     # features[b] = Rᵀ ∇_θ Σ_{rows of b} f
 
-A forward in the place of each layer's own keeps its input, a hook on its output receives the output
-gradient, and the layer's per-sample weight gradient is formed in slices, projected and dropped.
-Autograd computes no weight gradient: a module's parameters are frozen while its forward runs.
-Contributions are summed, so a module used twice or a weight shared by two modules is right without
-being a special case.
+A forward in the place of each layer's own keeps its input, a hook on the node that made its output
+receives the output gradient, and the layer's per-sample weight gradient is formed in slices,
+projected and dropped. Autograd computes no weight gradient: a module's parameters are frozen while
+its forward runs. Contributions are summed, so a module used twice or a weight shared by two modules
+is right without being a special case.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,13 +24,20 @@ import torch
 from torch import Tensor, nn
 
 from .accumulators import Accumulator, make_accumulator
-from .calls import Call, Layer, flatten_call, has_rows, saving_is_hooked
+from .calls import (
+    Call,
+    Layer,
+    check_forward,
+    flatten_call,
+    is_discrete,
+    saving_is_hooked,
+    versions_of,
+)
+from .chosen import ParameterChoice, check_places, choose_parameters, find_places
 from .gradient_norms import NormingAccumulator
 from .layer_rules import kept_statistics, own_rule, rule_applies
 from .ops import Projection
 from .planning import Plan, make_plan
-
-ParameterChoice = Iterable[str] | Callable[[str, nn.Parameter], bool] | None
 
 
 @dataclass
@@ -42,6 +48,8 @@ class _Batch:
     rows: int
     rows_per_sample: int
     anchor: Tensor
+    # whether a backward that runs now counts
+    counts: bool = True
     seen: set[str] = field(default_factory=set)
     without_grad: set[str] = field(default_factory=set)
 
@@ -71,7 +79,7 @@ class GradientSketcher:
         model: the module whose parameters are differentiated. It is not modified outside `batch`.
         projection: the random matrix.
         parameters: names, or a predicate ``(name, parameter) -> bool``; by default every parameter
-            that requires a gradient.
+            that requires a gradient. Those without elements are left out.
         rows_per_sample: S, consecutive rows of the forward batch that belong to one sample
             (timesteps, tokens); their gradients are summed.
         implementation: ``"torch"``, ``"triton"``, or ``None`` for Triton on a GPU and torch
@@ -113,7 +121,7 @@ class GradientSketcher:
         if rows_per_sample < 1:
             raise ValueError(f"rows_per_sample must be at least 1, got {rows_per_sample}")
         self.model, self.projection, self.rows_per_sample = model, projection, rows_per_sample
-        chosen = _choose_parameters(model, parameters)
+        chosen = choose_parameters(model, parameters)
         self.parameter_names = list(chosen)
         self.shapes = [tuple(parameter.shape) for parameter in chosen.values()]
         self.grad_dim = sum(parameter.numel() for parameter in chosen.values())
@@ -139,6 +147,7 @@ class GradientSketcher:
                     f"model must not be scripted, got {layer.name!r} that is: pass what was given "
                     "to torch.jit, or leave its parameters out with parameters="
                 )
+        self._places = find_places(model, self._layers)
         # walking the module tree takes longer than many a layer
         self._model_parameters = list(model.parameters())
         self._normalisations = [
@@ -184,7 +193,7 @@ class GradientSketcher:
 
         Args:
             outputs: runs the forward and returns one scalar per row, ``[B · rows_per_sample]``; the
-                gradient of their sum is what is projected.
+                gradient of their sum is what is projected, and none that it computes on the way.
             num_samples: ``B``.
 
         Returns:
@@ -195,7 +204,11 @@ class GradientSketcher:
             RuntimeError: see `batch`.
         """
         with self.batch(num_samples) as features:
+            assert self._batch is not None
+            # gradients that it takes on the way are not those of its result
+            self._batch.counts = False
             f = outputs()
+            self._batch.counts = True
             rows = num_samples * self.rows_per_sample
             if not isinstance(f, Tensor):
                 raise ValueError(f"outputs must return a tensor, got {type(f).__name__}")
@@ -269,28 +282,36 @@ class GradientSketcher:
         Raises:
             RuntimeError: a module saw another number of rows, its input was changed in place after
                 its forward, it ran without gradient, it returned something other than one tensor,
-                or a parameter was used outside the module that owns it. The message names it.
+                it was replaced or is watched by another sketcher, or a parameter was used outside
+                the module that owns it. The message names it. Or a backward made a graph.
         """
         if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 0:
             raise ValueError(f"num_samples must be an int of at least 0, got {num_samples!r}")
         if self._batch is not None:
             raise RuntimeError("a batch of this sketcher is open already")
         self._refuse_mixing()
+        check_places(self._places)
+        for layer in self._layers:
+            if hasattr(vars(layer.module).get("forward"), "watches"):
+                raise RuntimeError(
+                    f"{layer.title} is watched by an open batch of another sketcher: one at a time"
+                )
         features = torch.zeros(num_samples, self.proj_dim, dtype=self.dtype, device=self.device)
-        self._batch = batch = _Batch(
+        batch = _Batch(
             features,
             num_samples * self.rows_per_sample,
             self.rows_per_sample,
             features.new_zeros((), requires_grad=True),
         )
         self._last_norms = None
-        self._accumulator.open(features)
         chosen = {id(parameter) for parameter in self._parameters}
         before = [(parameter, parameter.requires_grad) for parameter in self._model_parameters]
         grads = [parameter.grad for parameter in self._parameters]
         watched: dict[nn.Module, Any] = {}
         self._frozen = [0] * len(self._parameters)
         try:
+            self._batch = batch
+            self._accumulator.open(features)
             for parameter, _ in before:
                 parameter.requires_grad_(id(parameter) in chosen)
             for parameter in self._parameters:
@@ -320,8 +341,9 @@ class GradientSketcher:
                 self._last_norms = self._norms.norms()
         finally:
             self._batch = None
+            self._accumulator.forget()
             for module, own in watched.items():
-                del vars(module)["forward"]
+                vars(module).pop("forward", None)
                 # one that the instance had, not its class
                 if own is not None:
                     vars(module)["forward"] = own
@@ -345,44 +367,50 @@ class GradientSketcher:
         It takes the forward's place, because hooks before and after it cost twice as much.
         """
         module, forward, rule = layer.module, layer.module.forward, own_rule(layer.module)
-        # looked up by name each time: functional calls put others in their place
         parameters: Any = module._parameters
-        owned = list(layer.owned.items())
+        owned = [(a, index, self._parameters[index]) for a, index in layer.owned.items()]
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             if self._recomputing or self._batch is not batch:
                 return forward(*args, **kwargs)
+            for attribute, _, parameter in owned:
+                # a functional call put another in its place, whose gradient is not asked for
+                if parameters.get(attribute) is not parameter:
+                    return forward(*args, **kwargs)
             leaves, structure = flatten_call(args, kwargs)
             inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-            versions = [x._version for x in inputs]
+            versions = versions_of(layer, inputs)
             layer.depth += 1
-            for attribute, index in owned:
+            for _, index, parameter in owned:
                 self._frozen[index] += 1
-                parameters[attribute].requires_grad_(False)
+                parameter.requires_grad_(False)
             try:
                 output = forward(*args, **kwargs)
             finally:
                 layer.depth -= 1
-                for attribute, index in owned:
+                for _, index, parameter in owned:
                     self._frozen[index] -= 1
                     # a parent that owns the same parameter may still be running
                     if self._frozen[index] == 0:
-                        parameters[attribute].requires_grad_(True)
+                        parameter.requires_grad_(True)
             # a module that calls itself is recomputed as a whole, by its outermost call
-            if layer.depth or (isinstance(output, Tensor) and not output.is_floating_point()):
+            if layer.depth or is_discrete(output):
                 return output
             if not torch.is_grad_enabled():
                 batch.without_grad.add(layer.name)
                 return output
             batch.seen.add(layer.name)
-            self._check_forward(layer, batch, inputs, versions, output)
+            check_forward(layer, batch.rows, inputs, versions, output)
             if batch.rows == 0:
                 return output + batch.anchor.to(output.dtype)
+            if self._norms is not None:
+                self._norms.expect(layer.owned.values())
             if not output.requires_grad:
                 # nothing upstream needs a gradient, yet this layer's output gradient must be seen
                 output = output + batch.anchor.to(output.dtype)
-            elif output._is_view():
-                # changed in place, a view would take another history and leave the hook behind
+            elif output._is_view() or output.is_leaf:
+                # changed in place, a view would take another history and leave the hook behind; an
+                # input that is given back has none
                 output = output.clone()
             kept = [x.detach() for x in inputs]
             applied = rule if rule is not None and rule_applies(module, args, kwargs) else None
@@ -393,57 +421,44 @@ class GradientSketcher:
             elif applied is not None and not saving_is_hooked():
                 kept += kept_statistics(output)
             call = Call(layer, applied, leaves, structure, kept, output, batch.anchor)
-            output.register_hook(partial(self._receive, call))
+            # a hook of the node comes after those that the caller puts on the tensor
+            node: Any = output.grad_fn
+            node.register_prehook(partial(self._receive, call, output.output_nr))
             return output
 
+        # who asks for the signature gets that of the forward
+        vars(watched).update(__wrapped__=forward, watches=True)
         return watched
 
-    def _check_forward(
-        self,
-        layer: Layer,
-        batch: _Batch,
-        inputs: list[Tensor],
-        versions: list[int],
-        output: Any,
-    ) -> None:
-        """Refuse what has no per-sample gradient, or none that can be had from its inputs."""
-        if not isinstance(output, Tensor):
-            raise RuntimeError(
-                f"{layer.title} must return one tensor for its parameters "
-                f"{', '.join(layer.owned)} to be attributed, got {type(output).__name__}"
-            )
-        if batch.rows == 0:
+    def _receive(self, call: Call, number: int, grads: tuple[Tensor | None, ...]) -> None:
+        output_grads = grads[number]
+        if output_grads is None:
             return
-        if [x._version for x in inputs] != versions:
+        if torch.is_grad_enabled():
             raise RuntimeError(
-                f"{layer.title} changes its input in place: its gradient cannot be recomputed"
+                "a backward inside a batch must not have create_graph=True: a gradient of its "
+                f"gradients with respect to {call.layer.title} would be missing"
             )
-        rows = output.shape[0] if output.ndim else 0
-        if not inputs or rows != batch.rows or not any(has_rows(x, rows) for x in inputs):
-            raise RuntimeError(
-                f"{layer.title} must see and return {batch.rows} rows (samples x "
-                f"rows_per_sample), got output {list(output.shape)} from inputs "
-                f"{[list(x.shape) for x in inputs]}: work shared between samples has no "
-                "per-sample gradient"
-            )
-        if self._norms is not None:
-            self._norms.expect(layer.owned.values())
-
-    def _receive(self, call: Call, output_grads: Tensor) -> None:
-        device_type = output_grads.device.type
-        # the usual case; entering contexts takes as long as many a layer
-        if not (torch.is_grad_enabled() or torch.is_autocast_enabled(device_type)):
-            self._add(call, output_grads)
-            return
-        # the caller may run the backward inside autocast too, which would round the products
-        with torch.no_grad(), torch.autocast(device_type, enabled=False):
-            self._add(call, output_grads)
-
-    def _add(self, call: Call, output_grads: Tensor) -> None:
         batch = self._batch
-        if batch is None:
+        if batch is None or batch.anchor is not call.anchor:
             raise RuntimeError("backward must run inside the batch its forward ran in")
+        if not batch.counts:
+            return
+        device_type = output_grads.device.type
+        # the usual case; entering a context takes as long as many a layer
+        if not torch.is_autocast_enabled(device_type):
+            self._add(batch, call, output_grads)
+        else:
+            # the caller may run the backward inside autocast too, which would round the products
+            with torch.autocast(device_type, enabled=False):
+                self._add(batch, call, output_grads)
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            call.release()
+
+    def _add(self, batch: _Batch, call: Call, output_grads: Tensor) -> None:
         layer, features = call.layer, batch.features
+        # a checkpoint makes it again by forwards that are watched
+        kept = call.get()
         if self._norms is not None:
             for index in set(layer.owned.values()):
                 self._norms.begin(index)
@@ -451,7 +466,7 @@ class GradientSketcher:
             self._recomputing = True
             try:
                 for index, sample, grad in call.recomputed_grads(
-                    output_grads, batch.rows_per_sample
+                    kept, output_grads, batch.rows_per_sample
                 ):
                     self._accumulator.add_whole(
                         index, grad[None].to(features.dtype), features, slice(sample, sample + 1)
@@ -459,7 +474,7 @@ class GradientSketcher:
             finally:
                 self._recomputing = False
             return
-        x, statistics = call.seen()
+        x, *statistics = kept
         if layer.weighing is not None:
             self._accumulator.add_weight(
                 layer.owned["weight"],
@@ -475,28 +490,3 @@ class GradientSketcher:
         ):
             if attribute in layer.owned:
                 self._accumulator.add_whole(layer.owned[attribute], grads, features, whole)
-
-
-def _choose_parameters(model: nn.Module, choice: ParameterChoice) -> dict[str, nn.Parameter]:
-    if isinstance(choice, str):
-        raise ValueError(f"parameters must be several names or a predicate, got {choice!r}")
-    named = dict(model.named_parameters())
-    if choice is None:
-        chosen = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
-    elif callable(choice):
-        chosen = {name: parameter for name, parameter in named.items() if choice(name, parameter)}
-    else:
-        names = set(choice)
-        for name in sorted(names - named.keys()):
-            close = difflib.get_close_matches(name, named, n=1)
-            hint = f"; the closest is {close[0]!r}" if close else ""
-            raise ValueError(f"parameters must name parameters of the model, got {name!r}{hint}")
-        chosen = {name: parameter for name, parameter in named.items() if name in names}
-    for name, parameter in chosen.items():
-        if not parameter.is_floating_point():
-            raise ValueError(
-                f"parameters must be real floating numbers, got {name!r} of {parameter.dtype}"
-            )
-    if not chosen:
-        raise ValueError("parameters must choose at least one parameter that requires a gradient")
-    return chosen

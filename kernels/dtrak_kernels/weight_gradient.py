@@ -303,6 +303,13 @@ def choose_form(
     return grouped_grads if prefers_grouped(module, x, output_grads, rows_per_sample) else None
 
 
+def geometry(module: WeightModule) -> tuple[Any, ...]:
+    """What a form depends on beside the module's kind and the shapes."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        return ()
+    return module.stride, module.padding, module.dilation, module.padding_mode
+
+
 def whole_form(
     module: WeightModule, x: Tensor, output_grads: Tensor, rows_per_sample: int
 ) -> Form | None:
