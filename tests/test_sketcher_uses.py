@@ -1,6 +1,8 @@
 """Uses that are rare but real: right to rounding, or refused by name."""
 
+import copy
 import inspect
+import pickle
 import types
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from numerics import relative_error
 from test_sketcher import EXACT, Flat, Scaled, check_module, flat_output, looped_gradients
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from dtrak_kernels import GradientSketcher, Projection, project
@@ -309,6 +312,29 @@ def test_a_forward_keeps_its_signature():
     model = nn.ModuleList([Scaled()])
     with GradientSketcher(model, EXACT).batch(2):
         assert list(inspect.signature(model[0].forward).parameters) == ["x", "shift"]
+
+
+def test_refuses_forward_mode_differentiation():
+    model, x = two_layers()
+
+    def tangent(x):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, torch.ones_like(x))
+            return forward_ad.unpack_dual(model(dual)).tangent.square().sum(1)
+
+    with pytest.raises(RuntimeError, match=r"module '0' \(Linear\) ran inside forward-mode"):
+        GradientSketcher(model, EXACT).sketch(lambda: tangent(x), 4)
+
+
+def test_refuses_copies_of_a_model_inside_a_batch():
+    """They would run with the original's parameters."""
+    model, x = two_layers()
+    sketcher = GradientSketcher(model, EXACT)
+    with sketcher.batch(4), pytest.raises(RuntimeError, match="must not be copied inside a batch"):
+        copy.deepcopy(model)
+    sketcher.sketch(lambda: flat_output(model, x), 4)
+    check_module(copy.deepcopy(model), x)
+    check_module(pickle.loads(pickle.dumps(model)), x)
 
 
 def test_refuses_what_no_gradient_can_come_from():

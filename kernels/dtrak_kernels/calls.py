@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .layer_rules import Rule
@@ -43,6 +44,18 @@ class Layer:
         """The module, if its weight is chosen and one that is streamed."""
         known = "weight" in self.owned and isinstance(self.module, WEIGHT_MODULES)
         return cast("WeightModule", self.module) if known else None
+
+
+class Watched(partial[Any]):
+    """What takes the place of a module's forward inside a batch, with the forward's signature."""
+
+    __wrapped__: Callable[..., Any]
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise RuntimeError(
+            "a model must not be copied inside a batch of its sketcher: the copy would run the "
+            "forwards of the original"
+        )
 
 
 class _Keep(torch.autograd.Function):
@@ -151,6 +164,11 @@ def check_forward(
         raise RuntimeError(
             f"{layer.title} must return one tensor for its parameters "
             f"{', '.join(layer.owned)} to be attributed, got {type(output).__name__}"
+        )
+    if forward_ad._current_level >= 0:
+        raise RuntimeError(
+            f"{layer.title} ran inside forward-mode differentiation: what its parameters do to "
+            "tangents cannot be seen"
         )
     if rows == 0:
         return

@@ -27,6 +27,7 @@ from .accumulators import Accumulator, make_accumulator
 from .calls import (
     Call,
     Layer,
+    Watched,
     check_forward,
     flatten_call,
     is_discrete,
@@ -292,7 +293,7 @@ class GradientSketcher:
         self._refuse_mixing()
         check_places(self._places)
         for layer in self._layers:
-            if hasattr(vars(layer.module).get("forward"), "watches"):
+            if isinstance(vars(layer.module).get("forward"), Watched):
                 raise RuntimeError(
                     f"{layer.title} is watched by an open batch of another sketcher: one at a time"
                 )
@@ -426,9 +427,9 @@ class GradientSketcher:
             node.register_prehook(partial(self._receive, call, output.output_nr))
             return output
 
-        # who asks for the signature gets that of the forward
-        vars(watched).update(__wrapped__=forward, watches=True)
-        return watched
+        replacement = Watched(watched)
+        replacement.__wrapped__ = forward
+        return replacement
 
     def _receive(self, call: Call, number: int, grads: tuple[Tensor | None, ...]) -> None:
         output_grads = grads[number]
