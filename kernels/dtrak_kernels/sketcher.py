@@ -357,9 +357,9 @@ class GradientSketcher:
         for name, module in self._normalisations:
             if module.training or not module.track_running_stats:
                 raise ValueError(
-                    f"module {name!r} ({type(module).__name__}) normalises over the batch, so "
-                    "samples have no gradient of their own: put the model in eval mode or replace "
-                    "the module"
+                    f"module {name or 'the model itself'!r} ({type(module).__name__}) normalises "
+                    "over the batch, so samples have no gradient of their own: put the model in "
+                    "eval mode or replace the module"
                 )
 
     def _watch(self, layer: Layer, batch: _Batch) -> Callable[..., Any]:
