@@ -301,30 +301,56 @@ class ParameterSketch:
             out: ``[B, K]`` features, same dtype and device.
             first_row: a multiple of BM.
         """
-        (tile_rows, tile_columns), (_, across) = self.tile, self.grid
-        size = tile_rows * tile_columns
+        (tile_rows, _), (_, across) = self.tile, self.grid
         signs = self.signs_on(out.device)
+        add_tiles = self._add_many if across >= 2 * self.num_blocks else self._add_few
         for top in range(0, grads.shape[1], tile_rows):
             rows = slice(top, min(top + tile_rows, grads.shape[1]))
             signed = grads[:, rows] * signs[first_row + rows.start : first_row + rows.stop]
             first_tile = (first_row + top) // tile_rows * across
-            # blocks that go on at the beginning of the features: added up by rows of tiles, of
-            # which every slice has whole ones
-            wrapped: dict[int, Tensor] = {}
-            for right in range(across):
-                number, row_shift, column_shift = self._dealt[first_tile + right]
-                start = (self.base + number * size) % self.proj_dim
-                if start + size <= self.proj_dim:
-                    block = out[:, start : start + size].unflatten(1, self.tile)
-                else:
-                    if start not in wrapped:
-                        wrapped[start] = out.new_zeros(len(out), *self.tile)
-                    block = wrapped[start]
-                entries = signed[:, :, right * tile_columns : (right + 1) * tile_columns]
-                for target, source in _shifted(block, entries, row_shift, column_shift):
-                    target.add_(source)
-            for start, block in wrapped.items():
-                _add_modulo(block.flatten(1), start, out)
+            add_tiles(signed, self._dealt[first_tile : first_tile + across], out)
+
+    def _start(self, number: int) -> int:
+        """Where a block begins in the features."""
+        return (self.base + number * math.prod(self.tile)) % self.proj_dim
+
+    def _add_few(self, signed: Tensor, dealt: Sequence[tuple[int, int, int]], out: Tensor) -> None:
+        """Add a row of tiles ``[B, BM, C]``, already signed, piece by piece to its blocks."""
+        tile_columns, size = self.tile[1], math.prod(self.tile)
+        # blocks that go on at the beginning of the features: added up by rows of tiles, of which
+        # every slice has whole ones
+        wrapped: dict[int, Tensor] = {}
+        for right, (number, row_shift, column_shift) in enumerate(dealt):
+            start = self._start(number)
+            if start + size <= self.proj_dim:
+                block = out[:, start : start + size].unflatten(1, self.tile)
+            else:
+                if start not in wrapped:
+                    wrapped[start] = out.new_zeros(len(out), *self.tile)
+                block = wrapped[start]
+            entries = signed[:, :, right * tile_columns : (right + 1) * tile_columns]
+            for target, source in _shifted(block, entries, row_shift, column_shift):
+                target.add_(source)
+        for start, block in wrapped.items():
+            _add_modulo(block.flatten(1), start, out)
+
+    def _add_many(self, signed: Tensor, dealt: Sequence[tuple[int, int, int]], out: Tensor) -> None:
+        """As `_add_few`, where several tiles of a row go to one block: tiles are added whole.
+
+        They are added up in a block with room for every shift, which is folded in the end.
+        """
+        tile_rows, tile_columns = self.tile
+        wide: dict[int, Tensor] = {}
+        for right, (number, row_shift, column_shift) in enumerate(dealt):
+            if number not in wide:
+                wide[number] = out.new_zeros(len(out), 2 * tile_rows, 2 * tile_columns)
+            entries = signed[:, :, right * tile_columns : (right + 1) * tile_columns]
+            target = wide[number].narrow(1, row_shift, entries.shape[1])
+            target.narrow(2, column_shift, entries.shape[2]).add_(entries)
+        for number, block in wide.items():
+            block = block[:, :tile_rows] + block[:, tile_rows:]
+            block = block[:, :, :tile_columns] + block[:, :, tile_columns:]
+            _add_modulo(block.flatten(1), self._start(number), out)
 
 
 def _shifted(
