@@ -165,6 +165,10 @@ class TwoSidedSketch:
     def _place(self) -> ParameterSketch:
         return ParameterSketch((self.thin_size,), self.offset, self.proj_dim, self.seed)
 
+    @property
+    def _scale(self) -> float:
+        return self.output_factor.scale * self.input_factor.scale
+
     @cached_property
     def _tables(self) -> dict[torch.dtype, tuple[Tensor, Tensor]]:
         return {}
@@ -180,14 +184,12 @@ class TwoSidedSketch:
         """
         if dtype not in self._tables:
             positions, signs = self._place.table(dtype)
-            scale = self.output_factor.scale * self.input_factor.scale
-            self._tables[dtype] = positions, signs * scale
+            self._tables[dtype] = positions, signs * self._scale
         return self._tables[dtype]
 
     def add_thin(self, thin: Tensor, out: Tensor) -> None:
         """Place unscaled thin gradients ``[b, k_o, taps, k_i]`` in ``out [b, K]``, in place."""
-        scale = self.output_factor.scale * self.input_factor.scale
-        self._place.add_vector(thin.flatten(1), out, scale)
+        self._place.add_vector(thin.flatten(1), out, self._scale)
 
     def add_block(self, grads: Tensor, out: Tensor, first_row: int = 0) -> None:
         """Sketch gradients ``[b, o, I, *kernel]`` of some rows, in place."""
