@@ -44,8 +44,11 @@ from protocol import make_flush, timed
 from sketch_layers import Layer
 from triton.backends.compiler import GPUTarget
 
-from dtrak_kernels import gram_kernel, projection, sketch_config, sketch_kernel
-from dtrak_kernels.ops import Projection
+from dtrak_kernels.dense import triton as projection
+from dtrak_kernels.projection import Projection
+from dtrak_kernels.ridge import gram_triton as gram_kernel
+from dtrak_kernels.sjlt import config as sketch_config
+from dtrak_kernels.sjlt import triton as sketch_kernel
 
 NOTE = "a model: compiled instructions and bytes over nominal rates"
 

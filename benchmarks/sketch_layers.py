@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from dtrak_kernels.sjlt import ParameterSketch
-from dtrak_kernels.sketch_config import Config, Form, find_config, refusal
+from dtrak_kernels.sjlt.config import Config, Form, find_config, refusal
+from dtrak_kernels.sjlt.torch import ParameterSketch
 
 # values of each field, in the order they are tried
 CHOICES: dict[str, tuple[int, ...]] = {

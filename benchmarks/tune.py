@@ -4,7 +4,7 @@
     python benchmarks/tune.py --operation sketch --out out/configs
 
 Takes at most half an hour; ``make tune`` is the same. One file per operation,
-``kernels/dtrak_kernels/configs/<operation>.json``: device name -> list of ``{"sizes": ...,
+``kernels/dtrak_kernels/tuning/configs/<operation>.json``: device name -> list of ``{"sizes": ...,
 "config": ...}``, which `dtrak_kernels.tuning` reads. A search goes from the default one field at a
 time; a configuration counts only if it launches, gives the default's result and is faster. Entries
 of other devices and sizes are kept. ``tests/test_compile.py`` compiles every entry of the package
@@ -45,10 +45,11 @@ import sketch_layers
 from pages import read_rows
 from protocol import make_flush, timed
 
-from dtrak_kernels import Projection, sketch_config, tuning
-from dtrak_kernels.gram_kernel import DEFAULT_CONFIG, launch_gram_product
-from dtrak_kernels.projection import Config, default_config, launch_project
-from dtrak_kernels.sketch_kernel import launch_sketch
+from dtrak_kernels import Projection, tuning
+from dtrak_kernels.dense.triton import Config, default_config, launch_project
+from dtrak_kernels.ridge.gram_triton import DEFAULT_CONFIG, launch_gram_product
+from dtrak_kernels.sjlt import config as sketch_config
+from dtrak_kernels.sjlt.triton import launch_sketch
 from dtrak_kernels.tuning import CONFIGS, arch_of
 
 OPERATIONS = ("sketch", "project_rademacher", "project_normal", "gram_product")

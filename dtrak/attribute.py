@@ -21,7 +21,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from dtrak_kernels.ops import KINDS
+from dtrak_kernels.projection import KINDS
 
 from .attribution import run_attribution, run_comparison
 from .console import reporting_errors, run_app

@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dtrak_kernels import Projection
-from dtrak_kernels.ops import KINDS
+from dtrak_kernels.projection import KINDS
 from dtrak_kernels.ridge import RidgeSolver
 
 from . import scores

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from dtrak_kernels import Projection
-from dtrak_kernels.ops import KINDS
+from dtrak_kernels.projection import KINDS
 
 from .console import choose_device, parse_damping, progress_bar
 from .diffusion import DiffusionModel

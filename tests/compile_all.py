@@ -20,7 +20,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dtrak_kernels import gram_kernel, projection, sketch_config, sketch_kernel, tuning
+from dtrak_kernels import tuning
+from dtrak_kernels.dense import triton as projection
+from dtrak_kernels.ridge import gram_triton as gram_kernel
+from dtrak_kernels.sjlt import config as sketch_config
+from dtrak_kernels.sjlt import triton as sketch_kernel
 
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 

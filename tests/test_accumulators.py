@@ -8,10 +8,10 @@ from numerics import relative_error
 from torch import nn
 
 from dtrak_kernels import GradientSketcher, Projection
-from dtrak_kernels import accumulators as accumulators_module
-from dtrak_kernels import weight_gradient as weight_gradient_module
-from dtrak_kernels.accumulators import make_accumulator
-from dtrak_kernels.sjlt import as_matrix, sketch_parameters
+from dtrak_kernels.gradients import accumulator as accumulators_module
+from dtrak_kernels.gradients import weight as weight_gradient_module
+from dtrak_kernels.gradients.accumulator import make_accumulator
+from dtrak_kernels.sjlt.torch import as_matrix, sketch_parameters
 
 SHAPES = [(300, 40), (7,), (140, 7, 3, 3), (5, 6)]
 SJLT = Projection("sjlt", 5000, 9)

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dtrak_kernels import gram_kernel, projection, sketch_config, tuning
+from dtrak_kernels import tuning
+from dtrak_kernels.dense import triton as projection
+from dtrak_kernels.ridge import gram_triton as gram_kernel
+from dtrak_kernels.sjlt import config as sketch_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 tune = importlib.import_module("tune")

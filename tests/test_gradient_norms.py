@@ -9,8 +9,8 @@ from test_sketcher import small_unet, true_gradients, unet_output, unet_rows
 from torch import nn
 
 from dtrak_kernels import GradientSketcher, Projection
-from dtrak_kernels.gradient_norms import prefers_ghost, weight_norms
-from dtrak_kernels.weight_gradient import weight_grads
+from dtrak_kernels.gradients.norms import prefers_ghost, weight_norms
+from dtrak_kernels.gradients.weight import weight_grads
 
 PROJECTIONS = [
     Projection("none", 0),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from numerics import assert_as_good_as, moat, relative_error
 
-from dtrak_kernels.gram import (
+from dtrak_kernels.ridge.gram import (
     NotConvergedError,
     accumulate_gram,
     conjugate_gradient,
@@ -105,7 +105,7 @@ def test_product_matches_the_formed_gram(N, K, M, implementation, dtype, device)
     ids=["small", "wide"],
 )
 def test_product_does_not_depend_on_tiling(config, device):
-    from dtrak_kernels.gram_kernel import launch_gram_product
+    from dtrak_kernels.ridge.gram_triton import launch_gram_product
 
     features, vectors = rows(53, 90, device=device), rows(90, 21, seed=1, device=device)
     oracle = features.double().T @ (features.double() @ vectors.double()) + vectors.double()
@@ -114,7 +114,7 @@ def test_product_does_not_depend_on_tiling(config, device):
 
 
 def test_product_takes_vectors_in_groups(monkeypatch, device):
-    from dtrak_kernels import gram_kernel
+    from dtrak_kernels.ridge import gram_triton as gram_kernel
 
     features, vectors = rows(40, 24, device=device), rows(24, 20, seed=1, device=device)
     whole = gram_kernel.launch_gram_product(features, vectors, 0.5)
@@ -139,7 +139,7 @@ def test_product_of_nothing_is_the_damping(implementation, device):
 
 
 def test_torch_product_reads_each_row_once_and_takes_float64(monkeypatch):
-    from dtrak_kernels import gram
+    from dtrak_kernels.ridge import gram
 
     monkeypatch.setattr(gram, "_BLOCK_BYTES", 8 * 6 * 10)
     store, vectors = Store(rows(43, 6)), rows(6, 4, seed=1).double()

@@ -20,7 +20,7 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from dtrak_kernels.gram_kernel import KERNELS
+from dtrak_kernels.ridge.gram_triton import KERNELS
 
 backend, arch, warp = json.loads(sys.argv[1])
 shared = {}

@@ -9,7 +9,7 @@ from numerics import relative_error
 
 import dtrak.noise
 from dtrak.noise import sample_noise
-from dtrak_kernels import reference
+from dtrak_kernels.dense import reference
 
 NOISE_STREAM = 5
 

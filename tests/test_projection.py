@@ -9,10 +9,11 @@ import torch
 from numerics import assert_as_good_as, moat, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dtrak_kernels import reference, tuning
-from dtrak_kernels.dense import WORKSPACE_BYTES, project_dense_
+from dtrak_kernels import tuning
+from dtrak_kernels.dense import reference
+from dtrak_kernels.dense.torch import WORKSPACE_BYTES, project_dense_
+from dtrak_kernels.dense.triton import Config, launch_project
 from dtrak_kernels.ops import Projection, check_features, project, project_
-from dtrak_kernels.projection import Config, launch_project
 
 # (B, C, K, offset): aligned; ragged on every axis; one row; a tail shorter than one stream word;
 # several tiles of everything, far beyond 2**32
@@ -288,7 +289,7 @@ _GUARDED = """
 import ctypes, mmap, sys
 import torch
 from dtrak_kernels.ops import Projection
-from dtrak_kernels.projection import Config, _accumulate
+from dtrak_kernels.dense.triton import Config, _accumulate
 
 page, rows = mmap.PAGESIZE, 3
 memory = mmap.mmap(-1, 17 * page)
@@ -377,7 +378,7 @@ def test_kind_none_returns_the_gradients(device):
 
 
 def test_kind_sjlt_sketches_parameter_by_parameter():
-    from dtrak_kernels.sjlt import project_sjlt
+    from dtrak_kernels.sjlt.torch import project_sjlt
 
     grads, shapes = gaussian(2, 40 * 30 + 9), [(40, 30), (9,)]
     features = project(grads, Projection("sjlt", 2048, seed=3), shapes=shapes)
@@ -503,7 +504,7 @@ def test_project_refuses(changes, error, match):
 
 
 def test_triton_on_a_cpu_is_refused_without_the_interpreter(monkeypatch):
-    monkeypatch.setattr("dtrak_kernels.projection.IS_INTERPRETED", False)
+    monkeypatch.setattr("dtrak_kernels.dense.triton.IS_INTERPRETED", False)
     with pytest.raises(ValueError, match=r"'triton' must have grads on a GPU .* got device cpu"):
         project(torch.zeros(2, 10), Projection("rademacher", 16), implementation="triton")
 

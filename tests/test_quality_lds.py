@@ -15,8 +15,8 @@ from dtrak.features import FeatureSettings, FusedExtractor
 from dtrak.lds_table import Results
 from dtrak.outputs import select_timesteps
 from dtrak_kernels import Projection
-from dtrak_kernels.reference_sjlt import sjlt_matrix
 from dtrak_kernels.ridge import RidgeSolver
+from dtrak_kernels.sjlt.reference import sjlt_matrix
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 quality = importlib.import_module("quality_lds")

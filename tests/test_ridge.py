@@ -7,9 +7,11 @@ import pytest
 import torch
 from numerics import relative_error
 
-from dtrak_kernels import ridge_factors, ridge_iteration, ridge_rows
 from dtrak_kernels.ridge import METHODS, RidgeSolver, cholesky, plan_ridge, top_k
-from dtrak_kernels.ridge_ranking import rank_blocks
+from dtrak_kernels.ridge import factors as ridge_factors
+from dtrak_kernels.ridge import iteration as ridge_iteration
+from dtrak_kernels.ridge import rows as ridge_rows
+from dtrak_kernels.ridge.ranking import rank_blocks
 
 FACTORISED = ("primal", "dual", "svd")
 SHAPES = [(12, 30), (30, 12), (16, 16), (1, 5), (5, 1)]

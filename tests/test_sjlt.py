@@ -8,14 +8,9 @@ import torch
 from numerics import relative_error
 
 from dtrak_kernels import GradientSketcher, Projection, project
-from dtrak_kernels import sjlt as sjlt_module
-from dtrak_kernels.reference_sjlt import sjlt_matrix
-from dtrak_kernels.sjlt import (
-    ParameterSketch,
-    as_matrix,
-    from_matrix,
-    project_sjlt,
-)
+from dtrak_kernels.sjlt import torch as sjlt_module
+from dtrak_kernels.sjlt.reference import sjlt_matrix
+from dtrak_kernels.sjlt.torch import ParameterSketch, as_matrix, from_matrix, project_sjlt
 
 # a thin convolution, matrices of two tiles down and two across, a vector, a scalar, a single row
 SHAPES = [(5, 3, 3, 3), (131, 17), (4, 139), (33,), (), (1, 20)]

@@ -11,9 +11,9 @@ import torch
 from numerics import assert_as_good_as
 from test_sketch_kernel import torch_path, true_gradients
 
-from dtrak_kernels import sketch_kernel, tuning
-from dtrak_kernels.reference_sjlt import sjlt_matrix
-from dtrak_kernels.sketch_config import (
+from dtrak_kernels import tuning
+from dtrak_kernels.sjlt import triton as sketch_kernel
+from dtrak_kernels.sjlt.config import (
     Config,
     Form,
     config_on,
@@ -24,6 +24,7 @@ from dtrak_kernels.sketch_config import (
     refusal,
     sizes_of,
 )
+from dtrak_kernels.sjlt.reference import sjlt_matrix
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 sketch_layers = importlib.import_module("sketch_layers")

@@ -9,12 +9,13 @@ from numerics import assert_as_good_as, relative_error
 from test_sketcher import CONVOLUTIONS, Flat, flat_output, looped_gradients, small_unet, unet_output
 from torch import nn
 
-from dtrak_kernels import GradientSketcher, Projection, project, sketch_kernel
-from dtrak_kernels.reference_sjlt import sjlt_matrix
-from dtrak_kernels.sjlt import ParameterSketch
-from dtrak_kernels.sketch_config import Config
-from dtrak_kernels.sketch_kernel import launch_sketch
-from dtrak_kernels.weight_gradient import weight_grads
+from dtrak_kernels import GradientSketcher, Projection, project
+from dtrak_kernels.gradients.weight import weight_grads
+from dtrak_kernels.sjlt import triton as sketch_kernel
+from dtrak_kernels.sjlt.config import Config
+from dtrak_kernels.sjlt.reference import sjlt_matrix
+from dtrak_kernels.sjlt.torch import ParameterSketch
+from dtrak_kernels.sjlt.triton import launch_sketch
 
 # a parameter before the weight, so that its offset matters
 OFFSET = 37
@@ -318,7 +319,7 @@ def test_refuses_what_it_cannot_run(device, monkeypatch):
     x = torch.randn(2, 5, device=device)
     with pytest.raises(TypeError, match="float32, float16 or bfloat16 for triton, got float64"):
         sketch(nn.Linear(5, 4).double().to(device), x.double())
-    monkeypatch.setattr("dtrak_kernels.projection.IS_INTERPRETED", False)
+    monkeypatch.setattr("dtrak_kernels.dense.triton.IS_INTERPRETED", False)
     with pytest.raises(ValueError, match=r"'triton' must have grads on a GPU .* got device cpu"):
         sketch(nn.Linear(5, 4), x.cpu())
     with pytest.raises(ValueError, match="must be 'torch' or None for kind 'sjlt', got 'triton'"):

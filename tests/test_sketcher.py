@@ -10,7 +10,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 from dtrak_kernels import GradientSketcher, Projection, project
-from dtrak_kernels import weight_gradient as weight_gradient_module
+from dtrak_kernels.gradients import weight as weight_gradient_module
 
 EXACT = Projection("none", 0)
 PROJECTIONS = [

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from dtrak_kernels import GradientSketcher, Projection
-from dtrak_kernels import accumulators as accumulators_module
-from dtrak_kernels import calls as calls_module
+from dtrak_kernels.gradients import accumulator as accumulators_module
+from dtrak_kernels.gradients import hooks as calls_module
 
 KINDS = ["none", "sjlt", "kronecker", "rademacher"]
 

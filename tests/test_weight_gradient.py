@@ -8,13 +8,8 @@ import torch
 from numerics import relative_error
 from torch import nn
 
-from dtrak_kernels import weight_gradient as weight_gradient_module
-from dtrak_kernels.weight_gradient import (
-    choose_form,
-    grouped_grads,
-    prefers_grouped,
-    weight_grads,
-)
+from dtrak_kernels.gradients import weight as weight_gradient_module
+from dtrak_kernels.gradients.weight import choose_form, grouped_grads, prefers_grouped, weight_grads
 
 
 def gathered(module, x, output_grads, rows_per_sample, **options):

@@ -3,9 +3,10 @@
 Importing it imports no Triton: kernels are loaded when a CUDA tensor first needs one.
 """
 
-from .ops import Projection, check_features, project, project_
-from .ridge import RidgeSolver
-from .sketcher import GradientSketcher
+from .gradients.sketcher import GradientSketcher
+from .ops import check_features, project, project_
+from .projection import Projection
+from .ridge.solver import RidgeSolver
 
 __all__ = [
     "GradientSketcher",
