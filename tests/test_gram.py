@@ -1,5 +1,6 @@
 """Gram accumulation, the one-pass product and conjugate gradients against float64 algebra."""
 
+import numpy as np
 import pytest
 import torch
 from numerics import assert_as_good_as, moat, relative_error
@@ -47,7 +48,9 @@ def test_accumulated_gram_matches_gemm(B, K, dtype, device):
     out = torch.zeros(K, K, dtype=dtype, device=device)
     for block in features.split(B):
         accumulate_gram(block, out)
-    oracle = features.double().T @ features.double()
+    # wider than float64, whose own products round, too
+    wide = features.cpu().numpy().astype(np.longdouble)
+    oracle = torch.from_numpy((wide.T @ wide).astype(np.float64))
     eager = features.to(dtype).T @ features.to(dtype)
     assert_as_good_as(out.tril(), eager.tril(), oracle.tril(), floor=torch.finfo(dtype).eps)
     whole = mirror_lower(out)
