@@ -29,7 +29,7 @@ if not torch.cuda.is_available():
 
 from dtrak_kernels import Projection, project_
 from dtrak_kernels.dense import reference
-from dtrak_kernels.gradients.weight import weight_grads
+from dtrak_kernels.gradients.weight import LayerGradient, weight_grads
 from dtrak_kernels.ridge.gram import gram_product
 from dtrak_kernels.sjlt.torch import ParameterSketch
 
@@ -141,9 +141,8 @@ def _sketch(
     """The weight's gradient, then its sketch: the torch path, which the tests judge."""
     sketch = ParameterSketch(weight, OFFSET, proj_dim, SEED)
     out = torch.zeros(len(x) // 2, proj_dim, dtype=x.dtype)
-    for part in weight_grads(
-        layer.cpu(), x, delta, 2, all_samples=False, row_multiple=sketch.tile[0]
-    ):
+    gradient = LayerGradient(layer.cpu(), x, delta, 2)
+    for part in weight_grads(gradient, all_samples=False, row_multiple=sketch.tile[0]):
         sketch.add_matrix(part.grads, out[part.samples], part.rows.start)
     return out
 

@@ -46,7 +46,8 @@ from pages import read_rows
 from protocol import make_flush, timed
 
 from dtrak_kernels import Projection, tuning
-from dtrak_kernels.dense.triton import Config, default_config, launch_project
+from dtrak_kernels.dense.config import DenseConfig, default_config
+from dtrak_kernels.dense.triton import launch_project
 from dtrak_kernels.ridge.gram_triton import DEFAULT_CONFIG, launch_gram_product
 from dtrak_kernels.sjlt import config as sketch_config
 from dtrak_kernels.sjlt.triton import launch_sketch
@@ -149,13 +150,15 @@ def sketch_problems(device: torch.device, *, smoke: bool) -> Iterator[Problem]:
             inputs: tuple[Any, Tensor, Tensor] = (module, x, grads),
         ) -> Tensor:
             out = torch.zeros(layer.samples, layer.proj_dim, device=device)
-            chosen = sketch_config.Config(**config)
+            chosen = sketch_config.SketchConfig(**config)
             return launch_sketch(*inputs, layer.sketch, out, layer.timesteps, chosen)
 
         def refuse(
             config: dict[str, Any], form: sketch_config.Form = form, reduction: int = reduction
         ) -> str:
-            return sketch_layers.why_not(sketch_config.Config(**config), form, arch, reduction)
+            return sketch_layers.why_not(
+                sketch_config.SketchConfig(**config), form, arch, reduction
+            )
 
         yield Problem(
             sketch_config.OPERATION,
@@ -172,7 +175,7 @@ def dense_problems(kind: str, device: torch.device, *, smoke: bool) -> Iterator[
     sizes = (
         [(3, 512, 64)] if smoke else [(B, 2**20, K) for B in (8, 32, 128) for K in (4096, 32768)]
     )
-    default = Config(16, 64, splits=2) if smoke else default_config(arch_of(device))
+    default = DenseConfig(16, 64, splits=2) if smoke else default_config(arch_of(device))
     wide = device.type != "cuda" or kind == "normal"
     for B, P, K in sizes:
         generator = torch.Generator(device).manual_seed(0)
@@ -184,7 +187,7 @@ def dense_problems(kind: str, device: torch.device, *, smoke: bool) -> Iterator[
             config: dict[str, Any], grads: Tensor = grads, projection: Projection = projection
         ) -> Tensor:
             out = torch.zeros(len(grads), projection.proj_dim, device=grads.device)
-            return launch_project(grads, projection, 0, out, Config(**config))
+            return launch_project(grads, projection, 0, out, DenseConfig(**config))
 
         choices: dict[str, tuple[Any, ...]] = {
             "block_b": (16, 32, 64, 128, 256),

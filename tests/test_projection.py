@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtrak_kernels import tuning
 from dtrak_kernels.dense import reference
+from dtrak_kernels.dense.config import DenseConfig
 from dtrak_kernels.dense.torch import WORKSPACE_BYTES, project_dense_
-from dtrak_kernels.dense.triton import Config, launch_project
+from dtrak_kernels.dense.triton import launch_project
 from dtrak_kernels.ops import Projection, check_features, project, project_
 
 # (B, C, K, offset): aligned; ragged on every axis; one row; a tail shorter than one stream word;
@@ -30,9 +31,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 MATRICES = {"rademacher": reference.rademacher_matrix, "normal": reference.normal_matrix}
 # tilings, spans and depths; none is a default
 CONFIGS = [
-    Config(block_b=16, block_k=16, splits=1),
-    Config(block_b=32, block_k=64, num_warps=4, splits=3),
-    Config(block_b=16, block_k=128, num_stages=3, splits=5),
+    DenseConfig(block_b=16, block_k=16, splits=1),
+    DenseConfig(block_b=32, block_k=64, num_warps=4, splits=3),
+    DenseConfig(block_b=16, block_k=128, num_stages=3, splits=5),
 ]
 
 # the interpreter's bfloat16 tl.dot is silently wrong, and only signs meet bfloat16: silicon only
@@ -289,7 +290,8 @@ _GUARDED = """
 import ctypes, mmap, sys
 import torch
 from dtrak_kernels.ops import Projection
-from dtrak_kernels.dense.triton import Config, _accumulate
+from dtrak_kernels.dense.config import DenseConfig
+from dtrak_kernels.dense.triton import _accumulate
 
 page, rows = mmap.PAGESIZE, 3
 memory = mmap.mmap(-1, 17 * page)
@@ -300,7 +302,8 @@ values = values[page // 2 - rows * 256 :].view(rows, 256)
 values.fill_(1)
 for kind in ("rademacher", "normal"):
     out = torch.zeros(rows, 32)
-    _accumulate(values, torch.ones(rows), out, Projection(kind, 32), 0, Config(16, 32, splits=1))
+    config = DenseConfig(16, 32, splits=1)
+    _accumulate(values, torch.ones(rows), out, Projection(kind, 32), 0, config)
     assert out.isfinite().all() and (out != 0).any()
 print("untouched")
 """
@@ -620,7 +623,7 @@ def test_tuned_configuration_of_the_nearest_size(tmp_path):
     )
     find = tuning.nearest
     sizes = {"B": 100, "P": 10**7, "K": 20_000}
-    assert Config(**find("project_rademacher", "Some GPU", sizes, tmp_path)).splits == 2
+    assert DenseConfig(**find("project_rademacher", "Some GPU", sizes, tmp_path)).splits == 2
     sizes = {"B": 0, "P": 10, "K": 600}
     assert find("project_rademacher", "Some GPU", sizes, tmp_path) == {"block_b": 16}
     assert find("project_rademacher", "Another GPU", sizes, tmp_path) is None

@@ -13,17 +13,14 @@ are added up in a fixed order.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..projection import Projection
 from ..random.normal import COMPILE_ENTRIES, TILE, compiled_tile, normal_pairs, round_keys
 from ..random.words import Stream
-
-if TYPE_CHECKING:
-    from ..projection import Projection
 
 WORKSPACE_BYTES = 4 * 2**20
 

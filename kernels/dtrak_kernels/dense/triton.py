@@ -20,20 +20,15 @@ the same way. All products accumulate in float32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import tuning
+from ..projection import Projection
 from ..random.words import Stream
 from ..random.words_triton import box_muller, philox_4x32
-
-if TYPE_CHECKING:
-    from ..projection import Projection
+from .config import DenseConfig, config_on
 
 IS_INTERPRETED = triton.knobs.runtime.interpret
 
@@ -254,67 +249,7 @@ def _reduce_kernel(  # type: ignore[no-untyped-def]
     tl.store(o_ptrs, out + acc * tl.load(factor_ptr + b), mask=mask)
 
 
-@dataclass(frozen=True)
-class Config:
-    """How a product is cut up; never what it computes.
-
-    Attributes:
-        block_b: most rows of values per program, a power of two of at least 16.
-        block_k: columns of the matrix per program, a power of two of at least 16.
-        num_warps: warps per program.
-        num_stages: depth of the asynchronous loads.
-        splits: spans of parameters; 0 fills the device.
-    """
-
-    block_b: int
-    block_k: int = 128
-    num_warps: int = 8
-    num_stages: int = 2
-    splits: int = 0
-
-
-def default_config(arch: int | str) -> Config:
-    """What to launch with where nothing was measured.
-
-    Args:
-        arch: CUDA compute capability times ten (80, 90, ...), or the name of an AMD architecture.
-    """
-    # wgmma reads the right operand from shared memory. Elsewhere a wider tile does not fit: before
-    # it in registers, on Blackwell in tensor memory (512 columns, beyond which Triton 3.7 emits a
-    # trap), on AMD in 64 KB of shared memory
-    if arch == 90:
-        return Config(block_b=128, num_stages=3)
-    return Config(block_b=64, num_stages=2)
-
-
-def read_config(entry: dict[str, Any], name: str) -> Config:
-    """A configuration from a file.
-
-    Args:
-        entry: fields of `Config`.
-        name: what to call it in an error.
-
-    Raises:
-        ValueError: a field is unknown, missing or not as `Config` says.
-    """
-    powers = {"block_b": (16, 256), "block_k": (16, 256), "num_warps": (1, 32)}
-    counts = {"num_stages": (1, 16), "splits": (0, 2**15)}
-    tuning.check_config(entry, name, powers, counts, required=("block_b",))
-    return Config(**entry)
-
-
-def _config(kind: str, grads: Tensor, proj_dim: int) -> Config:
-    if grads.device.type != "cuda":
-        return Config(block_b=128, block_k=64, splits=2)
-    sizes = {"B": len(grads), "P": grads.shape[1], "K": proj_dim}
-    name = torch.cuda.get_device_name(grads.device)
-    tuned = tuning.nearest(f"project_{kind}", name, sizes)
-    if tuned is None:
-        return default_config(tuning.arch_of(grads.device))
-    return read_config(tuned, f"configs/project_{kind}.json, {name}")
-
-
-def _splits(config: Config, tiles: int, blocks: int, plane: int, device: torch.device) -> int:
+def _splits(config: DenseConfig, tiles: int, blocks: int, plane: int, device: torch.device) -> int:
     """Spans of parameters: about two programs per multiprocessor, if the partial sums fit."""
     if config.splits:
         return min(config.splits, blocks)
@@ -328,7 +263,7 @@ def _accumulate(
     out: Tensor,
     projection: Projection,
     first: int,
-    config: Config,
+    config: DenseConfig,
 ) -> None:
     """Add the product of whole 256-blocks, ``values [B or 2B, 256 n]``, to ``out [B, K]``."""
     (B, K), rows, blocks = out.shape, len(values), values.shape[1] // 256
@@ -387,7 +322,7 @@ def _project_packed(
     offset: int,
     scale: float,
     dtype: torch.dtype,
-    config: Config,
+    config: DenseConfig,
 ) -> None:
     """Copy columns into whole 256-blocks of ``dtype``, a workspace at a time, and multiply."""
     B, C = grads.shape
@@ -420,7 +355,7 @@ def _project_rows(
     offset: int,
     out: Tensor,
     scale: float,
-    config: Config,
+    config: DenseConfig,
 ) -> None:
     B, C = grads.shape
 
@@ -451,7 +386,7 @@ def launch_project(
     projection: Projection,
     offset: int,
     out: Tensor,
-    config: Config | None = None,
+    config: DenseConfig | None = None,
     *,
     scale: float | None = None,
 ) -> Tensor:
@@ -470,7 +405,7 @@ def launch_project(
     """
     if grads.numel() == 0:
         return out
-    config = config or _config(projection.kind, grads, projection.proj_dim)
+    config = config or config_on(projection.kind, grads, projection.proj_dim)
     scale = projection.proj_dim**-0.5 if scale is None else scale
     # a batch so large that one span of partial sums would not fit is cut
     step = max(config.block_b, min(32768, _PARTIAL_BYTES // (8 * projection.proj_dim)))

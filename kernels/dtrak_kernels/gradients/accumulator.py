@@ -19,12 +19,20 @@ from ..ops import (
 )
 from ..projection import Projection
 from ..sjlt.torch import TABLE_ENTRIES, ParameterSketch, matrix_shape, sketch_parameters
-from .weight import Form, WeightModule, geometry, weight_grads, whole_form, workspace_bytes
+from .weight import (
+    Contraction,
+    LayerGradient,
+    WeightModule,
+    geometry,
+    weight_grads,
+    whole_contraction,
+    workspace_bytes,
+)
 
 # of one slice that waits for others to be scattered with
 MOST_WAITING_BYTES = 64 * 2**10
 # decisions that are kept: sequences come in any length
-MOST_FORMS = 4096
+MOST_DECISIONS = 4096
 
 
 class Accumulator(ABC):
@@ -42,7 +50,7 @@ class Accumulator(ABC):
         self.shapes = [tuple(shape) for shape in shapes]
         sizes = [math.prod(shape) for shape in self.shapes]
         self.offsets = [sum(sizes[:index]) for index in range(len(sizes))]
-        self._forms: dict[tuple[Any, ...], Form | None] = {}
+        self._contractions: dict[tuple[Any, ...], Contraction | None] = {}
 
     def row_multiple(self, index: int) -> int:
         """Slices of rows of parameter ``index`` must begin at multiples of this."""
@@ -85,46 +93,30 @@ class Accumulator(ABC):
             first_row: first row of the parameter's matrix.
         """
 
-    def add_weight(
-        self,
-        index: int,
-        module: WeightModule,
-        x: Tensor,
-        output_grads: Tensor,
-        out: Tensor,
-        rows_per_sample: int,
-    ) -> None:
+    def add_weight(self, index: int, layer: LayerGradient, out: Tensor) -> None:
         """Add the per-sample gradients of a layer's weight, slice by slice.
 
         Args:
             index: which parameter the weight is.
-            module: the layer.
-            x: what `keep` kept of its input; without that method of its own, the input, see
-                `weight_grads`.
-            output_grads: gradient with respect to its output.
+            layer: what they are made of; its input is what `keep` kept.
             out: ``[B, K]`` features.
-            rows_per_sample: consecutive rows that make up one sample.
         """
         # layers come in the same shapes batch after batch, and many take less time than a decision
-        shapes = x.shape, output_grads.shape, x.dtype, output_grads.dtype, rows_per_sample
+        module, x, output_grads = layer.module, layer.x, layer.output_grads
+        shapes = x.shape, output_grads.shape, x.dtype, output_grads.dtype, layer.rows_per_sample
         # modules that share a weight may differ, and a padding mode may be changed
         key = module, *geometry(module), x.is_cpu, *shapes
-        if key not in self._forms:
-            if len(self._forms) >= MOST_FORMS:
-                self._forms.clear()
-            self._forms[key] = whole_form(module, x, output_grads, rows_per_sample)
-        form = self._forms[key]
-        if form is not None:
+        if key not in self._contractions:
+            if len(self._contractions) >= MOST_DECISIONS:
+                self._contractions.clear()
+            self._contractions[key] = whole_contraction(layer)
+        contraction = self._contractions[key]
+        if contraction is not None:
             samples = out.shape[0]
-            self.add(index, form(module, x, output_grads, samples), out, slice(0, samples))
+            self.add(index, contraction(module, x, output_grads, samples), out, slice(0, samples))
             return
         for part in weight_grads(
-            module,
-            x,
-            output_grads,
-            rows_per_sample,
-            all_samples=self.all_samples,
-            row_multiple=self.row_multiple(index),
+            layer, all_samples=self.all_samples, row_multiple=self.row_multiple(index)
         ):
             self.add(index, part.block, out, part.samples, part.rows.start)
 
@@ -258,23 +250,21 @@ class SjltAccumulator(SketchAccumulator):
         """A slice is whole rows of tiles."""
         return self.sketches[index].tile[0] if matrix_shape(self.shapes[index]) else 1
 
-    def add_weight(
-        self,
-        index: int,
-        module: WeightModule,
-        x: Tensor,
-        output_grads: Tensor,
-        out: Tensor,
-        rows_per_sample: int,
-    ) -> None:
+    def add_weight(self, index: int, layer: LayerGradient, out: Tensor) -> None:
         """See `Accumulator.add_weight`."""
-        if self.forms_slices(module, output_grads):
-            super().add_weight(index, module, x, output_grads, out, rows_per_sample)
+        if self.forms_slices(layer.module, layer.output_grads):
+            super().add_weight(index, layer, out)
             return
         from ..sjlt.triton import launch_sketch
 
-        assert isinstance(module, nn.Linear | nn.Conv2d)
-        launch_sketch(module, x, output_grads, self.sketches[index], out, rows_per_sample)
+        launch_sketch(
+            layer.module,
+            layer.x,
+            layer.output_grads,
+            self.sketches[index],
+            out,
+            layer.rows_per_sample,
+        )
 
 
 class KroneckerAccumulator(SketchAccumulator):
@@ -302,22 +292,14 @@ class KroneckerAccumulator(SketchAccumulator):
         assert isinstance(sketch, TwoSidedSketch)
         return sketch.thin_input(module, x)
 
-    def add_weight(
-        self,
-        index: int,
-        module: WeightModule,
-        x: Tensor,
-        output_grads: Tensor,
-        out: Tensor,
-        rows_per_sample: int,
-    ) -> None:
+    def add_weight(self, index: int, layer: LayerGradient, out: Tensor) -> None:
         """See `Accumulator.add_weight`."""
         sketch = self.sketches[index]
-        if isinstance(module, nn.Embedding):
-            super().add_weight(index, module, x, output_grads, out, rows_per_sample)
+        if isinstance(layer.module, nn.Embedding):
+            super().add_weight(index, layer, out)
             return
         assert isinstance(sketch, TwoSidedSketch)
-        thin = sketch.thin_product(module, x, output_grads, out.dtype, rows_per_sample)
+        thin = sketch.thin_product(layer, out.dtype)
         if self.waits(thin, out):
             self.scatter(*sketch.table(out.dtype), thin.flatten(1), out)
         else:

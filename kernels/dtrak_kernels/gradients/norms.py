@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,7 @@ from ..sjlt.torch import matrix_shape
 from .accumulator import Accumulator
 from .weight import (
     TRANSPOSED,
-    Convolution,
-    WeightModule,
-    accumulation_dtype,
+    LayerGradient,
     layer_product,
     weight_grads,
 )
@@ -25,19 +24,14 @@ def prefers_ghost(positions: int, rows: int, columns: int) -> bool:
     return positions * (rows + columns) < rows * columns
 
 
-def weight_norms(
-    module: WeightModule, x: Tensor, output_grads: Tensor, rows_per_sample: int
-) -> Tensor:
+def weight_norms(layer: LayerGradient) -> Tensor:
     """Squared norms of the per-sample gradients of a layer's weight.
 
     Either the gradient is formed in slices, or, where it costs less, its norm comes from the Grams
     of what it is the product of: ``‖Σ_t δ_t a_tᵀ‖² = Σ_tu (δ_t·δ_u)(a_t·a_u)``.
 
     Args:
-        module: the layer.
-        x: its input, as in `weight.weight_grads`.
-        output_grads: gradient with respect to its output.
-        rows_per_sample: consecutive rows that make up one sample.
+        layer: what they are made of.
 
     Returns:
         ``[B]``, float32 (float64 for a float64 model).
@@ -46,31 +40,24 @@ def weight_norms(
         The second form: Goodfellow 2015 (arXiv:1510.01799); for sequences, Li et al. 2022
         (arXiv:2110.05679).
     """
-    squares = output_grads.new_zeros(
-        len(x) // rows_per_sample, dtype=accumulation_dtype(output_grads)
-    )
+    module = layer.module
+    squares = layer.output_grads.new_zeros(layer.num_samples, dtype=layer.dtype)
     if not isinstance(module, nn.Embedding):
         groups = 1 if isinstance(module, nn.Linear) else module.groups
-        seen = x if isinstance(module, TRANSPOSED) else output_grads
-        positions = seen[0].numel() // module.weight.shape[0] * rows_per_sample
+        seen = layer.x if isinstance(module, TRANSPOSED) else layer.output_grads
+        positions = seen[0].numel() // module.weight.shape[0] * layer.rows_per_sample
         rows, columns = module.weight.shape[0] // groups, module.weight[0].numel()
         if prefers_ghost(positions, rows, columns):
-            return _ghost_norms(module, x, output_grads, rows_per_sample, squares)
-    for part in weight_grads(module, x, output_grads, rows_per_sample, all_samples=False):
+            return _ghost_norms(layer, squares)
+    for part in weight_grads(layer, all_samples=False):
         squares[part.samples] += part.block.square().sum((1, 2, 3))
     return squares
 
 
-def _ghost_norms(
-    module: nn.Linear | Convolution,
-    x: Tensor,
-    output_grads: Tensor,
-    rows_per_sample: int,
-    squares: Tensor,
-) -> Tensor:
-    product = layer_product(module, x, output_grads, squares.dtype)
+def _ghost_norms(layer: LayerGradient, squares: Tensor) -> Tensor:
+    product, rows = layer_product(layer), layer.rows_per_sample
     for sample in range(len(squares)):
-        first, last = sample * rows_per_sample, (sample + 1) * rows_per_sample
+        first, last = sample * rows, (sample + 1) * rows
         a = product.patches(first, last).flatten(0, 1)
         d = product.deltas[first:last].to(squares.dtype).flatten(0, 1)
         for a_group, d_group in zip(a.unbind(1), d.chunk(product.groups, dim=1), strict=True):
@@ -155,25 +142,17 @@ class NormingAccumulator(Accumulator):
         self.accumulator.add(index, grads, out, samples, first_row)
         self._observe(index, grads, samples, first_row)
 
-    def add_weight(
-        self,
-        index: int,
-        module: WeightModule,
-        x: Tensor,
-        output_grads: Tensor,
-        out: Tensor,
-        rows_per_sample: int,
-    ) -> None:
+    def add_weight(self, index: int, layer: LayerGradient, out: Tensor) -> None:
         """See `Accumulator.add_weight`."""
-        if self.forms_slices(module, output_grads):
-            super().add_weight(index, module, x, output_grads, out, rows_per_sample)
+        if self.forms_slices(layer.module, layer.output_grads):
+            super().add_weight(index, layer, out)
             return
-        kept = self.accumulator.keep(index, module, x)
-        self.accumulator.add_weight(index, module, kept, output_grads, out, rows_per_sample)
+        kept = self.accumulator.keep(index, layer.module, layer.x)
+        self.accumulator.add_weight(index, replace(layer, x=kept), out)
         if index in self._streamed:
-            self._squares += weight_norms(module, x, output_grads, rows_per_sample)
+            self._squares += weight_norms(layer)
             return
-        for part in weight_grads(module, x, output_grads, rows_per_sample, all_samples=False):
+        for part in weight_grads(layer, all_samples=False):
             self._observe(index, part.block, part.samples, part.rows.start)
 
     def _observe(self, index: int, grads: Tensor, samples: slice, first_row: int) -> None:

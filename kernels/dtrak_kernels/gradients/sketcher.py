@@ -39,6 +39,7 @@ from .hooks import (
 from .norms import NormingAccumulator
 from .parameters import ParameterChoice, check_places, choose_parameters, find_places
 from .rules import kept_statistics, own_rule, rule_applies
+from .weight import LayerGradient
 
 
 @dataclass
@@ -479,11 +480,8 @@ class GradientSketcher:
         if layer.weighing is not None:
             self._accumulator.add_weight(
                 layer.owned["weight"],
-                layer.weighing,
-                x,
-                output_grads,
+                LayerGradient(layer.weighing, x, output_grads, batch.rows_per_sample),
                 features,
-                batch.rows_per_sample,
             )
         whole = slice(0, len(features))
         for attribute, grads in call.rule(

@@ -33,6 +33,35 @@ WeightModule = nn.Linear | nn.Embedding | Convolution
 WEIGHT_MODULES = (nn.Linear, nn.Embedding, *CONVOLUTIONS)
 
 
+@dataclass(slots=True)
+class LayerGradient:
+    """The per-sample gradients of a layer's weight, not formed yet: what they are the product of.
+
+    Attributes:
+        module: a linear layer, an embedding, or a convolution of one to three dimensions,
+            transposed or not. Where channels were projected, its geometry alone counts.
+        x: its input, ``[R, ..., I]`` or ``[R, I, *spatial]`` (token numbers ``[R, ...]`` of an
+            embedding), with ``R = B · rows_per_sample``.
+        output_grads: gradient with respect to its output, ``[R, ..., O]`` or ``[R, O, *spatial]``.
+        rows_per_sample: consecutive rows of the batch that make up one sample; they are summed.
+    """
+
+    module: Any
+    x: Tensor
+    output_grads: Tensor
+    rows_per_sample: int = 1
+
+    @property
+    def num_samples(self) -> int:
+        """``B``."""
+        return len(self.x) // self.rows_per_sample
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the gradients: float64 for a float64 model, else float32."""
+        return accumulation_dtype(self.output_grads)
+
+
 @dataclass(frozen=True)
 class Slice:
     """Per-sample gradients of some rows of a weight, for some samples.
@@ -141,10 +170,9 @@ class LayerProduct:
     groups: int
 
 
-def layer_product(
-    module: nn.Linear | Convolution, x: Tensor, output_grads: Tensor, dtype: torch.dtype
-) -> LayerProduct:
-    """What the gradient of a layer's weight is the product of, patches in ``dtype``."""
+def layer_product(layer: LayerGradient) -> LayerProduct:
+    """The sum of outer products that a linear layer's or a convolution's gradients are."""
+    module, x, output_grads, dtype = layer.module, layer.x, layer.output_grads, layer.dtype
     rows = len(x)
     if isinstance(module, nn.Linear):
         flat = linear_rows(x, rows)
@@ -180,23 +208,12 @@ def workspace_bytes(device: torch.device) -> int:
 
 
 def weight_grads(
-    module: WeightModule,
-    x: Tensor,
-    output_grads: Tensor,
-    rows_per_sample: int,
-    *,
-    all_samples: bool,
-    row_multiple: int = 1,
+    layer: LayerGradient, *, all_samples: bool, row_multiple: int = 1
 ) -> Iterator[Slice]:
     """Per-sample gradients of the weight of a layer, slice by slice.
 
     Args:
-        module: a linear layer, an embedding, or a convolution of one to three dimensions,
-            transposed or not.
-        x: its input, ``[R, ..., I]`` or ``[R, I, *spatial]`` (token numbers ``[R, ...]`` of an
-            embedding), with ``R = B · rows_per_sample``.
-        output_grads: gradient with respect to its output, ``[R, ..., O]`` or ``[R, O, *spatial]``.
-        rows_per_sample: consecutive rows of the batch that make up one sample; they are summed.
+        layer: what they are made of.
         all_samples: every slice holds all samples (few rows), as a dense projection wants it;
             otherwise all rows (few samples) where they fit.
         row_multiple: slices of rows begin at multiples of this.
@@ -205,8 +222,8 @@ def weight_grads(
         Slices float32 (float64 for a float64 model), each entry at most once; entries in no slice
         are zero, which only an embedding has.
     """
-    dtype = accumulation_dtype(output_grads)
-    samples = len(x) // rows_per_sample
+    module, x, output_grads = layer.module, layer.x, layer.output_grads
+    rows_per_sample, samples, dtype = layer.rows_per_sample, layer.num_samples, layer.dtype
     if isinstance(module, nn.Embedding):
         yield from _embedding_grads(
             module, x.reshape(samples, -1), output_grads.to(dtype), all_samples, row_multiple
@@ -222,16 +239,16 @@ def weight_grads(
         all_samples,
         row_multiple,
     )
-    form = choose_form(module, x, output_grads, rows_per_sample)
-    product = layer_product(module, x, output_grads, dtype) if form is None else None
+    contraction = choose_contraction(layer)
+    product = layer_product(layer) if contraction is None else None
     for weight_rows in weight_steps:
         for chosen in _slices(0, samples, sample_step):
             if product is None:
-                assert form is not None
+                assert contraction is not None
                 part = slice(chosen.start * rows_per_sample, chosen.stop * rows_per_sample)
                 d = output_grads[part]
                 d = d[..., weight_rows] if isinstance(module, nn.Linear) else d[:, weight_rows]
-                block = form(module, x[part], d, _length(chosen))
+                block = contraction(module, x[part], d, _length(chosen))
             else:
                 fitting = workspace_bytes(x.device) // max(product.row_bytes, 1)
                 parts = list(_batch_rows(chosen, rows_per_sample, max(fitting, 1)))
@@ -270,20 +287,16 @@ def _add_products(
 
 
 # (module, x [B·S, ...], output_grads [B·S, ...], B) -> [B, O, I, taps]
-Form = Callable[[Any, Tensor, Tensor, int], Tensor]
+Contraction = Callable[[Any, Tensor, Tensor, int], Tensor]
 
 
-def choose_form(
-    module: nn.Module, x: Tensor, output_grads: Tensor, rows_per_sample: int
-) -> Form | None:
+def choose_contraction(layer: LayerGradient) -> Contraction | None:
     """How the gradients of a layer are best made; None for patches and a matrix product.
 
     Args:
-        module: the layer.
-        x: its input, or what its channels were projected to.
-        output_grads: gradient with respect to its output, likewise.
-        rows_per_sample: consecutive rows that make up one sample.
+        layer: what they are made of, or what its channels were projected to.
     """
+    module, x, output_grads = layer.module, layer.x, layer.output_grads
     # nothing need be copied to the precision that products are accumulated in
     wide = x.dtype == output_grads.dtype == accumulation_dtype(output_grads)
     if isinstance(module, nn.Linear):
@@ -300,33 +313,22 @@ def choose_form(
         return None
     if taps * outputs <= 2 * inputs and _can_trade(module):
         return traded_grads
-    return grouped_grads if prefers_grouped(module, x, output_grads, rows_per_sample) else None
+    return grouped_grads if prefers_grouped(layer) else None
 
 
 def geometry(module: WeightModule) -> tuple[Any, ...]:
-    """What a form depends on beside the module's kind and the shapes."""
+    """What a contraction depends on beside the module's kind and the shapes."""
     if isinstance(module, nn.Linear | nn.Embedding):
         return ()
     return module.stride, module.padding, module.dilation, module.padding_mode
 
 
-def whole_form(
-    module: WeightModule, x: Tensor, output_grads: Tensor, rows_per_sample: int
-) -> Form | None:
-    """How all gradients of a weight are made at once; None where `weight_grads` is needed.
-
-    Args:
-        module: the layer.
-        x: its input.
-        output_grads: gradient with respect to its output.
-        rows_per_sample: consecutive rows that make up one sample.
-    """
-    if isinstance(module, nn.Embedding):
+def whole_contraction(layer: LayerGradient) -> Contraction | None:
+    """How all gradients of a weight are made at once; None where `weight_grads` is needed."""
+    if isinstance(layer.module, nn.Embedding):
         return None
-    entries = len(x) // rows_per_sample * module.weight.numel()
-    if entries * accumulation_dtype(output_grads).itemsize > workspace_bytes(x.device):
-        return None
-    return choose_form(module, x, output_grads, rows_per_sample)
+    size = layer.num_samples * layer.module.weight.numel() * layer.dtype.itemsize
+    return None if size > workspace_bytes(layer.x.device) else choose_contraction(layer)
 
 
 def linear_grads(module: nn.Linear, x: Tensor, output_grads: Tensor, samples: int) -> Tensor:
@@ -412,20 +414,16 @@ def traded_grads(conv: Convolution, x: Tensor, output_grads: Tensor, samples: in
     return total.unflatten(2, (taps, outputs)).flip(2).permute(0, 3, 1, 2)
 
 
-def prefers_grouped(
-    module: nn.Module, x: Tensor, output_grads: Tensor, rows_per_sample: int
-) -> bool:
+def prefers_grouped(layer: LayerGradient) -> bool:
     """Whether one convolution with a group per sample beats patches and a matrix product.
 
     On a CPU in float32, where the gradient kernel of the convolution library copies no patches and
     there are enough positions for it: twice to four times as fast there, slower elsewhere.
 
     Args:
-        module: the layer.
-        x: its input, or what its channels were projected to.
-        output_grads: gradient with respect to its output, likewise.
-        rows_per_sample: consecutive rows that make up one sample.
+        layer: what the gradients are made of, or what its channels were projected to.
     """
+    module, x, output_grads = layer.module, layer.x, layer.output_grads
     if not isinstance(module, nn.Conv1d | nn.Conv2d) or module.groups != 1 or not len(x):
         return False
     # its patches are its input
@@ -433,7 +431,7 @@ def prefers_grouped(
         return False
     if output_grads.device.type != "cpu" or output_grads.dtype != torch.float32:
         return False
-    positions = output_grads[0, 0].numel() * rows_per_sample
+    positions = output_grads[0, 0].numel() * layer.rows_per_sample
     return positions >= 2 * max(x.shape[1], output_grads.shape[1])
 
 

@@ -43,7 +43,8 @@ from torch import Tensor, nn
 from ..gradients.weight import (
     TRANSPOSED,
     Convolution,
-    choose_form,
+    LayerGradient,
+    choose_contraction,
     grouped_grads,
     is_pointwise,
     linear_grads,
@@ -232,29 +233,19 @@ class TwoSidedSketch:
             return self._project_channels(output_grads, self.input_factor, module.groups)
         return self._project_rows(output_grads, module.groups)
 
-    def thin_product(
-        self,
-        module: nn.Linear | Convolution,
-        thin_x: Tensor,
-        output_grads: Tensor,
-        dtype: torch.dtype,
-        rows_per_sample: int,
-    ) -> Tensor:
+    def thin_product(self, layer: LayerGradient, dtype: torch.dtype) -> Tensor:
         """Thin gradients of a layer's weight, made without the gradients.
 
         Args:
-            module: the layer.
-            thin_x: `thin_input` of its input.
-            output_grads: gradient with respect to its output.
+            layer: what the gradients are made of, `thin_input` in place of the input.
             dtype: of the features.
-            rows_per_sample: consecutive rows that make up one sample.
 
         Returns:
             ``[B, k_o, taps, k_i]``, unscaled.
         """
-        a = thin_x.to(dtype)
-        d = self.thin_output_grads(module, output_grads).to(dtype)
-        samples = output_grads.shape[0] // rows_per_sample
+        module, a = layer.module, layer.x.to(dtype)
+        d = self.thin_output_grads(module, layer.output_grads).to(dtype)
+        samples = len(layer.output_grads) // layer.rows_per_sample
         if isinstance(module, nn.Linear):
             return linear_grads(module, a, d, samples).transpose(2, 3)
         if isinstance(module, TRANSPOSED):
@@ -301,13 +292,13 @@ def _thin_convolution(conv: Convolution, a: Tensor, d: Tensor, samples: int) -> 
     Returns:
         ``[B, k_o, taps, k_i]``, unscaled.
     """
-    rows_per_sample = len(d) // samples
-    form = choose_form(conv, a, d, rows_per_sample)
+    layer = LayerGradient(conv, a, d, len(d) // samples)
+    contraction = choose_contraction(layer)
     # what follows copies more than patches of few channels
-    if form is None and prefers_grouped(conv, a, d, rows_per_sample):
-        form = grouped_grads
-    if form is not None:
-        return form(conv, a, d, samples).transpose(2, 3)
+    if contraction is None and prefers_grouped(layer):
+        contraction = grouped_grads
+    if contraction is not None:
+        return contraction(conv, a, d, samples).transpose(2, 3)
     positions = d.shape[2:]
     if is_pointwise(conv) and a.shape[2:] == positions:
         a, d = (t.flatten(2).transpose(1, 2).reshape(samples, -1, t.shape[1]) for t in (a, d))

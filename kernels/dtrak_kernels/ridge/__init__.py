@@ -2,7 +2,7 @@
 
 from .factors import cholesky
 from .gram import gram_product
-from .plan import METHODS, Plan, plan_ridge
+from .plan import METHODS, RidgePlan, plan_ridge
 from .ranking import TopK, top_k
 from .rows import FeatureRows
 from .solver import RidgeSolver
@@ -10,7 +10,7 @@ from .solver import RidgeSolver
 __all__ = [
     "METHODS",
     "FeatureRows",
-    "Plan",
+    "RidgePlan",
     "RidgeSolver",
     "TopK",
     "cholesky",

@@ -12,7 +12,7 @@ MEMORY_BUDGET = 8 * 2**30
 
 
 @dataclass(frozen=True)
-class Plan:
+class RidgePlan:
     """Which factorisation would be used, and what each would cost.
 
     Attributes:
@@ -35,7 +35,7 @@ def plan_ridge(
     num_queries: int = 1000,
     num_dampings: int = 1,
     memory_budget: int = MEMORY_BUDGET,
-) -> Plan:
+) -> RidgePlan:
     """The factorisation a :class:`RidgeSolver` would choose for ``[N, K]`` features, and its cost.
 
     One damping is solved by Cholesky, several by one eigendecomposition. The cost of ``"cg"``
@@ -86,4 +86,4 @@ def plan_ridge(
     fitting = [m for m in ("dual", "primal") if peak_bytes[m] <= memory_budget]
     # both orders of the product give the same scores: the smaller matrix wins, dual on a tie
     method = min(fitting, key=lambda m: flops[m]) if fitting else "cg"
-    return Plan(method, flops, peak_bytes, memory_budget)
+    return RidgePlan(method, flops, peak_bytes, memory_budget)

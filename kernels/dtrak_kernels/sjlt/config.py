@@ -27,7 +27,7 @@ _LEAST_SHARED = 64 * 1024
 
 
 @dataclass(frozen=True)
-class Config:
+class SketchConfig:
     """How the work is cut up; never what it computes, beyond rounding.
 
     Blocks, placements and signs are functions of (seed, parameter, tile). A configuration decides
@@ -143,7 +143,7 @@ def default_config(
     is_one_tap: bool,
     is_wide: bool,
     is_channels_last: bool,
-) -> Config:
+) -> SketchConfig:
     """What to launch with where nothing was measured: the largest steps that fit into registers.
 
     Args:
@@ -160,31 +160,35 @@ def default_config(
     if dtype == torch.float32:
         # no tensor core multiplies in float32: operands take twice the registers
         is_pipelined = is_fast and isinstance(arch, int) and arch < 100
-        return Config(16, num_warps=16 if is_large else 4, num_stages=2 if is_pipelined else 1)
+        return SketchConfig(
+            16, num_warps=16 if is_large else 4, num_stages=2 if is_pipelined else 1
+        )
     block_t = 64 if is_fast and is_large else 16 if is_wide or (is_large and not is_one_tap) else 32
     # a compute unit of AMD has fewer registers for a thread's share of a tile
     largest = 64 if isinstance(arch, int) else 32
     block_t = min(block_t, largest, max(16, 1 << (reduction - 1).bit_length()))
-    return Config(block_t, num_warps=8 if is_large else 4, num_stages=3 if block_t == 64 else 2)
+    return SketchConfig(
+        block_t, num_warps=8 if is_large else 4, num_stages=3 if block_t == 64 else 2
+    )
 
 
-def read_config(entry: dict[str, Any], name: str) -> Config:
+def read_config(entry: dict[str, Any], name: str) -> SketchConfig:
     """A configuration from a file.
 
     Args:
-        entry: fields of `Config`.
+        entry: fields of `SketchConfig`.
         name: what to call it in an error.
 
     Raises:
         ValueError: there is no such field, a value is impossible, or it would change what is
             computed beyond rounding.
     """
-    known = [field.name for field in fields(Config)]
+    known = [field.name for field in fields(SketchConfig)]
     unknown = [field for field in entry if field not in known]
     if unknown:
         raise ValueError(f"{name}: fields must be among {', '.join(known)}, got {unknown[0]!r}")
     try:
-        config = Config(**entry)
+        config = SketchConfig(**entry)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     if config.input_precision != "ieee":
@@ -195,7 +199,7 @@ def read_config(entry: dict[str, Any], name: str) -> Config:
     return config
 
 
-def find_config(form: Form, arch: int | str, reduction: int, device_name: str = "") -> Config:
+def find_config(form: Form, arch: int | str, reduction: int, device_name: str = "") -> SketchConfig:
     """The configuration measured on a device at the nearest reduction, or the default one.
 
     Args:
@@ -223,14 +227,14 @@ def find_config(form: Form, arch: int | str, reduction: int, device_name: str = 
 
 
 @lru_cache(maxsize=4096)
-def config_on(device: torch.device, form: Form, reduction: int) -> Config:
+def config_on(device: torch.device, form: Form, reduction: int) -> SketchConfig:
     """`find_config` for a device of this machine; interpreted launches have the default."""
     if device.type != "cuda":
         return find_config(form, 80, reduction)
     return find_config(form, tuning.arch_of(device), reduction, torch.cuda.get_device_name(device))
 
 
-def _most_positions(config: Config, form: Form, arch: int | str) -> int:
+def _most_positions(config: SketchConfig, form: Form, arch: int | str) -> int:
     """Longest step whose operands fit beside the sums, by what spilled when it was compiled."""
     num_warps, is_single = config.num_warps, form.dtype.itemsize == 4
     if not isinstance(arch, int):
@@ -248,7 +252,7 @@ def _most_positions(config: Config, form: Form, arch: int | str) -> int:
     return 128 if num_warps == 8 else 64
 
 
-def refusal(config: Config, form: Form, arch: int | str, reduction: int) -> str:
+def refusal(config: SketchConfig, form: Form, arch: int | str, reduction: int) -> str:
     """Why a configuration is not worth trying on a card, empty if it is.
 
     What is said of registers and shared memory comes from compiled code, not from a run.

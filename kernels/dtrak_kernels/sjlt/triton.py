@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from ..gradients.weight import linear_rows
 from ..random.words import Stream
 from ..random.words_triton import philox_4x32
-from .config import Config, Form, config_on
+from .config import Form, SketchConfig, config_on
 from .torch import ParameterSketch
 
 # largest offset of an element inside a sample that 32 bits hold
@@ -388,7 +388,7 @@ def launch_sketch(
     sketch: ParameterSketch,
     out: Tensor,
     rows_per_sample: int = 1,
-    config: Config | None = None,
+    config: SketchConfig | None = None,
 ) -> Tensor:
     """Add the sketch of the per-sample gradients of a layer's weight to ``out``, in place.
 
