@@ -103,9 +103,23 @@ def test_kernels_folder_is_not_a_package():
 
 
 def test_importing_the_kernels_is_light():
-    code = "import sys, dtrak_kernels; print({'triton', 'diffusers', 'trak'} & set(sys.modules))"
+    code = (
+        "import sys, dtrak_kernels; dtrak_kernels.Projection('none'); dtrak_kernels.KINDS;"
+        "print({'torch', 'numpy'} & set(sys.modules)); dtrak_kernels.GradientSketcher;"
+        "print({'triton', 'diffusers', 'trak'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout.strip() == "set()"
+    assert done.stdout.split() == ["set()", "set()"]
+
+
+def test_public_names_are_where_they_are_said_to_be():
+    import dtrak_kernels
+
+    assert set(dtrak_kernels._PLACES) == set(dtrak_kernels.__all__) <= set(dir(dtrak_kernels))
+    for name in dtrak_kernels.__all__:
+        assert getattr(dtrak_kernels, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'attribute'"):
+        _ = dtrak_kernels.attribute
 
 
 def test_no_submodule_hides_a_public_name():

@@ -38,7 +38,7 @@ class Projection:
             ``"kronecker"``, two-sided as in LoGra, the cheapest and the least accurate (see
             `kronecker`); ``"none"``, the identity (features are the gradients themselves: small
             models only).
-        proj_dim: ``K``, a positive integer; 0 for ``"none"``, whose K is the number of parameters.
+        proj_dim: ``K``, a positive integer; for ``"none"`` nothing, K is the number of parameters.
         seed: key of the random stream, in ``[0, 2**63)``.
         generator: random stream of the dense kinds: ``"philox"``, or ``"fast_jl"``, TRAK's CUDA
             projector bit for bit on any device. That matrix depends on P and on the card it is made
@@ -55,7 +55,7 @@ class Projection:
     """
 
     kind: str
-    proj_dim: int
+    proj_dim: int = 0
     seed: int = 0
     generator: str = "philox"
     num_sms: int | str | None = None

@@ -38,16 +38,33 @@ MOST_DECISIONS = 4096
 class Accumulator(ABC):
     """Adds per-sample gradients of single parameters to features ``[B, K]``.
 
+    A destination of one's own has `add`, which gets every entry of every gradient once, slice by
+    slice, and may do with it what it likes: ``GradientSketcher(model, into=Destination)``. Other
+    methods are overridden to be told more (`open`, `close`) or to form less (`add_weight`).
+
+    Args:
+        shapes: of the parameters.
+        num_features: ``K``; 0 for a destination that keeps what it wants itself.
+
     Attributes:
-        shapes: shapes of the P parameters, in the order of the flattened gradient.
+        shapes: shapes of the parameters, in the order of the flattened gradient.
+        offsets: where each begins in it.
+        num_features: ``K``.
         all_samples: whether it wants all samples of a batch at once (few rows of a weight at a
             time).
+        title: what plans call it; the name of its class if empty.
+        kernel: what plans say of a gradient that `add` receives.
+        flop_per_entry: what `add` does with an entry, in multiplications and additions.
     """
 
     all_samples = False
+    title = ""
+    kernel = "sliced gradient (torch)"
+    flop_per_entry = 0
 
-    def __init__(self, shapes: Sequence[Sequence[int]]) -> None:
+    def __init__(self, shapes: Sequence[Sequence[int]], num_features: int) -> None:
         self.shapes = [tuple(shape) for shape in shapes]
+        self.num_features = num_features
         sizes = [math.prod(shape) for shape in self.shapes]
         self.offsets = [sum(sizes[:index]) for index in range(len(sizes))]
         self._contractions: dict[tuple[Any, ...], Contraction | None] = {}
@@ -138,12 +155,14 @@ class DenseAccumulator(Accumulator):
     """Dense random matrices: each slice is projected at its offset through `project_`."""
 
     all_samples = True
+    kernel = "sliced gradient, dense projection"
 
     def __init__(
         self, shapes: Sequence[Sequence[int]], projection: Projection, implementation: str | None
     ) -> None:
-        super().__init__(shapes)
+        super().__init__(shapes, projection.proj_dim)
         self.projection, self.implementation = projection, implementation
+        self.title, self.flop_per_entry = projection.kind, 2 * projection.proj_dim
         self.grad_dim = sum(math.prod(shape) for shape in self.shapes)
 
     def add(
@@ -170,8 +189,8 @@ class SketchAccumulator(Accumulator):
 
     sketches: Sequence[ParameterSketch | TwoSidedSketch]
 
-    def __init__(self, shapes: Sequence[Sequence[int]]) -> None:
-        super().__init__(shapes)
+    def __init__(self, shapes: Sequence[Sequence[int]], num_features: int) -> None:
+        super().__init__(shapes, num_features)
         # positions, signs, entries
         self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
         self._waiting_bytes = 0
@@ -231,10 +250,14 @@ class SjltAccumulator(SketchAccumulator):
     With Triton a layer's gradient and its sketch are one kernel, and no slice is ever formed.
     """
 
+    title = "sjlt"
+    kernel = "sliced gradient, sparse sketch (torch)"
+    flop_per_entry = 2
+
     def __init__(
         self, shapes: Sequence[Sequence[int]], projection: Projection, implementation: str | None
     ) -> None:
-        super().__init__(shapes)
+        super().__init__(shapes, projection.proj_dim)
         self.implementation = implementation
         self.sketches: list[ParameterSketch] = sketch_parameters(
             self.shapes, projection.proj_dim, projection.seed
@@ -270,10 +293,15 @@ class SjltAccumulator(SketchAccumulator):
 class KroneckerAccumulator(SketchAccumulator):
     """Two-sided: the factors of a layer's gradient are projected, then multiplied."""
 
+    title = "kronecker"
+    # of an embedding, whose gradient alone is formed
+    kernel = "sliced gradient, thin products"
+    flop_per_entry = 2
+
     def __init__(
         self, shapes: Sequence[Sequence[int]], projection: Projection, implementation: str | None
     ) -> None:
-        super().__init__(shapes)
+        super().__init__(shapes, projection.proj_dim)
         check_sketch_implementation(implementation, projection.kind)
         assert projection.factor_dim is not None
         self.sketches = two_sided_parameters(
@@ -308,6 +336,11 @@ class KroneckerAccumulator(SketchAccumulator):
 
 class ExactAccumulator(Accumulator):
     """No projection: features are the flattened gradients ``[B, P]``."""
+
+    title = "none"
+
+    def __init__(self, shapes: Sequence[Sequence[int]]) -> None:
+        super().__init__(shapes, sum(math.prod(shape) for shape in shapes))
 
     def add(
         self, index: int, grads: Tensor, out: Tensor, samples: slice, first_row: int = 0

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from ..kronecker.torch import TwoSidedSketch
-from ..projection import Projection
-from .accumulator import Accumulator, KroneckerAccumulator, SjltAccumulator
+from .accumulator import Accumulator, KroneckerAccumulator
 from .rules import find_rule
 from .weight import TRANSPOSED, WEIGHT_MODULES, Convolution, workspace_bytes
 
@@ -52,7 +51,7 @@ class Plan:
     parameters and, on a CPU, 12 or 24 for those of weights small enough for tables (see `sjlt`).
 
     Attributes:
-        projection: the random matrix.
+        kind: of the projection, or the class of the accumulator that takes its place.
         proj_dim: ``K``, the width of the features.
         num_samples: ``B``.
         layers: in the order of the forward; a layer used twice comes twice.
@@ -63,7 +62,7 @@ class Plan:
         budget_bytes: what everything has to fit in, or None.
     """
 
-    projection: Projection
+    kind: str
     proj_dim: int
     num_samples: int
     layers: tuple[LayerPlan, ...]
@@ -140,7 +139,7 @@ class Plan:
         ]
         ratio = f" ({self.flop / self.model_flop:.2f} of it)" if self.model_flop else ""
         lines += [
-            f"{self.projection.kind}, K = {self.proj_dim:,}, {self.num_samples} samples",
+            f"{self.kind}, K = {self.proj_dim:,}, {self.num_samples} samples",
             f"forward and data gradient of these layers {self.model_flop / 1e9:.3g} GFLOP, "
             f"features {self.flop / 1e9:.3g} GFLOP{ratio}",
             f"kept inputs {_bytes(self.kept_bytes)}, features {_bytes(self.feature_bytes)}, "
@@ -170,11 +169,9 @@ def make_plan(
     layers: Iterable[tuple[str, nn.Module, dict[str, int]]],
     names: list[str],
     accumulator: Accumulator,
-    projection: Projection,
     forward: Callable[[], Any],
     num_samples: int,
     rows_per_sample: int,
-    proj_dim: int,
     feature_bytes: int,
     budget_bytes: int | None,
     keeps_inputs: bool = False,
@@ -185,11 +182,9 @@ def make_plan(
         layers: (name, module, {attribute: index of the parameter}) of every layer that counts.
         names: of the parameters.
         accumulator: what will receive the gradients.
-        projection: the random matrix, for the record.
         forward: runs the model.
         num_samples: ``B``.
         rows_per_sample: S.
-        proj_dim: ``K``.
         feature_bytes: of the result.
         budget_bytes: see `Plan`.
         keeps_inputs: whether inputs are kept as they are, for exact norms.
@@ -206,7 +201,7 @@ def make_plan(
             if not isinstance(output, Tensor):
                 return
             planner = _Planner(
-                module, owned, accumulator, projection, num_samples, rows_per_sample, keeps_inputs
+                module, owned, accumulator, num_samples, rows_per_sample, keeps_inputs
             )
             plan, flop = planner.plan(
                 name, inputs, output, find_rule(module, args, kwargs) is not None
@@ -228,8 +223,8 @@ def make_plan(
             handle.remove()
     unused = tuple(name for index, name in enumerate(names) if index not in seen)
     return Plan(
-        projection,
-        proj_dim,
+        accumulator.title or type(accumulator).__name__,
+        accumulator.num_features,
         num_samples,
         tuple(plans),
         unused,
@@ -244,7 +239,6 @@ class _Planner:
     module: nn.Module
     owned: dict[str, int]
     accumulator: Accumulator
-    projection: Projection
     num_samples: int
     rows_per_sample: int
     keeps_inputs: bool
@@ -312,12 +306,8 @@ class _Planner:
             patches *= getattr(self.module, "groups", 1)
         slices = min(4 * B * P, max(workspace, 4 * math.prod(shape[1:])))
         work = max(slices, min(patches * len(x), max(workspace, patches)))
-        if isinstance(self.accumulator, SjltAccumulator):
-            return product + 2 * B * P, work, "sliced gradient, sparse sketch (torch)"
-        if self.projection.kind == "none":
-            return product, work, "sliced gradient (torch)"
-        dense = 2 * B * P * self.projection.proj_dim
-        return product + dense, work, "sliced gradient, dense projection"
+        added = self.accumulator.flop_per_entry * B * P
+        return product + added, work, self.accumulator.kernel
 
     def _kept(self, x: Tensor, whole: int) -> int:
         """Bytes of what is kept of a weight's input; two-sided sketches keep it projected."""

@@ -78,7 +78,7 @@ class NormingAccumulator(Accumulator):
     """
 
     def __init__(self, accumulator: Accumulator, names: Sequence[str]) -> None:
-        super().__init__(accumulator.shapes)
+        super().__init__(accumulator.shapes, accumulator.num_features)
         self.all_samples = accumulator.all_samples
         self.accumulator, self._names = accumulator, names
         self._uses: Counter[int] = Counter()

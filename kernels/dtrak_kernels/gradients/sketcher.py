@@ -79,7 +79,9 @@ class GradientSketcher:
 
     Args:
         model: the module whose parameters are differentiated. It is not modified outside `batch`.
-        projection: the random matrix.
+        projection: the random matrix; or instead of it
+        into: where the gradients go: an `Accumulator` class, or whatever makes one of the list of
+            the parameters' shapes.
         parameters: names, or a predicate ``(name, parameter) -> bool``; by default every parameter
             that requires a gradient. Those without elements are left out.
         rows_per_sample: S, consecutive rows of the forward batch that belong to one sample
@@ -97,18 +99,22 @@ class GradientSketcher:
         shapes: their shapes.
         grad_dim: ``P``, their total number of elements.
         proj_dim: ``K``, the width of the features.
+        into: where the gradients go: what ``into`` made, or what the projection is done by.
 
     Raises:
         ValueError: no parameter is chosen or one is not real, a name is unknown,
             ``rows_per_sample`` is not positive, the model is compiled or scripted, it mixes samples
-            (batch normalisation on batch statistics), or ``implementation`` is unknown.
+            (batch normalisation on batch statistics), ``implementation`` is unknown, or not one of
+            ``projection`` and ``into`` is given.
+        TypeError: ``into`` did not make an `Accumulator`.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        projection: Projection,
+        projection: Projection | None = None,
         *,
+        into: Callable[[list[tuple[int, ...]]], Accumulator] | None = None,
         parameters: ParameterChoice = None,
         rows_per_sample: int = 1,
         implementation: str | None = None,
@@ -127,7 +133,6 @@ class GradientSketcher:
         self.parameter_names = list(chosen)
         self.shapes = [tuple(parameter.shape) for parameter in chosen.values()]
         self.grad_dim = sum(parameter.numel() for parameter in chosen.values())
-        self.proj_dim = projection.num_features(self.grad_dim)
         self._parameters = list(chosen.values())
         index = {id(parameter): i for i, parameter in enumerate(self._parameters)}
         self._layers = [
@@ -158,13 +163,34 @@ class GradientSketcher:
             if isinstance(module, nn.modules.batchnorm._BatchNorm)
         ]
         self._refuse_mixing()
-        accumulator = make_accumulator(self.shapes, projection, implementation)
-        self._norms = NormingAccumulator(accumulator, self.parameter_names) if norms else None
-        self._accumulator: Accumulator = self._norms or accumulator
+        self.into = self._destination(projection, into, implementation)
+        self.proj_dim = self.into.num_features
+        self._norms = NormingAccumulator(self.into, self.parameter_names) if norms else None
+        self._accumulator: Accumulator = self._norms or self.into
         self._batch: _Batch | None = None
         self._last_norms: Tensor | None = None
         self._frozen = [0] * len(self._parameters)
         self._recomputing = False
+
+    def _destination(
+        self,
+        projection: Projection | None,
+        into: Callable[[list[tuple[int, ...]]], Accumulator] | None,
+        implementation: str | None,
+    ) -> Accumulator:
+        if projection is not None and into is None:
+            return make_accumulator(self.shapes, projection, implementation)
+        if projection is not None or into is None:
+            got = "neither" if into is None else "both"
+            raise ValueError(f"one of projection and into must be given, got {got}")
+        if implementation is not None:
+            raise ValueError(
+                f"implementation must be None with into, got {implementation!r}: it has its own"
+            )
+        accumulator = into(list(self.shapes))
+        if not isinstance(accumulator, Accumulator):
+            raise TypeError(f"into must make an Accumulator, got {type(accumulator).__name__}")
+        return accumulator
 
     @property
     def device(self) -> torch.device:
@@ -254,18 +280,13 @@ class GradientSketcher:
             raise ValueError(f"num_samples must be an int of at least 1, got {num_samples!r}")
         if memory_budget is not None and memory_budget < 1:
             raise ValueError(f"memory_budget must be at least 1 byte, got {memory_budget}")
-        accumulator = self._accumulator
-        if isinstance(accumulator, NormingAccumulator):
-            accumulator = accumulator.accumulator
         return make_plan(
             [(layer.name, layer.module, layer.owned) for layer in self._layers],
             self.parameter_names,
-            accumulator,
-            self.projection,
+            self.into,
             outputs,
             num_samples,
             self.rows_per_sample,
-            self.proj_dim,
             num_samples * self.proj_dim * self.dtype.itemsize,
             memory_budget,
             keeps_inputs=self._norms is not None,
