@@ -1,3 +1,3 @@
 """Which training images made this diffusion model draw that picture: data attribution."""
 
-__version__ = "0.1.0"
+from dtrak_kernels import __version__ as __version__

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from .projection import KINDS, Projection
     from .ridge import RidgeSolver, TopK, top_k
 
+# of both distributions, dtrak and dtrak-kernels
+__version__ = "0.1.0"
+
 _PLACES = {
     "Accumulator": "gradients.accumulator",
     "GradientSketcher": "gradients.sketcher",
