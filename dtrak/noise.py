@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dtrak_kernels.streams import MAX_SEED, Stream, box_muller, philox_words
+from dtrak_kernels.kinds import MAX_SEED
+from dtrak_kernels.streams import Stream, box_muller, philox_words
 
 # a counter holds the timestep above the index of a group of four elements
 _GROUP_BITS = 20

@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kinds import DENSE_KINDS, SKETCH_KINDS, check_projection
+from .kinds import KINDS as KINDS
 from .kronecker import project_kronecker
-from .sjlt import MIN_PROJ_DIM, project_sjlt
-from .streams import MAX_SEED
+from .sjlt import project_sjlt
 from .xorwow import GROUP, project_fast_jl_
 
-DENSE_KINDS = ("rademacher", "normal")
-SKETCH_KINDS = ("sjlt", "kronecker")
-KINDS = (*DENSE_KINDS, *SKETCH_KINDS, "none")
 IMPLEMENTATIONS = ("torch", "triton")
 GENERATORS = ("philox", "fast_jl")
 
@@ -69,23 +67,7 @@ class Projection:
     factor_dim: int | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if isinstance(self.proj_dim, bool) or not isinstance(self.proj_dim, int):
-            raise TypeError(f"proj_dim must be an int, got {type(self.proj_dim).__name__}")
-        if self.kind == "none" and self.proj_dim != 0:
-            raise ValueError(f"proj_dim must be 0 for kind 'none', got {self.proj_dim}")
-        if self.kind != "none" and self.proj_dim <= 0:
-            raise ValueError(f"proj_dim must be at least 1, got {self.proj_dim}")
-        if self.kind == "sjlt" and self.proj_dim < MIN_PROJ_DIM:
-            raise ValueError(
-                f"proj_dim must be at least {MIN_PROJ_DIM} for kind 'sjlt', got {self.proj_dim}: "
-                "use 'rademacher' for a smaller one"
-            )
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TypeError(f"seed must be an int, got {type(self.seed).__name__}")
-        if not 0 <= self.seed <= MAX_SEED:
-            raise ValueError(f"seed must be in [0, 2**63), got {self.seed}")
+        check_projection(self.kind, self.proj_dim, self.seed)
         if self.generator not in GENERATORS:
             raise ValueError(f"generator must be 'philox' or 'fast_jl', got {self.generator!r}")
         self._check_factor_dim()

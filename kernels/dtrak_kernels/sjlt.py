@@ -48,8 +48,6 @@ from torch import Tensor
 
 from .streams import Stream, philox_words
 
-# a smaller sketch has no room for one tile
-MIN_PROJ_DIM = 256
 # sketches whose signs `project_sjlt` keeps, and the largest of them; as much again on a GPU
 _KEPT, _KEPT_BYTES = 2, 64 * 2**20
 # entries of a matrix whose places are kept in tables, of 12 bytes an entry

@@ -17,8 +17,6 @@ _MASK = 0xFFFFFFFF
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
 
-MAX_SEED = 2**63 - 1
-
 
 class Stream(IntEnum):
     """The fourth Philox counter: what the words are used for."""
