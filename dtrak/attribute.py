@@ -23,13 +23,12 @@ from rich.console import Console
 
 from dtrak_kernels.ops import KINDS
 
+from .attribute_options import Options
 from .attribution import run_attribution, run_comparison
 from .console import reporting_errors, run_app
-from .features import DTYPES
+from .options import DTYPES, GUIDANCE_SCALE
 from .outputs import OUTPUT_FUNCTIONS
 from .presets import PRESETS
-from .runs import Options
-from .text_to_image import GUIDANCE_SCALE
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import math
+import re
 import signal
 import sys
 import time
@@ -12,9 +13,8 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import (
@@ -26,6 +26,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from safetensors import SafetensorError
+
+if TYPE_CHECKING:
+    import torch
 
 _NO_SPACE = (
     "no space left on the device: free some and run the same command again; "
@@ -140,20 +143,33 @@ def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None = None)
     )
 
 
+def check_device(name: str) -> None:
+    """Refuse what is no name of a device, before torch is asked what there is.
+
+    Raises:
+        ValueError: it is none, or one of a kind that is not served.
+    """
+    if name != "auto" and not re.fullmatch(r"(cpu|cuda)(:\d+)?", name):
+        reason = ": features on Apple's GPU were never checked" if name.startswith("mps") else ""
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}{reason}")
+
+
 def choose_device(name: str) -> torch.device:
     """The device called ``name``; ``"auto"`` is the first GPU, or the CPU.
 
     Raises:
         ValueError: the name is unknown, or of a device that is not there.
     """
+    check_device(name)
+    # the rest of this module is what every command needs before it needs torch
+    import torch
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    except RuntimeError as error:
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"--device must name a device that is there, got {name!r} with "

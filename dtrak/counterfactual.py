@@ -66,7 +66,7 @@ from .counterfactual_retraining import (
 from .data import to_uint8
 from .lds_workers import NAME_BYTES, work
 from .measure import available_bytes
-from .outputs import check_choice
+from .options import check_choice
 from .results import read_scores
 from .text_to_image import TextToImageModel
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .baselines import random_scores
 from .counterfactual_results import CounterfactualError
-from .outputs import check_choice
+from .options import check_choice
 from .presets import get_preset
 
 DRAWS = ("published", "seed")

@@ -22,8 +22,8 @@ from torch import Tensor
 from .counterfactual_origin import Origin, open_origin
 from .counterfactual_results import NOTHING, CounterfactualError
 from .diffusion import hash_tensors
-from .features import describe_differences
 from .files import write_atomically
+from .folders import describe_differences
 from .lds_experiment import claim
 from .lds_workers import Job
 

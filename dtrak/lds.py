@@ -80,7 +80,7 @@ from .lds_table import (
 )
 from .lds_workers import Job, work
 from .measure import format_bytes
-from .outputs import check_choice
+from .options import check_choice
 from .presets import PRESETS, get_preset
 
 __all__ = ["DampingChoice", "app", "choose_damping", "lds", "lds_per_query", "main"]

@@ -25,9 +25,9 @@ from torch import Tensor
 from .captions import write_captions
 from .data import ImageData, encode_png, load_data, to_uint8
 from .diffusion import DiffusionModel, hash_tensors
-from .features import describe_differences
 from .files import claim as claim
 from .files import write_atomically
+from .folders import describe_differences
 from .latents import LatentData
 from .lds_tasks import (
     GENERATED,
@@ -52,10 +52,10 @@ from .lds_text_to_image import (
 )
 from .lds_workers import NAME_BYTES
 from .measure import available_bytes, format_bytes
-from .outputs import check_choice
+from .options import check_choice
 from .presets import SUBSET_FAMILIES, Preset, get_preset
+from .recipe import Recipe
 from .text_to_image import TextToImageModel
-from .training import Recipe
 
 FULL = "full"
 # of models: those scores are judged on, and those that methods are fitted on

@@ -16,19 +16,13 @@ from torch import Tensor
 from dtrak_kernels import Projection
 
 from .diffusion import DiffusionModel
-from .features import (
-    FeatureSettings,
-    Samples,
-    autocast,
-    check_prediction,
-    describe_differences,
-    noisy_rows,
-    predict,
-    text_rows,
-)
+from .features import Samples, autocast, check_prediction, noisy_rows, predict, text_rows
 from .files import write_atomically
+from .folders import describe_differences
 from .lds_experiment import LDS, Experiment, ExperimentError, Progress, claim
-from .outputs import evaluate_output, select_timesteps
+from .outputs import evaluate_output
+from .settings import FeatureSettings
+from .timesteps import select_timesteps
 
 # before the ids that decide the noise: no query meets here the noise its features were made with
 _ROLE = "lds/"

@@ -28,7 +28,6 @@ from . import scores
 from .baselines import random_scores, raw_similarity
 from .diffusion import DiffusionModel, hash_tensors
 from .features import (
-    FeatureSettings,
     FeatureStore,
     FusedExtractor,
     Samples,
@@ -41,8 +40,9 @@ from .lds_clip import ClipEncoder
 from .lds_experiment import FULL, RETRAIN, Experiment, ExperimentError, generated_queries
 from .lds_statistics import predict_groups
 from .lds_tasks import GENERATED, TRAIN
-from .outputs import select_timesteps
-from .runs import DEFAULT_PROJ_DIM
+from .options import DEFAULT_PROJ_DIM
+from .settings import FeatureSettings
+from .timesteps import select_timesteps
 
 # λ in units of the mean squared feature norm, two a decade
 DAMPING_FACTORS = tuple(float(f"{digit}e{power}") for power in range(-4, 4) for digit in (1, 3))

@@ -27,7 +27,8 @@ from .generation import draw_batches
 from .latents import LatentData
 from .lora import LORA_FILES
 from .presets import Preset
-from .training import Recipe, train
+from .recipe import Recipe
+from .training import train
 
 Progress = Callable[[int, int], None]
 # opens a progress bar with a label, as `console.progress_bar` does

@@ -11,9 +11,10 @@ from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .attribute_options import Options
 from .diffusion import DiffusionModel, load_model
 from .inputs import Subject, load_model_and_data, load_queries
-from .runs import Options, Run, make_plan
+from .runs import Run, make_plan
 from .text_to_image import load_text_to_image
 
 GENERATED = "generated"

@@ -34,9 +34,10 @@ from .data import ImageData
 from .diffusion import DiffusionModel, hash_model, load_model
 from .files import write_atomically
 from .folders import claim_folder
-from .outputs import check_choice
+from .options import check_choice
 from .presets import PRESETS, SUBSET_FAMILIES, Preset, get_preset
-from .training import Recipe, one_thread, train
+from .recipe import Recipe
+from .training import one_thread, train
 
 PRECISIONS = ("no", "fp16", "bf16")
 SETTINGS_FILE = "training.json"

@@ -36,12 +36,12 @@ from .files import write_atomically
 from .folders import check_folder, claim_folder
 from .latents import fill_latents, open_latents, read_posteriors
 from .lora import LORA_FILES, hash_lora, save_lora
-from .lora_training import CAPTION_DROPOUT, describe_model, describe_training, train_lora
-from .outputs import check_choice
+from .lora_training import describe_model, describe_training, train_lora
+from .options import CAPTION_DROPOUT, PRECISIONS, check_choice
 from .presets import PRESETS, SUBSET_FAMILIES, Preset, get_preset
+from .recipe import Recipe
 from .text_to_image import TRAINING_FILE, TextToImageModel, load_text_to_image
-from .train import PRECISIONS, check_precision, checkpoint_folder, checkpoint_steps, read_ids
-from .training import Recipe
+from .train import check_precision, checkpoint_folder, checkpoint_steps, read_ids
 
 # the presets that fine-tune share one recipe, the published one
 _PUBLISHED = "artbench2"
