@@ -8,26 +8,18 @@ interrupted goes on.
 
 from __future__ import annotations
 
-import os
-import signal
-
-if __name__ == "__main__":
-    # the imports below take seconds, in which Ctrl-C would end in a traceback
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-
 from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from dtrak_kernels.ops import KINDS
+from dtrak_kernels.kinds import KINDS
 
-from .attribute_options import Options
-from .attribution import run_attribution, run_comparison
+from .attribute_options import Options, check_options
 from .console import reporting_errors, run_app
 from .options import DTYPES, GUIDANCE_SCALE
-from .outputs import OUTPUT_FUNCTIONS
+from .output_names import OUTPUT_NAMES
 from .presets import PRESETS
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -99,7 +91,7 @@ def attribute(
     output_function: Annotated[
         str,
         typer.Option(
-            help=f"What is differentiated: {', '.join(OUTPUT_FUNCTIONS)}; or your own, "
+            help=f"What is differentiated: {', '.join(OUTPUT_NAMES)}; or your own, "
             "package.module:function, called with (prediction [R, D], target [R, D], weight [R]), "
             "which returns [R]."
         ),
@@ -203,8 +195,12 @@ def attribute(
         resolution=resolution,
     )
     console = Console(stderr=True)
-    job = run_comparison if compare else run_attribution
     with reporting_errors(console, traceback):
+        check_options(options)
+        # as in dtrak.train
+        from .attribution import run_attribution, run_comparison
+
+        job = run_comparison if compare else run_attribution
         job(options, console)
 
 

@@ -36,7 +36,7 @@ from .files import write_atomically
 from .inputs import Subject, drawing_facts, load_model_and_data, load_queries
 from .latents import LatentData
 from .measure import TensorMeter, available_bytes, format_bytes
-from .report import ranked_matches, write_report
+from .report_page import ranked_matches, write_report
 from .runs import Run, make_plan
 from .timesteps import parse_timesteps
 

@@ -39,8 +39,6 @@ def _load_data(
 ) -> tuple[ImageData, list[str]]:
     """The images and their captions."""
     if preset is not None:
-        if options.resolution is not None or options.caption is not None:
-            raise ValueError("--resolution and --caption are the preset's own, got another")
         data = preset.load_data("train", options.data, skip_corrupt=options.skip_corrupt)
         return data, preset.captions(data.labels or [])
     assert options.data is not None

@@ -83,4 +83,6 @@ def check_options(options: Options) -> Preset | None:
         raise ValueError("--model and --data must be given where there is no --preset")
     if preset is None and options.subset is not None:
         raise ValueError("--subset needs --preset, whose published subset it is")
+    if preset is not None and (options.resolution is not None or options.caption is not None):
+        raise ValueError("--resolution and --caption are the preset's own, got another")
     return preset
