@@ -15,7 +15,7 @@ from dtrak_kernels import Projection
 from dtrak_kernels.ridge import RidgeSolver
 
 from .console import progress_bar
-from .counterfactual_results import CounterfactualError
+from .counterfactual_options import CounterfactualError
 from .counterfactual_training import (
     LoraTraining,
     PixelTraining,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .captions import hash_captions
 from .console import progress_bar
-from .counterfactual_results import CounterfactualError
+from .counterfactual_options import CounterfactualError
 from .data import ImageData, to_uint8
 from .diffusion import DiffusionModel, digits_model
 from .features import autocast
