@@ -21,7 +21,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dtrak_kernels import Projection
-from dtrak_kernels.ops import KINDS
 from dtrak_kernels.ridge import RidgeSolver
 
 from . import scores
@@ -37,7 +36,8 @@ from .features import (
 )
 from .files import claim, write_atomically
 from .lds_clip import ClipEncoder
-from .lds_experiment import FULL, RETRAIN, Experiment, ExperimentError, generated_queries
+from .lds_experiment import Experiment, generated_queries
+from .lds_options import FULL, RETRAIN, ExperimentError
 from .lds_statistics import predict_groups
 from .lds_tasks import GENERATED, TRAIN
 from .options import DEFAULT_PROJ_DIM
@@ -46,7 +46,6 @@ from .timesteps import select_timesteps
 
 # λ in units of the mean squared feature norm, two a decade
 DAMPING_FACTORS = tuple(float(f"{digit}e{power}") for power in range(-4, 4) for digit in (1, 3))
-PROJECTIONS = KINDS
 _MEMORY_BUDGET = 2 * 2**30
 
 

@@ -25,6 +25,7 @@ from .features import Samples
 from .files import write_atomically
 from .generation import draw_batches
 from .latents import LatentData
+from .lds_options import ExperimentError
 from .lora import LORA_FILES
 from .presets import Preset
 from .recipe import Recipe
@@ -39,10 +40,6 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 # in the folder of generated queries
 _PAINTER_FILE = "drawn_by.json"
 _BLOCKS, _BLOCK_BYTES = 16, 2**16
-
-
-class ExperimentError(ValueError):
-    """A run folder that cannot be used; the message says why."""
 
 
 class Journey(NamedTuple):

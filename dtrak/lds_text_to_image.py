@@ -25,16 +25,8 @@ from .files import write_atomically
 from .folders import describe_differences
 from .inputs import choose_prompts
 from .latents import LatentData, fill_latents, open_latents, read_latents, read_posteriors
-from .lds_tasks import (
-    GENERATED,
-    TRAIN,
-    VALIDATION,
-    ExperimentError,
-    Journey,
-    Progress,
-    ProgressBar,
-    join_pictures,
-)
+from .lds_options import ExperimentError
+from .lds_tasks import GENERATED, TRAIN, VALIDATION, Journey, Progress, ProgressBar, join_pictures
 from .lora import add_lora, hash_lora, load_lora, remove_lora, save_lora
 from .lora_training import describe_training, train_lora
 from .options import check_choice
