@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import math
+import os
 import re
 import signal
 import sys
@@ -26,6 +27,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from safetensors import SafetensorError
+
+from .interrupts import keep_quiet
 
 if TYPE_CHECKING:
     import torch
@@ -92,6 +95,7 @@ def reporting_errors(console: Console, traceback: bool = False) -> Iterator[None
     Raises:
         typer.Exit: 2 for an error, 130 for an interruption.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with _warnings_on(console):
             yield
@@ -135,12 +139,20 @@ def fail(console: Console, message: str) -> NoReturn:
 
 
 def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> None:
-    """Run a command as ``python -m name``, with Ctrl-C an exception."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    app(
-        args=list(arguments) if arguments is not None else sys.argv[1:],
-        prog_name=f"python -m {name}",
-    )
+    """Run a command as ``python -m name``; Ctrl-C ends it with 130 whenever it comes."""
+    keep_quiet()
+    try:
+        app(
+            args=list(arguments) if arguments is not None else sys.argv[1:],
+            prog_name=f"python -m {name}",
+        )
+    except SystemExit as end:
+        if end.code != 130:
+            raise
+        # Python itself would end by the signal if it came while some library was imported
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130)
 
 
 def check_device(name: str) -> None:
