@@ -30,9 +30,9 @@ from dtrak.lds_experiment import FULL, Experiment, prepare, query_sets, train_on
 from dtrak.lds_statistics import lds
 from dtrak.lds_table import AUTO, Results, packaged_results
 from dtrak.lds_tasks import TRAIN
-from dtrak.outputs import select_timesteps
 from dtrak.presets import Preset, get_preset
 from dtrak.scores import trak
+from dtrak.timesteps import select_timesteps
 from dtrak.training import one_thread
 from dtrak_kernels import Projection, project
 from dtrak_kernels.ridge import RidgeSolver

@@ -14,7 +14,8 @@ from torch import Tensor
 from dtrak.data import load_data
 from dtrak.diffusion import digits_model
 from dtrak.noise import sample_noise
-from dtrak.outputs import evaluate_output, select_timesteps
+from dtrak.outputs import evaluate_output
+from dtrak.timesteps import select_timesteps
 from dtrak.training import Recipe, train
 from dtrak_kernels import GradientSketcher, Projection, project
 

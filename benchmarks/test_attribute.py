@@ -19,8 +19,8 @@ pytest.importorskip("diffusers", reason="diffusers is not installed")
 from dtrak.data import load_data
 from dtrak.diffusion import DiffusionModel, digits_model
 from dtrak.features import FeatureSettings, FusedExtractor, fitting_batch_size
-from dtrak.outputs import select_timesteps
 from dtrak.published import PUBLISHED_BATCH_SIZE, PublishedExtractor
+from dtrak.timesteps import select_timesteps
 from dtrak.training import Recipe, train
 from dtrak_kernels import Projection, project
 

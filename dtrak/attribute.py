@@ -8,13 +8,6 @@ interrupted goes on.
 
 from __future__ import annotations
 
-import os
-import signal
-
-if __name__ == "__main__":
-    # the imports below take seconds, in which Ctrl-C would end in a traceback
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -23,13 +16,11 @@ from rich.console import Console
 
 from dtrak_kernels.projection import KINDS
 
-from .attribution import run_attribution, run_comparison
+from .attribute_options import Options, check_options
 from .console import reporting_errors, run_app
-from .features import DTYPES
-from .outputs import OUTPUT_FUNCTIONS
+from .options import DTYPES, GUIDANCE_SCALE
+from .output_names import OUTPUT_NAMES
 from .presets import PRESETS
-from .runs import Options
-from .text_to_image import GUIDANCE_SCALE
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -100,7 +91,7 @@ def attribute(
     output_function: Annotated[
         str,
         typer.Option(
-            help=f"What is differentiated: {', '.join(OUTPUT_FUNCTIONS)}; or your own, "
+            help=f"What is differentiated: {', '.join(OUTPUT_NAMES)}; or your own, "
             "package.module:function, called with (prediction [R, D], target [R, D], weight [R]), "
             "which returns [R]."
         ),
@@ -204,8 +195,12 @@ def attribute(
         resolution=resolution,
     )
     console = Console(stderr=True)
-    job = run_comparison if compare else run_attribution
     with reporting_errors(console, traceback):
+        check_options(options)
+        # as in dtrak.train
+        from .attribution import run_attribution, run_comparison
+
+        job = run_comparison if compare else run_attribution
         job(options, console)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from dtrak_kernels.ridge import RidgeSolver
 
 from . import __version__
+from .attribute_options import Options
 from .diffusion import DiffusionModel
 from .features import (
     Extractor,
@@ -35,9 +36,9 @@ from .files import write_atomically
 from .inputs import Subject, drawing_facts, load_model_and_data, load_queries
 from .latents import LatentData
 from .measure import TensorMeter, available_bytes, format_bytes
-from .outputs import parse_timesteps
-from .report import ranked_matches, write_report
-from .runs import Options, Run, make_plan
+from .report_page import ranked_matches, write_report
+from .runs import Run, make_plan
+from .timesteps import parse_timesteps
 
 
 def _make_extractor(run: Run, model: DiffusionModel) -> Extractor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .data import to_uint8
-from .outputs import check_choice
+from .options import check_choice
 from .scores import gradient_cosine, gradient_dot
 
 SIMILARITIES = ("dot", "cosine")

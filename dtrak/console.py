@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import errno
 import math
+import os
+import re
 import signal
 import sys
 import time
@@ -12,9 +14,8 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import (
@@ -26,6 +27,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from safetensors import SafetensorError
+
+from .interrupts import keep_quiet
+
+if TYPE_CHECKING:
+    import torch
 
 _NO_SPACE = (
     "no space left on the device: free some and run the same command again; "
@@ -89,6 +95,7 @@ def reporting_errors(console: Console, traceback: bool = False) -> Iterator[None
     Raises:
         typer.Exit: 2 for an error, 130 for an interruption.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with _warnings_on(console):
             yield
@@ -132,12 +139,31 @@ def fail(console: Console, message: str) -> NoReturn:
 
 
 def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> None:
-    """Run a command as ``python -m name``, with Ctrl-C an exception."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    app(
-        args=list(arguments) if arguments is not None else sys.argv[1:],
-        prog_name=f"python -m {name}",
-    )
+    """Run a command as ``python -m name``; Ctrl-C ends it with 130 whenever it comes."""
+    keep_quiet()
+    try:
+        app(
+            args=list(arguments) if arguments is not None else sys.argv[1:],
+            prog_name=f"python -m {name}",
+        )
+    except SystemExit as end:
+        if end.code != 130:
+            raise
+        # Python itself would end by the signal if it came while some library was imported
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130)
+
+
+def check_device(name: str) -> None:
+    """Refuse what is no name of a device, before torch is asked what there is.
+
+    Raises:
+        ValueError: it is none, or one of a kind that is not served.
+    """
+    if name != "auto" and not re.fullmatch(r"(cpu|cuda)(:\d+)?", name):
+        reason = ": features on Apple's GPU were never checked" if name.startswith("mps") else ""
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}{reason}")
 
 
 def choose_device(name: str) -> torch.device:
@@ -146,14 +172,16 @@ def choose_device(name: str) -> torch.device:
     Raises:
         ValueError: the name is unknown, or of a device that is not there.
     """
+    check_device(name)
+    # the rest of this module is what every command needs before it needs torch
+    import torch
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    except RuntimeError as error:
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"--device must name a device that is there, got {name!r} with "

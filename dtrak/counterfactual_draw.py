@@ -10,15 +10,18 @@ import torch
 from torch import Tensor
 
 from .baselines import random_scores
-from .counterfactual_results import CounterfactualError
-from .outputs import check_choice
+from .counterfactual_options import (
+    DEFAULT_QUERIES,
+    DEFAULT_SEED,
+    DRAWS,
+    PUBLISHED_POOL,
+    PUBLISHED_QUERIES,
+    PUBLISHED_SEEDS,
+    CounterfactualError,
+)
+from .options import check_choice
 from .presets import get_preset
 
-DRAWS = ("published", "seed")
-DEFAULT_QUERIES, DEFAULT_SEED = 10, 0
-# of the published draw of queries, by preset; the other presets have no published experiment
-PUBLISHED_SEEDS = {"cifar2": 42, "celeba": 0, "artbench2": 0}
-PUBLISHED_QUERIES, PUBLISHED_POOL = 60, 1000
 _PUBLISHED_RANDOM_SEED = 42
 
 

@@ -15,7 +15,7 @@ from dtrak_kernels import Projection
 from dtrak_kernels.ridge import RidgeSolver
 
 from .console import progress_bar
-from .counterfactual_results import CounterfactualError
+from .counterfactual_options import CounterfactualError
 from .counterfactual_training import (
     LoraTraining,
     PixelTraining,
@@ -26,7 +26,6 @@ from .counterfactual_training import (
 from .data import ImageData
 from .diffusion import DiffusionModel
 from .features import (
-    FeatureSettings,
     FeatureStore,
     FusedExtractor,
     deciding_settings,
@@ -41,9 +40,10 @@ from .lds_experiment import load_experiment as load_lds
 from .lds_tasks import GENERATED as LDS_GENERATED
 from .lds_tasks import TRAIN
 from .lds_text_to_image import TextToImageTask
-from .outputs import select_timesteps
+from .options import DEFAULT_PROJ_DIM
 from .results import GENERATED, load_attribution
-from .runs import DEFAULT_PROJ_DIM
+from .settings import FeatureSettings
+from .timesteps import select_timesteps
 
 _TIMESTEPS = 10
 

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from .canvas import LINE, SOFT, Canvas, default_style, fit
-from .counterfactual_results import METRICS, NOTHING, RANDOM, Counterfactual, Summary
+from .counterfactual_options import NOTHING, RANDOM
+from .counterfactual_results import METRICS, Counterfactual, Summary
 from .pages import render_columns, render_image
 from .plots import plot_boxes, render_svg, write_png
 

@@ -18,19 +18,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .baselines import Clip, clip_embeddings, vae_latents
+from .counterfactual_options import NOTHING, RANDOM, CounterfactualError
 from .data import from_uint8
 from .files import write_atomically
 
-RANDOM, NOTHING = "random", "none"
 RESAMPLES, CONFIDENCE = 9_999, 0.95
 # below this a bootstrap interval says more about the resampling than about the queries
 FEWEST_QUERIES = 5
 _FORMAT = 1
 FILE = "results.safetensors"
-
-
-class CounterfactualError(ValueError):
-    """A folder of counterfactual results that cannot be used; the message says why."""
 
 
 class Metric(NamedTuple):

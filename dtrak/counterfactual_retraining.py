@@ -19,11 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from .counterfactual_options import NOTHING, CounterfactualError
 from .counterfactual_origin import Origin, open_origin
-from .counterfactual_results import NOTHING, CounterfactualError
 from .diffusion import hash_tensors
-from .features import describe_differences
 from .files import write_atomically
+from .folders import describe_differences
 from .lds_experiment import claim
 from .lds_workers import Job
 
@@ -195,24 +195,6 @@ def removal_positions(scores: Tensor, rows: Sequence[int], k: int) -> Tensor:
     if not torch.isfinite(chosen).all():
         raise ValueError("scores must be finite, got NaN or infinity")
     return chosen.argsort(dim=1, descending=True, stable=True)[:, :k]
-
-
-def check_output(folder: Path) -> None:
-    """Refuse a place that is no folder, or whose content is not of an experiment.
-
-    Raises:
-        CounterfactualError: it is one of these.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise CounterfactualError(f"--output must be a folder, got the file {folder}")
-    if not folder.exists() or (folder / "plan.json").is_file():
-        return
-    # the scores come before the plan
-    if any(path.name != "scores" and path.suffix != ".partial" for path in folder.iterdir()):
-        raise CounterfactualError(
-            f"{folder} is not empty and holds no plan.json of dtrak.counterfactual: choose another "
-            "--output"
-        )
 
 
 def check_removal(k: int, num_train: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .captions import hash_captions
 from .console import progress_bar
-from .counterfactual_results import CounterfactualError
+from .counterfactual_options import CounterfactualError
 from .data import ImageData, to_uint8
 from .diffusion import DiffusionModel, digits_model
 from .features import autocast
@@ -24,16 +24,17 @@ from .inputs import NUM_INFERENCE_STEPS
 from .latents import fill_latents, open_latents, read_posteriors
 from .lora import lora_weights
 from .lora_training import train_lora
+from .options import GUIDANCE_SCALE
 from .presets import get_preset
+from .recipe import Recipe
 from .results import Attribution, Inputs
 from .text_to_image import (
-    GUIDANCE_SCALE,
     TRAINING_FILE,
     TextToImageModel,
     generate_from_prompts,
     load_text_to_image,
 )
-from .training import Recipe, one_process_accelerator, train
+from .training import one_process_accelerator, train
 
 Progress = Callable[[int, int], None]
 

@@ -15,6 +15,8 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
+from .options import check_model_folder
+
 
 class ModelError(ValueError):
     """A model folder that cannot be used; the message says why and what was expected."""
@@ -131,11 +133,8 @@ def load_model(folder: str | Path) -> DiffusionModel:
             returns something else than an image; its configuration, weights or schedule are missing
             or unreadable; or the names or shapes of its weights do not match its configuration.
     """
+    check_model_folder(folder)
     folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"model must be an existing folder that Diffusers wrote, got {folder}"
-        )
     unet_folder = next(
         (f for f in (folder / "unet", folder) if (f / "config.json").is_file()), None
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,58 +13,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dtrak_kernels import GradientSketcher, Projection, check_features
+from dtrak_kernels import GradientSketcher, check_features
 
 from . import __version__
 from .diffusion import DiffusionModel, hash_model
 from .files import write_atomically
+from .folders import describe_differences
 from .measure import TensorMeter, available_bytes
 from .noise import sample_noise
-from .outputs import describe_output_function, evaluate_output, training_target
+from .outputs import evaluate_output, training_target
+from .settings import FeatureSettings
 from .text_to_image import TextToImageModel
 
 _FORMAT = 1
 _ROWS_PER_SHARD = 64
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 class StoreError(ValueError):
     """A feature store that does not fit what is asked, or is damaged; the message says which."""
-
-
-@dataclass(frozen=True)
-class FeatureSettings:
-    """Everything but model and data that decides the features.
-
-    Attributes:
-        output_function: as in `outputs.check_output_function`.
-        timesteps: S timestep indices; gradients are averaged over them.
-        noise_seed: see `sample_noise`.
-        projection: the random matrix.
-        dtype: a key of `DTYPES`; 16-bit types run under autocast, features are float32 (float64 for
-            ``"float64"``).
-    """
-
-    output_function: str
-    timesteps: tuple[int, ...]
-    noise_seed: int
-    projection: Projection
-    dtype: str = "float32"
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-serialisable values."""
-        return {
-            **describe_output_function(self.output_function),
-            "timesteps": list(self.timesteps),
-            "noise_seed": self.noise_seed,
-            "projection": self.projection.to_dict(),
-            "dtype": self.dtype,
-        }
 
 
 class Extractor(Protocol):
@@ -266,7 +231,7 @@ def autocast(device: torch.device, dtype: str) -> Any:
     """Autocast for the 16-bit dtypes, nothing for the others."""
     if dtype in ("float32", "float64"):
         return nullcontext()
-    return torch.autocast(device.type, DTYPES[dtype])
+    return torch.autocast(device.type, getattr(torch, dtype))
 
 
 def fitting_batch_size(extractor: FusedExtractor, data: Samples) -> int:
@@ -420,24 +385,6 @@ class FeatureStore:
     def load(self) -> Tensor:
         """All features, ``[N, K]``."""
         return self[:]
-
-
-def describe_differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """``key is a there and b here`` for every differing key, nested keys dotted; or nothing."""
-    differences = []
-    for key in sorted(found.keys() | wanted.keys()):
-        a, b = found.get(key), wanted.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            nested = describe_differences(a, b)
-            differences += [f"{key}.{part}" for part in nested.split("; ")] if nested else []
-        elif a != b:
-            differences.append(f"{key} is {_short(a)} there and {_short(b)} here")
-    return "; ".join(differences)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:18]}…{text[-18:]}"
 
 
 def model_identity(model: DiffusionModel) -> dict[str, str]:

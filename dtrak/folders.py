@@ -3,13 +3,43 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from .features import describe_differences
-from .files import write_atomically
-from .runs import OutputError, alone_in, is_unclaimed
+from .files import LOCK_FILE, claim, write_atomically
+
+
+class OutputError(ValueError):
+    """An output folder that belongs to something else; the message says what differs."""
+
+
+@contextmanager
+def alone_in(folder: Path, part: range | None = None) -> Iterator[None]:
+    """Keep other commands from writing into an output folder; readers are not kept away.
+
+    Args:
+        folder: made if missing.
+        part: as in `files.claim`.
+
+    Raises:
+        OutputError: another command writes there.
+    """
+    with claim(folder / LOCK_FILE, part=part) as is_ours:
+        if not is_ours:
+            raise OutputError(
+                f"another command is at work in {folder}: wait until it has ended, or choose "
+                "another --output"
+            )
+        yield
+
+
+def is_unclaimed(folder: Path) -> bool:
+    """Whether ``folder`` is missing, or empty but for locks and what a killed writer left."""
+    return not folder.exists() or all(
+        path.suffix == ".partial" or path.name == LOCK_FILE for path in folder.iterdir()
+    )
 
 
 def claim_folder(
@@ -92,3 +122,21 @@ def check_folder(
             f"{folder} is not empty and holds no {file_name}: choose another --output"
         )
     return None
+
+
+def describe_differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """``key is a there and b here`` for every differing key, nested keys dotted; or nothing."""
+    differences = []
+    for key in sorted(found.keys() | wanted.keys()):
+        a, b = found.get(key), wanted.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            nested = describe_differences(a, b)
+            differences += [f"{key}.{part}" for part in nested.split("; ")] if nested else []
+        elif a != b:
+            differences.append(f"{key} is {_short(a)} there and {_short(b)} here")
+    return "; ".join(differences)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:18]}…{text[-18:]}"

@@ -18,19 +18,21 @@ from .data import DataError, ImageData, encode_png, load_data, to_uint8
 from .diffusion import DiffusionModel, digits_model, load_model
 from .features import model_identity
 from .files import write_atomically
+from .folders import OutputError
 from .generation import generate
 from .latents import LatentData, fill_latents, open_latents, read_latents
+from .options import GUIDANCE_SCALE
 from .presets import get_preset
-from .runs import OutputError, Run
+from .recipe import Recipe
+from .runs import Run
 from .text_to_image import (
-    GUIDANCE_SCALE,
     TextToImageModel,
     drawing_groups,
     generate_from_prompts,
     is_text_to_image,
     load_text_to_image,
 )
-from .training import Recipe, one_thread, train
+from .training import one_thread, train
 
 NUM_INFERENCE_STEPS = 50
 _TRAINING, _GENERATION = "train the model", "generate the queries"

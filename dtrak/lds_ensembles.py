@@ -12,27 +12,11 @@ from dataclasses import replace
 
 import torch
 
-from .lds_experiment import RETRAIN, Experiment, ExperimentError
+from .lds_experiment import Experiment
 from .lds_methods import Prediction, Predictor, Setting
+from .lds_options import RETRAIN, ExperimentError
 
 _METHODS = ("D-TRAK", "TRAK")
-
-
-def parse_sizes(text: str) -> list[int]:
-    """Numbers of models, in order, from the command line.
-
-    Raises:
-        ValueError: they are not integers of at least 2.
-    """
-    try:
-        sizes = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        sizes = []
-    if not sizes or sizes[0] < 2:
-        raise ValueError(
-            f"--ensemble must be numbers of models, at least 2, separated by commas, got {text!r}"
-        )
-    return sizes
 
 
 def find_members(experiment: Experiment, size: int) -> list[str]:

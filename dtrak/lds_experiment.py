@@ -25,10 +25,20 @@ from torch import Tensor
 from .captions import write_captions
 from .data import ImageData, encode_png, load_data, to_uint8
 from .diffusion import DiffusionModel, hash_tensors
-from .features import describe_differences
 from .files import claim as claim
 from .files import write_atomically
+from .folders import describe_differences
 from .latents import LatentData
+from .lds_options import (
+    FAMILIES,
+    FORMAT,
+    FULL,
+    LDS,
+    RETRAIN,
+    ExperimentError,
+    check_numbers,
+    read_manifest,
+)
 from .lds_tasks import (
     GENERATED,
     VALIDATION,
@@ -42,7 +52,6 @@ from .lds_tasks import (
     sample_weights,
     save_model,
 )
-from .lds_tasks import ExperimentError as ExperimentError
 from .lds_text_to_image import (
     PRECISIONS,
     TextToImageTask,
@@ -52,24 +61,14 @@ from .lds_text_to_image import (
 )
 from .lds_workers import NAME_BYTES
 from .measure import available_bytes, format_bytes
-from .outputs import check_choice
+from .options import check_choice
 from .presets import SUBSET_FAMILIES, Preset, get_preset
+from .recipe import Recipe
 from .text_to_image import TextToImageModel
-from .training import Recipe
 
-FULL = "full"
-# of models: those scores are judged on, and those that methods are fitted on
-LDS, RETRAIN = "lds", "retrain"
-FAMILIES = (LDS, RETRAIN)
-_FORMAT = 1
-# what every record says, the oldest too
-_RECORDED = {"source", "num_validation", "subsets", "num_subsets", "num_model_seeds"}
-_DECIDING = {"preset", "data", "validation", "num_generated", "recipe"}
 _SUBSETS = "subsets.safetensors"
 # from this subset on, those of the first family are those of the second
 _MOST_SUBSETS = (SUBSET_FAMILIES["retrain"] - SUBSET_FAMILIES["lds-val"]) // 2
-# a picture is called after its seed in five digits: in the order of names, more would be jumbled
-_MOST_GENERATED = 10**5
 # parts of the training at which TracInCP looks at the full model, besides its end
 _QUARTERS = 4
 
@@ -203,7 +202,7 @@ def prepare(
         FileNotFoundError, ModelError: the base, as `text_to_image.load_text_to_image`, before any
             data is read.
     """
-    found = None if _is_new(folder) else _read_manifest(folder)
+    found = None if _is_new(folder) else read_manifest(folder)
     given = {
         "num_subsets": num_subsets,
         "num_model_seeds": num_model_seeds,
@@ -220,15 +219,7 @@ def prepare(
     num_validation = there.get("num_validation") if num_validation is None else num_validation
     if num_validation is not None:
         counts["num_validation"] = num_validation
-    for name, count in counts.items():
-        least = 0 if name == "num_retrain" else 1
-        if count < least:
-            raise ValueError(f"{name} must be at least {least}, got {count}")
-    if counts["num_generated"] > _MOST_GENERATED:
-        raise ValueError(
-            f"num_generated must be at most {_MOST_GENERATED}, as names of pictures have five "
-            f"digits, got {counts['num_generated']}"
-        )
+    check_numbers(counts)
     for option, value in (("--model", model), ("--mixed-precision", mixed_precision)):
         if preset.lora is None and value is not None:
             raise ValueError(
@@ -250,7 +241,7 @@ def prepare(
         )
     task = _make_task(folder, preset, data, validation, counts["num_generated"], about, loaded)
     deciding = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "preset": preset.name,
         "data": data.fingerprint,
         "validation": validation.fingerprint,
@@ -320,7 +311,7 @@ def encode(experiment: Experiment, device: torch.device, progress_bar: ProgressB
     """
     digest = experiment.task.encode(device, progress_bar)
     if digest is not None:
-        manifest = _read_manifest(experiment.folder)
+        manifest = read_manifest(experiment.folder)
         _write_manifest(experiment.folder, manifest | {"latents": digest})
 
 
@@ -344,7 +335,7 @@ def load_experiment(folder: Path) -> Experiment:
     Raises:
         ExperimentError: it holds no run, a damaged one, or one whose data set has changed.
     """
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     deciding = manifest["deciding"]
     preset = get_preset(deciding["preset"])
     data = preset.load_data("train", manifest["source"])
@@ -436,35 +427,6 @@ def _is_new(folder: Path) -> bool:
     names = {path.name for path in folder.iterdir()}
     # the record is written last: its partial file is of a prepare that was killed too
     return names <= {"report", _SUBSETS, f"{_SUBSETS}.partial", "experiment.json.partial"}
-
-
-def recorded_preset(folder: Path) -> str | None:
-    """Name of the preset of the run in ``folder``; None where there is no run.
-
-    Raises:
-        ExperimentError: its record is damaged.
-    """
-    if not (folder / "experiment.json").is_file():
-        return None
-    return str(_read_manifest(folder)["deciding"]["preset"])
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    file = folder / "experiment.json"
-    if not file.is_file():
-        raise ExperimentError(f"{folder} must be a folder that prepare made, got no {file.name}")
-    try:
-        manifest: dict[str, Any] = json.loads(file.read_text())
-        deciding = manifest["deciding"]
-        known = deciding["format"]
-        whole = manifest.keys() >= _RECORDED and deciding.keys() >= _DECIDING
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ExperimentError(f"{file} is damaged: prepare the run in another folder") from error
-    if known != _FORMAT:
-        raise ExperimentError(f"{file} must be of format {_FORMAT}, got {known}")
-    if not whole or ("lora" in deciding and not manifest.keys() >= {"base", "mixed_precision"}):
-        raise ExperimentError(f"{file} is damaged: prepare the run in another folder")
-    return manifest
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,14 @@ from torch import Tensor
 from dtrak_kernels import Projection
 
 from .diffusion import DiffusionModel
-from .features import (
-    FeatureSettings,
-    Samples,
-    autocast,
-    check_prediction,
-    describe_differences,
-    noisy_rows,
-    predict,
-    text_rows,
-)
+from .features import Samples, autocast, check_prediction, noisy_rows, predict, text_rows
 from .files import write_atomically
-from .lds_experiment import LDS, Experiment, ExperimentError, Progress, claim
-from .outputs import evaluate_output, select_timesteps
+from .folders import describe_differences
+from .lds_experiment import Experiment, Progress, claim
+from .lds_options import LDS, ExperimentError, LossSettings
+from .outputs import evaluate_output
+from .settings import FeatureSettings
+from .timesteps import select_timesteps
 
 # before the ids that decide the noise: no query meets here the noise its features were made with
 _ROLE = "lds/"
@@ -36,25 +30,6 @@ _ROLE = "lds/"
 _WEIGHTS = "weights"
 # likewise, of the fingerprints of the queries by their kind
 _QUERIES = "queries"
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """How the loss of a query is measured.
-
-    Attributes:
-        num_timesteps: S, evenly spaced timesteps.
-        num_noise_seeds: noises per query and timestep; seeds 0, 1, …. The noise of a query does not
-            depend on the model, so that models are compared on the same noise.
-    """
-
-    num_timesteps: int = 1000
-    num_noise_seeds: int = 3
-
-    def __post_init__(self) -> None:
-        for name in ("num_timesteps", "num_noise_seeds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 @torch.no_grad()

@@ -21,14 +21,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dtrak_kernels import Projection
-from dtrak_kernels.projection import KINDS
 from dtrak_kernels.ridge import RidgeSolver
 
 from . import scores
 from .baselines import random_scores, raw_similarity
 from .diffusion import DiffusionModel, hash_tensors
 from .features import (
-    FeatureSettings,
     FeatureStore,
     FusedExtractor,
     Samples,
@@ -38,15 +36,16 @@ from .features import (
 )
 from .files import claim, write_atomically
 from .lds_clip import ClipEncoder
-from .lds_experiment import FULL, RETRAIN, Experiment, ExperimentError, generated_queries
+from .lds_experiment import Experiment, generated_queries
+from .lds_options import FULL, RETRAIN, ExperimentError
 from .lds_statistics import predict_groups
 from .lds_tasks import GENERATED, TRAIN
-from .outputs import select_timesteps
-from .runs import DEFAULT_PROJ_DIM
+from .options import DEFAULT_PROJ_DIM
+from .settings import FeatureSettings
+from .timesteps import select_timesteps
 
 # λ in units of the mean squared feature norm, two a decade
 DAMPING_FACTORS = tuple(float(f"{digit}e{power}") for power in range(-4, 4) for digit in (1, 3))
-PROJECTIONS = KINDS
 _MEMORY_BUDGET = 2 * 2**30
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .lds_experiment import RETRAIN
+from .lds_options import RETRAIN
 from .lds_plots import REFERENCES, plot_lds
 from .lds_table import AUTO, UNIT, Results, digest, packaged_results, select_rows
 from .plots import default_style, write_png

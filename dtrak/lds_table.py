@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .baselines import datamodel, empirical_influence
 from .files import write_atomically
+from .lds_options import NUM_RESAMPLES
 from .lds_statistics import (
     Interval,
     ResampledRanks,
@@ -33,7 +34,6 @@ from .lds_statistics import (
     spearman,
 )
 
-NUM_RESAMPLES = 2000
 # models a datamodel can be fitted to: with fewer a fold of its cross-validation has no R²
 FEWEST_FITTED = 10
 _PUBLISHED_SIZES = (64, 128, 256, 512)

@@ -25,9 +25,11 @@ from .features import Samples
 from .files import write_atomically
 from .generation import draw_batches
 from .latents import LatentData
+from .lds_options import ExperimentError
 from .lora import LORA_FILES
 from .presets import Preset
-from .training import Recipe, train
+from .recipe import Recipe
+from .training import train
 
 Progress = Callable[[int, int], None]
 # opens a progress bar with a label, as `console.progress_bar` does
@@ -38,10 +40,6 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 # in the folder of generated queries
 _PAINTER_FILE = "drawn_by.json"
 _BLOCKS, _BLOCK_BYTES = 16, 2**16
-
-
-class ExperimentError(ValueError):
-    """A run folder that cannot be used; the message says why."""
 
 
 class Journey(NamedTuple):

@@ -20,25 +20,19 @@ from . import __version__
 from .captions import hash_captions
 from .data import ImageData
 from .diffusion import DiffusionModel, hash_tensors
-from .features import Samples, autocast, describe_differences
+from .features import Samples, autocast
 from .files import write_atomically
+from .folders import describe_differences
 from .inputs import choose_prompts
 from .latents import LatentData, fill_latents, open_latents, read_latents, read_posteriors
-from .lds_tasks import (
-    GENERATED,
-    TRAIN,
-    VALIDATION,
-    ExperimentError,
-    Journey,
-    Progress,
-    ProgressBar,
-    join_pictures,
-)
+from .lds_options import ExperimentError
+from .lds_tasks import GENERATED, TRAIN, VALIDATION, Journey, Progress, ProgressBar, join_pictures
 from .lora import add_lora, hash_lora, load_lora, remove_lora, save_lora
 from .lora_training import describe_training, train_lora
-from .outputs import check_choice
+from .options import check_choice
 from .presets import LoraRecipe, Preset
 from .prompt_paths import follow_prompts
+from .recipe import Recipe
 from .text_to_image import (
     TRAINING_FILE,
     TextToImageModel,
@@ -47,7 +41,7 @@ from .text_to_image import (
     generate_from_prompts,
     load_text_to_image,
 )
-from .training import Recipe, one_process_accelerator
+from .training import one_process_accelerator
 
 PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _BASE_PARTS = ("model", "vae", "text_encoder")

@@ -15,10 +15,11 @@ from torch import Tensor
 from .captions import hash_captions
 from .diffusion import hash_tensors
 from .lora import hash_base, hash_lora
+from .options import CAPTION_DROPOUT
 from .outputs import training_target
+from .recipe import Recipe
 from .text_to_image import TextToImageModel
 from .training import (
-    Recipe,
     Trainer,
     batch_indices,
     dropout_of,
@@ -28,7 +29,6 @@ from .training import (
     seeded,
 )
 
-CAPTION_DROPOUT = 0.1
 DROPOUT_MODULES = "attn"
 
 

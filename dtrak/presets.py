@@ -11,18 +11,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from .data import DataError, ImageData, decode_records, load_data
-from .diffusion import DiffusionModel, digits_model, linear_schedule, make_unet
 from .layouts import ARTBENCH_CLASSES, CIFAR10_CLASSES
-from .outputs import check_choice
-from .sources import Record, missing_path, open_records
-from .training import Recipe
+from .options import check_choice
+from .recipe import Recipe
+from .sources import DataError, Record, missing_path, open_records
+
+# presets are read by every command's --help: what loads or makes something imports it itself
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .data import ImageData
+    from .diffusion import DiffusionModel
 
 # the first seed of each published family of subsets; from one subset to the next it goes up by two
 SUBSET_FAMILIES = {"lds-val": 42, "lds-test": 298, "retrain": 554}
@@ -156,6 +159,8 @@ class Preset:
             DataError: the source does not hold the published number of images of these classes
                 (any other would give other draws), or as in `dtrak.data.load_data`.
         """
+        from .data import decode_records, load_data
+
         check_choice("split", split, SPLITS)
         if self.name == "digits" and source in (None, "digits"):
             return load_data("digits", channels=1, size=self.size, split=split, limit=limit)
@@ -219,6 +224,8 @@ class Preset:
         Raises:
             ValueError: the preset fine-tunes a text-to-image model.
         """
+        from .diffusion import DiffusionModel, digits_model, linear_schedule, make_unet
+
         if self.lora is not None:
             raise ValueError(
                 f"{self.name!r} fine-tunes the text-to-image model {self.lora.base_model}, "
@@ -266,6 +273,8 @@ class Preset:
             ValueError: the family is unknown, the index is negative, or the draw is stratified and
                 the data has no labels.
         """
+        from .data import ImageData
+
         check_choice("family", family, SUBSET_FAMILIES)
         if index < 0:
             raise ValueError(f"index of a subset must be at least 0, got {index}")
@@ -296,6 +305,8 @@ class Preset:
         Raises:
             ValueError: as in `subset_indices`.
         """
+        import torch
+
         count = self.num_subsets if num_subsets is None else num_subsets
         masks = torch.zeros(count, len(data), dtype=torch.bool)
         for index in range(count):

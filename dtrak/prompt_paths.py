@@ -9,14 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .text_to_image import (
-    GUIDANCE_SCALE,
-    TextToImageModel,
-    check_drawing,
-    count_steps,
-    make_pipeline,
-    run_pipeline,
-)
+from .options import GUIDANCE_SCALE
+from .text_to_image import TextToImageModel, check_drawing, count_steps, make_pipeline, run_pipeline
 
 
 @torch.no_grad()

@@ -17,7 +17,6 @@ from dtrak_kernels import Projection, project
 
 from .diffusion import DiffusionModel
 from .features import (
-    FeatureSettings,
     FusedExtractor,
     Samples,
     check_prediction,
@@ -30,6 +29,7 @@ from .features import (
 )
 from .measure import TensorMeter
 from .outputs import evaluate_output
+from .settings import FeatureSettings
 
 # samples per batch of the published CIFAR scripts
 PUBLISHED_BATCH_SIZE = 52

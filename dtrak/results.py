@@ -11,16 +11,12 @@ from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .attribute_options import Options
 from .diffusion import DiffusionModel, load_model
 from .inputs import Subject, load_model_and_data, load_queries
-from .runs import Options, Run, make_plan
+from .run_record import GENERATED, ResultsError, read_record
+from .runs import Run, make_plan
 from .text_to_image import load_text_to_image
-
-GENERATED = "generated"
-
-
-class ResultsError(ValueError):
-    """A folder whose results cannot be used; the message says why."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,21 +119,7 @@ def load_attribution(folder: str | Path) -> Attribution:
         ResultsError: it holds no finished run, or a damaged one.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"a run must be an existing folder, got {folder}")
-    contents = {}
-    for name in ("manifest.json", "run.json"):
-        file = folder / name
-        if not file.is_file():
-            raise ResultsError(
-                f"{folder} must be a finished run of dtrak.attribute, got no {name} in it"
-            )
-        try:
-            contents[name] = json.loads(file.read_text())
-        except ValueError as error:
-            raise ResultsError(f"{file} must be JSON, but is damaged: run again") from error
-    manifest, deciding = contents["manifest.json"], contents["run.json"]
-    _check_contents(folder, manifest, deciding)
+    manifest, deciding = read_record(folder)
     scores, metadata = read_scores(folder / "scores.safetensors")
     return Attribution(
         folder,
@@ -147,25 +129,6 @@ def load_attribution(folder: str | Path) -> Attribution:
         json.loads(metadata["rows"]),
         json.loads(metadata["columns"]),
     )
-
-
-def _check_contents(folder: Path, manifest: Any, deciding: Any) -> None:
-    """Refuse a run whose files are JSON, but not what `dtrak.attribute` writes."""
-    try:
-        Options(**manifest["options"])
-        for name in ("settings", "facts", "environment"):
-            dict(manifest[name])
-        if not all(isinstance(stage["name"], str) for stage in manifest["stages"]):
-            raise TypeError
-        sum(stage["seconds"] for stage in manifest["stages"])
-        whole = isinstance(manifest["data"], str) and isinstance(deciding["model"], dict)
-    except (KeyError, TypeError, ValueError):
-        whole = False
-    if not whole:
-        raise ResultsError(
-            f"{folder} must be a run of this version of dtrak.attribute, but its manifest.json or "
-            "run.json is not: run again"
-        )
 
 
 def read_scores(file: str | Path) -> tuple[Tensor, dict[str, str]]:

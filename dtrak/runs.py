@@ -7,87 +7,25 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 
 from dtrak_kernels import Projection
-from dtrak_kernels.projection import KINDS
 
+from .attribute_options import Options, check_options
 from .console import choose_device, parse_damping, progress_bar
-from .diffusion import DiffusionModel
-from .features import DTYPES, FeatureSettings, describe_differences
-from .files import LOCK_FILE, claim, write_atomically
+from .files import write_atomically
+from .folders import OutputError, alone_in, describe_differences, is_unclaimed
 from .measure import StageClock
 from .noise import MAX_TIMESTEPS
-from .outputs import check_choice, check_output_function, parse_timesteps, select_timesteps
-from .presets import PRESETS
+from .output_names import check_output_function
+from .settings import FeatureSettings
+from .timesteps import parse_timesteps, select_timesteps
 
-DEFAULT_PROJ_DIM = {"sjlt": 8192, "kronecker": 8192, "rademacher": 2048, "normal": 2048, "none": 0}
-
-
-class OutputError(ValueError):
-    """An output folder that belongs to something else; the message says what differs."""
-
-
-@contextmanager
-def alone_in(folder: Path, part: range | None = None) -> Iterator[None]:
-    """Keep other commands from writing into an output folder; readers are not kept away.
-
-    Args:
-        folder: made if missing.
-        part: as in `files.claim`.
-
-    Raises:
-        OutputError: another command writes there.
-    """
-    with claim(folder / LOCK_FILE, part=part) as is_ours:
-        if not is_ours:
-            raise OutputError(
-                f"another command is at work in {folder}: wait until it has ended, or choose "
-                "another --output"
-            )
-        yield
-
-
-def is_unclaimed(folder: Path) -> bool:
-    """Whether ``folder`` is missing, or empty but for locks and what a killed writer left."""
-    return not folder.exists() or all(
-        path.suffix == ".partial" or path.name == LOCK_FILE for path in folder.iterdir()
-    )
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line asked for; see `dtrak.attribute.attribute`."""
-
-    model: str | None
-    data: str
-    queries: str
-    num_queries: int
-    output_function: str
-    timesteps: int | str
-    timestep_strategy: str | None
-    noise_seed: int
-    projection: str
-    proj_dim: int | None
-    seed: int
-    damping: str
-    top_k: int
-    batch_size: int | None
-    device: str
-    dtype: str
-    output: str | None
-    fused: bool
-    skip_corrupt: bool
-    resize: bool
-    preset: str | None = None
-    lora: str | None = None
-    caption: str | None = None
-    prompts: str | None = None
-    guidance_scale: float | None = None
-    resolution: int | None = None
+if TYPE_CHECKING:
+    from .diffusion import DiffusionModel
 
 
 @dataclass(frozen=True)
@@ -113,28 +51,15 @@ def make_plan(options: Options) -> Plan:
     """Validate every option that needs neither model nor data.
 
     Raises:
-        ValueError: one is out of range or unknown; one clear line.
+        FileNotFoundError: there is no folder of the model.
+        ValueError: an option is out of range or unknown; one clear line.
     """
-    output_function = check_output_function(options.output_function)
-    parse_timesteps(options.timesteps, options.timestep_strategy)
-    check_choice("--projection", options.projection, KINDS)
-    check_choice("--dtype", options.dtype, DTYPES)
-    if options.preset is not None:
-        check_choice("--preset", options.preset, PRESETS)
-    for name in ("num_queries", "top_k", "batch_size", "resolution"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if not 0 <= options.noise_seed < 2**63:
-        raise ValueError(f"--noise-seed must be in [0, 2**63), got {options.noise_seed}")
-    proj_dim = (
-        DEFAULT_PROJ_DIM[options.projection] if options.proj_dim is None else options.proj_dim
-    )
+    check_options(options)
     settings = FeatureSettings(
-        output_function,
+        check_output_function(options.output_function),
         (),
         options.noise_seed,
-        Projection(options.projection, proj_dim, options.seed),
+        Projection(options.projection, options.num_features, options.seed),
         options.dtype,
     )
     stem = Path(options.lora or options.model or options.preset or options.data).stem or "run"

@@ -20,8 +20,8 @@ from .diffusion import DiffusionModel, ModelError, hash_model
 from .diffusion import load_schedule as load_schedule
 from .diffusion import read_json as read_json
 from .lora import LoraError, add_lora, hash_base, hash_lora, load_lora, lora_names
+from .options import GUIDANCE_SCALE
 
-GUIDANCE_SCALE = 7.5
 # pictures drawn, and kept, at a time
 DRAWN_TOGETHER = 8
 # what `dtrak.train_lora` writes beside a LoRA

@@ -22,7 +22,7 @@ from dtrak.baselines import (
     raw_similarity,
     vae_latents,
 )
-from dtrak.lds import lds
+from dtrak.lds_statistics import lds
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from rich.console import Console
 from tiny_stable_diffusion import build_pipeline, write_pictures
 from typer.testing import CliRunner
 
-from dtrak import train_lora
+from dtrak import lora_fine_tuning, train_lora_options
 from dtrak.attribution import run_attribution
 from dtrak.baselines import vae_latents
 from dtrak.counterfactual import app
@@ -153,8 +153,8 @@ def painted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("painted")
     base, pictures = build_pipeline(folder / "base"), write_pictures(folder / "pictures")
     AcceleratorState._reset_state(reset_partial_state=True)
-    train_lora.run_lora_training(
-        train_lora.Options(
+    lora_fine_tuning.run_lora_training(
+        train_lora_options.Options(
             output=str(folder / "lora"), model=str(base), data=str(pictures), rank=2, steps=4,
             batch_size=3, learning_rate=0.05, device="cpu",
         ),
@@ -197,8 +197,8 @@ def test_a_lora_is_trained_again_as_it_was(painted, tmp_path):
     ]
     (tmp_path / "without.txt").write_text("\n".join(names))
     AcceleratorState._reset_state(reset_partial_state=True)
-    train_lora.run_lora_training(
-        train_lora.Options(
+    lora_fine_tuning.run_lora_training(
+        train_lora_options.Options(
             output=str(tmp_path / "lora"), model=str(painted / "base"),
             data=str(painted / "pictures"), rank=2, steps=4, batch_size=3, learning_rate=0.05,
             device="cpu", without=str(tmp_path / "without.txt"),

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from dtrak.attribution import run_attribution
-from dtrak.ensemble import app, average_runs
+from dtrak.averaging import average_runs
+from dtrak.ensemble import app
 from dtrak.results import ResultsError, read_scores
 from dtrak.runs import Options
 

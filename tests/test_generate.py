@@ -152,7 +152,7 @@ def test_models_that_draw_no_pictures(run, tmp_path):
 
 
 def test_control_c(run, monkeypatch):
-    from dtrak import generate as command
+    from dtrak import drawing as command
 
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt

@@ -18,10 +18,11 @@ from test_baselines import clip_folder  # noqa: F401
 from tiny_lds import CPU, NAME, PRESET, register
 from typer.testing import CliRunner
 
-from dtrak import lds, lds_methods
+from dtrak import lds, lds_methods, lds_stages
 from dtrak.diffusion import hash_model
-from dtrak.lds import app, choose_damping, lds_per_query
+from dtrak.lds import app
 from dtrak.lds_experiment import load_experiment, prepare, train_one
+from dtrak.lds_statistics import choose_damping, lds_per_query
 from dtrak.lds_table import load_results
 from dtrak.measure import format_bytes
 from dtrak.presets import PRESETS
@@ -114,7 +115,7 @@ def test_from_the_first_subset_to_the_table(run, tmp_path, monkeypatch):
         for kind in ("validation", "generated")
     }
     # a table that is there is shown at once
-    monkeypatch.setattr(lds, "make_table", lambda *_, **__: pytest.fail("computed again"))
+    monkeypatch.setattr(lds_stages, "make_table", lambda *_, **__: pytest.fail("computed again"))
     assert run("report", "--resamples", 1000)[0] == 0
     # and more subsets can be added afterwards
     monkeypatch.undo()

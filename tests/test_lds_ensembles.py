@@ -11,7 +11,7 @@ from tiny_lds import CPU, PRESET, register, trained
 
 from dtrak import lds_methods
 from dtrak.features import StoreError
-from dtrak.lds_ensembles import ensemble_predictions, find_members, parse_sizes
+from dtrak.lds_ensembles import ensemble_predictions, find_members
 from dtrak.lds_experiment import (
     ExperimentError,
     load_experiment,
@@ -20,6 +20,7 @@ from dtrak.lds_experiment import (
     train_one,
 )
 from dtrak.lds_methods import Predictor, Setting
+from dtrak.lds_options import parse_sizes
 
 MEMBERS = ["retrain-000-1", "retrain-001-1", "retrain-002-1"]
 

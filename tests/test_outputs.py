@@ -8,19 +8,12 @@ from diffusers import DDPMScheduler
 from numerics import assert_as_good_as, relative_error
 from torch.func import grad, vmap
 
-from dtrak import outputs
+from dtrak import output_names
 from dtrak.diffusion import linear_schedule
-from dtrak.outputs import (
-    OUTPUT_FUNCTIONS,
-    check_choice,
-    check_output_function,
-    describe_output_function,
-    elbo_weights,
-    evaluate_output,
-    parse_timesteps,
-    select_timesteps,
-    training_target,
-)
+from dtrak.options import check_choice
+from dtrak.output_names import check_output_function, describe_output_function
+from dtrak.outputs import OUTPUT_FUNCTIONS, elbo_weights, evaluate_output, training_target
+from dtrak.timesteps import parse_timesteps, select_timesteps
 
 TIMESTEPS = [0, 1, 100, 999]
 BETAS = np.linspace(1e-4, 0.02, 1000)
@@ -229,7 +222,7 @@ number = 3
     yield tmp_path / "mine" / "functions.py"
     for name in [name for name in sys.modules if name.split(".")[0] == "mine"]:
         del sys.modules[name]
-    outputs._import_function.cache_clear()
+    output_names.import_function.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["mine.functions:cubes", "mine.functions.cubes"])

@@ -13,7 +13,7 @@ from tiny_lds import PRESET, register
 
 from dtrak.features import FeatureSettings, FusedExtractor
 from dtrak.lds_table import Results
-from dtrak.outputs import select_timesteps
+from dtrak.timesteps import select_timesteps
 from dtrak_kernels import Projection
 from dtrak_kernels.ridge import RidgeSolver
 from dtrak_kernels.sjlt.reference import sjlt_matrix

@@ -26,7 +26,8 @@ from dtrak.lds_table import (
     save_results,
 )
 from dtrak.lora import save_lora
-from dtrak.report import app, gather_report
+from dtrak.report import app
+from dtrak.report_page import gather_report
 from dtrak.results import load_attribution
 from dtrak.runs import Options
 

@@ -17,14 +17,9 @@ from typer.testing import CliRunner
 
 from dtrak.diffusion import digits_model, hash_model, load_model
 from dtrak.files import LOCK_FILE
+from dtrak.preset_training import checkpoint_steps, load_checkpoints, read_ids, select_without
 from dtrak.presets import get_preset
-from dtrak.train import (
-    app,
-    checkpoint_steps,
-    load_checkpoints,
-    read_ids,
-    select_without,
-)
+from dtrak.train import app
 from dtrak.training import Recipe, one_thread, train
 
 SMALL = ["--steps", "6", "--batch-size", "8", "--device", "cpu"]
@@ -210,7 +205,7 @@ def test_misuse(run, tmp_path, arguments, message):
 
 
 def test_a_training_that_fails_says_so(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("dtrak.train.train", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr("dtrak.preset_training.train", lambda *args, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run()
     assert not (tmp_path / "run" / "model_index.json").exists()

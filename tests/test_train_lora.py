@@ -11,12 +11,14 @@ from diffusers import StableDiffusionPipeline
 from tiny_stable_diffusion import build_pipeline, write_pictures
 from typer.testing import CliRunner
 
-from dtrak import train_lora
+from dtrak import lora_fine_tuning
 from dtrak.data import load_data
 from dtrak.lora import hash_lora
+from dtrak.lora_fine_tuning import _recipe
 from dtrak.presets import get_preset
 from dtrak.text_to_image import load_text_to_image
-from dtrak.train_lora import Options, _recipe, app
+from dtrak.train_lora import app
+from dtrak.train_lora_options import Options
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*captions have more than 16 tokens.*")
 
@@ -155,7 +157,9 @@ def failing(run, message, *arguments, **options):
 )
 def test_bad_values_give_one_clear_line(option, value, message, run, monkeypatch):
     if option != "--resolution":
-        monkeypatch.setattr(train_lora, "load_data", lambda *_, **__: pytest.fail("data was read"))
+        monkeypatch.setattr(
+            lora_fine_tuning, "load_data", lambda *_, **__: pytest.fail("data was read")
+        )
     failing(run, message, option, value)
 
 
@@ -163,7 +167,9 @@ def test_another_model_is_refused_before_the_data_is_read(run, tmp_path, monkeyp
     assert run()[0] == 0
     record = (tmp_path / "lora" / "training.json").read_bytes()
     other = build_pipeline(tmp_path / "other", seed=1)
-    monkeypatch.setattr(train_lora, "load_data", lambda *_, **__: pytest.fail("data was read"))
+    monkeypatch.setattr(
+        lora_fine_tuning, "load_data", lambda *_, **__: pytest.fail("data was read")
+    )
     failing(run, "holds another run: base is", model=other)
     failing(run, "model.model is", model=other)
     failing(run, "rank is 2 there and 3 here", "--rank", 3)
