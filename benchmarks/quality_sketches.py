@@ -11,12 +11,12 @@ import torch
 from pages import ROOT, Table, newest, record, run
 from torch import Tensor
 
-from dtrak.data import load_data
-from dtrak.diffusion import digits_model
-from dtrak.noise import sample_noise
-from dtrak.outputs import evaluate_output
-from dtrak.timesteps import select_timesteps
-from dtrak.training import Recipe, train
+from dtrak.data.images import load_data
+from dtrak.features.noise import sample_noise
+from dtrak.features.outputs import evaluate_output
+from dtrak.features.timesteps import select_timesteps
+from dtrak.models.unet import digits_model
+from dtrak.training.trainer import Recipe, train
 from dtrak_kernels import GradientSketcher, Projection, project
 
 RESULTS = ROOT / "benchmarks" / "results" / "sketch_statistics.jsonl"

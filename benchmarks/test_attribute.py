@@ -16,12 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("diffusers", reason="diffusers is not installed")
 
-from dtrak.data import load_data
-from dtrak.diffusion import DiffusionModel, digits_model
-from dtrak.features import FeatureSettings, FusedExtractor, fitting_batch_size
-from dtrak.published import PUBLISHED_BATCH_SIZE, PublishedExtractor
-from dtrak.timesteps import select_timesteps
-from dtrak.training import Recipe, train
+from dtrak.data.images import load_data
+from dtrak.features.extraction import FeatureSettings, FusedExtractor, fitting_batch_size
+from dtrak.features.published import PUBLISHED_BATCH_SIZE, PublishedExtractor
+from dtrak.features.timesteps import select_timesteps
+from dtrak.models.unet import DiffusionModel, digits_model
+from dtrak.training.trainer import Recipe, train
 from dtrak_kernels import Projection, project
 
 # what is compared is exact

@@ -2,7 +2,7 @@
 
 from dtrak_kernels import __version__ as __version__
 
-from .interrupts import is_command, keep_quiet
+from .runs.interrupts import is_command, keep_quiet
 
 if is_command():
     keep_quiet()

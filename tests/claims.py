@@ -4,7 +4,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 
-from dtrak.files import LOCK_FILE, claim
+from dtrak.runs.files import LOCK_FILE, claim
 
 SCRIPT = """
 import pathlib, sys

@@ -5,11 +5,11 @@ import json
 import torch
 from rich.console import Console
 
-from dtrak.attribution import run_attribution
-from dtrak.data import encode_png, load_data, to_uint8
-from dtrak.diffusion import digits_model
-from dtrak.runs import Options
-from dtrak.training import Recipe, train
+from dtrak.cli.attribution import run_attribution
+from dtrak.data.images import encode_png, load_data, to_uint8
+from dtrak.models.unet import digits_model
+from dtrak.runs.run import Options
+from dtrak.training.trainer import Recipe, train
 
 RECIPE = Recipe(steps=6, batch_size=16, learning_rate=1e-3, seed=5)
 OPTIONS = {

@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 from test_sketcher import small_unet
 from typer.testing import CliRunner
 
-from dtrak import inputs
-from dtrak.attribute import app
-from dtrak.data import encode_png, load_data, to_uint8
-from dtrak.diffusion import DiffusionModel, linear_schedule
-from dtrak.features import FeatureSettings, FusedExtractor
-from dtrak.files import LOCK_FILE, claim
-from dtrak.results import load_attribution
+from dtrak.cli.attribute import app
+from dtrak.data.images import encode_png, load_data, to_uint8
+from dtrak.features.extraction import FeatureSettings, FusedExtractor
+from dtrak.models.unet import DiffusionModel, linear_schedule
+from dtrak.runs import inputs
+from dtrak.runs.files import LOCK_FILE, claim
+from dtrak.runs.results import load_attribution
 from dtrak_kernels import Projection
 
 SMALL = ["--timesteps", "2", "--proj-dim", "512", "--num-queries", "3"]
@@ -415,7 +415,7 @@ def test_an_output_folder_among_the_images(run, tmp_path, images_folder):
 
 def test_a_damaged_training(tmp_path, monkeypatch):
     """A half-deleted model or a broken checkpoint is said before anything is trained."""
-    from dtrak import training
+    from dtrak.training import trainer as training
 
     def interrupt(*arguments):
         raise KeyboardInterrupt
@@ -453,7 +453,7 @@ def test_no_space_left(run, tmp_path, monkeypatch):
 
 
 def test_control_c_says_how_to_resume(run, tmp_path, monkeypatch):
-    from dtrak import features
+    from dtrak.features import extraction as features
 
     def interrupt(self, images, ids):
         raise KeyboardInterrupt

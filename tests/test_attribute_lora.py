@@ -10,12 +10,12 @@ from safetensors import safe_open
 from tiny_stable_diffusion import PICTURES, build_pipeline, load_tiny, write_pictures
 from typer.testing import CliRunner
 
-from dtrak import inputs
-from dtrak.attribute import app
-from dtrak.data import load_data
-from dtrak.features import FeatureSettings, FusedExtractor
-from dtrak.lora import save_lora
-from dtrak.text_to_image import generate_from_prompts
+from dtrak.cli.attribute import app
+from dtrak.data.images import load_data
+from dtrak.features.extraction import FeatureSettings, FusedExtractor
+from dtrak.models.lora import save_lora
+from dtrak.models.stable_diffusion import generate_from_prompts
+from dtrak.runs import inputs
 from dtrak_kernels import Projection
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*captions have more than 16 tokens.*")
@@ -111,8 +111,8 @@ def test_a_second_run_reuses_everything_and_other_prompts_join(run, tmp_path, mo
     assert run("--prompts", "a wave")[0] == 0
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.png")}
     with monkeypatch.context() as patch:
-        patch.setattr("dtrak.text_to_image.TextToImageModel.encode", None)
-        patch.setattr("dtrak.features.FusedExtractor.extract", _count_one)
+        patch.setattr("dtrak.models.stable_diffusion.TextToImageModel.encode", None)
+        patch.setattr("dtrak.features.extraction.FusedExtractor.extract", _count_one)
         code, output = run("--prompts", "a wave")
     assert code == 0, output
     for stage in ("latents of training images", "generate the queries", "features of queries"):

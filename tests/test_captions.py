@@ -7,15 +7,15 @@ import pytest
 import torch
 from tiny_stable_diffusion import PICTURES, write_pictures
 
-from dtrak.captions import (
+from dtrak.data.captions import (
     caption_all,
     hash_captions,
     load_captions,
     read_captions,
     write_captions,
 )
-from dtrak.data import ImageData, encode_png, load_data
-from dtrak.sources import DataError
+from dtrak.data.images import ImageData, encode_png, load_data
+from dtrak.data.sources import DataError
 
 TEXTS = ["a wave", "", "fog over the sea"]
 

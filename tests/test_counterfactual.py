@@ -18,11 +18,11 @@ from sklearn.model_selection import train_test_split
 from test_baselines import clip_folder, vae_folder  # noqa: F401
 from typer.testing import CliRunner
 
-from dtrak import counterfactual_draw
-from dtrak.counterfactual import app
-from dtrak.counterfactual_results import load_counterfactual
-from dtrak.data import load_data, to_uint8
-from dtrak.presets import PRESETS, Draw
+from dtrak.cli.counterfactual import app
+from dtrak.data.images import load_data, to_uint8
+from dtrak.evaluation.counterfactual import draw as counterfactual_draw
+from dtrak.evaluation.counterfactual.results import load_counterfactual
+from dtrak.training.presets import PRESETS, Draw
 
 
 @pytest.fixture(scope="module")

@@ -13,18 +13,19 @@ from numerics import relative_error
 from rich.console import Console
 from tiny_lds import trained
 
-from dtrak import inputs, lds_experiment
-from dtrak.attribution import run_attribution
-from dtrak.counterfactual_origin import open_origin
-from dtrak.counterfactual_results import CounterfactualError
-from dtrak.counterfactual_training import find_preset
-from dtrak.data import load_data
-from dtrak.diffusion import hash_model, load_model
-from dtrak.files import claim
-from dtrak.presets import PRESETS
-from dtrak.results import load_attribution
-from dtrak.runs import Options
-from dtrak.training import Recipe, train
+from dtrak.cli.attribution import run_attribution
+from dtrak.data.images import load_data
+from dtrak.evaluation.counterfactual.origin import open_origin
+from dtrak.evaluation.counterfactual.results import CounterfactualError
+from dtrak.evaluation.counterfactual.training import find_preset
+from dtrak.evaluation.lds import experiment as lds_experiment
+from dtrak.models.unet import hash_model, load_model
+from dtrak.runs import inputs
+from dtrak.runs.files import claim
+from dtrak.runs.results import load_attribution
+from dtrak.runs.run import Options
+from dtrak.training.presets import PRESETS
+from dtrak.training.trainer import Recipe, train
 
 CPU, QUIET = torch.device("cpu"), Console(quiet=True)
 

@@ -8,19 +8,19 @@ import torch
 from finished_run import RECIPE, make_run
 from safetensors.torch import load_file, save_file
 
-from dtrak.counterfactual_origin import open_origin
-from dtrak.counterfactual_results import CounterfactualError
-from dtrak.counterfactual_retraining import (
+from dtrak.data.images import to_uint8
+from dtrak.evaluation.counterfactual.origin import open_origin
+from dtrak.evaluation.counterfactual.results import CounterfactualError
+from dtrak.evaluation.counterfactual.retraining import (
     RetrainJob,
     load_experiment,
     prepare,
     removal_positions,
 )
-from dtrak.data import to_uint8
-from dtrak.diffusion import digits_model
-from dtrak.generation import generate
-from dtrak.inputs import Subject
-from dtrak.training import train
+from dtrak.models.generation import generate
+from dtrak.models.unet import digits_model
+from dtrak.runs.inputs import Subject
+from dtrak.training.trainer import train
 
 CPU = torch.device("cpu")
 STEPS = 3
@@ -104,7 +104,7 @@ def test_what_is_done_is_not_done_again(experiment):
 
 
 def test_an_interrupted_training_goes_on_with_the_same_bits(experiment, monkeypatch):
-    from dtrak import counterfactual_training as module
+    from dtrak.evaluation.counterfactual import training as module
 
     job = experiment.jobs[2]
     assert experiment.retrain(job, CPU)

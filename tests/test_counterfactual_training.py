@@ -13,26 +13,27 @@ from rich.console import Console
 from tiny_stable_diffusion import build_pipeline, write_pictures
 from typer.testing import CliRunner
 
-from dtrak import lora_fine_tuning, train_lora_options
-from dtrak.attribution import run_attribution
-from dtrak.baselines import vae_latents
-from dtrak.counterfactual import app
-from dtrak.counterfactual_origin import open_origin
-from dtrak.counterfactual_results import CounterfactualError, load_counterfactual
-from dtrak.counterfactual_training import (
+from dtrak.cli.attribution import run_attribution
+from dtrak.cli.counterfactual import app
+from dtrak.cli.train import app as train_app
+from dtrak.data.images import load_data, to_uint8
+from dtrak.evaluation.counterfactual.origin import open_origin
+from dtrak.evaluation.counterfactual.results import CounterfactualError, load_counterfactual
+from dtrak.evaluation.counterfactual.training import (
     LoraTraining,
     PixelTraining,
     find_training,
     seeds_of,
 )
-from dtrak.data import load_data, to_uint8
-from dtrak.diffusion import digits_model, hash_model, load_model
-from dtrak.lora import hash_lora
-from dtrak.presets import PRESETS
-from dtrak.runs import Options
-from dtrak.text_to_image import load_text_to_image
-from dtrak.train import app as train_app
-from dtrak.training import train
+from dtrak.methods.baselines import vae_latents
+from dtrak.models.lora import hash_lora
+from dtrak.models.stable_diffusion import load_text_to_image
+from dtrak.models.unet import digits_model, hash_model, load_model
+from dtrak.runs.run import Options
+from dtrak.training import fine_tuning as lora_fine_tuning
+from dtrak.training import train_lora_options
+from dtrak.training.presets import PRESETS
+from dtrak.training.trainer import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*captions have more than 16 tokens.*")
 CPU, QUIET = torch.device("cpu"), Console(quiet=True)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from dtrak.data import (
+from dtrak.data.images import (
     DataError,
     ImageData,
     decode_records,
@@ -20,7 +20,7 @@ from dtrak.data import (
     save_images,
     to_uint8,
 )
-from dtrak.sources import Record
+from dtrak.data.sources import Record
 
 CIFAR2 = Path(__file__).parents[2] / "shared" / "data" / "cifar2-train.parquet"
 

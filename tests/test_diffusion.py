@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_unet
 from torch import nn
 
-from dtrak.diffusion import (
+from dtrak.models.unet import (
     DiffusionModel,
     ModelError,
     digits_model,

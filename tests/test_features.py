@@ -6,10 +6,9 @@ import torch
 from numerics import relative_error
 from test_sketcher import small_unet
 
-from dtrak import features
-from dtrak.data import ImageData
-from dtrak.diffusion import DiffusionModel, linear_schedule
-from dtrak.features import (
+from dtrak.data.images import ImageData
+from dtrak.features import extraction as features
+from dtrak.features.extraction import (
     FeatureSettings,
     FeatureStore,
     FusedExtractor,
@@ -20,7 +19,8 @@ from dtrak.features import (
     fill_store,
     fitting_batch_size,
 )
-from dtrak.files import write_atomically
+from dtrak.models.unet import DiffusionModel, linear_schedule
+from dtrak.runs.files import write_atomically
 from dtrak_kernels import Projection
 
 CPU = torch.device("cpu")

@@ -16,11 +16,11 @@ from PIL import Image
 from tiny import tiny_model
 from typer.testing import CliRunner
 
-from dtrak.data import load_data, to_uint8
-from dtrak.diffusion import linear_schedule
-from dtrak.files import LOCK_FILE
-from dtrak.generate import app
-from dtrak.generation import generate, load_trajectories
+from dtrak.cli.generate import app
+from dtrak.data.images import load_data, to_uint8
+from dtrak.models.generation import generate, load_trajectories
+from dtrak.models.unet import linear_schedule
+from dtrak.runs.files import LOCK_FILE
 
 SMALL = ["--num-images", "3", "--num-inference-steps", "4", "--device", "cpu"]
 
@@ -152,7 +152,7 @@ def test_models_that_draw_no_pictures(run, tmp_path):
 
 
 def test_control_c(run, monkeypatch):
-    from dtrak import drawing as command
+    from dtrak.training import drawing as command
 
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt

@@ -11,8 +11,8 @@ from numerics import relative_error
 from tiny import tiny_model
 from torch import nn
 
-from dtrak.diffusion import DiffusionModel, linear_schedule
-from dtrak.generation import draw_batches, generate, load_trajectories, save_trajectory
+from dtrak.models.generation import draw_batches, generate, load_trajectories, save_trajectory
+from dtrak.models.unet import DiffusionModel, linear_schedule
 
 
 class Answer:

@@ -5,9 +5,10 @@ import torch
 from numerics import relative_error
 from tiny_stable_diffusion import build_pipeline, load_tiny, write_pictures
 
-from dtrak.captions import hash_captions, load_captions
-from dtrak.data import load_data
-from dtrak.features import (
+from dtrak.data.captions import hash_captions, load_captions
+from dtrak.data.images import load_data
+from dtrak.data.latents import fill_latents, open_latents, read_latents, read_posteriors
+from dtrak.features.extraction import (
     FeatureSettings,
     FusedExtractor,
     StoreError,
@@ -16,7 +17,6 @@ from dtrak.features import (
     extract_rows,
     fill_store,
 )
-from dtrak.latents import fill_latents, open_latents, read_latents, read_posteriors
 from dtrak_kernels import Projection, project
 
 CPU = torch.device("cpu")
@@ -113,7 +113,7 @@ def test_what_does_not_fit_is_refused(model, pictures, captions, tmp_path):
 
 def loop_gradients(model, chosen, latents):
     """One backward per sample and timestep, written out: the oracle of both ways, in float64."""
-    from dtrak.noise import sample_noise
+    from dtrak.features.noise import sample_noise
 
     unet = model.unet.double()
     parameters = [p for name, p in unet.named_parameters() if ".lora_" in name]
@@ -152,7 +152,7 @@ def test_fused_features_are_the_adapters_gradients(function, folder, latents):
 @pytest.mark.parametrize("kind", ["sjlt", "rademacher"])
 def test_fused_features_are_the_published_gradients_projected(kind, folder, latents):
     pytest.importorskip("trak", reason="TRAK is not installed")
-    from dtrak.published import PublishedExtractor
+    from dtrak.features.published import PublishedExtractor
 
     chosen = settings(kind)
     fused = FusedExtractor(load_tiny(folder), chosen, CPU)
@@ -217,7 +217,7 @@ def test_the_manifest_names_what_changed(folder, model, pictures, captions, late
 
 
 def test_a_store_is_filled_with_captions(folder, latents, tmp_path):
-    from dtrak.features import FeatureStore
+    from dtrak.features.extraction import FeatureStore
 
     extractor = FusedExtractor(load_tiny(folder), settings(), CPU)
     store = FeatureStore.open(tmp_path, {}, latents.ids, extractor.proj_dim, 2)

@@ -63,9 +63,9 @@ def test_only_kernel_files_import_triton():
         assert ("triton" in imports(path)) == (path.name in KERNEL_FILES), path
 
 
-def modules_read_by(path: Path) -> set[str]:
-    """Full names of what a file of the kernels imports of the kernels, names in modules as well."""
-    package = path.relative_to(ROOT / "kernels").parent.parts
+def modules_read_by(path: Path, root: Path) -> set[str]:
+    """Full names of what a file imports of its own package, names in modules as well."""
+    package = path.relative_to(root).parent.parts
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -75,13 +75,34 @@ def modules_read_by(path: Path) -> set[str]:
     return found
 
 
+# whatever is in a floor may import what is in it or below
+FLOORS = (
+    {"models", "data", "features", "methods", "training", "runs"},
+    {"evaluation"},
+    {"pages"},
+    {"cli"},
+)
+
+
+def test_arrows_point_from_the_commands_to_the_core():
+    """Core <- evaluation <- pages <- commands."""
+    floors = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+    folders = {path.parent.name for path in (ROOT / "dtrak").glob("*/__init__.py")}
+    assert folders == set(floors)
+    for room, floor in floors.items():
+        for path in (ROOT / "dtrak" / room).rglob("*.py"):
+            read = {name.split(".")[1] for name in modules_read_by(path, ROOT) if "." in name}
+            above = {other for other in read if floors.get(other, 0) > floor}
+            assert not above, f"{path}: {above}"
+
+
 def test_the_reference_and_the_kernels_do_not_know_each_other():
     """A reference shares the names of streams with what it judges, and nothing else."""
     files = list((ROOT / "kernels/dtrak_kernels").rglob("*.py"))
     references = [path for path in files if path.name == "reference.py"]
     assert len(references) == 4
     for path in files:
-        read = modules_read_by(path)
+        read = modules_read_by(path, ROOT / "kernels")
         if path in references:
             others = {name for name in read if ".reference" not in name and name.count(".") > 1}
             words = "dtrak_kernels.random.words"

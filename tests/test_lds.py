@@ -18,14 +18,16 @@ from test_baselines import clip_folder  # noqa: F401
 from tiny_lds import CPU, NAME, PRESET, register
 from typer.testing import CliRunner
 
-from dtrak import lds, lds_methods, lds_stages
-from dtrak.diffusion import hash_model
-from dtrak.lds import app
-from dtrak.lds_experiment import load_experiment, prepare, train_one
-from dtrak.lds_statistics import choose_damping, lds_per_query
-from dtrak.lds_table import load_results
-from dtrak.measure import format_bytes
-from dtrak.presets import PRESETS
+from dtrak import lds
+from dtrak.cli import lds_stages
+from dtrak.cli.lds import app
+from dtrak.evaluation.lds import methods as lds_methods
+from dtrak.evaluation.lds.experiment import load_experiment, prepare, train_one
+from dtrak.evaluation.lds.statistics import choose_damping, lds_per_query
+from dtrak.evaluation.lds.table import load_results
+from dtrak.models.unet import hash_model
+from dtrak.runs.measure import format_bytes
+from dtrak.training.presets import PRESETS
 
 METHODS = tuple(
     method
@@ -370,4 +372,6 @@ def test_mistakes_in_a_prepared_run(run, tmp_path):
 
 
 def test_the_metric_is_where_it_was():
-    assert choose_damping.__module__ == lds_per_query.__module__ == "dtrak.lds_statistics"
+    assert (
+        choose_damping.__module__ == lds_per_query.__module__ == "dtrak.evaluation.lds.statistics"
+    )

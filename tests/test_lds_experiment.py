@@ -14,10 +14,9 @@ from sklearn.model_selection import train_test_split
 from tiny import tiny_model
 from tiny_lds import CPU, PRESET, first_step, interrupt, register, trained
 
-from dtrak import lds_experiment
-from dtrak.data import encode_png, load_data, to_uint8
-from dtrak.diffusion import hash_model
-from dtrak.lds_experiment import (
+from dtrak.data.images import encode_png, load_data, to_uint8
+from dtrak.evaluation.lds import experiment as lds_experiment
+from dtrak.evaluation.lds.experiment import (
     RETRAIN,
     ExperimentError,
     claim,
@@ -28,9 +27,10 @@ from dtrak.lds_experiment import (
     train_one,
     trained_names,
 )
-from dtrak.lds_tasks import save_model
-from dtrak.presets import PRESETS
-from dtrak.training import Recipe, train
+from dtrak.evaluation.lds.tasks import save_model
+from dtrak.models.unet import hash_model
+from dtrak.training.presets import PRESETS
+from dtrak.training.trainer import Recipe, train
 
 
 @pytest.fixture(autouse=True)
@@ -247,7 +247,7 @@ def test_a_claim_ends_with_the_process_that_holds_it(tmp_path):
     lock = tmp_path / "locks" / "a.lock"
     code = (
         "import sys, time, pathlib\n"
-        "from dtrak.lds_experiment import claim\n"
+        "from dtrak.evaluation.lds.experiment import claim\n"
         f"with claim(pathlib.Path({str(lock)!r})) as ours:\n"
         "    print(ours, flush=True); time.sleep(60)\n"
     )

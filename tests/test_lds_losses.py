@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from tiny_lds import CPU, PRESET, register
 
-from dtrak.data import ImageData, load_data
-from dtrak.lds_experiment import (
+from dtrak.data.images import ImageData, load_data
+from dtrak.evaluation.lds.experiment import (
     RETRAIN,
     ExperimentError,
     claim,
@@ -17,7 +17,7 @@ from dtrak.lds_experiment import (
     query_sets,
     train_one,
 )
-from dtrak.lds_losses import (
+from dtrak.evaluation.lds.losses import (
     LossSettings,
     claim_settings,
     evaluate_one,
@@ -26,7 +26,7 @@ from dtrak.lds_losses import (
     measured_names,
     query_losses,
 )
-from dtrak.noise import sample_noise
+from dtrak.features.noise import sample_noise
 
 SETTINGS = LossSettings(num_timesteps=4, num_noise_seeds=2)
 

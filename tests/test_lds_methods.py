@@ -13,11 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_lds import CPU, quiet, register, trained
 
-from dtrak import lds_methods
-from dtrak.features import FeatureSettings, FusedExtractor
-from dtrak.generation import draw_batches
-from dtrak.lds_experiment import ExperimentError, load_experiment, prepare, query_sets
-from dtrak.lds_methods import METHODS, Predictor, Setting, list_settings
+from dtrak.evaluation.lds import methods as lds_methods
+from dtrak.evaluation.lds.experiment import ExperimentError, load_experiment, prepare, query_sets
+from dtrak.evaluation.lds.methods import METHODS, Predictor, Setting, list_settings
+from dtrak.features.extraction import FeatureSettings, FusedExtractor
+from dtrak.models.generation import draw_batches
 from dtrak_kernels import Projection
 
 BY_NAME = {method.name: method for method in METHODS}

@@ -8,9 +8,7 @@ import torch
 from tiny import tiny_model
 from tiny_lds import CPU, PRESET
 
-from dtrak.diffusion import hash_model, load_model
-from dtrak.generation import draw_batches
-from dtrak.lds_tasks import (
+from dtrak.evaluation.lds.tasks import (
     ExperimentError,
     PixelTask,
     check_painter,
@@ -18,7 +16,9 @@ from dtrak.lds_tasks import (
     record_painter,
     sample_weights,
 )
-from dtrak.training import train
+from dtrak.models.generation import draw_batches
+from dtrak.models.unet import hash_model, load_model
+from dtrak.training.trainer import train
 
 
 def make_task():

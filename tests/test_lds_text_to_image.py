@@ -18,12 +18,13 @@ from tiny_lds_lora import CPU, NAME, PRESET, pictures, register
 from tiny_stable_diffusion import build_pipeline
 from typer.testing import CliRunner
 
-from dtrak import attribute, lds, lds_methods, lds_text_to_image, train_lora
-from dtrak.counterfactual_origin import open_origin
-from dtrak.data import load_data, to_uint8
-from dtrak.features import FeatureSettings, FeatureStore, FusedExtractor
-from dtrak.latents import LatentData
-from dtrak.lds_experiment import (
+from dtrak import attribute, lds, train_lora
+from dtrak.data.images import load_data, to_uint8
+from dtrak.data.latents import LatentData
+from dtrak.evaluation.counterfactual.origin import open_origin
+from dtrak.evaluation.lds import methods as lds_methods
+from dtrak.evaluation.lds import text_to_image as lds_text_to_image
+from dtrak.evaluation.lds.experiment import (
     ExperimentError,
     encode,
     generated_queries,
@@ -32,14 +33,15 @@ from dtrak.lds_experiment import (
     query_sets,
     train_one,
 )
-from dtrak.lds_losses import LossSettings, claim_settings, evaluate_one, query_losses
-from dtrak.lds_methods import METHODS, Predictor, Setting
-from dtrak.lds_table import load_results
-from dtrak.lora import LoraError, hash_lora
-from dtrak.noise import sample_noise
-from dtrak.presets import PRESETS, get_preset
-from dtrak.prompt_paths import follow_prompts
-from dtrak.text_to_image import generate_from_prompts, load_text_to_image
+from dtrak.evaluation.lds.losses import LossSettings, claim_settings, evaluate_one, query_losses
+from dtrak.evaluation.lds.methods import METHODS, Predictor, Setting
+from dtrak.evaluation.lds.table import load_results
+from dtrak.features.extraction import FeatureSettings, FeatureStore, FusedExtractor
+from dtrak.features.noise import sample_noise
+from dtrak.models.lora import LoraError, hash_lora
+from dtrak.models.prompt_paths import follow_prompts
+from dtrak.models.stable_diffusion import generate_from_prompts, load_text_to_image
+from dtrak.training.presets import PRESETS, get_preset
 from dtrak_kernels import Projection
 
 BY_NAME = {method.name: method for method in METHODS}

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dtrak.lds_experiment import claim
-from dtrak.lds_workers import one_thread, work
+from dtrak.evaluation.lds.experiment import claim
+from dtrak.runs.workers import one_thread, work
 
 
 @dataclass(frozen=True)

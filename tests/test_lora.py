@@ -9,7 +9,7 @@ from numerics import relative_error
 from safetensors.torch import load_file, save_file
 from tiny_stable_diffusion import build_pipeline, build_unet, load_tiny
 
-from dtrak.lora import (
+from dtrak.models.lora import (
     LoraError,
     add_lora,
     hash_base,

@@ -8,10 +8,10 @@ from accelerate import Accelerator
 from numerics import relative_error
 from tiny_stable_diffusion import build_pipeline, load_tiny
 
-from dtrak.lora import hash_base, hash_lora, lora_weights
-from dtrak.lora_training import train_lora
-from dtrak.text_to_image import load_text_to_image
-from dtrak.training import Recipe, batch_indices
+from dtrak.models.lora import hash_base, hash_lora, lora_weights
+from dtrak.models.stable_diffusion import load_text_to_image
+from dtrak.training.lora_trainer import train_lora
+from dtrak.training.trainer import Recipe, batch_indices
 
 CAPTIONS = ["a", "b c", "", "long ago", "d"]
 RECIPE = Recipe(
@@ -96,7 +96,7 @@ def expected_step(folder, posteriors, seen):
 
 
 def test_a_step_is_the_published_one(folder, posteriors, monkeypatch):
-    from dtrak import lora_training
+    from dtrak.training import lora_trainer as lora_training
 
     seen, draw = {}, lora_training._LoraTrainer.draw
 
@@ -119,7 +119,7 @@ def test_a_step_is_the_published_one(folder, posteriors, monkeypatch):
 
 def test_what_a_step_draws(folder):
     """Posterior samples, flips, timesteps and dropped captions have the right frequencies."""
-    from dtrak.lora_training import _LoraTrainer
+    from dtrak.training.lora_trainer import _LoraTrainer
 
     model = load_tiny(folder)
     posteriors = torch.empty(5, 2, 2, 4, 8, 8)

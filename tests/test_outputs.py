@@ -8,12 +8,12 @@ from diffusers import DDPMScheduler
 from numerics import assert_as_good_as, relative_error
 from torch.func import grad, vmap
 
-from dtrak import output_names
-from dtrak.diffusion import linear_schedule
-from dtrak.options import check_choice
-from dtrak.output_names import check_output_function, describe_output_function
-from dtrak.outputs import OUTPUT_FUNCTIONS, elbo_weights, evaluate_output, training_target
-from dtrak.timesteps import parse_timesteps, select_timesteps
+from dtrak.features import output_names
+from dtrak.features.output_names import check_output_function, describe_output_function
+from dtrak.features.outputs import OUTPUT_FUNCTIONS, elbo_weights, evaluate_output, training_target
+from dtrak.features.timesteps import parse_timesteps, select_timesteps
+from dtrak.models.unet import linear_schedule
+from dtrak.runs.choices import check_choice
 
 TIMESTEPS = [0, 1, 100, 999]
 BETAS = np.linspace(1e-4, 0.02, 1000)

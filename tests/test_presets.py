@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from sklearn.model_selection import StratifiedShuffleSplit
 
-from dtrak.data import DataError, digits_split
-from dtrak.diffusion import hash_model
-from dtrak.layouts import ARTBENCH_CLASSES, CIFAR10_CLASSES
-from dtrak.presets import PRESETS, Draw, LoraRecipe, get_preset
-from dtrak.sources import Record
+from dtrak.data.images import DataError, digits_split
+from dtrak.data.layouts import ARTBENCH_CLASSES, CIFAR10_CLASSES
+from dtrak.data.sources import Record
+from dtrak.models.unet import hash_model
+from dtrak.training.presets import PRESETS, Draw, LoraRecipe, get_preset
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 NAMES = ["digits", "cifar2", "cifar10", "celeba", "artbench2", "artbench5"]
@@ -248,7 +248,9 @@ def test_class_folders(tmp_path):
 
 def test_images_without_labels_are_refused(tmp_path, monkeypatch):
     records = [Record("a", None, b""), Record("b", 1, b"")]
-    monkeypatch.setattr("dtrak.presets.open_records", lambda *args, **options: iter(records))
+    monkeypatch.setattr(
+        "dtrak.training.presets.open_records", lambda *args, **options: iter(records)
+    )
     with pytest.raises(DataError, match="images of 'cifar2' must have labels, 'a' in 'x' has none"):
         get_preset("cifar2").load_data("train", "x")
 
@@ -267,7 +269,7 @@ def test_the_hub_is_asked_where_no_source_is_given(monkeypatch):
         asked.append((name, split, options["stems"]))
         return iter(())
 
-    monkeypatch.setattr("dtrak.presets.open_records", open_records)
+    monkeypatch.setattr("dtrak.training.presets.open_records", open_records)
     with pytest.raises(DataError, match="'uoft-cs/cifar10' must hold 2,000 images for validation"):
         get_preset("cifar2").load_data("validation")
     assert asked == [("uoft-cs/cifar10", "validation", ("cifar2", "cifar10"))]

@@ -5,8 +5,8 @@ import torch
 from numerics import relative_error
 from tiny_stable_diffusion import build_pipeline, load_tiny
 
-from dtrak.prompt_paths import follow_prompts
-from dtrak.text_to_image import generate_from_prompts
+from dtrak.models.prompt_paths import follow_prompts
+from dtrak.models.stable_diffusion import generate_from_prompts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*captions have more than 16 tokens.*")
 PROMPTS, SEEDS = ["a sea", "a fog", "a sea"], [3, 0, 7]

@@ -3,8 +3,8 @@ import torch
 from numerics import relative_error
 from test_features import CPU, make_data, make_model
 
-from dtrak.features import FeatureSettings, FusedExtractor
-from dtrak.published import PublishedExtractor, compare, make_trak_projector
+from dtrak.features.extraction import FeatureSettings, FusedExtractor
+from dtrak.features.published import PublishedExtractor, compare, make_trak_projector
 from dtrak_kernels import Projection, project
 
 pytest.importorskip("trak", reason="TRAK is not installed")

@@ -11,9 +11,9 @@ from numpy.testing import assert_allclose
 from scipy.stats import spearmanr
 from tiny_lds import PRESET, register
 
-from dtrak.features import FeatureSettings, FusedExtractor
-from dtrak.lds_table import Results
-from dtrak.timesteps import select_timesteps
+from dtrak.evaluation.lds.table import Results
+from dtrak.features.extraction import FeatureSettings, FusedExtractor
+from dtrak.features.timesteps import select_timesteps
 from dtrak_kernels import Projection
 from dtrak_kernels.ridge import RidgeSolver
 from dtrak_kernels.sjlt.reference import sjlt_matrix

@@ -14,10 +14,11 @@ from test_counterfactual_results import example
 from tiny_stable_diffusion import build_pipeline, load_tiny, write_pictures
 from typer.testing import CliRunner
 
-from dtrak.attribution import run_attribution
-from dtrak.counterfactual_results import save_counterfactual
-from dtrak.lds_statistics import predict_groups
-from dtrak.lds_table import (
+from dtrak.cli.attribution import run_attribution
+from dtrak.cli.report import app
+from dtrak.evaluation.counterfactual.results import save_counterfactual
+from dtrak.evaluation.lds.statistics import predict_groups
+from dtrak.evaluation.lds.table import (
     Entry,
     Results,
     dense_ranks,
@@ -25,11 +26,10 @@ from dtrak.lds_table import (
     make_table,
     save_results,
 )
-from dtrak.lora import save_lora
-from dtrak.report import app
-from dtrak.report_page import gather_report
-from dtrak.results import load_attribution
-from dtrak.runs import Options
+from dtrak.models.lora import save_lora
+from dtrak.pages.report import gather_report
+from dtrak.runs.results import load_attribution
+from dtrak.runs.run import Options
 
 
 @pytest.mark.parametrize("C", [1, 3])

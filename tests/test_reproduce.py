@@ -11,7 +11,7 @@ import typer
 from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dtrak.presets import PRESETS
+from dtrak.training.presets import PRESETS
 
 TEXT = (Path(__file__).parents[1] / "docs" / "reproduce.md").read_text(encoding="utf-8")
 

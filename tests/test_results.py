@@ -8,9 +8,9 @@ import torch
 from finished_run import make_images, make_run
 from safetensors.torch import load_file, save_file
 
-from dtrak.data import load_data
-from dtrak.diffusion import hash_model, load_model
-from dtrak.results import ResultsError, load_attribution, read_scores
+from dtrak.data.images import load_data
+from dtrak.models.unet import hash_model, load_model
+from dtrak.runs.results import ResultsError, load_attribution, read_scores
 
 
 @pytest.fixture(scope="module")

@@ -582,7 +582,7 @@ def test_plan_takes_the_smaller_gram_that_fits():
 @pytest.mark.parametrize("call", ["scores", "iter_sweep", "top_k"])
 def test_many_queries_fit_the_memory_budget(call):
     """Blocks of rows are small where there are far more queries than features."""
-    from dtrak.measure import TensorMeter
+    from dtrak.runs.measure import TensorMeter
 
     features, queries, budget = rows(5000, 4), rows(400, 4, seed=1).double(), 2**18
     solver = RidgeSolver(features, method="primal", memory_budget=budget)

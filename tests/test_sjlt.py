@@ -266,9 +266,9 @@ def test_distinct_seeds_and_offsets_are_unrelated():
 
 def test_real_gradients_are_within_the_bound():
     """Of a trained U-Net: hot channels, rank-one layers and a common direction at once."""
-    from dtrak.data import load_data
-    from dtrak.diffusion import digits_model
-    from dtrak.training import Recipe, train
+    from dtrak.data.images import load_data
+    from dtrak.models.unet import digits_model
+    from dtrak.training.trainer import Recipe, train
 
     data = load_data("digits")
     model = digits_model()

@@ -17,9 +17,13 @@ from safetensors.torch import load_file, save_file
 from tiny_stable_diffusion import MAX_TOKENS, build_pipeline, load_tiny, shake_lora
 from transformers import CLIPTextModel
 
-from dtrak.diffusion import DiffusionModel, ModelError, linear_schedule
-from dtrak.lora import LoraError, lora_names, save_lora
-from dtrak.text_to_image import generate_from_prompts, is_text_to_image, load_text_to_image
+from dtrak.models.lora import LoraError, lora_names, save_lora
+from dtrak.models.stable_diffusion import (
+    generate_from_prompts,
+    is_text_to_image,
+    load_text_to_image,
+)
+from dtrak.models.unet import DiffusionModel, ModelError, linear_schedule
 
 CPU = torch.device("cpu")
 

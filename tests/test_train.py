@@ -15,12 +15,12 @@ from diffusers import DDPMPipeline
 from numerics import relative_error
 from typer.testing import CliRunner
 
-from dtrak.diffusion import digits_model, hash_model, load_model
-from dtrak.files import LOCK_FILE
-from dtrak.preset_training import checkpoint_steps, load_checkpoints, read_ids, select_without
-from dtrak.presets import get_preset
-from dtrak.train import app
-from dtrak.training import Recipe, one_thread, train
+from dtrak.cli.train import app
+from dtrak.models.unet import digits_model, hash_model, load_model
+from dtrak.runs.files import LOCK_FILE
+from dtrak.training.from_preset import checkpoint_steps, load_checkpoints, read_ids, select_without
+from dtrak.training.presets import get_preset
+from dtrak.training.trainer import Recipe, one_thread, train
 
 SMALL = ["--steps", "6", "--batch-size", "8", "--device", "cpu"]
 
@@ -205,14 +205,14 @@ def test_misuse(run, tmp_path, arguments, message):
 
 
 def test_a_training_that_fails_says_so(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("dtrak.preset_training.train", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr("dtrak.training.from_preset.train", lambda *args, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run()
     assert not (tmp_path / "run" / "model_index.json").exists()
 
 
 def test_control_c_and_a_damaged_state(run, tmp_path, monkeypatch):
-    from dtrak import training
+    from dtrak.training import trainer as training
 
     real = training.batch_indices
 

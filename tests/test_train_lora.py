@@ -11,14 +11,14 @@ from diffusers import StableDiffusionPipeline
 from tiny_stable_diffusion import build_pipeline, write_pictures
 from typer.testing import CliRunner
 
-from dtrak import lora_fine_tuning
-from dtrak.data import load_data
-from dtrak.lora import hash_lora
-from dtrak.lora_fine_tuning import _recipe
-from dtrak.presets import get_preset
-from dtrak.text_to_image import load_text_to_image
-from dtrak.train_lora import app
-from dtrak.train_lora_options import Options
+from dtrak.cli.train_lora import app
+from dtrak.data.images import load_data
+from dtrak.models.lora import hash_lora
+from dtrak.models.stable_diffusion import load_text_to_image
+from dtrak.training import fine_tuning as lora_fine_tuning
+from dtrak.training.fine_tuning import _recipe
+from dtrak.training.presets import get_preset
+from dtrak.training.train_lora_options import Options
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*captions have more than 16 tokens.*")
 
@@ -85,7 +85,7 @@ def test_captions_that_are_cut_are_told_once(run):
 
 
 def test_an_interrupted_training_resumes_with_the_same_bits(run, folder, tmp_path, monkeypatch):
-    from dtrak import lora_training
+    from dtrak.training import lora_trainer as lora_training
 
     assert run(output=tmp_path / "whole")[0] == 0
     take_step = lora_training._LoraTrainer.take_step
@@ -103,7 +103,7 @@ def test_an_interrupted_training_resumes_with_the_same_bits(run, folder, tmp_pat
     assert (tmp_path / "lora" / "training.pt").is_file()
     # the latents are kept: the VAE is not asked again
     with monkeypatch.context() as patch:
-        patch.setattr("dtrak.text_to_image.TextToImageModel.encode", None)
+        patch.setattr("dtrak.models.stable_diffusion.TextToImageModel.encode", None)
         assert run("--checkpoint-every", "2")[0] == 0
     hashes = {
         hash_lora(load_text_to_image(folder, tmp_path / name).unet) for name in ("whole", "lora")
@@ -115,7 +115,7 @@ def test_without_some_images_and_shared_latents(run, pictures, tmp_path, monkeyp
     shared = ["--latents", tmp_path / "latents"]
     assert run(*shared, output=tmp_path / "whole")[0] == 0
     (tmp_path / "ids.txt").write_text("baroque/feast.png\n")
-    monkeypatch.setattr("dtrak.text_to_image.TextToImageModel.encode", None)
+    monkeypatch.setattr("dtrak.models.stable_diffusion.TextToImageModel.encode", None)
     code, output = run(*shared, "--without", tmp_path / "ids.txt")
     assert code == 0, output
     assert "4 images" in output

@@ -10,9 +10,9 @@ from diffusers import DDPMScheduler
 from numerics import relative_error
 from tiny import tiny_model
 
-from dtrak.diffusion import hash_model, load_model
-from dtrak.presets import get_preset
-from dtrak.training import (
+from dtrak.models.unet import hash_model, load_model
+from dtrak.training.presets import get_preset
+from dtrak.training.trainer import (
     Recipe,
     batch_indices,
     dropout_of,
@@ -523,7 +523,7 @@ def test_trains_on_what_the_scheduler_predicts(monkeypatch, kind):
         return mse_loss(prediction, target)
 
     monkeypatch.setattr(model.scheduler, "add_noise", spy_noise)
-    monkeypatch.setattr("dtrak.training.F.mse_loss", spy_loss)
+    monkeypatch.setattr("dtrak.training.trainer.F.mse_loss", spy_loss)
     model.unet.register_forward_pre_hook(lambda module, args: inputs.append(args))
     train_tiny(model=model)
     for step, ((batch, noise, timesteps), (noisy, given), (_, target)) in enumerate(

@@ -172,7 +172,7 @@ def test_few_positions_and_many_channels_go_through_patches():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_workspace_grows_with_neither_size_nor_timesteps(all_samples, dtype):
     """The largest tensor of a layer's backward, for a large weight and for many rows."""
-    from dtrak.measure import TensorMeter
+    from dtrak.runs.measure import TensorMeter
 
     largest = {}
     for channels, rows_per_sample in ((64, 1), (64, 12), (256, 1)):

@@ -3,7 +3,7 @@
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
-from dtrak.diffusion import DiffusionModel, linear_schedule
+from dtrak.models.unet import DiffusionModel, linear_schedule
 
 
 def tiny_unet(seed: int = 0, **options) -> UNet2DModel:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from dtrak import presets
-from dtrak.data import ImageData, load_data
-from dtrak.lds_experiment import Experiment, load_experiment, prepare, train_one
-from dtrak.presets import Draw, Preset
-from dtrak.training import Recipe
+from dtrak.data.images import ImageData, load_data
+from dtrak.evaluation.lds.experiment import Experiment, load_experiment, prepare, train_one
+from dtrak.training import presets
+from dtrak.training.presets import Draw, Preset
+from dtrak.training.trainer import Recipe
 
 NAME = "tiny"
 CPU = torch.device("cpu")

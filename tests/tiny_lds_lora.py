@@ -6,10 +6,10 @@ from functools import cache
 import torch
 from tiny_lds import CPU
 
-from dtrak import presets
-from dtrak.data import ImageData
-from dtrak.presets import Draw, LoraRecipe, Preset
-from dtrak.training import Recipe
+from dtrak.data.images import ImageData
+from dtrak.training import presets
+from dtrak.training.presets import Draw, LoraRecipe, Preset
+from dtrak.training.trainer import Recipe
 
 NAME = "tiny-lora"
 CLASSES = ("fog", "hill", "sea")

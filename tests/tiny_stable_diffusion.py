@@ -7,8 +7,8 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from dtrak.data import encode_png, to_uint8
-from dtrak.text_to_image import TextToImageModel, load_text_to_image
+from dtrak.data.images import encode_png, to_uint8
+from dtrak.models.stable_diffusion import TextToImageModel, load_text_to_image
 
 MAX_TOKENS = 16
 PICTURES = {

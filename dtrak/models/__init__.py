@@ -1,0 +1,1 @@
+"""What is explained: kinds of diffusion models."""

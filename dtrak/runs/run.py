@@ -1,0 +1,192 @@
+"""A run of the main job: its options, its output folder, its stages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+
+from dtrak_kernels import Projection
+
+from ..features.noise import MAX_TIMESTEPS
+from ..features.output_names import check_output_function
+from ..features.settings import FeatureSettings
+from ..features.timesteps import parse_timesteps, select_timesteps
+from .console import choose_device, parse_damping, progress_bar
+from .files import write_atomically
+from .folders import OutputError, alone_in, describe_differences, is_unclaimed
+from .measure import StageClock
+from .options import Options, check_options
+
+if TYPE_CHECKING:
+    from ..models.unet import DiffusionModel
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The options after validation.
+
+    Attributes:
+        options: as given.
+        device: where to compute.
+        settings: of the features; their timesteps wait for the model.
+        damping: λ in units of the Gram matrix, or None to choose it.
+        output: the output folder.
+    """
+
+    options: Options
+    device: torch.device
+    settings: FeatureSettings
+    damping: float | None
+    output: Path
+
+
+def make_plan(options: Options) -> Plan:
+    """Validate every option that needs neither model nor data.
+
+    Raises:
+        FileNotFoundError: there is no folder of the model.
+        ValueError: an option is out of range or unknown; one clear line.
+    """
+    check_options(options)
+    settings = FeatureSettings(
+        check_output_function(options.output_function),
+        (),
+        options.noise_seed,
+        Projection(options.projection, options.num_features, options.seed),
+        options.dtype,
+    )
+    stem = Path(options.lora or options.model or options.preset or options.data).stem or "run"
+    output = Path(options.output) if options.output else Path("runs") / stem
+    device = choose_device(options.device)
+    return Plan(options, device, settings, parse_damping(options.damping), output)
+
+
+class Run:
+    """One run: its folder, its console, the stages timed so far and those that were reused.
+
+    Attributes:
+        plan: what to do; `choose_timesteps` completes it.
+        console: where progress goes.
+        clock: seconds and memory of the stages.
+        reused: names of the stages that needed no work.
+
+    Args:
+        plan: as above.
+        console: as above.
+        held: where the run keeps its output folder locked against other commands, until it is
+            closed; None for a reader of a finished run, which keeps nobody away.
+    """
+
+    def __init__(self, plan: Plan, console: Console, held: ExitStack | None = None) -> None:
+        self.plan, self.console = plan, console
+        self._held, self._is_locked = held, False
+        self.clock = StageClock(plan.device)
+        self.reused: list[str] = []
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Callable[[int, int], None]]:
+        """A timed stage with a progress bar; yields ``progress(done, total)``."""
+        with self.clock.stage(name), progress_bar(self.console, name) as progress:
+            yield progress
+
+    def choose_timesteps(self, model: DiffusionModel) -> None:
+        """Fix the timesteps for a model, whose number of training timesteps bounds them.
+
+        Raises:
+            ValueError: they are out of its range, or it has more than the noise can tell apart.
+        """
+        if model.num_train_timesteps > MAX_TIMESTEPS:
+            raise ValueError(
+                f"the model must have at most {MAX_TIMESTEPS} training timesteps, got "
+                f"{model.num_train_timesteps}"
+            )
+        options = self.plan.options
+        chosen, strategy = parse_timesteps(options.timesteps, options.timestep_strategy)
+        timesteps = select_timesteps(chosen, strategy, model.num_train_timesteps)
+        settings = replace(self.plan.settings, timesteps=tuple(timesteps))
+        self.plan = replace(self.plan, settings=settings)
+
+    def lock(self) -> None:
+        """Keep other commands away from the output folder, which is made if missing.
+
+        Raises:
+            OutputError: another one is at work in it.
+        """
+        if self._held is not None and not self._is_locked:
+            self._held.enter_context(alone_in(self.plan.output))
+            self._is_locked = True
+
+    def lock_existing(self) -> None:
+        """As `lock`, where there is a run already: before anything is read for another one."""
+        if (self.plan.output / "run.json").is_file():
+            self.lock()
+
+    def claim_output(self, deciding: dict[str, Any]) -> None:
+        """Make the output folder ours.
+
+        Args:
+            deciding: what decides whose it is.
+
+        Raises:
+            OutputError: it belongs to another run (what differs), is no place for one, or another
+                command is at work in it.
+        """
+        self.check_output(deciding)
+        self.lock()
+        # another command may have made it its own in between
+        if not self.check_output(deciding):
+            self.plan.output.mkdir(parents=True, exist_ok=True)
+            content = json.dumps(deciding, indent=1).encode()
+            write_atomically(self.plan.output / "run.json", content)
+
+    def check_output(self, deciding: dict[str, Any], *, partly: bool = False) -> bool:
+        """Refuse an output folder that cannot be ours; nothing is written.
+
+        Args:
+            deciding: what decides whose it is.
+            partly: there is more that does, which is not known yet.
+
+        Returns:
+            Whether a run is there, which is this one as far as is known.
+
+        Raises:
+            OutputError: as `claim_output`.
+        """
+        folder, file = self.plan.output, self.plan.output / "run.json"
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(f"--output must be a folder, got the file {folder}")
+        for name in ("data", "queries"):
+            given = Path(getattr(self.plan.options, name))
+            if given.is_dir() and folder.resolve().is_relative_to(given.resolve()):
+                raise OutputError(
+                    f"--output must not lie in the folder of --{name}, whose images it would join: "
+                    f"got {folder} in {given}"
+                )
+        if file.is_file():
+            try:
+                found = dict(json.loads(file.read_text()))
+            except (ValueError, TypeError) as error:
+                raise OutputError(
+                    f"{file} is damaged: delete {folder} or choose another --output"
+                ) from error
+            if partly:
+                found = {key: value for key, value in found.items() if key in deciding}
+            differing = describe_differences(found, deciding)
+            if differing:
+                raise OutputError(
+                    f"{folder} holds another run: {differing}. Choose another --output, or "
+                    "delete it"
+                )
+            return True
+        if not is_unclaimed(folder):
+            raise OutputError(
+                f"{folder} is not empty and holds no run of dtrak: choose another --output"
+            )
+        return False
