@@ -33,7 +33,7 @@ def make_model(folder, images, recipe=RECIPE, note=True):
     """The digits' model trained for a few steps, with the note that dtrak.train leaves."""
     data = load_data(images, channels=1, size=8)
     model = digits_model(recipe.seed)
-    train(model, data.images, recipe)
+    train(model, data, recipe)
     model.save(folder)
     if note:
         settings = {

@@ -77,6 +77,13 @@ def attribute(
             "picture i takes line i, from the first again after the last."
         ),
     ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            help="Classes of the queries of a model that reads classes, such as 0,3: query i takes "
+            "class i of them, from the first again after the last. Default: all of its classes."
+        ),
+    ] = None,
     guidance_scale: Annotated[
         float | None,
         typer.Option(
@@ -193,6 +200,7 @@ def attribute(
         prompts=prompts,
         guidance_scale=guidance_scale,
         resolution=resolution,
+        classes=classes,
     )
     console = Console(stderr=True)
     with reporting_errors(console, traceback):

@@ -19,29 +19,27 @@ from torch import Tensor
 from dtrak_kernels.ridge import RidgeSolver
 
 from .. import __version__
-from ..data.latents import LatentData
+from ..data.samples import Samples
 from ..features.extraction import (
     Extractor,
-    FeatureStore,
     FusedExtractor,
-    Samples,
     deciding_settings,
     extract_rows,
     fill_store,
     fitting_batch_size,
-    model_identity,
+    item_identity,
 )
-from ..features.timesteps import parse_timesteps
-from ..models.unet import DiffusionModel
+from ..features.store import FeatureStore
+from ..models.denoiser import Denoiser
 from ..pages.report import ranked_matches, write_report
 from ..runs.files import write_atomically
-from ..runs.inputs import Subject, drawing_facts, load_model_and_data, load_queries
+from ..runs.inputs import drawing_facts, load_model_and_data, load_queries
 from ..runs.measure import TensorMeter, available_bytes, format_bytes
 from ..runs.options import Options
 from ..runs.run import Run, make_plan
 
 
-def _make_extractor(run: Run, model: DiffusionModel) -> Extractor:
+def _make_extractor(run: Run, model: Denoiser) -> Extractor:
     plan = run.plan
     if plan.options.fused:
         return FusedExtractor(model, plan.settings, plan.device)
@@ -63,14 +61,12 @@ def _batch_size(run: Run, extractor: Extractor, data: Samples) -> int:
 
 
 def _compute_features(
-    run: Run, model: DiffusionModel, extractor: Extractor, data: Samples, role: str
+    run: Run, model: Denoiser, extractor: Extractor, data: Samples, role: str
 ) -> FeatureStore:
     plan = run.plan
     label = {"train": "features of training images", "query": "features of queries"}[role]
     # sets of queries live side by side, each under the first digits of its fingerprint
     name = role if role == "train" else f"{role}-{data.fingerprint[:12]}"
-    if role != "train" and isinstance(data, LatentData):
-        name += f"-{data.captions_hash[:8]}"
     folder = plan.output / ("features" if plan.options.fused else "features-published") / name
     known = (folder / "manifest.json").is_file()
     store = FeatureStore.open(
@@ -99,7 +95,7 @@ def _measure_tensors(extractor: Extractor, data: Samples, batch_size: int) -> di
     """What one batch of the feature stage holds, in bytes."""
     if not isinstance(extractor, FusedExtractor):
         return {}
-    with TensorMeter(known=extractor.model.unet.state_dict().values()) as meter:
+    with TensorMeter(known=extractor.model.module.state_dict().values()) as meter:
         extract_rows(extractor, data, slice(0, batch_size))
     return {"largest tensor": meter.largest_bytes, "live tensors at the peak": meter.peak_bytes}
 
@@ -138,9 +134,9 @@ def _attribute(run: Run) -> Path:
     plan, options = run.plan, run.plan.options
     queries = load_queries(run, model)
     extractor = _make_extractor(run, model)
-    train_store = _compute_features(run, model, extractor, data.samples, "train")
-    query_store = _compute_features(run, model, extractor, queries.samples, "query")
-    tensors = _measure_tensors(extractor, data.samples, train_store.batch_size)
+    train_store = _compute_features(run, model, extractor, data, "train")
+    query_store = _compute_features(run, model, extractor, queries, "query")
+    tensors = _measure_tensors(extractor, data, train_store.batch_size)
     with run.stage("kernel inverse and scores"):
         features = (
             train_store.load()
@@ -150,15 +146,14 @@ def _attribute(run: Run) -> Path:
         solver = RidgeSolver(features)
         damping = solver.auto_damping() if plan.damping is None else plan.damping
         scores = solver.scores(query_store.load(), damping=damping).float()
-    _, strategy = parse_timesteps(options.timesteps, options.timestep_strategy)
     settings = {
-        "data": data.pictures.source,
+        "data": data.source,
         "model": options.model or "trained on the spot",
         **({} if options.lora is None else {"LoRA": options.lora}),
         "queries": options.queries,
         "method": extractor.method,
         "output function": plan.settings.output_function,
-        "timesteps": f"{options.timesteps} {strategy}",
+        "timesteps": str(options.when),
         "noise seed": options.noise_seed,
         "projection": options.projection,
         "proj_dim": extractor.proj_dim,
@@ -171,7 +166,7 @@ def _attribute(run: Run) -> Path:
         "features": (f"{len(train_store):,} + {len(query_store):,} rows of {extractor.proj_dim:,}"),
         "batch size": str(train_store.batch_size),
         **{name: format_bytes(size) for name, size in tensors.items()},
-        "gradients never stored": format_bytes(4 * extractor.grad_dim * len(data.pictures)),
+        "gradients never stored": format_bytes(4 * extractor.grad_dim * len(data)),
     }
     if not options.fused:
         del facts["gradients never stored"]
@@ -185,8 +180,8 @@ def _attribute(run: Run) -> Path:
 
 def _write_results(
     run: Run,
-    data: Subject,
-    queries: Subject,
+    data: Samples,
+    queries: Samples,
     scores: Tensor,
     settings: dict[str, Any],
     facts: dict[str, str],
@@ -197,8 +192,8 @@ def _write_results(
         save(
             {"scores": scores.contiguous()},
             metadata={
-                "rows": json.dumps(queries.pictures.ids),
-                "columns": json.dumps(data.pictures.ids),
+                "rows": json.dumps(queries.ids),
+                "columns": json.dumps(data.ids),
                 "settings": json.dumps(settings),
                 "sign": "positive = proponent: its presence lowers the model's loss on the query",
             },
@@ -218,9 +213,9 @@ def _write_results(
 
 def _write_manifest(
     run: Run,
-    model: DiffusionModel,
-    data: Subject,
-    queries: Subject,
+    model: Denoiser,
+    data: Samples,
+    queries: Samples,
     settings: dict[str, Any],
     facts: dict[str, str],
 ) -> None:
@@ -234,20 +229,15 @@ def _write_manifest(
                 "facts": facts,
                 "stages": [asdict(stage) for stage in run.clock.stages],
                 "environment": _environment(plan.device),
-                **model_identity(model),
-                "data": data.samples.fingerprint,
-                "queries": queries.pictures.fingerprint,
-                **_captions_hash(data),
+                **model.identity(),
+                "data": data.fingerprint,
+                "queries": queries.fingerprint,
+                **item_identity(model, data),
                 "files": ["scores.safetensors", "report.html", "report.png"],
             },
             indent=1,
         ).encode(),
     )
-
-
-def _captions_hash(data: Subject) -> dict[str, str]:
-    samples = data.samples
-    return {"captions": samples.captions_hash} if isinstance(samples, LatentData) else {}
 
 
 def _print_summary(run: Run, facts: dict[str, str]) -> None:
@@ -282,8 +272,8 @@ def _compare(run: Run) -> Path:
 
     options = run.plan.options
     model, data = load_model_and_data(run)
-    count = min(options.batch_size or PUBLISHED_BATCH_SIZE, len(data.samples))
-    samples = data.samples.select(range(count))
+    count = min(options.batch_size or PUBLISHED_BATCH_SIZE, len(data))
+    samples = data.select(range(count))
     published = PublishedExtractor(model, run.plan.settings, run.plan.device)
     fused = FusedExtractor(model, run.plan.settings, run.plan.device)
     with run.stage(f"both ways on {len(samples)} images"):

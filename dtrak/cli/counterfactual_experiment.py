@@ -38,7 +38,6 @@ from ..evaluation.counterfactual.retraining import (
     removal_positions,
 )
 from ..methods.baselines import Clip, clip_embeddings, raw_similarity, vae_latents
-from ..models.stable_diffusion import TextToImageModel
 from ..pages.counterfactual import write_box_plot, write_strips
 from ..runs.choices import check_counts
 from ..runs.console import progress_bar
@@ -206,11 +205,10 @@ def _measure(
 ) -> Counterfactual:
     origin = experiment.origin
     model = origin.load_model()
-    if vae is None and isinstance(model, TextToImageModel):
-        vae = model.vae
+    vae = model.vae if vae is None else vae
     rows = [origin.queries.ids.index(query) for query in experiment.query_ids]
-    originals = to_uint8(origin.queries.images[rows])
-    model.unet.to(device)
+    originals = to_uint8(origin.queries.pictures(rows))
+    model.to(device)
     again = origin.training.draw(model, experiment.query_ids)
     settings: dict[str, Any] = {
         "run": str(origin.folder),

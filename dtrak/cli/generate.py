@@ -20,13 +20,39 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def generate_images(
     model: Annotated[
-        str, typer.Option(help="Diffusers folder with a UNet2DModel, or a DDPM pipeline.")
+        str,
+        typer.Option(
+            help="Diffusers folder with a UNet2DModel, or a DDPM pipeline; with --lora, a Stable "
+            "Diffusion pipeline or its hub name."
+        ),
     ],
     output: Annotated[str, typer.Option(help="Folder of the pictures.")],
     num_images: Annotated[int, typer.Option(help="How many to draw.")] = 16,
     first_seed: Annotated[int, typer.Option(help="Picture i is drawn from this seed + i.")] = 0,
     num_inference_steps: Annotated[int, typer.Option(help="DDIM steps (η = 0).")] = 50,
-    batch_size: Annotated[int, typer.Option(help="Pictures drawn at a time.")] = 64,
+    lora: Annotated[
+        str | None, typer.Option(help="LoRA folder or file of a text-to-image model.")
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="What a text-to-image model draws: a text, or a file with one per line, of which "
+            "picture i takes line i, from the first again after the last."
+        ),
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            help="What a model of classes draws, such as 0,3: picture i takes class i of them, "
+            "from the first again after the last. Default: all of its classes."
+        ),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance of a text-to-image model.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Pictures drawn at a time. Default: what suits the model.")
+    ] = None,
     trajectories: Annotated[
         bool,
         typer.Option(
@@ -50,6 +76,10 @@ def generate_images(
         batch_size=batch_size,
         trajectories=trajectories,
         device=device,
+        lora=lora,
+        prompts=prompts,
+        classes=classes,
+        guidance_scale=guidance_scale,
     )
     console = Console(stderr=True)
     with reporting_errors(console, traceback):

@@ -229,7 +229,7 @@ def evaluate(
     wanted = [name for each in families for name in experiment.names(*bounds, each)]
     trained = trained_names(experiment, wanted)
     if experiment.is_trained(FULL) or not losses_only:
-        T = experiment.load_model().num_train_timesteps
+        T = experiment.load_model().process.num_timesteps
         _check_timesteps(T, "--loss-timesteps", losses.num_timesteps)
         _check_timesteps(T, "--timesteps", max(each.num_timesteps for each in settings))
     settings = name_raw(settings, experiment.task.raw)

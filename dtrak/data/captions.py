@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from string import Formatter
 from typing import Any
 
 from ..runs.files import write_atomically
-from .images import ImageData
+from .samples import Samples
 from .sources import DataError, first_line
 
 CAPTION_COLUMNS = ("text", "caption")
@@ -22,7 +22,7 @@ _HOW = (
 )
 
 
-def read_captions(source: str, data: ImageData) -> list[str] | None:
+def read_captions(source: str, data: Samples) -> list[str] | None:
     """The captions that lie with the images of ``data``.
 
     Args:
@@ -52,7 +52,7 @@ def read_captions(source: str, data: ImageData) -> list[str] | None:
     return captions
 
 
-def caption_all(template: str, source: str, data: ImageData) -> list[str]:
+def caption_all(template: str, source: str, data: Samples) -> list[str]:
     """One caption for every image, ``{label}`` in it replaced by the name of the image's class.
 
     The class of an image in a folder is the folder it lies in; elsewhere it is the column
@@ -85,7 +85,7 @@ def caption_all(template: str, source: str, data: ImageData) -> list[str]:
     return [template.format(label=label.replace("_", " ").lower()) for label in labels]
 
 
-def load_captions(source: str, data: ImageData, template: str | None = None) -> list[str]:
+def load_captions(source: str, data: Samples, template: str | None = None) -> list[str]:
     """The captions of ``data``: by the template where one is given, else those that lie with it.
 
     Args:
@@ -111,15 +111,35 @@ def write_captions(folder: Path, captions: Mapping[str, str]) -> None:
     write_atomically(folder / "metadata.jsonl", lines.encode())
 
 
-def hash_captions(captions: Sequence[str], tokens: Sequence[Sequence[int]]) -> str:
-    """SHA-256 of captions, in order, and of the tokens a model reads them as."""
-    digest = hashlib.sha256()
-    for caption, row in zip(captions, tokens, strict=True):
-        digest.update(json.dumps([caption, list(row)]).encode())
-    return digest.hexdigest()
+def read_prompts(text: str) -> list[str]:
+    """What ``--prompts`` says: the lines of a file, or a text itself.
+
+    Raises:
+        FileNotFoundError: the name of a ``.txt`` file that is not there.
+        ValueError: the file holds no line of text.
+    """
+    file = Path(text)
+    # not Path.is_file, which raises where a long prompt is no valid name
+    if not os.path.isfile(text):
+        if text.endswith(".txt"):
+            raise FileNotFoundError(f"--prompts must be a text or a file of them, got {text}")
+        return [text]
+    try:
+        prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts must be a text file in UTF-8, got {file}") from error
+    prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
+        raise ValueError(f"--prompts must be a file with one prompt per line, got none in {file}")
+    return prompts
 
 
-def _find(source: str, data: ImageData) -> Callable[[str], Any] | None:
+def choose_prompts(prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
+    """The prompt of each seed: seed i takes prompt i, from the start again after the last."""
+    return [prompts[seed % len(prompts)] for seed in seeds]
+
+
+def _find(source: str, data: Samples) -> Callable[[str], Any] | None:
     """What gives the caption of an id, or None where the source has no captions."""
     path = Path(source).expanduser()
     if path.is_file():
@@ -182,7 +202,7 @@ def _read_rows(file: Path) -> list[Any]:
         raise DataError(f"{file} must be {kind} in UTF-8, got {first_line(error)}") from error
 
 
-def _parquet_files(folder: Path, data: ImageData) -> list[Path]:
+def _parquet_files(folder: Path, data: Samples) -> list[Path]:
     """The parquet files of a folder that images came from."""
     names = {name.rsplit("/", 1)[0] for name in data.ids}
     files = sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet"))
@@ -212,7 +232,7 @@ def _class_name(names: Sequence[str], value: Any) -> str | None:
 
 
 def _dataset_column(
-    source: str, data: ImageData, columns: Sequence[str]
+    source: str, data: Samples, columns: Sequence[str]
 ) -> dict[str, list[Any] | None]:
     """The first of ``columns`` that a data set has, by the part its images came from."""
     import datasets
@@ -236,7 +256,7 @@ def _dataset_column(
     return found
 
 
-def _class_names(source: str, data: ImageData) -> list[str]:
+def _class_names(source: str, data: Samples) -> list[str]:
     path = Path(source).expanduser()
     columns: dict[str, list[Any] | None]
     if path.is_file():

@@ -4,13 +4,12 @@ Every source goes through the same decoding, so one image has the same pixels, a
 same fingerprint, however it is stored.
 """
 
-import hashlib
 import io
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..runs.files import write_atomically
+from .rows import KEPT_BYTES, Decoded, from_uint8
+from .samples import Samples, hash_pixels
 from .sources import (
     DataError,
     Record,
@@ -30,7 +31,6 @@ from .sources import (
 
 __all__ = [
     "DataError",
-    "ImageData",
     "decode_records",
     "digits_split",
     "encode_png",
@@ -43,68 +43,6 @@ __all__ = [
 DIGITS_SIZE = 8
 
 
-@dataclass(frozen=True, eq=False)
-class ImageData:
-    """Images with the names, labels and fingerprint that go with them, in a fixed order.
-
-    Attributes:
-        images: pixels [N, C, H, W] float32 in [-1, 1], on the CPU.
-        ids: N names that stay the same when the data is moved or reordered.
-        labels: N class indices, or None where the source has none.
-        source: where the images came from, in words.
-        fingerprint: sha256 (hexadecimal) over ids and pixels, in order; computed, never passed.
-
-    Raises:
-        ValueError: if images are not [N, C, H, W] float32, or ids or labels are not N long.
-    """
-
-    images: Tensor
-    ids: list[str]
-    labels: list[int] | None
-    source: str
-    fingerprint: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        if self.images.ndim != 4 or self.images.dtype != torch.float32:
-            raise ValueError(
-                "images must be [N, C, H, W] float32, "
-                f"got {list(self.images.shape)} {self.images.dtype}"
-            )
-        if len(self.ids) != len(self.images):
-            raise ValueError(f"ids must be {len(self.images)} long, got {len(self.ids)}")
-        if self.labels is not None and len(self.labels) != len(self.images):
-            raise ValueError(f"labels must be {len(self.images)} long, got {len(self.labels)}")
-        object.__setattr__(self, "fingerprint", _fingerprint(self.images, self.ids))
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def select(self, indices: Sequence[int] | Tensor) -> "ImageData":
-        """Return the images at ``indices``, in that order (repeats allowed).
-
-        Args:
-            indices: positions in [0, N), or a bool mask [N].
-
-        Raises:
-            ValueError: if an index lies outside [0, N), or a mask is not N long.
-        """
-        positions = torch.as_tensor(indices)
-        if positions.dtype == torch.bool:
-            if positions.shape != (len(self),):
-                raise ValueError(f"mask must be [{len(self)}], got {list(positions.shape)}")
-            positions = positions.nonzero().flatten()
-        chosen = [int(position) for position in positions.tolist()]
-        for position in chosen:
-            if not 0 <= position < len(self):
-                raise ValueError(f"indices must lie in [0, {len(self)}), got {position}")
-        return ImageData(
-            images=self.images[chosen],
-            ids=[self.ids[position] for position in chosen],
-            labels=None if self.labels is None else [self.labels[p] for p in chosen],
-            source=self.source,
-        )
-
-
 def load_data(
     source: str | os.PathLike[str],
     *,
@@ -115,12 +53,13 @@ def load_data(
     labels: Sequence[int] | None = None,
     skip_corrupt: bool = False,
     resize: bool = False,
-) -> ImageData:
+) -> Samples:
     """Load images as a model with ``channels`` and ``size`` takes them.
 
     Grey images become RGB by repetition, RGB becomes grey by luma, transparency is laid over white,
     EXIF rotation is applied, and of an animation the first frame counts. Pixels stay uint8 until
-    the last step: the peak is about 6 bytes a pixel and channel, of which 4 remain.
+    they are asked for: up to half a gigabyte is kept decoded, the rest decoded again when it is
+    needed.
 
     Args:
         source: ``"digits"`` (scikit-learn's 1,797 handwritten digits, 8 x 8; splits ``train``,
@@ -190,7 +129,7 @@ def decode_records(
     skip_corrupt: bool = False,
     resize: bool = False,
     description: str | None = None,
-) -> ImageData:
+) -> Samples:
     """Decode records into images, as `load_data` does.
 
     Args:
@@ -209,10 +148,8 @@ def decode_records(
         DataError: as in `load_data`.
     """
     shape = (size, size) if isinstance(size, int) else size
-    pixels, ids, labels = _decode_all(
-        records, name, channels, shape, limit, crop, skip_corrupt, resize
-    )
-    return ImageData(images=from_uint8(pixels), ids=ids, labels=labels, source=description or name)
+    decoder = _Decoder(name, channels, shape, crop, resize)
+    return _decode_all(records, decoder, description or name, limit, skip_corrupt)
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -224,11 +161,6 @@ def to_uint8(images: Tensor) -> Tensor:
     if not torch.isfinite(images).all():
         raise ValueError("images must be finite, got NaN or infinity")
     return ((images.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
-
-
-def from_uint8(pixels: Tensor) -> Tensor:
-    """Bring uint8 pixels to float32 in [-1, 1]; ``to_uint8`` undoes it exactly."""
-    return pixels.to(torch.float32).div_(127.5).sub_(1)
 
 
 def save_images(images: Tensor, folder: str | os.PathLike[str], prefix: str = "") -> list[Path]:
@@ -271,23 +203,13 @@ def encode_png(pixels: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def _fingerprint(images: Tensor, ids: Sequence[str]) -> str:
-    digest = hashlib.sha256(repr(tuple(images.shape)).encode())
-    for name, image in zip(ids, images, strict=True):
-        encoded = name.encode()
-        # the length in front keeps ("ab", "c") and ("a", "bc") apart
-        digest.update(len(encoded).to_bytes(8, "little") + encoded)
-        digest.update(image.contiguous().numpy().astype("<f4", copy=False).tobytes())
-    return digest.hexdigest()
-
-
 def _describe(name: str, split: str) -> str:
     return name if split == "train" and name != "digits" else f"{name} ({split})"
 
 
 def _load_digits(
     channels: int, split: str, limit: int | None, labels: Sequence[int] | None
-) -> ImageData:
+) -> Samples:
     """Load the digits without rounding them to 8 bits: 0..16 is exact in steps of 1/8."""
     from sklearn.datasets import load_digits
 
@@ -299,7 +221,7 @@ def _load_digits(
             raise DataError(f"'digits' has no image with a label in {sorted(set(labels))}")
     chosen = chosen[:limit]
     images = torch.from_numpy(digits.images[chosen]).float().div_(8).sub_(1)
-    return ImageData(
+    return Samples(
         images=images[:, None].repeat(1, channels, 1, 1),
         ids=[f"digits/{position:04d}" for position in chosen],
         labels=[int(digits.target[position]) for position in chosen],
@@ -319,20 +241,67 @@ def _with_labels(records: Iterable[Record], kept: set[int], name: str) -> Iterat
         raise DataError(f"'{name}' has no image with a label in {sorted(kept)}")
 
 
+class _Decoder:
+    """Brings records to pixels of one shape; the first one decides what is not given.
+
+    Args:
+        name: of the source, for messages.
+        channels: as in `load_data`.
+        shape: (height, width), or None.
+        crop: as in `decode_records`.
+        resize: as in `load_data`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        channels: int | None,
+        shape: tuple[int, int] | None,
+        crop: int | None,
+        resize: bool,
+    ) -> None:
+        self.name, self.channels, self.shape, self.crop = name, channels, shape, crop
+        self.resize, self._given, self._first = resize, shape is not None, ""
+
+    def __call__(self, image: Image.Image, name: str) -> np.ndarray:
+        """Pixels ``[C, H, W]`` uint8 of a decoded image.
+
+        Raises:
+            DataError: it has pixels that are not 8-bit, or another size.
+        """
+        if image.mode.startswith(("I", "F")):
+            raise DataError(
+                f"image '{name}' in '{self.name}' must have 8-bit pixels, got mode {image.mode}"
+            )
+        if self.crop is not None and min(image.size) >= self.crop:
+            image = _crop_centre(image, self.crop, self.crop)
+        self._first = self._first or name
+        self.channels = self.channels or (1 if image.mode in ("1", "L", "LA") else 3)
+        self.shape = self.shape or (image.height, image.width)
+        height, width = self.shape
+        image = _flatten(image, self.channels)
+        if (image.height, image.width) != self.shape:
+            if not self.resize:
+                reference = "the model takes" if self._given else f"the first ('{self._first}') is"
+                raise DataError(
+                    f"image '{name}' in '{self.name}' is {image.width}x{image.height} pixels, "
+                    f"{reference} {width}x{height} (--resize resizes and crops)"
+                )
+            image = _resize(image, height, width)
+        return np.asarray(image).reshape(height, width, self.channels).transpose(2, 0, 1)
+
+
 def _decode_all(
     records: Iterable[Record],
-    name: str,
-    channels: int | None,
-    shape: tuple[int, int] | None,
+    decoder: _Decoder,
+    source: str,
     limit: int | None,
-    crop: int | None,
     skip_corrupt: bool,
-    resize: bool,
-) -> tuple[Tensor, list[str], list[int] | None]:
-    """Decode records to pixels [N, C, H, W] uint8, with their ids and labels."""
-    given = shape is not None
-    pixels: list[np.ndarray] = []
-    ids: list[str] = []
+) -> Samples:
+    """Decode every record once, keep the pixels of the first ones, and how to read the others."""
+    kept: list[np.ndarray] = []
+    later: list[tuple[str, Any]] = []
+    size, ids, digests = 0, [], []
     labels: list[int | None] = []
     corrupt: list[str] = []
     for record in records:
@@ -340,43 +309,53 @@ def _decode_all(
             image = _decode(record.content)
         # Pillow's decoders raise whatever the broken bytes lead them to: OSError, SyntaxError, …
         except Exception as error:
-            reason = f"corrupt image '{record.id}' in '{name}': {first_line(error)}"
+            reason = f"corrupt image '{record.id}' in '{decoder.name}': {first_line(error)}"
             if not skip_corrupt:
                 raise DataError(f"{reason} (--skip-corrupt leaves it out)") from error
             corrupt.append(reason)
             continue
-        if image.mode.startswith(("I", "F")):
-            raise DataError(
-                f"image '{record.id}' in '{name}' must have 8-bit pixels, got mode {image.mode}"
-            )
-        if crop is not None and min(image.size) >= crop:
-            image = _crop_centre(image, crop, crop)
-        channels = channels or (1 if image.mode in ("1", "L", "LA") else 3)
-        height, width = shape = shape or (image.height, image.width)
-        image = _flatten(image, channels)
-        if (image.height, image.width) != shape:
-            if not resize:
-                reference = "the model takes" if given else f"the first ('{ids[0]}') is"
-                raise DataError(
-                    f"image '{record.id}' in '{name}' is {image.width}x{image.height} pixels, "
-                    f"{reference} {width}x{height} (--resize resizes and crops)"
-                )
-            image = _resize(image, height, width)
-        pixels.append(np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1))
+        pixels = decoder(image, record.id)
+        size += pixels.nbytes
+        if size <= KEPT_BYTES:
+            kept.append(pixels)
+        else:
+            later.append((record.id, record.reread or record.content))
+        digests.append(hash_pixels(from_uint8(torch.from_numpy(pixels.copy()))))
         ids.append(record.id)
         labels.append(record.label)
         if len(ids) == limit:
             break
     if corrupt:
-        if not pixels:
+        if not ids:
             raise DataError(f"all {len(corrupt)} images are corrupt; the first: {corrupt[0]}")
-        warnings.warn(f"left out {len(corrupt)} images; the first: {corrupt[0]}", stacklevel=3)
+        warnings.warn(f"left out {len(corrupt)} images; the first: {corrupt[0]}", stacklevel=4)
     known = [label for label in labels if label is not None]
-    stacked = torch.from_numpy(np.stack(pixels))
-    return stacked, ids, known if len(known) == len(labels) else None
+
+    def decode_again(position: int) -> np.ndarray:
+        name, content = later[position - len(kept)]
+        try:
+            return decoder(_decode(content), name)
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"image '{name}' in '{decoder.name}' could be read before and cannot now: "
+                f"{first_line(error)}"
+            ) from error
+
+    first = np.stack(kept) if kept else np.empty((0, *pixels.shape), np.uint8)
+    return Samples(
+        Decoded(first, decode_again, len(ids)),
+        ids,
+        known if len(known) == len(labels) else None,
+        source,
+        digests=digests,
+    )
 
 
-def _decode(content: bytes | Path | np.ndarray | None) -> Image.Image:
+def _decode(content: Any) -> Image.Image:
+    if callable(content):
+        content = content()
     if content is None:
         raise ValueError("it holds no bytes")
     if isinstance(content, np.ndarray):

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,11 +38,13 @@ class Record(NamedTuple):
         id: a name that stays the same when the data is moved.
         label: its class, or None.
         content: its encoded bytes, its path, or its pixels [H, W] or [H, W, 3] uint8.
+        reread: gives its encoded bytes again, where they are too many to keep; or None.
     """
 
     id: str
     label: int | None
     content: bytes | Path | np.ndarray | None
+    reread: Callable[[], bytes] | None = None
 
 
 def digits_split(seed: int = 42) -> tuple[list[int], list[int]]:
@@ -265,16 +269,51 @@ def _parquet_records(path: Path, classes: Sequence[str] | None) -> Iterator[Reco
         columns = [image, LABEL_COLUMN] if labelled else [image]
         if labelled:
             _check_classes(_parquet_classes(schema), classes, path)
-        row = 0
+        row, reader = 0, _RowGroups(path, image)
         try:
             for batch in file.iter_batches(batch_size=256, columns=columns):
                 for values in batch.to_pylist():
-                    yield _row_record(f"{path.name}/{row}", values[image], values.get(LABEL_COLUMN))
+                    record = _row_record(
+                        f"{path.name}/{row}", values[image], values.get(LABEL_COLUMN)
+                    )
+                    yield _with_bytes(record, partial(_reread, reader, row))
                     row += 1
         except (pa.ArrowException, OSError) as error:
             raise DataError(
                 f"'{path}' is not a readable parquet file, at row {row}: {first_line(error)}"
             ) from error
+
+
+class _RowGroups:
+    """The images of a parquet file by row, the last group of rows at hand."""
+
+    def __init__(self, path: Path, column: str) -> None:
+        self.path, self.column = path, column
+        self._starts: list[int] = []
+        self._group, self._images = -1, None
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(self.path) as file:
+            if not self._starts:
+                sizes = [
+                    file.metadata.row_group(group).num_rows
+                    for group in range(file.metadata.num_row_groups)
+                ]
+                self._starts = [sum(sizes[:group]) for group in range(len(sizes))]
+            group = bisect_right(self._starts, row) - 1
+            if group != self._group:
+                self._images = file.read_row_group(group, columns=[self.column]).column(0)
+                self._group = group
+        assert self._images is not None
+        image: dict[str, Any] = self._images[row - self._starts[group]].as_py()
+        return image
+
+
+def _reread(rows: Any, row: int) -> bytes:
+    content: bytes = rows[row]["bytes"]
+    return content
 
 
 def _parquet_classes(schema: Any) -> list[str] | None:
@@ -386,8 +425,20 @@ def _dataset_records(dataset: Any, name: str, classes: Sequence[str] | None) -> 
     columns = [image, LABEL_COLUMN] if kind.startswith(("int", "uint")) else [image]
     if LABEL_COLUMN in columns:
         _check_classes(getattr(features[LABEL_COLUMN], "names", None), classes, name)
+    pictures = encoded.select_columns([image])
     for row, values in enumerate(encoded.select_columns(columns)):
-        yield _row_record(f"{name}/{row}", values[image], values.get(LABEL_COLUMN))
+        record = _row_record(f"{name}/{row}", values[image], values.get(LABEL_COLUMN))
+        yield _with_bytes(record, partial(_reread_column, pictures, row, image))
+
+
+def _reread_column(pictures: Any, row: int, column: str) -> bytes:
+    content: bytes = pictures[row][column]["bytes"]
+    return content
+
+
+def _with_bytes(record: Record, reread: Callable[[], bytes]) -> Record:
+    """A record that can be read again; one with a path can anyway."""
+    return record._replace(reread=reread) if isinstance(record.content, bytes) else record
 
 
 def _row_record(name: str, image: dict[str, Any] | None, label: int | None) -> Record:

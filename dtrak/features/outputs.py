@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .output_names import check_output_function, import_function
-
-if TYPE_CHECKING:
-    from diffusers import DDPMScheduler
 
 # (prediction, target, weight) -> [R]; prediction and target are flattened, [R, D] float, the weight
 # of the variational bound is [R]
@@ -39,68 +35,14 @@ OUTPUT_FUNCTIONS: dict[str, OutputFunction] = {
 }
 
 
-def training_target(
-    scheduler: DDPMScheduler, images: Tensor, noise: Tensor, timesteps: Tensor
-) -> Tensor:
-    """What the model was trained to predict, by the scheduler's ``prediction_type``.
-
-    Args:
-        scheduler: the training schedule.
-        images: ``[R, C, H, W]`` clean.
-        noise: ``[R, C, H, W]``.
-        timesteps: ``[R]`` timestep indices.
-
-    Returns:
-        ``[R, C, H, W]``: the noise ε, the image x, or the velocity ``√ᾱ_t ε - √(1 - ᾱ_t) x``.
-
-    Raises:
-        ValueError: the prediction type is not epsilon, sample or v_prediction.
-    """
-    kind = scheduler.config["prediction_type"]
-    if kind == "epsilon":
-        return noise
-    if kind == "sample":
-        return images
-    if kind == "v_prediction":
-        velocity: Tensor = scheduler.get_velocity(images, noise, timesteps)
-        return velocity
-    raise ValueError(f"prediction_type must be epsilon, sample or v_prediction, got {kind!r}")
-
-
-def elbo_weights(scheduler: DDPMScheduler, timesteps: Tensor) -> Tensor:
-    """Weights of the variational bound, ``w_t = β_t / (2 α_t (1 - ᾱ_t))``.
-
-    At t = 0 the factor ``β_0 / (1 - ᾱ_0)`` is 1 whatever β_0, so the weight is ``1 / (2 α_0)`` even
-    for a schedule that starts at β_0 = 0. Infinite where α_t = 0 (the last timestep of a schedule
-    with zero terminal SNR).
-
-    Args:
-        scheduler: the training schedule.
-        timesteps: ``[R]`` timestep indices.
-
-    Returns:
-        ``[R]`` float32.
-    """
-    # in float32, 1 - ᾱ_t keeps only three digits at the least noisy steps
-    betas = scheduler.betas.double().cpu()
-    alphas = 1 - betas
-    ratio = betas / (1 - alphas.cumprod(0))
-    ratio[0] = 1
-    table = (ratio / (2 * alphas)).float()
-    return table.to(timesteps.device)[timesteps]
-
-
-def evaluate_output(
-    name: str, prediction: Tensor, target: Tensor, scheduler: DDPMScheduler, timesteps: Tensor
-) -> Tensor:
+def evaluate_output(name: str, prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """The output function ``name``, one scalar per row.
 
     Args:
         name: as in `check_output_function`.
-        prediction: ``[R, C, H, W]`` what the model returned.
-        target: ``[R, C, H, W]`` what it was trained to return.
-        scheduler: gives the weights of ``weighted_mse``.
-        timesteps: ``[R]`` timestep indices.
+        prediction: ``[R, ...]`` what the model returned.
+        target: ``[R, ...]`` what it was trained to return.
+        weight: ``[R]`` of the rows in the variational bound, as `Process.weight`.
 
     Returns:
         ``[R]``, float32 (float64 for a float64 model).
@@ -110,11 +52,7 @@ def evaluate_output(
             one's own does not return ``[R]`` floating numbers, each of its own row alone.
     """
     dtype = torch.promote_types(prediction.dtype, torch.float32)
-    arguments = (
-        prediction.to(dtype).flatten(1),
-        target.to(dtype).flatten(1),
-        elbo_weights(scheduler, timesteps).to(dtype),
-    )
+    arguments = prediction.to(dtype).flatten(1), target.to(dtype).flatten(1), weight.to(dtype)
     name = check_output_function(name)
     if name in OUTPUT_FUNCTIONS:
         return OUTPUT_FUNCTIONS[name](*arguments)

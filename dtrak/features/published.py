@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,18 +15,16 @@ from torch.func import functional_call, grad, vmap
 
 from dtrak_kernels import Projection, project
 
-from ..models.unet import DiffusionModel
+from ..data.samples import Samples
+from ..models.denoiser import Condition, Denoiser
 from ..runs.measure import TensorMeter
 from .extraction import (
     FusedExtractor,
-    Samples,
     check_prediction,
+    condition_rows,
     extract_rows,
-    move_model,
+    given,
     noisy_rows,
-    predict,
-    text_rows,
-    trainable_parameters,
 )
 from .outputs import evaluate_output
 from .settings import FeatureSettings
@@ -35,13 +33,14 @@ from .settings import FeatureSettings
 PUBLISHED_BATCH_SIZE = 52
 
 
-def _plain_attention(model: DiffusionModel) -> DiffusionModel:
+def _plain_attention(model: Denoiser) -> Denoiser:
     """A copy whose attention is written out: the fused one has no batching rule under vmap."""
-    unet = copy.deepcopy(model.unet)
-    for module in unet.modules():
-        if hasattr(module, "set_processor"):
-            module.set_processor(AttnProcessor())
-    return replace(model, unet=unet)
+    module = copy.deepcopy(model.module)
+    parts: Any = module.modules()
+    for part in parts:
+        if hasattr(part, "set_processor"):
+            part.set_processor(AttnProcessor())
+    return model.with_module(module)
 
 
 def make_trak_projector(grad_dim: int, projection: Projection, device: torch.device) -> Any:
@@ -95,21 +94,19 @@ class PublishedExtractor:
 
     method = "published"
 
-    def __init__(
-        self, model: DiffusionModel, settings: FeatureSettings, device: torch.device
-    ) -> None:
+    def __init__(self, model: Denoiser, settings: FeatureSettings, device: torch.device) -> None:
         if settings.dtype not in ("float32", "float64"):
             raise ValueError(
                 f"dtype must be float32 or float64 for --no-fused, got {settings.dtype!r}"
             )
         self.dtype = torch.float64 if settings.dtype == "float64" else torch.float32
         self.model = _plain_attention(model)
-        move_model(self.model, device, settings.dtype)
+        self.model.to(device, settings.dtype)
         self.settings, self.device = settings, device
-        chosen = set(trainable_parameters(model))
+        chosen = set(model.parameters())
         self.parameters = {
             name: parameter.detach()
-            for name, parameter in self.model.unet.named_parameters()
+            for name, parameter in self.model.module.named_parameters()
             if name in chosen
         }
         self.grad_dim = sum(p.numel() for p in self.parameters.values())
@@ -117,39 +114,32 @@ class PublishedExtractor:
         self.projector = make_trak_projector(self.grad_dim, settings.projection, device)
 
     def gradients(
-        self, images: Tensor, ids: Sequence[str], captions: Sequence[str] | None = None
+        self, inputs: Tensor, ids: Sequence[str], items: Sequence[Any] | None = None
     ) -> Tensor:
         """Gradients averaged over timesteps, ``[B, P]``: what the fused way never stores."""
-        samples, steps = len(images), len(self.settings.timesteps)
-        images = images.to(self.device, self.dtype)
-        noisy, target, timesteps = noisy_rows(self.model, self.settings, images, ids)
-        text = text_rows(self.model, captions, steps, images)
+        samples, steps = len(inputs), len(self.settings.timesteps)
+        inputs = inputs.to(self.device, self.dtype)
+        noisy, target, timesteps = noisy_rows(self.model, self.settings, inputs, ids)
+        condition = condition_rows(self.model, items, steps, inputs)
 
         def output(
             parameters: dict[str, Tensor],
             noisy: Tensor,
             target: Tensor,
             timestep: Tensor,
-            text: Tensor | None,
+            condition: Condition,
         ) -> tuple[Tensor, Tensor]:
-            def unet(*args: Any, **kwargs: Any) -> Any:
-                return functional_call(self.model.unet, parameters, args, kwargs)
+            def module(*args: Any, **kwargs: Any) -> Any:
+                return functional_call(self.model.module, parameters, args, kwargs)
 
-            words = None if text is None else text[None]
-            prediction = predict(unet, noisy[None], timestep, words)
-            f = evaluate_output(
-                self.settings.output_function,
-                prediction,
-                target[None],
-                self.model.scheduler,
-                timestep[None],
-            )
+            one = {name: values[None] for name, values in condition.items()}
+            prediction = self.model.predict(noisy[None], timestep, one, module)
+            weight = self.model.process.weight(timestep[None])
+            f = evaluate_output(self.settings.output_function, prediction, target[None], weight)
             return f.sum(), prediction
 
-        per_sample = vmap(
-            grad(output, has_aux=True), in_dims=(None, 0, 0, 0, None if text is None else 0)
-        )
-        total = images.new_zeros(samples, self.grad_dim)
+        per_sample = vmap(grad(output, has_aux=True), in_dims=(None, 0, 0, 0, 0))
+        total = inputs.new_zeros(samples, self.grad_dim)
         for step in range(steps):
             rows = slice(step, None, steps)
             grads, prediction = per_sample(
@@ -157,17 +147,17 @@ class PublishedExtractor:
                 noisy[rows],
                 target[rows],
                 timesteps[rows],
-                None if text is None else text[rows],
+                {name: values[rows] for name, values in condition.items()},
             )
             check_prediction(prediction.flatten(1), ids, timesteps[rows])
             total += torch.cat([part.flatten(1) for part in grads.values()], dim=1)
         return total / steps
 
     def extract(
-        self, images: Tensor, ids: Sequence[str], captions: Sequence[str] | None = None
+        self, inputs: Tensor, ids: Sequence[str], items: Sequence[Any] | None = None
     ) -> Tensor:
         """Features ``[B, K]``; TRAK leaves out the 1/√K, which is applied here."""
-        return self.project(self.gradients(images, ids, captions))
+        return self.project(self.gradients(inputs, ids, items))
 
     def project(self, grads: Tensor) -> Tensor:
         """TRAK's projection of ``[B, P]``, with our scale."""
@@ -226,10 +216,8 @@ def compare(
         return torch.cat([extract_rows(fused, data, rows) for rows in batches])
 
     def published_gradients(rows: slice) -> Tensor:
-        captions = getattr(data, "captions", None)
-        return published.gradients(
-            data.images[rows], data.ids[rows], None if captions is None else captions[rows]
-        )
+        inputs = given(published.model, data, rows, published.device)
+        return published.gradients(inputs, data.ids[rows], data.conditions_of(rows))
 
     whole, first = slice(0, len(data)), slice(0, 1)
     extract_rows(fused, data, first)
@@ -254,12 +242,12 @@ def compare(
     grams = torch.stack([(f @ f.T)[upper[0], upper[1]].double() for f in (features, theirs)])
     correlation = float(torch.corrcoef(grams)[0, 1]) if len(data) > 2 else float("nan")
     del grads, ours, theirs, features, grams
-    with TensorMeter(known=fused.model.unet.state_dict().values()) as fused_meter:
+    with TensorMeter(known=fused.model.module.state_dict().values()) as fused_meter:
         run_fused()
     # the projector holds a block of its matrix from the start, so that block counts as live
     projector = published.projector
     matrix = getattr(projector, "proj_matrix", None)
-    known = [*published.model.unet.state_dict().values(), *([] if matrix is None else [matrix])]
+    known = [*published.model.module.state_dict().values(), *([] if matrix is None else [matrix])]
     with TensorMeter(known=known) as published_meter:
         published_gradients(whole)
     return Comparison(

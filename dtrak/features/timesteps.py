@@ -3,48 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ..runs.choices import check_choice
 
 TIMESTEP_STRATEGIES = ("uniform", "cumulative", "explicit")
 
 
-def parse_timesteps(
-    text: int | str, strategy: str | None = None
-) -> tuple[int | tuple[int, ...], str]:
-    """What ``--timesteps`` and ``--timestep-strategy`` ask for.
+@dataclass(frozen=True)
+class Timesteps:
+    """Which timesteps a feature averages over, before it is known how many a model has.
 
-    Args:
-        text: a number of timesteps, or timestep indices separated by commas.
-        strategy: one of `TIMESTEP_STRATEGIES`; None is ``"explicit"`` for indices separated by
-            commas and ``"uniform"`` for a number.
-
-    Returns:
-        The first two arguments of `select_timesteps`.
-
-    Raises:
-        ValueError: the text is neither, a number is below 1, the strategy is unknown, or it chooses
-            timesteps although they are listed.
+    Attributes:
+        chosen: S, a number of timesteps; or their indices.
+        strategy: one of `TIMESTEP_STRATEGIES`.
     """
-    parts = [part.strip() for part in str(text).split(",")]
-    try:
-        numbers = tuple(int(part) for part in parts)
-    except ValueError as error:
-        raise ValueError(
-            f"--timesteps must be a number, or indices such as 0,100,500, got {text!r}"
-        ) from error
-    if strategy is None:
-        strategy = "explicit" if len(numbers) > 1 else "uniform"
-    check_choice("--timestep-strategy", strategy, TIMESTEP_STRATEGIES)
-    if strategy == "explicit":
-        return numbers, strategy
-    if len(numbers) > 1:
-        raise ValueError(
-            f"--timesteps must be a number with --timestep-strategy {strategy}, got {text!r}"
-        )
-    if numbers[0] < 1:
-        raise ValueError(f"--timesteps must be at least 1, got {numbers[0]}")
-    return numbers[0], strategy
+
+    chosen: int | tuple[int, ...]
+    strategy: str
+
+    @classmethod
+    def parse(cls, text: int | str, strategy: str | None = None) -> Timesteps:
+        """What ``--timesteps`` and ``--timestep-strategy`` ask for.
+
+        Args:
+            text: a number of timesteps, or timestep indices separated by commas.
+            strategy: one of `TIMESTEP_STRATEGIES`; None is ``"explicit"`` for indices separated by
+                commas and ``"uniform"`` for a number.
+
+        Raises:
+            ValueError: the text is neither, a number is below 1, the strategy is unknown, or it
+                chooses timesteps although they are listed.
+        """
+        parts = [part.strip() for part in str(text).split(",")]
+        try:
+            numbers = tuple(int(part) for part in parts)
+        except ValueError as error:
+            raise ValueError(
+                f"--timesteps must be a number, or indices such as 0,100,500, got {text!r}"
+            ) from error
+        if strategy is None:
+            strategy = "explicit" if len(numbers) > 1 else "uniform"
+        check_choice("--timestep-strategy", strategy, TIMESTEP_STRATEGIES)
+        if strategy == "explicit":
+            return cls(numbers, strategy)
+        if len(numbers) > 1:
+            raise ValueError(
+                f"--timesteps must be a number with --timestep-strategy {strategy}, got {text!r}"
+            )
+        if numbers[0] < 1:
+            raise ValueError(f"--timesteps must be at least 1, got {numbers[0]}")
+        return cls(numbers[0], strategy)
+
+    def resolve(self, num_timesteps: int) -> tuple[int, ...]:
+        """The indices, for a model with so many timesteps; raises as `select_timesteps`."""
+        return tuple(select_timesteps(self.chosen, self.strategy, num_timesteps))
+
+    def __str__(self) -> str:
+        numbers = (self.chosen,) if isinstance(self.chosen, int) else self.chosen
+        return f"{','.join(map(str, numbers))} {self.strategy}"
 
 
 def select_timesteps(

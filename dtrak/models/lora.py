@@ -6,9 +6,7 @@ B are trained, and only they are attributed.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from .unet import hash_tensors
+from .hashing import hash_tensors
+from .weights import quiet
 
 # query, key, value and output projections of every attention, self and cross
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -85,7 +84,7 @@ def load_lora(unet: UNet2DConditionModel, path: str | Path) -> None:
     weights, alphas, metadata = _read(file)
     _check_fit(unet, weights, file)
     try:
-        with _quiet("diffusers.loaders.peft", "diffusers.utils.peft_utils"):
+        with quiet("diffusers.loaders.peft", "diffusers.utils.peft_utils"):
             unet.load_lora_adapter(
                 {f"unet.{name}": tensor for name, tensor in weights.items()},
                 prefix="unet",
@@ -250,17 +249,3 @@ def _check_fit(unet: UNet2DConditionModel, weights: dict[str, Tensor], file: Pat
 
 def _inputs(module: nn.Linear | nn.Conv2d) -> int:
     return int(module.weight.shape[1])
-
-
-@contextmanager
-def _quiet(*names: str) -> Iterator[None]:
-    """Without the libraries' remarks on what `load_lora` checks itself."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -1,101 +1,127 @@
-"""Stable Diffusion with a LoRA: the base from a folder that Diffusers wrote, and its adapter."""
+"""Stable Diffusion 1 and 2 with a LoRA: pipelines of latents that read captions."""
 
 from __future__ import annotations
 
 import functools
-import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor
 
-from ..runs.choices import GUIDANCE_SCALE
-from .lora import LoraError, add_lora, hash_base, hash_lora, load_lora, lora_names
-from .unet import DiffusionModel, ModelError, hash_model
-from .unet import load_schedule as load_schedule
-from .unet import read_json as read_json
+from ..runs.choices import DRAWN_TOGETHER, GUIDANCE_SCALE, TRAINING_FILE
+from .denoiser import (
+    Condition,
+    Denoiser,
+    Drawn,
+    ModelError,
+    Progress,
+    check_seeds,
+    check_steps,
+)
+from .hashing import hash_captions, hash_model
+from .lora import (
+    LORA_TARGETS,
+    LoraError,
+    add_lora,
+    hash_base,
+    hash_lora,
+    load_lora,
+    lora_names,
+    remove_lora,
+    save_lora,
+)
+from .process import DiscreteProcess
+from .weights import load_part, load_process, quiet, read_json, refuse_misfits
 
-# pictures drawn, and kept, at a time
-DRAWN_TOGETHER = 8
-# what `dtrak.train_lora` writes beside a LoRA
-TRAINING_FILE = "training.json"
 _TEXT_BATCH = 64
 # embeddings kept; at 77 tokens of 768 numbers each takes 0.24 MB
 _MAX_EMBEDDINGS = 4096
 _PARTS = ("unet", "vae", "text_encoder", "tokenizer")
-_HUB_HINT = "a folder that Diffusers wrote, or a hub name such as owner/name"
 
 
-@dataclass(frozen=True, eq=False)
-class TextToImageModel(DiffusionModel):
+class StableDiffusion(Denoiser):
     """A latent diffusion model that reads captions, its U-Net with a LoRA.
 
-    The U-Net sees latents ``[R, C, h, w]``: VAE latents times the VAE's scaling factor. Images are
-    ``[N, 3, H, W]`` in [-1, 1], ``factor`` times as large.
+    The U-Net sees latents ``[R, C, h, w]``: VAE latents times the VAE's scaling factor. Pictures
+    are ``[N, 3, H, W]`` in [-1, 1], ``factor`` times as large. Only the LoRA is attributed.
+
+    Args:
+        pipeline: of Diffusers; its parts are in evaluation mode and float32.
+        process: of its training schedule.
 
     Attributes:
-        unet: a `diffusers.UNet2DConditionModel`, with an adapter where one was loaded.
-        scheduler: its training schedule.
-        vae: a `diffusers.AutoencoderKL`, float32.
-        text_encoder: a `transformers.CLIPTextModel`, float32.
+        module: the pipeline's `diffusers.UNet2DConditionModel`, with an adapter where one was
+            loaded.
+        vae: a `diffusers.AutoencoderKL`.
+        text_encoder: a `transformers.CLIPTextModel`.
         tokenizer: its `transformers.CLIPTokenizer`.
     """
 
-    vae: AutoencoderKL
-    text_encoder: Any
-    tokenizer: Any
-    _embeddings: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    pipelines = ("StableDiffusionPipeline",)
+    reads = "captions"
+
+    module: UNet2DConditionModel
+    process: DiscreteProcess
+
+    def __init__(self, pipeline: StableDiffusionPipeline, process: DiscreteProcess) -> None:
+        super().__init__(pipeline.unet, process)
+        self.pipeline: Any = pipeline
+        self.vae: AutoencoderKL = pipeline.vae
+        self.text_encoder: Any = pipeline.text_encoder
+        self.tokenizer: Any = pipeline.tokenizer
+        self._embeddings: dict[str, Tensor] = {}
+        self._frozen: dict[str, str] | None = None
 
     @property
     def channels(self) -> int:
-        """Image channels the VAE takes."""
+        """Of a picture, which the VAE takes."""
         return int(self.vae.config["in_channels"])
 
     @property
     def factor(self) -> int:
-        """Image pixels per latent pixel, along one side."""
+        """Pixels per latent pixel, along one side."""
         return int(2 ** (len(self.vae.config["block_out_channels"]) - 1))
 
     @property
     def size(self) -> int | tuple[int, int] | None:
-        """Image size the model was made for, in pixels: a side, (height, width), or unknown."""
-        size = super().size
+        """See `Denoiser`."""
+        size = self.module.config["sample_size"]
         if size is None or isinstance(size, int):
             return size and size * self.factor
-        return size[0] * self.factor, size[1] * self.factor
+        return int(size[0]) * self.factor, int(size[1]) * self.factor
 
-    @property
-    def lora_names(self) -> list[str]:
-        """Names of the trainable parameters of the U-Net, in ``named_parameters()`` order."""
-        return lora_names(self.unet)
+    def parameters(self) -> list[str]:
+        """Those of the LoRA."""
+        return lora_names(self.module)
 
-    @property
     def identity(self) -> dict[str, str]:
         """Hashes of all weights that decide the features; those of frozen parts are made once."""
-        return self._frozen_identity | {"lora": hash_lora(self.unet)}
+        if self._frozen is None:
+            self._frozen = {
+                "model": hash_base(self.module),
+                "vae": hash_model(self.vae),
+                "text_encoder": hash_model(self.text_encoder),
+            }
+        return self._frozen | {"lora": hash_lora(self.module)}
 
-    @functools.cached_property
-    def _frozen_identity(self) -> dict[str, str]:
-        return {
-            "model": hash_base(self.unet),
-            "vae": hash_model(self.vae),
-            "text_encoder": hash_model(self.text_encoder),
-        }
+    def base_identity(self) -> dict[str, str]:
+        """Hashes of the frozen parts."""
+        identity = self.identity()
+        del identity["lora"]
+        return identity
 
-    def save(self, folder: str | Path) -> None:
-        """Refused: save the adapter with `dtrak.models.lora.save_lora`; the base is where it was.
-
-        Raises:
-            ModelError: always.
-        """
-        raise ModelError("a text-to-image model is its base and its LoRA: save the LoRA")
+    # what goes with a picture
 
     @property
     def max_tokens(self) -> int:
@@ -105,9 +131,11 @@ class TextToImageModel(DiffusionModel):
 
     def tokenize(self, captions: Sequence[str]) -> list[list[int]]:
         """Token ids of every caption, ``max_tokens`` each; warns of captions that are cut."""
+        if not captions:
+            return []
         with quiet("transformers.tokenization_utils_base"):
             # one call, two lengths: the tokenizer does not say what it cut
-            whole = self.tokenizer(list(captions)).input_ids if captions else []
+            whole = self.tokenizer(list(captions)).input_ids
             cut = [
                 caption
                 for caption, row in zip(captions, whole, strict=True)
@@ -119,15 +147,20 @@ class TextToImageModel(DiffusionModel):
                     f"first: {cut[0][:60]!r}",
                     stacklevel=2,
                 )
-            return self._token_rows(captions)
+            rows: list[list[int]] = self.tokenizer(
+                list(captions), padding="max_length", max_length=self.max_tokens, truncation=True
+            ).input_ids
+            return rows
 
-    def _token_rows(self, captions: Sequence[str]) -> list[list[int]]:
-        if not captions:
-            return []
-        rows: list[list[int]] = self.tokenizer(
-            list(captions), padding="max_length", max_length=self.max_tokens, truncation=True
-        ).input_ids
-        return rows
+    def identify_items(self, items: Sequence[str]) -> str:
+        """Hash of the captions and of the tokens they are read as."""
+        return hash_captions(items, self.tokenize(items))
+
+    def condition(self, items: Sequence[str] | None, device: torch.device) -> Condition:
+        """See `Denoiser.condition`: the embedded captions, ``encoder_hidden_states [B, T, D]``."""
+        if items is None:
+            raise ValueError("captions must be given for a model that reads them, got none")
+        return {"encoder_hidden_states": self.embed(items, device)}
 
     @torch.no_grad()
     def embed(self, captions: Sequence[str], device: torch.device) -> Tensor:
@@ -147,9 +180,12 @@ class TextToImageModel(DiffusionModel):
         fresh: dict[str, Tensor] = {}
         for first in range(0, len(missing), _TEXT_BATCH):
             chosen = missing[first : first + _TEXT_BATCH]
-            ids = torch.tensor(self._token_rows(chosen), device=device)
-            hidden = self.text_encoder(ids)[0].float()
-            fresh.update(zip(chosen, hidden.unbind(), strict=True))
+            # captions are cut, which is said where they are read
+            with quiet("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"):
+                hidden, _ = self.pipeline.encode_prompt(
+                    chosen, device, num_images_per_prompt=1, do_classifier_free_guidance=False
+                )
+            fresh.update(zip(chosen, hidden.float().unbind(), strict=True))
         rows = [fresh[t] if t in fresh else self._embeddings[t].to(device) for t in captions]
         result = torch.stack(rows)
         self._embeddings.update(fresh)
@@ -157,16 +193,40 @@ class TextToImageModel(DiffusionModel):
             del self._embeddings[next(iter(self._embeddings))]
         return result
 
-    def embed_apart(self, captions: Sequence[str], device: torch.device) -> Tensor:
-        """As `embed`, each caption by itself, so that its bits do not depend on the others."""
-        return torch.cat([self.embed([caption], device) for caption in captions])
+    # what the U-Net is given
+
+    def input_shape(self, pixels: Sequence[int]) -> tuple[int, ...]:
+        """``(C, h, w)`` of the latents of pictures of shape ``(3, H, W)``.
+
+        Raises:
+            ValueError: a side of the pictures is no multiple of the VAE's factor.
+        """
+        *_, height, width = pixels
+        if height % self.factor or width % self.factor:
+            raise ValueError(
+                f"images must have sides that are multiples of {self.factor}, got "
+                f"{width}x{height} pixels"
+            )
+        return int(self.vae.config["latent_channels"]), height // self.factor, width // self.factor
+
+    @property
+    def encoding(self) -> dict[str, Any]:
+        """See `Denoiser.encoding`: the VAE, and how its latents are scaled."""
+        return {
+            "vae": self.identity()["vae"],
+            "scaling_factor": float(self.vae.config["scaling_factor"]),
+        }
+
+    def inputs(self, pixels: Tensor, device: torch.device) -> Tensor:
+        """The mode of the VAE's posterior, ``[B, C, h, w]`` float32."""
+        return self.posterior(pixels, device)[:, 0]
 
     @torch.no_grad()
-    def encode(self, images: Tensor, device: torch.device) -> Tensor:
-        """The VAE's posterior of images, in the U-Net's units.
+    def posterior(self, pixels: Tensor, device: torch.device) -> Tensor:
+        """The VAE's posterior of pictures, in the U-Net's units.
 
         Args:
-            images: ``[B, 3, H, W]`` in [-1, 1], sides multiples of ``factor``.
+            pixels: ``[B, 3, H, W]`` in [-1, 1], sides multiples of ``factor``.
             device: where the VAE works.
 
         Returns:
@@ -177,93 +237,228 @@ class TextToImageModel(DiffusionModel):
         Raises:
             ValueError: a side is no multiple of ``factor``.
         """
-        height, width = images.shape[-2:]
-        if height % self.factor or width % self.factor:
-            raise ValueError(
-                f"images must have sides that are multiples of {self.factor}, got "
-                f"{width}x{height} pixels"
-            )
+        self.input_shape(pixels.shape[1:])
         self.vae.to(device)
-        posterior = self.vae.encode(images.to(device, torch.float32)).latent_dist
+        posterior = self.vae.encode(pixels.to(device, torch.float32)).latent_dist
         scale = float(self.vae.config["scaling_factor"])
         shift = float(self.vae.config.get("shift_factor") or 0.0)
         return torch.stack([(posterior.mean - shift) * scale, posterior.std * scale], dim=1)
 
+    def predict(
+        self, noisy: Tensor, timesteps: Tensor, condition: Condition, module: Any = None
+    ) -> Tensor:
+        """See `Denoiser.predict`."""
+        called = self.module if module is None else module
+        prediction: Tensor = called(noisy, timesteps, **condition).sample
+        return prediction
 
-def is_text_to_image(folder: str | Path) -> bool:
-    """Whether a folder holds a pipeline of Diffusers that reads captions."""
-    file = Path(folder) / "model_index.json"
-    return file.is_file() and "StableDiffusion" in str(read_json(file).get("_class_name"))
+    # drawing
 
+    def drawing_timesteps(self, num_inference_steps: int) -> list[int]:
+        """See `Denoiser.drawing_timesteps`."""
+        scheduler = self._drawing_scheduler()
+        scheduler.set_timesteps(num_inference_steps)
+        timesteps: list[int] = scheduler.timesteps.tolist()
+        return timesteps
 
-def load_text_to_image(
-    folder: str | Path, lora: str | Path | None = None, *, rank: int | None = None, seed: int = 0
-) -> TextToImageModel:
-    """Load Stable Diffusion and an adapter.
+    def _drawing_scheduler(self) -> DDIMScheduler:
+        """What pictures are drawn with; nothing is clipped."""
+        # what Diffusers' pipeline sets anyway, with a page of advice
+        config = self.process.scheduler.config
+        return DDIMScheduler.from_config(config, clip_sample=False, steps_offset=1)
 
-    Args:
-        folder: a Stable Diffusion pipeline that Diffusers wrote (1.x or 2.x: one U-Net, one VAE,
-            one CLIP text encoder), or a hub name ``owner/name``, of which only what is needed is
-            downloaded, once.
-        lora: as in `dtrak.models.lora.load_lora`; None loads the base alone.
-        rank: put a fresh adapter of this rank in instead, to train it.
-        seed: of the fresh adapter.
+    def draw(
+        self,
+        seeds: Sequence[int],
+        items: Sequence[Any] | None = None,
+        *,
+        num_inference_steps: int = 50,
+        guidance_scale: float | None = None,
+        size: int | tuple[int, int] | None = None,
+        batch_size: int | None = None,
+        trajectories: bool = False,
+        progress: Progress | None = None,
+    ) -> Iterator[Drawn]:
+        """See `Denoiser.draw`: guided by captions, in small batches; trajectories are latents.
 
-    Returns:
-        The model in evaluation mode, float32, on the CPU; only the adapter requires gradients.
+        Trajectories are predicted with guidance, in the U-Net's units, and never clipped.
 
-    Raises:
-        FileNotFoundError: there is no such folder, file or hub name.
-        ModelError: the folder holds another kind of model, is incomplete or unreadable, or its
-            parts do not fit each other.
-        LoraError: as in `dtrak.models.lora.load_lora` and `dtrak.models.lora.add_lora`.
-    """
-    base = _find_base(folder)
-    _check_pipeline(base)
-    unet = _load_part(UNet2DConditionModel, base / "unet")
-    vae = _load_part(AutoencoderKL, base / "vae")
-    text_encoder, tokenizer = _load_text(base)
-    model = TextToImageModel(unet, load_schedule(base), vae, text_encoder, tokenizer)
-    _check_parts(model, base)
-    for part in (unet, vae, text_encoder):
-        part.requires_grad_(False)
-    if lora is not None:
-        load_lora(unet, lora)
-        _check_origin(unet, Path(lora), base)
-    elif rank is not None:
-        add_lora(unet, rank, seed=seed)
-    for part in (unet, vae, text_encoder):
-        part.eval()
-    return model
+        Source:
+            Song et al. 2021 (arXiv:2010.02502); Ho and Salimans 2022 (arXiv:2207.12598); one
+            generator per image as in D-TRAK's gen_text_to_image_lora.py at e2a0c2e. Trajectories:
+            Journey-TRAK (arXiv:2312.06205) as D-TRAK computes it
+            (TRAK_gen_sampling_trajectory.ipynb at e2a0c2e).
+        """
+        batch_size = DRAWN_TOGETHER if batch_size is None else batch_size
+        guidance = GUIDANCE_SCALE if guidance_scale is None else guidance_scale
+        if items is None or len(items) != len(seeds):
+            got = "none" if items is None else str(len(items))
+            raise ValueError(f"prompts must be {len(seeds)}, one for each seed, got {got}")
+        check_seeds(seeds)
+        if not 0 <= guidance < math.inf:
+            raise ValueError(
+                f"guidance_scale must be a finite number of at least 0, got {guidance}"
+            )
+        check_steps(num_inference_steps, self.process.num_timesteps, batch_size)
+        height, width = self._drawn_size(size)
+        options = {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance,
+            "height": height,
+            "width": width,
+        }
+        return self._draw(seeds, items, options, batch_size, trajectories, progress)
 
+    def _drawn_size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
+        chosen = self.size if size is None else size
+        if chosen is None:
+            raise ValueError("the model must have a sample_size to draw from it, got None")
+        height, width = (chosen, chosen) if isinstance(chosen, int) else chosen
+        if min(height, width) < 1 or height % self.factor or width % self.factor:
+            raise ValueError(
+                f"size must be positive multiples of {self.factor} pixels, got {width}x{height}"
+            )
+        return height, width
 
-def _find_base(folder: str | Path) -> Path:
-    if Path(folder).is_dir():
-        return Path(folder)
-    name = str(folder)
-    if isinstance(folder, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"model must be {_HUB_HINT}, got {folder}")
-    from diffusers import DiffusionPipeline
+    @torch.no_grad()
+    def _draw(
+        self,
+        seeds: Sequence[int],
+        prompts: Sequence[str],
+        options: dict[str, Any],
+        batch_size: int,
+        trajectories: bool,
+        progress: Progress | None,
+    ) -> Iterator[Drawn]:
+        firsts = range(0, len(seeds), batch_size)
+        count = _count_steps(progress, len(firsts) * options["num_inference_steps"])
+        for first in firsts:
+            rows, device = slice(first, first + batch_size), self.device
+            chosen = list(seeds[rows])
+            predicted: list[Tensor] = []
+            pipeline = self._drawing_pipeline(predicted if trajectories else None)
+            drawn = pipeline(
+                list(prompts[rows]),
+                eta=0.0,
+                generator=[torch.Generator().manual_seed(seed) for seed in chosen],
+                output_type="pt",
+                callback_on_step_end=count,
+                **options,
+            ).images
+            self.module.to(device)
+            paths = torch.stack(predicted, 1) if trajectories else None
+            for row, seed in enumerate(chosen):
+                if not torch.isfinite(drawn[row]).all():
+                    raise ValueError(f"the model drew a non-finite image from seed {seed}")
+                if paths is not None and not torch.isfinite(paths[row]).all():
+                    raise ValueError(f"the model predicted non-finite latents from seed {seed}")
+            yield Drawn(chosen, (drawn.to(torch.float32) * 2 - 1).clamp(-1, 1).cpu(), paths)
 
-    try:
-        with quiet("diffusers.pipelines.pipeline_utils"):
-            return Path(DiffusionPipeline.download(name))
-    # the hub's client raises whatever the network does
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise FileNotFoundError(
-            f"model must be {_HUB_HINT}, got {name!r}, which is no folder and cannot be "
-            f"downloaded: {reason}"
-        ) from error
+    def _drawing_pipeline(self, predicted: list[Tensor] | None) -> Callable[..., Any]:
+        """The pipeline on the device of the U-Net, with the scheduler pictures are drawn with.
+
+        Args:
+            predicted: gets the clean latents predicted at every step; None to look at none.
+        """
+        pipeline, scheduler = self.pipeline, self._drawing_scheduler()
+        pipeline.unet, pipeline.scheduler = self.module, scheduler
+        pipeline.set_progress_bar_config(disable=True)
+        self.vae.to(self.device)
+        self.text_encoder.to(self.device)
+        if predicted is not None:
+            step = scheduler.step
+
+            # the pipeline reads from the signature which options the scheduler takes
+            @functools.wraps(step)
+            def record(*arguments: Any, **options: Any) -> tuple[Tensor]:
+                result = step(*arguments, **{**options, "return_dict": True})
+                predicted.append(result.pred_original_sample.float().cpu())
+                return (result.prev_sample,)
+
+            scheduler.step = record
+
+        def run(*arguments: Any, **options: Any) -> Any:
+            # prompts are cut as captions are, which is said where they are read
+            with quiet("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"):
+                return pipeline(*arguments, **options)
+
+        return run
+
+    # what is trained
+
+    def put_adapter(self, rank: int, *, seed: int = 0, targets: Sequence[str] = ()) -> Self:
+        """See `Denoiser.put_adapter` and `lora.add_lora`; attention layers by default."""
+        remove_lora(self.module)
+        add_lora(self.module, rank, seed=seed, targets=targets or LORA_TARGETS)
+        return self
+
+    def load_adapter(self, folder: str | Path) -> Self:
+        """Put a LoRA from a folder or file in the place of the one there is, if any.
+
+        Raises:
+            FileNotFoundError, LoraError: as `lora.load_lora`.
+        """
+        remove_lora(self.module)
+        load_lora(self.module, folder)
+        self.module.eval()
+        return self
+
+    def save(self, folder: str | Path) -> None:
+        """Write the LoRA as a folder that `load` and Diffusers read; the base is where it was.
+
+        Raises:
+            ModelError: there is no LoRA.
+        """
+        if not self.parameters():
+            raise ModelError("a text-to-image model must have a LoRA to be written, got none")
+        save_lora(self.module, folder)
+
+    @classmethod
+    def load(cls, base: Path, lora: str | Path | None = None) -> StableDiffusion:
+        """Load Stable Diffusion and an adapter.
+
+        Args:
+            base: a Stable Diffusion pipeline that Diffusers wrote (1.x or 2.x: one U-Net, one VAE,
+                one CLIP text encoder).
+            lora: as in `lora.load_lora`; None loads the base alone.
+
+        Returns:
+            The model in evaluation mode, float32, on the CPU; only the adapter requires gradients.
+
+        Raises:
+            FileNotFoundError: there is no such LoRA.
+            ModelError: the folder is incomplete or unreadable, or its parts do not fit each other.
+            LoraError: as in `lora.load_lora`, or the LoRA says that it was trained on another base.
+        """
+        _check_pipeline(base)
+        parts = {
+            "unet": load_part(UNet2DConditionModel, base / "unet"),
+            "vae": load_part(AutoencoderKL, base / "vae"),
+            **_load_text(base),
+        }
+        process = load_process(base)
+        with quiet("transformers", "diffusers"):
+            pipeline = DiffusionPipeline.from_pretrained(
+                base,
+                local_files_only=True,
+                scheduler=process.scheduler,
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
+                **parts,
+            )
+        model = cls(pipeline, process)
+        _check_parts(model, base)
+        for part in (model.module, model.vae, model.text_encoder):
+            part.requires_grad_(False)
+            part.eval()
+        if lora is not None:
+            model.load_adapter(lora)
+            _check_origin(model, Path(lora), base)
+        return model
 
 
 def _check_pipeline(base: Path) -> None:
-    index = base / "model_index.json"
-    if not index.is_file():
-        raise ModelError(f"model must be a Stable Diffusion pipeline, got {base} without {index}")
-    kind = read_json(index).get("_class_name")
-    if kind != "StableDiffusionPipeline":
-        raise ModelError(f"{index} must describe a StableDiffusionPipeline, got {kind!r}")
     for name in _PARTS:
         if not (base / name).is_dir():
             raise ModelError(f"{base} must hold the folder {name}")
@@ -279,38 +474,7 @@ def _check_pipeline(base: Path) -> None:
         )
 
 
-def _load_part(kind: Any, folder: Path) -> Any:
-    """A U-Net or VAE in float32; whatever does not fit its configuration is refused."""
-    variant = None
-    names = [file.name for file in folder.iterdir()]
-    if not any(name in names for name in _weight_names("")):
-        # a folder downloaded in half precision only
-        variant = "fp16" if any(name in names for name in _weight_names(".fp16")) else None
-    try:
-        with quiet("diffusers.models.modeling_utils"):
-            # together the two last options report misfits instead of raising at the first
-            part, info = kind.from_pretrained(
-                folder,
-                local_files_only=True,
-                variant=variant,
-                output_loading_info=True,
-                low_cpu_mem_usage=False,
-                ignore_mismatched_sizes=True,
-            )
-    # whatever a broken configuration makes the constructor raise
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"the model in {folder} could not be loaded: {reason}") from error
-    _refuse_misfits(info, folder)
-    return part.float()
-
-
-def _weight_names(variant: str) -> list[str]:
-    stem = f"diffusion_pytorch_model{variant}"
-    return [f"{stem}.{end}" for end in ("safetensors", "safetensors.index.json", "bin")]
-
-
-def _load_text(base: Path) -> tuple[Any, Any]:
+def _load_text(base: Path) -> dict[str, Any]:
     from transformers import CLIPTextModel, CLIPTokenizer
 
     folder = base / "text_encoder"
@@ -328,30 +492,16 @@ def _load_text(base: Path) -> tuple[Any, Any]:
             f"{reason}"
         ) from error
     # buffers that older versions stored are listed as unexpected
-    _refuse_misfits({**info, "unexpected_keys": []}, folder)
-    return encoder.float(), tokenizer
+    refuse_misfits({**info, "unexpected_keys": []}, folder)
+    # a tokenizer that does not say how long a text may be is told
+    longest = int(encoder.config.max_position_embeddings)
+    tokenizer.model_max_length = min(int(tokenizer.model_max_length), longest)
+    return {"text_encoder": encoder.float(), "tokenizer": tokenizer}
 
 
-def _refuse_misfits(info: dict[str, Any], folder: Path) -> None:
-    misfits = [
-        *(f"{name} is missing" for name in sorted(info["missing_keys"])),
-        *(f"{name} is unknown" for name in sorted(info["unexpected_keys"])),
-        *(
-            f"{name} is {list(found)} and should be {list(expected)}"
-            for name, found, expected in sorted(info["mismatched_keys"])
-        ),
-    ]
-    if misfits:
-        more = f"; and {len(misfits) - 4} more" if len(misfits) > 4 else ""
-        raise ModelError(
-            f"the checkpoint in {folder} does not match its configuration: "
-            f"{'; '.join(misfits[:4])}{more}"
-        )
-
-
-def _check_parts(model: TextToImageModel, base: Path) -> None:
+def _check_parts(model: StableDiffusion, base: Path) -> None:
     """Refuse parts that were not made for each other."""
-    unet, vae = model.unet.config, model.vae.config
+    unet, vae = model.module.config, model.vae.config
     latents = int(vae["latent_channels"])
     if not unet["in_channels"] == unet["out_channels"] == latents:
         raise ModelError(
@@ -372,124 +522,20 @@ def _check_parts(model: TextToImageModel, base: Path) -> None:
         )
 
 
-def _check_origin(unet: UNet2DConditionModel, lora: Path, base: Path) -> None:
+def _check_origin(model: StableDiffusion, lora: Path, base: Path) -> None:
     """Refuse a LoRA that says it was trained on another base of the same shape."""
     file = (lora if lora.is_dir() else lora.parent) / TRAINING_FILE
     if not file.is_file():
         return
     trained_on = read_json(file).get("settings", {}).get("model", {}).get("model")
-    if trained_on is not None and trained_on != hash_base(unet):
+    if trained_on is not None and trained_on != model.base_identity()["model"]:
         raise LoraError(
             f"the LoRA in {lora} must be of the base model in {base}, got one that {file} says was "
             "trained on another"
         )
 
 
-@torch.no_grad()
-def generate_from_prompts(
-    model: TextToImageModel,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    *,
-    guidance_scale: float = GUIDANCE_SCALE,
-    num_inference_steps: int = 50,
-    size: int | tuple[int, int] | None = None,
-    batch_size: int = DRAWN_TOGETHER,
-    progress: Callable[[int, int], None] | None = None,
-) -> Tensor:
-    """Draw one image per prompt and seed with DDIM (η = 0) and classifier-free guidance.
-
-    Every image starts from noise of a CPU generator of its own, so it does not depend on which
-    others are drawn with it (up to rounding), nor on the device.
-
-    Args:
-        model: the model, its U-Net on its device.
-        prompts: M texts.
-        seeds: M seeds in ``[0, 2**32)``.
-        guidance_scale: 1 is no guidance.
-        num_inference_steps: DDIM steps, in ``[1, T]``.
-        size: of the images in pixels, a side or (height, width); None is the model's own.
-        batch_size: images drawn at a time.
-        progress: called with (DDIM steps done, DDIM steps), summed over batches, after every step.
-
-    Returns:
-        ``[M, 3, H, W]`` float32 in [-1, 1], on the CPU.
-
-    Raises:
-        ValueError: there is not one seed for each prompt, a number is out of range, the size is
-            unknown or no multiple of the VAE's factor, or an image is not finite (from which seed).
-
-    Source:
-        Song et al. 2021 (arXiv:2010.02502); Ho and Salimans 2022 (arXiv:2207.12598); one generator
-        per image as in D-TRAK's gen_text_to_image_lora.py at e2a0c2e.
-    """
-    height, width = check_drawing(
-        model, prompts, seeds, guidance_scale, num_inference_steps, size, batch_size
-    )
-    pipeline = make_pipeline(model)
-    device = next(model.unet.parameters()).device
-    firsts = range(0, len(seeds), batch_size)
-    count = count_steps(progress, len(firsts) * num_inference_steps)
-    images = torch.empty(len(seeds), 3, height, width)
-    for first in firsts:
-        rows = slice(first, first + batch_size)
-        drawn = run_pipeline(
-            pipeline,
-            prompts[rows],
-            seeds[rows],
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            output_type="pt",
-            callback_on_step_end=count,
-        )
-        for seed, image in zip(seeds[rows], drawn, strict=True):
-            if not torch.isfinite(image).all():
-                raise ValueError(f"the model drew a non-finite image from seed {seed}")
-        images[rows] = (drawn.to(torch.float32) * 2 - 1).clamp(-1, 1).cpu()
-    model.unet.to(device)
-    return images
-
-
-def run_pipeline(
-    pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], **options: Any
-) -> Tensor:
-    """What a pipeline of Diffusers returns as images, each from a generator of its own."""
-    # prompts are cut as captions are, which is said where they are read
-    with quiet("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"):
-        drawn: Tensor = pipeline(
-            list(prompts),
-            eta=0.0,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            **options,
-        ).images
-    return drawn
-
-
-def drawing_groups(
-    seeds: Sequence[int], progress: Callable[[int, int], None] | None
-) -> Iterator[tuple[list[int], Callable[[int, int], None]]]:
-    """Seeds to draw together, so that a killed run keeps what it drew.
-
-    Args:
-        seeds: of all pictures.
-        progress: called with (DDIM steps done, DDIM steps), summed over groups.
-
-    Yields:
-        A group, and the ``progress`` of drawing it.
-    """
-    firsts = range(0, len(seeds), DRAWN_TOGETHER)
-    for number, first in enumerate(firsts):
-
-        def report(done: int, total: int, number: int = number) -> None:
-            if progress is not None:
-                progress(number * total + done, len(firsts) * total)
-
-        yield list(seeds[first : first + DRAWN_TOGETHER]), report
-
-
-def count_steps(progress: Callable[[int, int], None] | None, total: int) -> Callable[..., Any]:
+def _count_steps(progress: Progress | None, total: int) -> Callable[..., Any]:
     """What a pipeline calls after every step."""
     done = 0
 
@@ -501,90 +547,3 @@ def count_steps(progress: Callable[[int, int], None] | None, total: int) -> Call
         return values
 
     return count
-
-
-def check_drawing(
-    model: TextToImageModel,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    guidance_scale: float,
-    num_inference_steps: int,
-    size: int | tuple[int, int] | None,
-    batch_size: int,
-) -> tuple[int, int]:
-    """Refuse what `generate_from_prompts` refuses; (height, width) of the images."""
-    if len(prompts) != len(seeds):
-        raise ValueError(f"seeds must be {len(prompts)}, one for each prompt, got {len(seeds)}")
-    for seed in seeds:
-        # torch's CPU generator ignores higher bits: two seeds would draw one image
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seeds must be in [0, 2**32), got {seed}")
-    if not 0 <= guidance_scale < math.inf:
-        raise ValueError(
-            f"guidance_scale must be a finite number of at least 0, got {guidance_scale}"
-        )
-    if not 1 <= num_inference_steps <= model.num_train_timesteps:
-        raise ValueError(
-            f"num_inference_steps must be in [1, {model.num_train_timesteps}], got "
-            f"{num_inference_steps}"
-        )
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    size = model.size if size is None else size
-    if size is None:
-        raise ValueError("the model must have a sample_size to draw from it, got None")
-    height, width = (size, size) if isinstance(size, int) else size
-    if min(height, width) < 1 or height % model.factor or width % model.factor:
-        raise ValueError(
-            f"size must be positive multiples of {model.factor} pixels, got {width}x{height}"
-        )
-    return height, width
-
-
-def drawing_scheduler(model: TextToImageModel) -> DDIMScheduler:
-    """The DDIM scheduler pictures are drawn with; nothing is clipped."""
-    # what Diffusers' pipeline sets anyway, with a page of advice
-    return DDIMScheduler.from_config(model.scheduler.config, clip_sample=False, steps_offset=1)
-
-
-def make_pipeline(model: TextToImageModel) -> Any:
-    """Diffusers' own pipeline around the parts of ``model``, on the device of its U-Net."""
-    with quiet("transformers", "diffusers"):
-        from diffusers import StableDiffusionPipeline
-
-        pipeline = StableDiffusionPipeline(
-            vae=model.vae,
-            text_encoder=model.text_encoder,
-            tokenizer=model.tokenizer,
-            unet=model.unet,
-            scheduler=drawing_scheduler(model),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-    pipeline.set_progress_bar_config(disable=True)
-    device = next(model.unet.parameters()).device
-    model.vae.to(device)
-    model.text_encoder.to(device)
-    return pipeline
-
-
-@contextmanager
-def quiet(*names: str, progress: bool = True) -> Iterator[None]:
-    """Without the remarks of the named loggers, and without transformers' own progress bars."""
-    from transformers.utils import logging as transformers_logging
-
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL + 1)
-    shown = transformers_logging.is_progress_bar_enabled()
-    if not progress:
-        transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if not progress and shown:
-            transformers_logging.enable_progress_bar()

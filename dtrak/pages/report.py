@@ -19,8 +19,8 @@ from .html import format_seconds, render_page, render_table
 from .influence import TITLE, Images, gather, lead, render_explanation, render_rows, write_png
 
 if TYPE_CHECKING:
+    from ..data.samples import Samples
     from ..evaluation.counterfactual.results import Counterfactual
-    from ..runs.inputs import Subject
 
 _OPPONENTS = 3
 
@@ -104,7 +104,7 @@ def _render_tables(
 
 
 def ranked_matches(
-    train: Subject, queries: Subject, scores: Tensor, num_proponents: int
+    train: Samples, queries: Samples, scores: Tensor, num_proponents: int
 ) -> dict[str, Any]:
     """The images, scores, names and captions that `write_report` and `influence.gather` take.
 
@@ -117,18 +117,25 @@ def ranked_matches(
     M, N = scores.shape
     ranked = top_k(scores, min(num_proponents, N))
     opposed = top_k(scores, min(_OPPONENTS, N))
-    captions = queries.captions
     return {
-        "queries": queries.pictures.images[:M],
-        "train": train.pictures.images,
+        "queries": queries.pictures(range(M)),
+        "train": train,
         "proponents": (ranked.proponents, ranked.proponent_scores),
         "opponents": (opposed.opponents, opposed.opponent_scores),
-        "train_ids": train.pictures.ids,
-        "query_ids": queries.pictures.ids[:M],
-        "train_labels": train.pictures.labels,
-        "train_captions": train.captions,
-        "query_captions": None if captions is None else captions[:M],
+        "train_ids": train.ids,
+        "query_ids": queries.ids[:M],
+        "train_labels": train.labels,
+        "train_captions": _captions(train),
+        "query_captions": _captions(queries, M),
     }
+
+
+def _captions(samples: Samples, count: int | None = None) -> list[str] | None:
+    """What goes with the first ``count`` samples, as text: captions, or classes that were drawn."""
+    conditions = samples.conditions
+    if conditions is None:
+        return None
+    return [c if isinstance(c, str) else f"class {c}" for c in conditions[:count]]
 
 
 def gather_report(

@@ -14,6 +14,12 @@ PRECISIONS = ("no", "fp16", "bf16")
 DEFAULT_PROJ_DIM = {"sjlt": 8192, "kronecker": 8192, "rademacher": 2048, "normal": 2048, "none": 0}
 # of pictures drawn from prompts
 GUIDANCE_SCALE = 7.5
+# what a trainer writes beside a model or an adapter
+TRAINING_FILE = "training.json"
+# pictures drawn from prompts, and kept, at a time
+DRAWN_TOGETHER = 8
+# DDIM steps of a picture
+NUM_INFERENCE_STEPS = 50
 # probability that a caption is replaced by the empty one, while training
 CAPTION_DROPOUT = 0.1
 
@@ -53,3 +59,15 @@ def check_model_folder(folder: str | Path) -> None:
         raise FileNotFoundError(
             f"model must be an existing folder that Diffusers wrote, got {folder}"
         )
+
+
+def parse_numbers(option: str, text: str) -> list[int]:
+    """Whole numbers of at least 0, separated by commas.
+
+    Raises:
+        ValueError: the text is something else.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"{option} must be numbers such as 0,3,5, got {text!r}")
+    return [int(part) for part in parts]

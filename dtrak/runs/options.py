@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from dtrak_kernels.projection import KINDS, Projection
 
 from ..features.output_names import check_output_function
-from ..features.timesteps import parse_timesteps
+from ..features.timesteps import Timesteps
 from ..training.presets import PRESETS
-from .choices import DEFAULT_PROJ_DIM, DTYPES, check_choice, check_counts, check_model_folder
+from .choices import (
+    DEFAULT_PROJ_DIM,
+    DTYPES,
+    check_choice,
+    check_counts,
+    check_model_folder,
+    parse_numbers,
+)
 from .console import check_device, parse_damping
 
 
@@ -43,6 +51,17 @@ class Options:
     prompts: str | None = None
     guidance_scale: float | None = None
     resolution: int | None = None
+    classes: str | None = None
+
+    @cached_property
+    def when(self) -> Timesteps:
+        """The timesteps asked for; raises as `Timesteps.parse`."""
+        return Timesteps.parse(self.timesteps, self.timestep_strategy)
+
+    @cached_property
+    def class_numbers(self) -> list[int] | None:
+        """The classes asked for, None for all; raises as `choices.parse_numbers`."""
+        return None if self.classes is None else parse_numbers("--classes", self.classes)
 
     @property
     def num_features(self) -> int:
@@ -59,7 +78,7 @@ def check_options(options: Options) -> None:
         ValueError: an option is out of range or unknown; one clear line.
     """
     check_output_function(options.output_function)
-    parse_timesteps(options.timesteps, options.timestep_strategy)
+    _ = options.when, options.class_numbers
     check_choice("--projection", options.projection, KINDS)
     check_choice("--dtype", options.dtype, DTYPES)
     if options.preset is not None:

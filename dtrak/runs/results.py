@@ -11,9 +11,10 @@ from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..models.stable_diffusion import load_text_to_image
-from ..models.unet import DiffusionModel, load_model
-from .inputs import Subject, load_model_and_data, load_queries
+from ..data.samples import Samples
+from ..models import load
+from ..models.denoiser import Denoiser
+from .inputs import load_model_and_data, load_queries
 from .options import Options
 from .record import GENERATED, ResultsError, read_record
 from .run import Run, make_plan
@@ -30,9 +31,9 @@ class Inputs:
         run: with the plan of its features.
     """
 
-    model: DiffusionModel
-    train: Subject
-    queries: Subject
+    model: Denoiser
+    train: Samples
+    queries: Samples
     run: Run
 
 
@@ -73,16 +74,15 @@ class Attribution:
         given = self.options.model
         return self.folder / "model" if given is None else Path(given)
 
-    def load_model(self) -> DiffusionModel:
+    def load_model(self) -> Denoiser:
         """The model that was explained, on the CPU.
 
         Raises:
             FileNotFoundError: it is gone.
             ValueError: it cannot be used.
         """
-        if self.options.lora is None:
-            return load_model(self.model_folder)
-        return load_text_to_image(str(self.options.model), self.options.lora)
+        given = self.options.model
+        return load(self.model_folder if given is None else given, self.options.lora)
 
     def load_inputs(self, source: str | None = None) -> Inputs:
         """The model, the training images and the queries, checked to be those of the scores.
@@ -100,8 +100,8 @@ class Attribution:
         model, train = load_model_and_data(run)
         queries = load_queries(run, model)
         for what, found, wanted in (
-            ("training images", train.pictures.ids, self.train_ids),
-            ("queries", queries.pictures.ids, self.query_ids),
+            ("training images", train.ids, self.train_ids),
+            ("queries", queries.ids, self.query_ids),
         ):
             if found != wanted:
                 raise ResultsError(

@@ -17,7 +17,6 @@ from dtrak_kernels import Projection
 from ..features.noise import MAX_TIMESTEPS
 from ..features.output_names import check_output_function
 from ..features.settings import FeatureSettings
-from ..features.timesteps import parse_timesteps, select_timesteps
 from .console import choose_device, parse_damping, progress_bar
 from .files import write_atomically
 from .folders import OutputError, alone_in, describe_differences, is_unclaimed
@@ -25,7 +24,7 @@ from .measure import StageClock
 from .options import Options, check_options
 
 if TYPE_CHECKING:
-    from ..models.unet import DiffusionModel
+    from ..models.denoiser import Denoiser
 
 
 @dataclass(frozen=True)
@@ -96,21 +95,18 @@ class Run:
         with self.clock.stage(name), progress_bar(self.console, name) as progress:
             yield progress
 
-    def choose_timesteps(self, model: DiffusionModel) -> None:
-        """Fix the timesteps for a model, whose number of training timesteps bounds them.
+    def choose_timesteps(self, model: Denoiser) -> None:
+        """Fix the timesteps for a model, whose process bounds them.
 
         Raises:
             ValueError: they are out of its range, or it has more than the noise can tell apart.
         """
-        if model.num_train_timesteps > MAX_TIMESTEPS:
+        T = model.process.num_timesteps
+        if T > MAX_TIMESTEPS:
             raise ValueError(
-                f"the model must have at most {MAX_TIMESTEPS} training timesteps, got "
-                f"{model.num_train_timesteps}"
+                f"the model must have at most {MAX_TIMESTEPS} training timesteps, got {T}"
             )
-        options = self.plan.options
-        chosen, strategy = parse_timesteps(options.timesteps, options.timestep_strategy)
-        timesteps = select_timesteps(chosen, strategy, model.num_train_timesteps)
-        settings = replace(self.plan.settings, timesteps=tuple(timesteps))
+        settings = replace(self.plan.settings, timesteps=self.plan.options.when.resolve(T))
         self.plan = replace(self.plan, settings=settings)
 
     def lock(self) -> None:

@@ -16,10 +16,13 @@ from rich.console import Console
 
 from .. import __version__
 from ..data.captions import load_captions
-from ..data.images import ImageData, load_data
-from ..data.latents import fill_latents, open_latents, read_posteriors
-from ..models.lora import LORA_FILES, hash_lora, save_lora
-from ..models.stable_diffusion import TRAINING_FILE, TextToImageModel, load_text_to_image
+from ..data.images import load_data
+from ..data.samples import Samples
+from ..features.latents import fill_latents, open_latents, read_posteriors
+from ..models import load
+from ..models.denoiser import Denoiser
+from ..models.lora import LORA_FILES
+from ..runs.choices import TRAINING_FILE
 from ..runs.console import progress_bar
 from ..runs.files import write_atomically
 from ..runs.folders import check_folder, claim_folder
@@ -34,13 +37,11 @@ _PUBLISHED = "artbench2"
 _STATE_FILE = "training.pt"
 
 
-def _load_data(
-    options: Options, preset: Preset | None, model: TextToImageModel
-) -> tuple[ImageData, list[str]]:
-    """The images and their captions."""
+def _load_data(options: Options, preset: Preset | None, model: Denoiser) -> Samples:
+    """The images with their captions."""
     if preset is not None:
         data = preset.load_data("train", options.data, skip_corrupt=options.skip_corrupt)
-        return data, preset.captions(data.labels or [])
+        return data.conditioned(preset.captions(data.labels or []))
     assert options.data is not None
     data = load_data(
         options.data,
@@ -49,11 +50,11 @@ def _load_data(
         skip_corrupt=options.skip_corrupt,
         resize=options.resize,
     )
-    return data, load_captions(options.data, data, options.caption)
+    return data.conditioned(load_captions(options.data, data, options.caption))
 
 
 def _select(
-    options: Options, preset: Preset | None, data: ImageData
+    options: Options, preset: Preset | None, data: Samples
 ) -> tuple[list[int], dict[str, Any]]:
     """Positions of the images to train on, and how they were chosen."""
     if preset is not None and options.subset is not None:
@@ -100,7 +101,7 @@ def run_lora_training(options: Options, console: Console) -> Path:
         console: where progress goes.
 
     Returns:
-        The output folder, which `dtrak.models.stable_diffusion.load_text_to_image` reads as a LoRA.
+        The output folder, which `dtrak.models.load` reads as a LoRA.
 
     Raises:
         ValueError: an option, the model, the data or the output folder is refused; one clear line.
@@ -122,7 +123,8 @@ def _train(options: Options, console: Console, held: ExitStack) -> Path:
     console.quiet = not accelerator.is_main_process
     rank = options.rank or (RANK if lora is None else lora.rank)
     base = options.model or (lora.base_model if lora is not None else "")
-    model = load_text_to_image(base, rank=rank, seed=recipe.seed)
+    targets = () if lora is None else lora.target_modules
+    model = load(base).put_adapter(rank, seed=recipe.seed, targets=targets)
     about: dict[str, Any] = {
         "preset": options.preset,
         "base": base,
@@ -132,9 +134,9 @@ def _train(options: Options, console: Console, held: ExitStack) -> Path:
     }
     # images take minutes to read: another model is refused before
     check_folder(output, TRAINING_FILE, describe_model(model, recipe, **about), partly=True)
-    data, captions = _load_data(options, preset, model)
+    data = _load_data(options, preset, model)
     chosen, selection = _select(options, preset, data)
-    texts = [captions[position] for position in chosen]
+    texts = data.conditions_of(chosen) or []
     steps = recipe.num_steps(len(chosen))
     kept_steps = checkpoint_steps(steps, options.keep_checkpoints)
     settings = describe_training(model, texts, recipe, fingerprint=data.fingerprint, **about)
@@ -149,7 +151,7 @@ def _train(options: Options, console: Console, held: ExitStack) -> Path:
         console.print(f"already trained: {output}", highlight=False, soft_wrap=True)
         return output
     posteriors = _encode(options, model, data, accelerator, console)[chosen]
-    parameters = sum(p.numel() for p in model.unet.parameters() if p.requires_grad)
+    parameters = sum(p.numel() for p in model.module.parameters() if p.requires_grad)
     console.print(
         f"{data.source}: {len(chosen):,} images, {parameters:,} parameters, {steps:,} steps of "
         f"{recipe.batch_size} on {accelerator.num_processes} x {accelerator.device.type}, "
@@ -184,8 +186,8 @@ def _train(options: Options, console: Console, held: ExitStack) -> Path:
 
 def _encode(
     options: Options,
-    model: TextToImageModel,
-    data: ImageData,
+    model: Denoiser,
+    data: Samples,
     accelerator: Accelerator,
     console: Console,
 ) -> torch.Tensor:
@@ -200,11 +202,11 @@ def _encode(
     return read_posteriors(open_latents(folder, model, data, flips=True), model, data)
 
 
-def _save(model: TextToImageModel, folder: Path) -> None:
+def _save(model: Denoiser, folder: Path) -> None:
     """Write the adapter so that a killed run leaves no half one that passes for a whole one."""
     partial = folder / "lora.partial" if folder.exists() else folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    save_lora(model.unet, partial)
+    model.save(partial)
     if not folder.exists():
         partial.rename(folder)
         return
@@ -213,10 +215,10 @@ def _save(model: TextToImageModel, folder: Path) -> None:
 
 
 def _finish(
-    model: TextToImageModel, output: Path, settings: dict[str, Any], accelerator: Accelerator
+    model: Denoiser, output: Path, settings: dict[str, Any], accelerator: Accelerator
 ) -> None:
     facts = {
-        "trained weights": hash_lora(model.unet),
+        "trained weights": model.identity()["lora"],
         "processes": accelerator.num_processes,
         "dtrak": __version__,
         "python": platform.python_version(),

@@ -16,8 +16,10 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from .. import __version__
-from ..data.images import ImageData
-from ..models.unet import DiffusionModel, hash_model, load_model
+from ..data.samples import Samples
+from ..models import load
+from ..models.denoiser import Denoiser
+from ..runs.choices import TRAINING_FILE
 from ..runs.console import progress_bar
 from ..runs.files import write_atomically
 from ..runs.folders import claim_folder
@@ -26,7 +28,6 @@ from .recipe import Recipe
 from .train_options import Options, check_options
 from .trainer import one_thread, train
 
-SETTINGS_FILE = "training.json"
 _STATE_FILE = "training.pt"
 
 
@@ -56,7 +57,7 @@ def read_ids(file: str | Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def select_without(data: ImageData, ids: Sequence[str]) -> ImageData:
+def select_without(data: Samples, ids: Sequence[str]) -> Samples:
     """The images whose ids are not among ``ids``, in their order.
 
     Raises:
@@ -75,7 +76,7 @@ def select_without(data: ImageData, ids: Sequence[str]) -> ImageData:
     return data.select(kept)
 
 
-def _select(preset: Preset, options: Options, data: ImageData) -> tuple[ImageData, dict[str, Any]]:
+def _select(preset: Preset, options: Options, data: Samples) -> tuple[Samples, dict[str, Any]]:
     """The images to train on, and how they were chosen."""
     if options.subset is not None:
         chosen = sorted(preset.subset_indices(data, options.subset, options.family))
@@ -100,7 +101,7 @@ def _recipe(preset: Preset, options: Options) -> Recipe:
     return recipe
 
 
-def _save_model(model: DiffusionModel, folder: Path) -> None:
+def _save_model(model: Denoiser, folder: Path) -> None:
     """Write a pipeline so that a killed run leaves no half one that passes for a whole one."""
     partial = folder / "model.partial" if folder.exists() else folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -136,7 +137,7 @@ def run_training(options: Options, console: Console) -> Path:
         console: where progress goes.
 
     Returns:
-        The output folder, which `dtrak.models.unet.load_model` reads.
+        The output folder, which `dtrak.models.load` reads.
 
     Raises:
         ValueError: an option, the data or the output folder is refused; one clear line.
@@ -175,20 +176,20 @@ def _train(options: Options, console: Console, held: ExitStack) -> Path:
         "preset": preset.name,
         "data": {"fingerprint": data.fingerprint, "rows": len(data), **selection},
         "recipe": recipe.to_dict(),
-        "model": hash_model(model.unet),
-        "schedule": model.schedule,
+        "model": model.identity()["model"],
+        "schedule": model.process.describe(),
         "mixed_precision": options.mixed_precision,
         "kept checkpoints": kept_steps,
     }
     if accelerator.is_main_process:
         # a finished model is only read
         is_done = (output / "model_index.json").is_file()
-        claim_folder(output, SETTINGS_FILE, settings, None if is_done else held)
+        claim_folder(output, TRAINING_FILE, settings, None if is_done else held)
     accelerator.wait_for_everyone()
     if (output / "model_index.json").is_file():
         console.print(f"already trained: {output}")
         return output
-    parameters = sum(p.numel() for p in model.unet.parameters())
+    parameters = sum(p.numel() for p in model.module.parameters())
     console.print(
         f"{preset.title}: {len(data):,} images, {parameters:,} parameters, {steps:,} steps of "
         f"{recipe.batch_size} on {accelerator.num_processes} x {accelerator.device.type}, "
@@ -204,7 +205,7 @@ def _train(options: Options, console: Console, held: ExitStack) -> Path:
     ):
         train(
             model,
-            data.images,
+            data,
             recipe,
             checkpoint=output / _STATE_FILE,
             checkpoint_every=options.checkpoint_every,
@@ -222,15 +223,15 @@ def _train(options: Options, console: Console, held: ExitStack) -> Path:
 
 
 def _finish(
-    model: DiffusionModel,
+    model: Denoiser,
     output: Path,
     settings: dict[str, Any],
     accelerator: Accelerator,
     steps: int,
 ) -> None:
-    model.unet.cpu()
+    model.module.cpu()
     facts = {
-        "trained weights": hash_model(model.unet),
+        "trained weights": model.identity()["model"],
         "steps": steps,
         "processes": accelerator.num_processes,
         "dtrak": __version__,
@@ -241,17 +242,17 @@ def _finish(
         else platform.machine(),
     }
     content = json.dumps({"settings": settings, "facts": facts}, indent=1)
-    write_atomically(output / SETTINGS_FILE, content.encode())
+    write_atomically(output / TRAINING_FILE, content.encode())
     _save_model(model, output)
     (output / _STATE_FILE).unlink(missing_ok=True)
 
 
-def load_checkpoints(output: str | Path) -> dict[int, DiffusionModel]:
+def load_checkpoints(output: str | Path) -> dict[int, Denoiser]:
     """The models that ``--keep-checkpoints`` kept, by their number of steps (TracInCP).
 
     Raises:
         FileNotFoundError: there are none.
-        ModelError: as in `dtrak.models.unet.load_model`.
+        ModelError: as in `dtrak.models.load`.
     """
     found = {
         int(folder.name.removeprefix("checkpoint-")): folder
@@ -260,4 +261,4 @@ def load_checkpoints(output: str | Path) -> dict[int, DiffusionModel]:
     }
     if not found:
         raise FileNotFoundError(f"no checkpoints in {output} (dtrak.train --keep-checkpoints 4)")
-    return {step: load_model(found[step]) for step in sorted(found)}
+    return {step: load(found[step]) for step in sorted(found)}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
-from ..runs.choices import check_counts, check_model_folder
+from ..runs.choices import check_counts, check_model_folder, parse_numbers
 from ..runs.console import check_device
 
 
@@ -17,9 +18,18 @@ class Options:
     num_images: int = 16
     first_seed: int = 0
     num_inference_steps: int = 50
-    batch_size: int = 64
+    batch_size: int | None = None
     trajectories: bool = False
     device: str = "auto"
+    lora: str | None = None
+    prompts: str | None = None
+    classes: str | None = None
+    guidance_scale: float | None = None
+
+    @cached_property
+    def class_numbers(self) -> list[int] | None:
+        """The classes asked for, None for all; raises as `choices.parse_numbers`."""
+        return None if self.classes is None else parse_numbers("--classes", self.classes)
 
 
 def check_options(options: Options) -> None:
@@ -39,4 +49,7 @@ def check_options(options: Options) -> None:
             f"--first-seed must be in [0, 2**32 - --num-images], got {options.first_seed}"
         )
     check_device(options.device)
-    check_model_folder(options.model)
+    _ = options.class_numbers
+    # with a LoRA it may be a hub name
+    if options.lora is None:
+        check_model_folder(options.model)

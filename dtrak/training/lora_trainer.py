@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,11 +13,8 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..data.captions import hash_captions
-from ..features.outputs import training_target
-from ..models.lora import hash_base, hash_lora
-from ..models.stable_diffusion import TextToImageModel
-from ..models.unet import hash_tensors
+from ..models.denoiser import Condition, Denoiser
+from ..models.hashing import hash_tensors
 from ..runs.choices import CAPTION_DROPOUT
 from .recipe import Recipe
 from .trainer import (
@@ -33,7 +31,7 @@ DROPOUT_MODULES = "attn"
 
 
 def describe_training(
-    model: TextToImageModel,
+    model: Denoiser,
     captions: Sequence[str],
     recipe: Recipe,
     *,
@@ -62,7 +60,7 @@ def describe_training(
     """
     return {
         "data": {"fingerprint": fingerprint, "rows": len(captions)},
-        "captions": hash_captions(captions, model.tokenize(captions)),
+        "captions": model.identify_items(captions),
         "steps": recipe.num_steps(len(captions)),
         **describe_model(
             model,
@@ -77,7 +75,7 @@ def describe_training(
 
 
 def describe_model(
-    model: TextToImageModel,
+    model: Denoiser,
     recipe: Recipe,
     *,
     preset: str | None,
@@ -93,14 +91,14 @@ def describe_model(
         "recipe": recipe.to_dict(),
         "rank": rank,
         "caption_dropout": caption_dropout,
-        "model": model.identity,
-        "schedule": model.schedule,
+        "model": model.identity(),
+        "schedule": model.process.describe(),
         "mixed_precision": mixed_precision,
     }
 
 
 def train_lora(
-    model: TextToImageModel,
+    model: Denoiser,
     posteriors: Tensor,
     captions: Sequence[str],
     recipe: Recipe,
@@ -112,7 +110,7 @@ def train_lora(
     accelerator: Accelerator | None = None,
     keep_at: Collection[int] = (),
     keep: Callable[[int], None] | None = None,
-) -> TextToImageModel:
+) -> Denoiser:
     """Train the adapter of ``model`` in place on the denoising loss of its latents.
 
     Every step draws latents from the VAE's posterior anew. ``recipe.dropout`` goes to the dropout
@@ -157,11 +155,11 @@ def train_lora(
         state = read_checkpoint(checkpoint, identity)
         trainer.load_state(state)
         start = state["step"]
-    model.unet.train()
+    model.module.train()
     dropout = (
         nullcontext()
         if recipe.dropout is None
-        else dropout_of(model.unet, recipe.dropout, lambda name: DROPOUT_MODULES in name)
+        else dropout_of(model.module, recipe.dropout, lambda name: DROPOUT_MODULES in name)
     )
     try:
         with dropout:
@@ -181,13 +179,13 @@ def train_lora(
 
 
 def _check(
-    model: TextToImageModel,
+    model: Denoiser,
     posteriors: Tensor,
     captions: Sequence[str],
     recipe: Recipe,
     caption_dropout: float,
 ) -> None:
-    if not model.lora_names:
+    if not model.parameters():
         raise ValueError("the model must have an adapter to train, got none")
     if posteriors.ndim != 6 or posteriors.shape[1:3] != (2, 2):
         raise ValueError(f"posteriors must be [N, 2, 2, C, h, w], got {list(posteriors.shape)}")
@@ -209,30 +207,27 @@ class _LoraTrainer(Trainer):
 
     def __init__(
         self,
-        model: TextToImageModel,
+        model: Denoiser,
         recipe: Recipe,
         caption_dropout: float,
         accelerator: Accelerator | None,
     ) -> None:
-        chosen = set(model.lora_names)
-        self.adapter = {n: p for n, p in model.unet.named_parameters() if n in chosen}
-        super().__init__(model.unet, self.adapter.values(), recipe, accelerator)
+        chosen = set(model.parameters())
+        self.adapter = {n: p for n, p in model.module.named_parameters() if n in chosen}
+        super().__init__(model.module, self.adapter.values(), recipe, accelerator)
         self.model, self.caption_dropout = model, caption_dropout
 
     def identity(self, posteriors: Tensor, captions: Sequence[str]) -> dict[str, Any]:
         """Everything that decides the trained adapter."""
         model = self.model
-        schedule = hash_tensors({"betas": model.scheduler.betas})
         precision = "no" if self.accelerator is None else str(self.accelerator.mixed_precision)
         return {
             **self.recipe.to_dict(),
             "caption dropout": self.caption_dropout,
             "latents": hash_tensors({"posteriors": posteriors}),
-            "captions": hash_captions(captions, model.tokenize(captions)),
-            "base weights": hash_base(model.unet),
-            "text encoder": model.identity["text_encoder"],
-            "initial weights": hash_lora(model.unet),
-            "noise schedule": f"{schedule} {model.scheduler.config['prediction_type']}",
+            "captions": model.identify_items(captions),
+            "initial weights": model.identity(),
+            "noise schedule": json.dumps(model.process.describe()),
             **({} if precision == "no" else {"mixed precision": precision}),
         }
 
@@ -262,7 +257,7 @@ class _LoraTrainer(Trainer):
         mean, deviation = posterior.unbind(1)
         spread = torch.randn(mean.shape, generator=keyed_generator(seed, "posterior", step))
         generator = keyed_generator(seed, "noise", step)
-        timesteps = torch.randint(self.model.num_train_timesteps, (size,), generator=generator)
+        timesteps = torch.randint(self.model.process.num_timesteps, (size,), generator=generator)
         noise = torch.randn(mean.shape, generator=generator)
         dropped = torch.rand(size, generator=keyed_generator(seed, "caption", step))
         kept = (dropped >= self.caption_dropout).tolist()
@@ -271,7 +266,7 @@ class _LoraTrainer(Trainer):
 
     def take_step(self, posteriors: Tensor, captions: Sequence[str], step: int, steps: int) -> None:
         """One optimiser step."""
-        scheduler = self.model.scheduler
+        process = self.model.process
         latents, timesteps, noise, texts = self.draw(posteriors, captions, step)
         # all processes draw the whole batch, so that their number does not change the training
         rows, weight = self.share(len(latents))
@@ -279,9 +274,15 @@ class _LoraTrainer(Trainer):
             tensor[rows].to(self.device) for tensor in (latents, timesteps, noise)
         )
         # resumed, a step sees other captions for the first time than it did in one run
-        text = self.model.embed_apart(texts[rows], self.device)
-        noisy = scheduler.add_noise(latents, noise, timesteps)
+        condition = condition_apart(self.model, texts[rows], self.device)
+        noisy = process.add(latents, noise, timesteps)
         with seeded(self.device, self.dropout_seed(step)):
-            prediction = self.forward(noisy, timesteps, encoder_hidden_states=text).sample
-        target = training_target(scheduler, latents, noise, timesteps)
+            prediction = self.model.predict(noisy, timesteps, condition, self.forward)
+        target = process.target(latents, noise, timesteps)
         self.descend(F.mse_loss(prediction.float(), target) * weight, step, steps)
+
+
+def condition_apart(model: Denoiser, items: Sequence[Any], device: torch.device) -> Condition:
+    """`Denoiser.condition` of each item by itself, so that its bits do not depend on the others."""
+    alone = [model.condition([item], device) for item in items]
+    return {name: torch.cat([one[name] for one in alone]) for name in alone[0]}

@@ -24,8 +24,8 @@ from .recipe import Recipe
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..data.images import ImageData
-    from ..models.unet import DiffusionModel
+    from ..data.samples import Samples
+    from ..models.denoiser import Denoiser
 
 # the first seed of each published family of subsets; from one subset to the next it goes up by two
 SUBSET_FAMILIES = {"lds-val": 42, "lds-test": 298, "retrain": 554}
@@ -132,6 +132,11 @@ class Preset:
     lora: LoraRecipe | None = None
     prompt_classes: tuple[str, ...] = ()
 
+    @property
+    def reads(self) -> str | None:
+        """What its model reads beside an image, as `Denoiser.reads`."""
+        return None if self.lora is None else "captions"
+
     def load_data(
         self,
         split: str = "train",
@@ -139,11 +144,10 @@ class Preset:
         *,
         limit: int | None = None,
         skip_corrupt: bool = False,
-    ) -> ImageData:
+    ) -> Samples:
         """The published images of ``split``, in the published order.
 
-        Only the images that are drawn are decoded. They are float32 afterwards: 5,000 images of
-        64 x 64 take 245 MB, of 256 x 256 3.9 GB, and half as much again while they are decoded.
+        Only the images that are drawn are decoded, as `dtrak.data.images.load_data` does.
 
         Args:
             split: ``"train"`` or ``"validation"``.
@@ -215,7 +219,7 @@ class Preset:
             len(labels), draw.size, _DRAW_SEED, labels if self.stratified else None
         )
 
-    def make_model(self, seed: int = 0) -> DiffusionModel:
+    def make_model(self, seed: int = 0) -> Denoiser:
         """The model, freshly initialised.
 
         Args:
@@ -224,7 +228,8 @@ class Preset:
         Raises:
             ValueError: the preset fine-tunes a text-to-image model.
         """
-        from ..models.unet import DiffusionModel, digits_model, linear_schedule, make_unet
+        from ..models.process import linear_process
+        from ..models.unet import UNet, digits_model, make_unet
 
         if self.lora is not None:
             raise ValueError(
@@ -233,7 +238,7 @@ class Preset:
             )
         if self.unet is None:
             return digits_model(seed)
-        return DiffusionModel(make_unet(seed, **self.unet), linear_schedule())
+        return UNet(make_unet(seed, **self.unet), linear_process())
 
     def captions(self, labels: Sequence[int]) -> list[str]:
         """The captions of images of these classes.
@@ -257,7 +262,7 @@ class Preset:
         return [caption(name) for name in self.prompt_classes for _ in range(block)]
 
     def subset_indices(
-        self, data: ImageData | Sequence[int], index: int, family: str = "lds-val"
+        self, data: Samples | Sequence[int], index: int, family: str = "lds-val"
     ) -> list[int]:
         """Positions in the training set of subset ``index``, in the order of the draw.
 
@@ -273,12 +278,12 @@ class Preset:
             ValueError: the family is unknown, the index is negative, or the draw is stratified and
                 the data has no labels.
         """
-        from ..data.images import ImageData
+        from ..data.samples import Samples
 
         check_choice("family", family, SUBSET_FAMILIES)
         if index < 0:
             raise ValueError(f"index of a subset must be at least 0, got {index}")
-        labels = data.labels if isinstance(data, ImageData) else list(data)
+        labels = data.labels if isinstance(data, Samples) else list(data)
         if self.stratified and labels is None:
             raise ValueError(f"subsets of {self.name!r} are stratified: data must have labels")
         seed = SUBSET_FAMILIES[family] + 2 * index
@@ -288,7 +293,7 @@ class Preset:
 
     def subsets(
         self,
-        data: ImageData | Sequence[int],
+        data: Samples | Sequence[int],
         num_subsets: int | None = None,
         family: str = "lds-val",
     ) -> Tensor:

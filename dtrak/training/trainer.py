@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,8 +18,10 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from ..features.outputs import training_target
-from ..models.unet import DiffusionModel, hash_model, hash_tensors
+from ..data.rows import InMemory
+from ..data.samples import Samples, as_samples
+from ..models.denoiser import Denoiser
+from ..models.hashing import hash_model
 from ..runs.files import write_atomically
 from .recipe import Recipe
 
@@ -129,17 +132,14 @@ def save_atomically(state: Any, path: Path) -> None:
     write_atomically(path, buffer.getbuffer())
 
 
-def _identity(
-    model: DiffusionModel, images: Tensor, recipe: Recipe, precision: str
-) -> dict[str, Any]:
+def _identity(model: Denoiser, data: Samples, recipe: Recipe, precision: str) -> dict[str, Any]:
     """Everything that decides the trained weights."""
-    schedule = hash_tensors({"betas": model.scheduler.betas})
     return (
         recipe.to_dict()
         | {
-            "images": hash_tensors({"images": images}),
-            "initial weights": hash_model(model.unet),
-            "noise schedule": f"{schedule} {model.scheduler.config['prediction_type']}",
+            "images": data.fingerprint,
+            "initial weights": hash_model(model.module),
+            "noise schedule": json.dumps(model.process.describe()),
         }
         | ({} if precision == "no" else {"mixed precision": precision})
     )
@@ -178,10 +178,10 @@ def read_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
 
 
 class Trainer:
-    """Some parameters of a U-Net, their optimiser and the processes that share the work.
+    """Some parameters of a model, their optimiser and the processes that share the work.
 
     Args:
-        unet: the model.
+        module: what is trained.
         parameters: those that are trained.
         recipe: how.
         accelerator: of several processes or mixed precision, or None.
@@ -189,20 +189,20 @@ class Trainer:
 
     def __init__(
         self,
-        unet: nn.Module,
+        module: nn.Module,
         parameters: Iterable[nn.Parameter],
         recipe: Recipe,
         accelerator: Accelerator | None,
     ) -> None:
-        self.unet, self.recipe, self.accelerator = unet, recipe, accelerator
+        self.module, self.recipe, self.accelerator = module, recipe, accelerator
         if accelerator is not None:
-            unet.to(accelerator.device)
+            module.to(accelerator.device)
         self.parameters = list(parameters)
         self.device = self.parameters[0].device
         self.optimiser: Any = torch.optim.AdamW(
             self.parameters, betas=recipe.betas, weight_decay=recipe.weight_decay
         )
-        self.forward: Any = unet
+        self.forward: Any = module
 
     @property
     def is_main(self) -> bool:
@@ -212,7 +212,7 @@ class Trainer:
     def prepare(self) -> None:
         """Hand the model and the optimiser to Accelerate."""
         if self.accelerator is not None:
-            self.forward, self.optimiser = self.accelerator.prepare(self.unet, self.optimiser)
+            self.forward, self.optimiser = self.accelerator.prepare(self.module, self.optimiser)
 
     def optimiser_state(self) -> dict[str, Any]:
         """The optimiser's part of a checkpoint."""
@@ -280,43 +280,42 @@ class Trainer:
             # for mixed precision it changes the model's own forward method
             self.accelerator.unwrap_model(self.forward, keep_fp32_wrapper=False)
             # left behind, that mark keeps a second training of the model from mixed precision
-            vars(self.unet).pop("_is_accelerate_prepared", None)
-        self.unet.eval()
+            vars(self.module).pop("_is_accelerate_prepared", None)
+        self.module.eval()
 
 
 class _ModelTrainer(Trainer):
     """A whole model, and the average of its weights if that is asked for."""
 
-    def __init__(
-        self, model: DiffusionModel, recipe: Recipe, accelerator: Accelerator | None
-    ) -> None:
-        super().__init__(model.unet, model.unet.parameters(), recipe, accelerator)
+    def __init__(self, model: Denoiser, recipe: Recipe, accelerator: Accelerator | None) -> None:
+        super().__init__(model.module, model.module.parameters(), recipe, accelerator)
         self.model = model
         self.ema: EMAModel | None = None
         if recipe.ema_decay is not None:
             # the course of the decay is that of the published scripts' defaults
             self.ema = EMAModel(
-                self.unet.parameters(), decay=recipe.ema_decay, use_ema_warmup=True, power=0.75
+                self.module.parameters(), decay=recipe.ema_decay, use_ema_warmup=True, power=0.75
             )
             self.ema.to(self.device)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside its identity and its step."""
         ema = {} if self.ema is None else {"ema": self.ema.state_dict()}
-        return {"model": self.unet.state_dict(), **self.optimiser_state(), **ema}
+        return {"model": self.module.state_dict(), **self.optimiser_state(), **ema}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from ``state``, before or after `prepare`."""
-        self.unet.load_state_dict(state["model"])
+        self.module.load_state_dict(state["model"])
         self.load_optimiser_state(state)
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
             self.ema.to(self.device)
 
-    def take_step(self, images: Tensor, step: int, steps: int) -> None:
-        """One optimiser step on a part of a batch of ``images``."""
-        recipe, scheduler = self.recipe, self.model.scheduler
-        batch = images[batch_indices(step, len(images), recipe)]
+    def take_step(self, data: Samples, step: int, steps: int) -> None:
+        """One optimiser step on a part of a batch of ``data``."""
+        recipe, process = self.recipe, self.model.process
+        chosen = batch_indices(step, len(data), recipe).tolist()
+        batch, items = data.batch(chosen), data.conditions_of(chosen)
         if recipe.flip:
             mirrored = (
                 torch.rand(len(batch), generator=keyed_generator(recipe.seed, "flip", step)) < 0.5
@@ -324,22 +323,21 @@ class _ModelTrainer(Trainer):
             rows_mirrored = mirrored.to(batch.device)[:, None, None, None]
             batch = torch.where(rows_mirrored, batch.flip(-1), batch)
         generator = keyed_generator(recipe.seed, "noise", step)
-        timesteps = torch.randint(
-            self.model.num_train_timesteps, (len(batch),), generator=generator
-        )
+        timesteps = torch.randint(process.num_timesteps, (len(batch),), generator=generator)
         noise = torch.randn(batch.shape, generator=generator)
         # all processes draw the whole batch, so that their number does not change the training
         rows, weight = self.share(len(batch))
         batch, timesteps, noise = (
             tensor[rows].to(self.device) for tensor in (batch, timesteps, noise)
         )
-        noisy = scheduler.add_noise(batch, noise, timesteps)
+        condition = self.model.condition(None if items is None else items[rows], self.device)
+        noisy = process.add(batch, noise, timesteps)
         with seeded(self.device, self.dropout_seed(step)):
-            prediction = self.forward(noisy, timesteps).sample
-        target = training_target(scheduler, batch, noise, timesteps)
+            prediction = self.model.predict(noisy, timesteps, condition, self.forward)
+        target = process.target(batch, noise, timesteps)
         self.descend(F.mse_loss(prediction, target) * weight, step, steps)
         if self.ema is not None:
-            self.ema.step(self.unet.parameters())
+            self.ema.step(self.module.parameters())
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -347,12 +345,12 @@ class _ModelTrainer(Trainer):
         if self.ema is None:
             yield
             return
-        self.ema.store(self.unet.parameters())
-        self.ema.copy_to(self.unet.parameters())
+        self.ema.store(self.module.parameters())
+        self.ema.copy_to(self.module.parameters())
         try:
             yield
         finally:
-            self.ema.restore(self.unet.parameters())
+            self.ema.restore(self.module.parameters())
 
 
 def one_process_accelerator(mixed_precision: str, device: torch.device) -> Accelerator | None:
@@ -381,8 +379,8 @@ def one_thread() -> Iterator[None]:
 
 
 def train(
-    model: DiffusionModel,
-    images: Tensor,
+    model: Denoiser,
+    data: Samples | Tensor,
     recipe: Recipe,
     *,
     checkpoint: Path | None = None,
@@ -391,7 +389,7 @@ def train(
     accelerator: Accelerator | None = None,
     keep_at: Collection[int] = (),
     keep: Callable[[int], None] | None = None,
-) -> DiffusionModel:
+) -> Denoiser:
     """Train ``model`` in place on the plain denoising loss.
 
     The global random state is neither used nor changed. A checkpoint of another training (recipe,
@@ -400,7 +398,7 @@ def train(
 
     Args:
         model: a freshly initialised model, already on its device.
-        images: ``[N, C, H, W]`` float32 in [-1, 1].
+        data: N samples, with what the model reads beside them; or a tensor ``[N, ...]`` float32.
         recipe: how.
         checkpoint: where the state is kept while training, so that an interrupted run, called again
             with the same arguments, goes on where it stopped, with the same bits; the caller
@@ -424,31 +422,34 @@ def train(
         Ho et al. 2020 (arXiv:2006.11239), algorithm 1; schedule and optimiser as D-TRAK trains
         (arXiv:2311.00500, train_unconditional.py at e2a0c2e).
     """
-    if not len(images):
+    data = as_samples(data)
+    if not len(data):
         raise ValueError("images must hold at least one image to train on, got 0")
-    if not torch.isfinite(images).all():
+    if isinstance(data.inputs, InMemory) and not torch.isfinite(data.inputs.tensor).all():
         raise ValueError("images must be finite, got NaN or infinity")
-    steps = recipe.num_steps(len(images))
+    if model.reads is not None and data.conditions is None:
+        raise ValueError(f"data must have {model.reads} for a model that reads them, got none")
+    steps = recipe.num_steps(len(data))
     start, identity = 0, {}
     trainer = _ModelTrainer(model, recipe, accelerator)
     if checkpoint is not None:
         precision = "no" if accelerator is None else str(accelerator.mixed_precision)
-        identity = _identity(model, images, recipe, precision)
+        identity = _identity(model, data, recipe, precision)
     trainer.prepare()
     if checkpoint is not None and checkpoint.is_file():
         state = read_checkpoint(checkpoint, identity)
         trainer.load_state(state)
         start = state["step"]
-    model.unet.train()
+    model.module.train()
     dropout = (
         nullcontext()
         if recipe.dropout is None
-        else dropout_of(model.unet, recipe.dropout, _outside_attention)
+        else dropout_of(model.module, recipe.dropout, _outside_attention)
     )
     try:
         with dropout:
             for done in range(start + 1, steps + 1):
-                trainer.take_step(images, done - 1, steps)
+                trainer.take_step(data, done - 1, steps)
                 if keep is not None and done in keep_at and trainer.is_main:
                     with trainer.averaged():
                         keep(done)
@@ -459,7 +460,7 @@ def train(
                 if progress is not None:
                     progress(done, steps)
         if trainer.ema is not None:
-            trainer.ema.copy_to(model.unet.parameters())
+            trainer.ema.copy_to(model.module.parameters())
     finally:
         trainer.release()
     return model

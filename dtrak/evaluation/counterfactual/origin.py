@@ -14,22 +14,20 @@ from torch import Tensor
 from dtrak_kernels import Projection
 from dtrak_kernels.ridge import RidgeSolver
 
-from ...data.images import ImageData
+from ...data.samples import Samples
 from ...features.extraction import (
-    FeatureStore,
     FusedExtractor,
     deciding_settings,
     fill_store,
     fitting_batch_size,
-    model_identity,
 )
 from ...features.settings import FeatureSettings
+from ...features.store import FeatureStore
 from ...features.timesteps import select_timesteps
-from ...models.unet import DiffusionModel
+from ...models.denoiser import Denoiser
 from ...runs.choices import DEFAULT_PROJ_DIM
 from ...runs.console import progress_bar
 from ...runs.files import claim
-from ...runs.inputs import Subject
 from ...runs.results import GENERATED, load_attribution
 from ..lds.experiment import Experiment, generated_queries
 from ..lds.experiment import load_experiment as load_lds
@@ -59,9 +57,9 @@ class Origin:
     """
 
     folder: Path
-    train: Subject
-    drawn: Subject
-    load_model: Callable[[], DiffusionModel]
+    train: Samples
+    drawn: Samples
+    load_model: Callable[[], Denoiser]
     training: Training
     settings: FeatureSettings
     preset: str | None = None
@@ -69,14 +67,14 @@ class Origin:
     scores: dict[str, Tensor] = field(default_factory=dict)
 
     @property
-    def data(self) -> ImageData:
+    def data(self) -> Samples:
         """The training images as pictures."""
-        return self.train.pictures
+        return self.train
 
     @property
-    def queries(self) -> ImageData:
+    def queries(self) -> Samples:
         """The queries as pictures."""
-        return self.drawn.pictures
+        return self.drawn
 
     def gradient_scores(
         self, output_function: str, folder: Path, device: torch.device, console: Console
@@ -112,8 +110,7 @@ class Origin:
         settings = replace(self.settings, output_function=output_function)
         extractor = FusedExtractor(model, settings, device)
         stores = []
-        for role, subject in (("train", self.train), ("query", self.drawn)):
-            data = subject.samples
+        for role, data in (("train", self.train), ("query", self.drawn)):
             store = FeatureStore.open(
                 folder / role,
                 {**deciding_settings(model, settings, data, extractor.method), "role": role},
@@ -131,7 +128,7 @@ class Origin:
         """What decides the retrained models, besides what is removed; JSON-serialisable."""
         return {
             "data": self.data.fingerprint,
-            "model": model_identity(self.load_model()),
+            "model": self.load_model().identity(),
             "training": self.training.identity(),
         }
 
@@ -169,7 +166,7 @@ def open_origin(
     settings = inputs.run.plan.settings
     scores = {settings.output_function: run.scores}
     if timesteps is not None:
-        chosen = select_timesteps(timesteps, "uniform", inputs.model.num_train_timesteps)
+        chosen = select_timesteps(timesteps, "uniform", inputs.model.process.num_timesteps)
         if tuple(chosen) != settings.timesteps:
             settings, scores = replace(settings, timesteps=tuple(chosen)), {}
     return Origin(
@@ -189,14 +186,14 @@ def _open_lds(folder: Path, timesteps: int | None) -> Origin:
     experiment = load_lds(folder)
     model = experiment.load_model()
     chosen = select_timesteps(
-        _TIMESTEPS if timesteps is None else timesteps, "uniform", model.num_train_timesteps
+        _TIMESTEPS if timesteps is None else timesteps, "uniform", model.process.num_timesteps
     )
     data, device = experiment.data, torch.device("cpu")
     queries = generated_queries(experiment, device)
     return Origin(
         folder,
-        Subject(data, experiment.task.samples(TRAIN, data, device)),
-        Subject(queries, experiment.task.samples(LDS_GENERATED, queries, device)),
+        experiment.task.samples(TRAIN, data, device),
+        experiment.task.samples(LDS_GENERATED, queries, device),
         experiment.load_model,
         _find_lds_training(experiment, queries),
         FeatureSettings("loss", tuple(chosen), 0, Projection("sjlt", DEFAULT_PROJ_DIM["sjlt"])),
@@ -204,11 +201,11 @@ def _open_lds(folder: Path, timesteps: int | None) -> Origin:
     )
 
 
-def _find_lds_training(experiment: Experiment, queries: ImageData) -> Training:
+def _find_lds_training(experiment: Experiment, queries: Samples) -> Training:
     preset, task = experiment.preset, experiment.task
     if not isinstance(task, TextToImageTask):
         return PixelTraining(
-            preset.recipe, preset.make_model, experiment.data.images, preset.num_inference_steps
+            preset.recipe, preset.make_model, experiment.data, {}, preset.num_inference_steps
         )
     return LoraTraining(
         preset.recipe,

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ...models.unet import hash_tensors
+from ...models.hashing import hash_tensors
 from ...runs.files import write_atomically
 from ...runs.folders import describe_differences
 from ...runs.workers import Job

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,23 +13,18 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ...data.captions import hash_captions
-from ...data.images import ImageData, to_uint8
-from ...data.latents import fill_latents, open_latents, read_posteriors
+from ...data.images import to_uint8
+from ...data.samples import Samples
 from ...features.extraction import autocast
-from ...models.generation import generate
+from ...features.latents import fill_latents, open_latents, read_posteriors
+from ...models import load
+from ...models.denoiser import Denoiser
 from ...models.lora import lora_weights
-from ...models.stable_diffusion import (
-    TRAINING_FILE,
-    TextToImageModel,
-    generate_from_prompts,
-    load_text_to_image,
-)
-from ...models.unet import DiffusionModel, digits_model
-from ...runs.choices import GUIDANCE_SCALE
+from ...models.unet import digits_model
+from ...runs.choices import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, TRAINING_FILE
 from ...runs.console import progress_bar
-from ...runs.inputs import NUM_INFERENCE_STEPS
 from ...runs.results import Attribution, Inputs
+from ...training.drawing import draw_all, picture_seed
 from ...training.lora_trainer import train_lora
 from ...training.presets import get_preset
 from ...training.recipe import Recipe
@@ -59,11 +54,11 @@ class Training(Protocol):
         device: torch.device,
         checkpoint: Path,
         progress: Progress | None,
-    ) -> DiffusionModel:
+    ) -> Denoiser:
         """A model trained on the images ``kept`` ``[N]`` bool; seeds of weights and training."""
         ...
 
-    def draw(self, model: DiffusionModel, query_ids: Sequence[str]) -> Tensor:
+    def draw(self, model: Denoiser, query_ids: Sequence[str]) -> Tensor:
         """Queries of the run drawn again, each from its seed: ``[Q, C, H, W]`` uint8."""
         ...
 
@@ -79,14 +74,16 @@ class PixelTraining:
     Attributes:
         recipe: that of the run.
         make_model: a fresh model from the seed of its initial weights.
-        images: ``[N, C, H, W]``.
+        data: N training samples.
+        items: what each query was drawn from, by its id, for a model that reads anything.
         num_inference_steps: DDIM steps of a picture.
         mixed_precision: as `accelerate.Accelerator` calls it.
     """
 
     recipe: Recipe
-    make_model: Callable[[int], DiffusionModel]
-    images: Tensor
+    make_model: Callable[[int], Denoiser]
+    data: Samples
+    items: dict[str, Any] = field(default_factory=dict)
     num_inference_steps: int = NUM_INFERENCE_STEPS
     mixed_precision: str = "no"
 
@@ -101,17 +98,17 @@ class PixelTraining:
         device: torch.device,
         checkpoint: Path,
         progress: Progress | None,
-    ) -> DiffusionModel:
+    ) -> Denoiser:
         """As `Training.retrain`.
 
         Raises:
             ValueError: as `trainer.train`.
         """
         model = self.make_model(seeds[0])
-        model.unet.to(device)
+        model.to(device)
         train(
             model,
-            self.images[kept],
+            self.data.select(kept),
             replace(self.recipe, seed=seeds[1]),
             checkpoint=checkpoint,
             progress=progress,
@@ -119,10 +116,13 @@ class PixelTraining:
         )
         return model
 
-    def draw(self, model: DiffusionModel, query_ids: Sequence[str]) -> Tensor:
+    def draw(self, model: Denoiser, query_ids: Sequence[str]) -> Tensor:
         """As `Training.draw`."""
+        items = [self.items[query] for query in query_ids] if self.items else None
         steps = self.num_inference_steps
-        return to_uint8(generate(model, seeds_of(query_ids), num_inference_steps=steps))
+        return to_uint8(
+            draw_all(model, seeds_of(query_ids), items=items, num_inference_steps=steps)
+        )
 
     def identity(self) -> dict[str, Any]:
         """As `Training.identity`."""
@@ -156,7 +156,7 @@ class LoraTraining:
     recipe: Recipe
     base: str
     rank: int
-    data: ImageData
+    data: Samples
     captions: list[str]
     prompts: dict[str, str]
     caption_dropout: float
@@ -168,7 +168,7 @@ class LoraTraining:
 
     def prepare(self, folder: Path, device: torch.device, console: Console) -> None:
         """Encode the training images once for all trainings."""
-        model = load_text_to_image(self.base)
+        model = load(self.base)
         store = open_latents(folder / "latents", model, self.data, flips=True)
         if store.missing():
             with progress_bar(console, "latents of training images") as progress:
@@ -182,16 +182,16 @@ class LoraTraining:
         device: torch.device,
         checkpoint: Path,
         progress: Progress | None,
-    ) -> DiffusionModel:
+    ) -> Denoiser:
         """As `Training.retrain`.
 
         Raises:
             ValueError: as `lora_trainer.train_lora`.
         """
-        model = load_text_to_image(self.base, rank=self.rank, seed=seeds[0])
+        model = load(self.base).put_adapter(self.rank, seed=seeds[0])
         store = open_latents(folder / "latents", model, self.data, flips=True)
         posteriors = read_posteriors(store, model, self.data)[kept]
-        model.unet.to(device)
+        model.to(device)
         return train_lora(
             model,
             posteriors,
@@ -203,14 +203,13 @@ class LoraTraining:
             accelerator=one_process_accelerator(self.mixed_precision, device),
         )
 
-    def draw(self, model: DiffusionModel, query_ids: Sequence[str]) -> Tensor:
+    def draw(self, model: Denoiser, query_ids: Sequence[str]) -> Tensor:
         """As `Training.draw`."""
-        assert isinstance(model, TextToImageModel)
-        with autocast(next(model.unet.parameters()).device, self.drawn_in):
-            pictures = generate_from_prompts(
+        with autocast(model.device, self.drawn_in):
+            pictures = draw_all(
                 model,
-                [self.prompts[query] for query in query_ids],
                 seeds_of(query_ids),
+                items=[self.prompts[query] for query in query_ids],
                 guidance_scale=self.guidance_scale,
                 num_inference_steps=self.num_inference_steps,
                 size=self.size,
@@ -235,7 +234,7 @@ class LoraTraining:
 
 def seeds_of(query_ids: Sequence[str]) -> list[int]:
     """The seed each generated picture was drawn from, which its name is."""
-    return [int(Path(query).stem) for query in query_ids]
+    return [picture_seed(query) for query in query_ids]
 
 
 def find_training(run: Attribution, inputs: Inputs, preset: str | None) -> Training:
@@ -253,25 +252,27 @@ def find_training(run: Attribution, inputs: Inputs, preset: str | None) -> Train
     """
     if run.options.lora is not None:
         return _find_lora_training(run, inputs, preset)
-    data = inputs.train.pictures
+    data, queries = inputs.train, inputs.queries
+    items = dict(zip(queries.ids, queries.conditions or [], strict=False))
     recipe = run.deciding["model"].get("recipe")
     if preset is not None:
         found = get_preset(preset)
         training = PixelTraining(
-            found.recipe, found.make_model, data.images, found.num_inference_steps
+            found.recipe, found.make_model, data, items, found.num_inference_steps
         )
     elif recipe is not None:
-        training = PixelTraining(_read_recipe(recipe), digits_model, data.images)
+        training = PixelTraining(_read_recipe(recipe), digits_model, data, items)
     else:
         note = _read_note(run, data)
         training = PixelTraining(
             _read_recipe(note["recipe"]),
             get_preset(note["preset"]).make_model,
-            data.images,
+            data,
+            items,
             mixed_precision=note.get("mixed_precision", "no"),
         )
     fresh, own = training.make_model(0), inputs.model
-    if _shapes(fresh) != _shapes(own) or fresh.schedule != own.schedule:
+    if _shapes(fresh) != _shapes(own) or fresh.process.describe() != own.process.describe():
         raise CounterfactualError(
             f"the recipe must be that of the model of {run.folder}, got one for a model of other "
             "weights or noise"
@@ -302,13 +303,12 @@ def _note_file(run: Attribution) -> Path:
 
 def _find_lora_training(run: Attribution, inputs: Inputs, preset: str | None) -> LoraTraining:
     options, model = run.options, inputs.model
-    assert isinstance(model, TextToImageModel)
     assert options.lora is not None
     assert options.model is not None
-    data, captions = inputs.train.pictures, inputs.train.captions or []
+    data, captions = inputs.train, inputs.train.conditions or []
     if preset is None:
         note = _read_note(run, data)
-        if note["captions"] != hash_captions(captions, model.tokenize(captions)):
+        if note["captions"] != model.identify_items(captions):
             raise CounterfactualError(
                 f"the LoRA {options.lora} must be trained with the captions of {run.folder}, got "
                 "others"
@@ -324,7 +324,7 @@ def _find_lora_training(run: Attribution, inputs: Inputs, preset: str | None) ->
             )
         recipe, rank = found.recipe, found.lora.rank
         dropout, precision = found.lora.caption_dropout, found.lora.mixed_precision
-    ranks = {min(weight.shape[:2]) for weight in lora_weights(model.unet).values()}
+    ranks = {min(weight.shape[:2]) for weight in lora_weights(model.module).values()}
     if ranks != {rank}:
         raise CounterfactualError(
             f"the recipe must be that of the LoRA of {run.folder}, got one of rank {rank} for "
@@ -337,7 +337,7 @@ def _find_lora_training(run: Attribution, inputs: Inputs, preset: str | None) ->
         rank,
         data,
         captions,
-        dict(zip(queries.pictures.ids, queries.captions or [], strict=True)),
+        dict(zip(queries.ids, queries.conditions or [], strict=True)),
         dropout,
         precision,
         GUIDANCE_SCALE if options.guidance_scale is None else options.guidance_scale,
@@ -345,7 +345,7 @@ def _find_lora_training(run: Attribution, inputs: Inputs, preset: str | None) ->
     )
 
 
-def _read_note(run: Attribution, data: ImageData) -> dict[str, Any]:
+def _read_note(run: Attribution, data: Samples) -> dict[str, Any]:
     """What `dtrak.train` or `dtrak.train_lora` wrote beside what it trained."""
     file = _note_file(run)
     if not file.is_file():
@@ -379,5 +379,5 @@ def _read_recipe(values: dict[str, Any]) -> Recipe:
         ) from error
 
 
-def _shapes(model: DiffusionModel) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in model.unet.state_dict().items()}
+def _shapes(model: Denoiser) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.module.state_dict().items()}

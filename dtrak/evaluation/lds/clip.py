@@ -11,9 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ...data.images import ImageData
+from ...data.samples import Samples
 from ...methods.baselines import clip_embeddings, load_clip
-from ...models.unet import hash_model
+from ...models.hashing import hash_model
 from ...runs.files import write_atomically
 
 
@@ -39,7 +39,7 @@ class ClipEncoder:
         self.identity = hashlib.sha256(weights + preprocessing).hexdigest()
 
     def embed(
-        self, file: Path, data: ImageData, progress: Callable[[int, int], None] | None = None
+        self, file: Path, data: Samples, progress: Callable[[int, int], None] | None = None
     ) -> Tensor:
         """The embedding of every image; read from ``file`` where that is of this model and data.
 

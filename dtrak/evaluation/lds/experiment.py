@@ -23,16 +23,17 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ...data.captions import write_captions
-from ...data.images import ImageData, encode_png, load_data, to_uint8
-from ...data.latents import LatentData
-from ...models.stable_diffusion import TextToImageModel
-from ...models.unet import DiffusionModel, hash_tensors
+from ...data.images import load_data
+from ...data.samples import Samples
+from ...models.denoiser import Denoiser, Drawn
+from ...models.hashing import hash_tensors
 from ...runs.choices import check_choice
 from ...runs.files import claim as claim
 from ...runs.files import write_atomically
 from ...runs.folders import describe_differences
 from ...runs.measure import available_bytes, format_bytes
 from ...runs.workers import NAME_BYTES
+from ...training.drawing import keep, missing_seeds, picture_name
 from ...training.presets import SUBSET_FAMILIES, Preset, get_preset
 from ...training.recipe import Recipe
 from .options import (
@@ -85,10 +86,10 @@ class Experiment:
 
     folder: Path
     preset: Preset
-    data: ImageData
+    data: Samples
     subsets: Tensor
     seeds: tuple[int, ...]
-    validation: ImageData
+    validation: Samples
     num_generated: int
     retrain: Tensor
     task: Task
@@ -143,7 +144,7 @@ class Experiment:
         """As `tasks.sample_weights`; None for a model that is not there."""
         return sample_weights(self.model_folder(name)) if self.is_trained(name) else None
 
-    def load_model(self, name: str = FULL) -> DiffusionModel:
+    def load_model(self, name: str = FULL) -> Denoiser:
         """A finished model, on the CPU unless it takes the place of one on another device.
 
         The LoRAs of a run share one base: loading one ends the use of the one before.
@@ -366,11 +367,11 @@ def load_experiment(folder: Path) -> Experiment:
 def _make_task(
     folder: Path,
     preset: Preset,
-    data: ImageData,
-    validation: ImageData,
+    data: Samples,
+    validation: Samples,
     num_generated: int,
     about: dict[str, Any],
-    base: TextToImageModel | None = None,
+    base: Denoiser | None = None,
 ) -> Task:
     """What is trained: ``about`` is a manifest, or what `_choose_base` returns."""
     if preset.lora is None:
@@ -392,10 +393,10 @@ def _make_task(
 def _assemble(
     folder: Path,
     preset: Preset,
-    data: ImageData,
+    data: Samples,
     subsets: Tensor,
     retrain: Tensor,
-    validation: ImageData,
+    validation: Samples,
     manifest: dict[str, Any],
     task: Task,
 ) -> Experiment:
@@ -496,7 +497,7 @@ def _checkpoint_name(step: int) -> str:
 
 def generated_queries(
     experiment: Experiment, device: torch.device, progress: Progress | None = None
-) -> ImageData:
+) -> Samples:
     """The images the full model draws, image i from seed i; drawn where they are missing.
 
     A model that reads captions draws image i from prompt i, the prompts in ``metadata.jsonl``.
@@ -516,8 +517,7 @@ def generated_queries(
         # another device draws other pictures: those that losses were measured of must stay
         with claim(experiment.folder / "locks" / "generated.lock", wait=True):
             _draw_queries(experiment, folder, device, progress)
-    channels = experiment.data.images.shape[1]
-    return load_data(folder, channels=channels, limit=experiment.num_generated)
+    return load_data(folder, channels=experiment.data.shape[0], limit=experiment.num_generated)
 
 
 def _draw_queries(
@@ -532,26 +532,19 @@ def _draw_queries(
         record_painter(experiment.folder, experiment.sample_weights())
     prompts = task.prompts(range(experiment.num_generated))
     if prompts is not None:
-        write_captions(folder, {_picture(seed): text for seed, text in enumerate(prompts)})
+        write_captions(folder, {picture_name(seed): text for seed, text in enumerate(prompts)})
     for seeds, images in task.draw(model, missing, device, progress):
-        for seed, image in zip(seeds, images, strict=True):
-            write_atomically(folder / _picture(seed), encode_png(to_uint8(image)))
+        keep(folder, Drawn(seeds, images, None))
 
 
 def missing_queries(experiment: Experiment) -> list[int]:
     """Seeds of the generated queries that are not drawn yet."""
-    folder = experiment.folder / "generated"
-    seeds = range(experiment.num_generated)
-    return [seed for seed in seeds if not (folder / _picture(seed)).is_file()]
-
-
-def _picture(seed: int) -> str:
-    return f"{seed:05d}.png"
+    return missing_seeds(experiment.folder / "generated", range(experiment.num_generated))
 
 
 def query_sets(
     experiment: Experiment, device: torch.device, progress: Progress | None = None
-) -> dict[str, ImageData | LatentData]:
+) -> dict[str, Samples]:
     """The queries by the name of their kind, validation and generated, as models are given them."""
     pictures = {
         VALIDATION: experiment.validation,

@@ -14,18 +14,12 @@ from torch import Tensor
 
 from dtrak_kernels import Projection
 
-from ...features.extraction import (
-    Samples,
-    autocast,
-    check_prediction,
-    noisy_rows,
-    predict,
-    text_rows,
-)
+from ...data.samples import Samples
+from ...features.extraction import autocast, check_prediction, condition_rows, given, noisy_rows
 from ...features.outputs import evaluate_output
 from ...features.settings import FeatureSettings
 from ...features.timesteps import select_timesteps
-from ...models.unet import DiffusionModel
+from ...models.denoiser import Denoiser
 from ...runs.files import write_atomically
 from ...runs.folders import describe_differences
 from .experiment import Experiment, Progress, claim
@@ -41,7 +35,7 @@ _QUERIES = "queries"
 
 @torch.no_grad()
 def query_losses(
-    model: DiffusionModel,
+    model: Denoiser,
     queries: Samples,
     settings: LossSettings,
     device: torch.device,
@@ -54,7 +48,7 @@ def query_losses(
 
     Args:
         model: moved to ``device``.
-        queries: M images, or latents with their captions, which are read without guidance.
+        queries: M samples, whose captions are read without guidance.
         settings: timesteps and noises.
         device: where.
         batch_size: noisy images per forward pass.
@@ -71,10 +65,10 @@ def query_losses(
         D-TRAK's eval_unconditional.py and eval_text_to_image_lora.py at e2a0c2e, but with noise
         that does not depend on the position in a batch.
     """
-    model.unet.to(device)
-    timesteps = select_timesteps(settings.num_timesteps, "uniform", model.num_train_timesteps)
+    model.to(device)
+    T = model.process.num_timesteps
+    timesteps = select_timesteps(settings.num_timesteps, "uniform", T)
     size, num_queries = max(1, batch_size // len(timesteps)), len(queries)
-    captions = getattr(queries, "captions", None)
     losses = torch.empty(settings.num_noise_seeds, len(timesteps), num_queries)
     done, total = 0, settings.num_noise_seeds * num_queries
     for seed in range(settings.num_noise_seeds):
@@ -82,19 +76,22 @@ def query_losses(
         for first in range(0, num_queries, size):
             chosen = slice(first, first + size)
             ids = [_ROLE + name for name in queries.ids[chosen]]
-            images = queries.images[chosen].to(device)
-            noisy, target, times = noisy_rows(model, rows, images, ids)
-            text = text_rows(model, captions and captions[chosen], len(timesteps), images)
+            inputs = given(model, queries, chosen, device).to(device)
+            noisy, target, times = noisy_rows(model, rows, inputs, ids)
+            items = queries.conditions_of(chosen)
+            condition = condition_rows(model, items, len(timesteps), inputs)
             parts = [slice(row, row + batch_size) for row in range(0, len(noisy), batch_size)]
             with autocast(device, dtype):
                 prediction = torch.cat(
                     [
-                        predict(model.unet, noisy[p], times[p], None if text is None else text[p])
+                        model.predict(
+                            noisy[p], times[p], {name: v[p] for name, v in condition.items()}
+                        )
                         for p in parts
                     ]
                 )
             check_prediction(prediction, ids, times)
-            values = evaluate_output("loss", prediction, target, model.scheduler, times)
+            values = evaluate_output("loss", prediction, target, model.process.weight(times))
             losses[seed, :, chosen] = values.reshape(len(ids), len(timesteps)).T.cpu()
             done += len(ids)
             if progress is not None:

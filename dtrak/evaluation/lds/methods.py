@@ -23,19 +23,20 @@ from torch import Tensor
 from dtrak_kernels import Projection
 from dtrak_kernels.ridge import RidgeSolver
 
+from ...data.samples import Samples, join
 from ...features.extraction import (
-    FeatureStore,
     FusedExtractor,
-    Samples,
     deciding_settings,
     fill_store,
     fitting_batch_size,
 )
 from ...features.settings import FeatureSettings
+from ...features.store import FeatureStore
 from ...features.timesteps import select_timesteps
 from ...methods import scores
 from ...methods.baselines import random_scores, raw_similarity
-from ...models.unet import DiffusionModel, hash_tensors
+from ...models.denoiser import Denoiser
+from ...models.hashing import hash_tensors
 from ...runs.choices import DEFAULT_PROJ_DIM
 from ...runs.files import claim, write_atomically
 from .clip import ClipEncoder
@@ -204,10 +205,10 @@ class Predictor:
     ) -> None:
         self.experiment, self.device = experiment, device
         self.sizes = {kind: len(images) for kind, images in queries.items()}
-        self.queries = experiment.task.join(queries)
+        self.queries = join(list(queries.values()), "queries")
         self.train = experiment.task.samples(TRAIN, experiment.data, device)
         self.progress_bar, self.clip = progress_bar, clip
-        self._loaded: tuple[str, DiffusionModel] | None = None
+        self._loaded: tuple[str, Denoiser] | None = None
         self._digests: dict[str, str | None] = {}
 
     def predict(self, settings: Sequence[Setting]) -> Iterator[Prediction]:
@@ -387,7 +388,7 @@ class Predictor:
             setting.method.output_function, tuple(timesteps), 0, projection, dtype
         )
 
-    def _model(self, number: int, name: str = FULL) -> DiffusionModel:
+    def _model(self, number: int, name: str = FULL) -> Denoiser:
         """The full model at a checkpoint, of which -1 is its end; or another one."""
         if name == FULL:
             name = self.experiment.checkpoint_names[number]
@@ -399,7 +400,7 @@ class Predictor:
     def _features(self, setting: Setting, number: int) -> tuple[FeatureStore, Tensor]:
         """Features of the training images and of the queries at a checkpoint of the model."""
         model = self._model(number, setting.model)
-        timesteps = select_timesteps(setting.num_timesteps, "uniform", model.num_train_timesteps)
+        timesteps = select_timesteps(setting.num_timesteps, "uniform", model.process.num_timesteps)
         settings = self._feature_settings(setting, timesteps)
         folder = self._feature_folder(setting, number)
         extractor = FusedExtractor(model, settings, self.device)

@@ -9,22 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 
-from ...data.images import ImageData
-from ...data.latents import LatentData
-from ...features.extraction import Samples
-from ...models.generation import draw_batches
+from ...data.samples import Samples
+from ...models import load
+from ...models.denoiser import Denoiser
 from ...models.lora import LORA_FILES
-from ...models.unet import DiffusionModel, load_model
 from ...runs.files import write_atomically
 from ...training.presets import Preset
 from ...training.recipe import Recipe
@@ -81,17 +78,17 @@ class Task(Protocol):
         """
         ...
 
-    def fresh_model(self, seed: int, device: torch.device) -> DiffusionModel:
+    def fresh_model(self, seed: int, device: torch.device) -> Denoiser:
         """A model to train, on its device."""
         ...
 
-    def load_model(self, folder: Path) -> DiffusionModel:
+    def load_model(self, folder: Path) -> Denoiser:
         """The model `save` wrote; it may take the place of the one loaded before."""
         ...
 
     def train(
         self,
-        model: DiffusionModel,
+        model: Denoiser,
         chosen: Tensor | None,
         recipe: Recipe,
         *,
@@ -102,15 +99,13 @@ class Task(Protocol):
         """Train ``model`` in place on the images ``chosen`` ``[N]`` bool, or on all."""
         ...
 
-    def save(
-        self, model: DiffusionModel, folder: Path, chosen: Tensor | None, recipe: Recipe
-    ) -> None:
+    def save(self, model: Denoiser, folder: Path, chosen: Tensor | None, recipe: Recipe) -> None:
         """Write a model, trained as `train` was told, into a folder that is not there yet."""
         ...
 
     def draw(
         self,
-        model: DiffusionModel,
+        model: Denoiser,
         seeds: Sequence[int],
         device: torch.device,
         progress: Progress | None = None,
@@ -122,13 +117,13 @@ class Task(Protocol):
         """What the pictures of ``seeds`` are drawn from; None for a model that reads nothing."""
         ...
 
-    def journey_timesteps(self, model: DiffusionModel) -> list[int]:
+    def journey_timesteps(self, model: Denoiser) -> list[int]:
         """The S timesteps of `journeys`, the noisiest first."""
         ...
 
     def journeys(
         self,
-        model: DiffusionModel,
+        model: Denoiser,
         seeds: Sequence[int],
         device: torch.device,
         progress: Progress | None = None,
@@ -139,19 +134,15 @@ class Task(Protocol):
     def samples(
         self,
         role: str,
-        pictures: ImageData,
+        pictures: Samples,
         device: torch.device,
         progress: Progress | None = None,
-    ) -> ImageData | LatentData:
+    ) -> Samples:
         """What a model is given for the pictures of ``role``: `TRAIN`, `VALIDATION`, `GENERATED`.
 
         Raises:
             ValueError: what is kept of them is incomplete, damaged or of something else.
         """
-        ...
-
-    def join(self, parts: Mapping[str, Samples]) -> Samples:
-        """Samples of several roles as one set, in that order."""
         ...
 
 
@@ -160,9 +151,7 @@ def is_saved(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _WEIGHTS)
 
 
-def save_model(
-    model: DiffusionModel, folder: Path, write: Callable[[Path], None] | None = None
-) -> None:
+def save_model(model: Denoiser, folder: Path, write: Callable[[Path], None] | None = None) -> None:
     """Save a model so that a killed process leaves none that passes for a whole one.
 
     Args:
@@ -261,7 +250,7 @@ class PixelTask:
     """
 
     preset: Preset
-    data: ImageData
+    data: Samples
 
     @property
     def raw(self) -> str:
@@ -280,19 +269,19 @@ class PixelTask:
         """As `Task.dtype`: single precision, as published."""
         return "float32"
 
-    def fresh_model(self, seed: int, device: torch.device) -> DiffusionModel:
+    def fresh_model(self, seed: int, device: torch.device) -> Denoiser:
         """As `Task.fresh_model`."""
         model = self.preset.make_model(seed)
-        model.unet.to(device)
+        model.to(device)
         return model
 
-    def load_model(self, folder: Path) -> DiffusionModel:
+    def load_model(self, folder: Path) -> Denoiser:
         """As `Task.load_model`; always a new one."""
-        return load_model(folder)
+        return load(folder)
 
     def train(
         self,
-        model: DiffusionModel,
+        model: Denoiser,
         chosen: Tensor | None,
         recipe: Recipe,
         *,
@@ -308,22 +297,20 @@ class PixelTask:
         data = self.data if chosen is None else self.data.select(chosen)
         train(
             model,
-            data.images,
+            data,
             recipe,
             checkpoint=checkpoint,
             checkpoint_every=checkpoint_every,
             progress=progress,
         )
 
-    def save(
-        self, model: DiffusionModel, folder: Path, chosen: Tensor | None, recipe: Recipe
-    ) -> None:
+    def save(self, model: Denoiser, folder: Path, chosen: Tensor | None, recipe: Recipe) -> None:
         """As `Task.save`."""
         model.save(folder)
 
     def draw(
         self,
-        model: DiffusionModel,
+        model: Denoiser,
         seeds: Sequence[int],
         device: torch.device,
         progress: Progress | None = None,
@@ -331,35 +318,31 @@ class PixelTask:
         """As `Task.draw`.
 
         Raises:
-            ValueError: as `generation.draw_batches`.
+            ValueError: as `Denoiser.draw`.
         """
-        model.unet.to(device)
+        model.to(device)
         steps = self.preset.num_inference_steps
-        for batch in draw_batches(model, seeds, num_inference_steps=steps, progress=progress):
+        for batch in model.draw(seeds, num_inference_steps=steps, progress=progress):
             yield batch.seeds, batch.images
 
     def prompts(self, seeds: Sequence[int]) -> list[str] | None:
         """None."""
         return None
 
-    def journey_timesteps(self, model: DiffusionModel) -> list[int]:
+    def journey_timesteps(self, model: Denoiser) -> list[int]:
         """As `Task.journey_timesteps`."""
-        scheduler = DDIMScheduler.from_config(model.scheduler.config)
-        scheduler.set_timesteps(self.preset.num_inference_steps)
-        timesteps: list[int] = scheduler.timesteps.tolist()
-        return timesteps
+        return model.drawing_timesteps(self.preset.num_inference_steps)
 
     def journeys(
         self,
-        model: DiffusionModel,
+        model: Denoiser,
         seeds: Sequence[int],
         device: torch.device,
         progress: Progress | None = None,
     ) -> Iterator[Journey]:
         """As `Task.journeys`."""
-        model.unet.to(device)
-        for batch in draw_batches(
-            model,
+        model.to(device)
+        for batch in model.draw(
             seeds,
             num_inference_steps=self.preset.num_inference_steps,
             trajectories=True,
@@ -371,23 +354,9 @@ class PixelTask:
     def samples(
         self,
         role: str,
-        pictures: ImageData,
+        pictures: Samples,
         device: torch.device,
         progress: Progress | None = None,
-    ) -> ImageData:
+    ) -> Samples:
         """The pictures themselves."""
         return pictures
-
-    def join(self, parts: Mapping[str, Samples]) -> ImageData:
-        """As `Task.join`."""
-        return join_pictures(list(parts.values()))
-
-
-def join_pictures(parts: Sequence[Samples]) -> ImageData:
-    """Pictures of one size one after the other."""
-    return ImageData(
-        torch.cat([part.images for part in parts]),
-        [name for part in parts for name in part.ids],
-        None,
-        "queries",
-    )

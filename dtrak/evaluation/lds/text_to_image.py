@@ -8,7 +8,7 @@ still the same, are in the run's record.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,31 +17,23 @@ import torch
 from torch import Tensor
 
 from ... import __version__
-from ...data.captions import hash_captions
-from ...data.images import ImageData
-from ...data.latents import LatentData, fill_latents, open_latents, read_latents, read_posteriors
-from ...features.extraction import Samples, autocast
-from ...models.lora import add_lora, hash_lora, load_lora, remove_lora, save_lora
-from ...models.prompt_paths import follow_prompts
-from ...models.stable_diffusion import (
-    TRAINING_FILE,
-    TextToImageModel,
-    drawing_groups,
-    drawing_scheduler,
-    generate_from_prompts,
-    load_text_to_image,
-)
-from ...models.unet import DiffusionModel, hash_tensors
-from ...runs.choices import check_choice
+from ...data.captions import choose_prompts
+from ...data.rows import InMemory
+from ...data.samples import Samples
+from ...features.extraction import autocast
+from ...features.latents import fill_latents, open_latents, read_latents, read_posteriors
+from ...models import load
+from ...models.denoiser import Denoiser, Drawn
+from ...models.hashing import hash_tensors
+from ...runs.choices import TRAINING_FILE, check_choice
 from ...runs.files import write_atomically
 from ...runs.folders import describe_differences
-from ...runs.inputs import choose_prompts
 from ...training.lora_trainer import describe_training, train_lora
 from ...training.presets import LoraRecipe, Preset
 from ...training.recipe import Recipe
 from ...training.trainer import one_process_accelerator
 from .options import ExperimentError
-from .tasks import GENERATED, TRAIN, VALIDATION, Journey, Progress, ProgressBar, join_pictures
+from .tasks import GENERATED, TRAIN, VALIDATION, Journey, Progress, ProgressBar
 
 PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _BASE_PARTS = ("model", "vae", "text_encoder")
@@ -62,7 +54,7 @@ def lora_settings(lora: LoraRecipe) -> dict[str, Any]:
     }
 
 
-def load_base(base: str, recorded: dict[str, str] | None, folder: Path) -> TextToImageModel:
+def load_base(base: str, recorded: dict[str, str] | None, folder: Path) -> Denoiser:
     """A base model, checked to be the one a run was prepared with.
 
     Args:
@@ -72,10 +64,10 @@ def load_base(base: str, recorded: dict[str, str] | None, folder: Path) -> TextT
 
     Raises:
         ExperimentError: it is another one.
-        FileNotFoundError, ModelError: as `stable_diffusion.load_text_to_image`.
+        FileNotFoundError, ModelError: as `dtrak.models.load`.
     """
-    model = load_text_to_image(base)
-    differing = "" if recorded is None else describe_differences(recorded, _identify(model))
+    model = load(base)
+    differing = "" if recorded is None else describe_differences(recorded, model.base_identity())
     if differing:
         raise ExperimentError(
             f"the base model in {base} must be the one {folder} was prepared with: {differing}"
@@ -101,15 +93,15 @@ class TextToImageTask:
     """
 
     preset: Preset
-    data: ImageData
-    validation: ImageData
+    data: Samples
+    validation: Samples
     num_generated: int
     folder: Path
     base: str
     mixed_precision: str
     recorded_base: dict[str, str] | None = None
     recorded_latents: str | None = None
-    loaded: TextToImageModel | None = field(default=None, repr=False)
+    loaded: Denoiser | None = field(default=None, repr=False)
     _posteriors: Tensor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -136,12 +128,12 @@ class TextToImageTask:
         """Of forward passes, drawing included: a key of `choices.DTYPES`."""
         return PRECISIONS[self.mixed_precision]
 
-    def base_model(self) -> TextToImageModel:
+    def base_model(self) -> Denoiser:
         """The base with whatever adapter it has at the moment, loaded at the first call.
 
         Raises:
             ExperimentError: it is another one than the run was prepared with.
-            FileNotFoundError, ModelError: as `stable_diffusion.load_text_to_image`.
+            FileNotFoundError, ModelError: as `dtrak.models.load`.
         """
         if self.loaded is None:
             self.loaded = load_base(self.base, self.recorded_base, self.folder)
@@ -151,13 +143,12 @@ class TextToImageTask:
         """As `Task.deciding`."""
         model = self.base_model()
         deciding = {
-            "base": _identify(model),
-            "schedule": model.schedule,
+            "base": model.base_identity(),
+            "schedule": model.process.describe(),
             "lora": lora_settings(self.lora),
             "mixed_precision": self.mixed_precision,
             "captions": {
-                role: hash_captions(texts, model.tokenize(texts))
-                for role, texts in self.captions.items()
+                role: model.identify_items(texts) for role, texts in self.captions.items()
             },
         }
         # as it will be read back: tuples in a schedule are lists then
@@ -197,30 +188,25 @@ class TextToImageTask:
             )
         return self.precision
 
-    def fresh_model(self, seed: int, device: torch.device) -> DiffusionModel:
+    def fresh_model(self, seed: int, device: torch.device) -> Denoiser:
         """As `Task.fresh_model`: the base with a fresh adapter, in place of the one it had."""
         self.dtype(device)
         model = self.base_model()
-        remove_lora(model.unet)
-        add_lora(model.unet, self.lora.rank, seed=seed)
-        model.unet.to(device)
+        model.put_adapter(self.lora.rank, seed=seed, targets=self.lora.target_modules)
+        model.to(device)
         return model
 
-    def load_model(self, folder: Path) -> DiffusionModel:
+    def load_model(self, folder: Path) -> Denoiser:
         """As `Task.load_model`: the base with that adapter, in place of the one it had.
 
         Raises:
             LoraError: as `lora.load_lora`.
         """
-        model = self.base_model()
-        remove_lora(model.unet)
-        load_lora(model.unet, folder)
-        model.unet.eval()
-        return model
+        return self.base_model().load_adapter(folder)
 
     def train(
         self,
-        model: DiffusionModel,
+        model: Denoiser,
         chosen: Tensor | None,
         recipe: Recipe,
         *,
@@ -233,9 +219,8 @@ class TextToImageTask:
         Raises:
             ValueError: as `lora_trainer.train_lora`.
         """
-        assert isinstance(model, TextToImageModel)
         posteriors = self._checked_posteriors()
-        device = next(model.unet.parameters()).device
+        device = model.device
         with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
             train_lora(
                 model,
@@ -249,12 +234,9 @@ class TextToImageTask:
                 accelerator=one_process_accelerator(self.mixed_precision, device),
             )
 
-    def save(
-        self, model: DiffusionModel, folder: Path, chosen: Tensor | None, recipe: Recipe
-    ) -> None:
+    def save(self, model: Denoiser, folder: Path, chosen: Tensor | None, recipe: Recipe) -> None:
         """Write a LoRA folder as `dtrak.train_lora` does, with the record of its training."""
-        assert isinstance(model, TextToImageModel)
-        save_lora(model.unet, folder)
+        model.save(folder)
         texts = self._captions_of(chosen)
         settings = describe_training(
             model,
@@ -262,15 +244,15 @@ class TextToImageTask:
             recipe,
             preset=self.preset.name,
             base=self.base,
-            fingerprint=self.data.fingerprint,
+            fingerprint=self.data.conditioned(self.captions[TRAIN]).fingerprint,
             rank=self.lora.rank,
             caption_dropout=self.lora.caption_dropout,
             mixed_precision=self.mixed_precision,
         )
         # a trained adapter is no part of what it was trained from
-        settings["model"] = _identify(model)
+        settings["model"] = model.base_identity()
         facts = {
-            "trained weights": hash_lora(model.unet),
+            "trained weights": model.identity()["lora"],
             "dtrak": __version__,
             "torch": torch.__version__,
         }
@@ -279,7 +261,7 @@ class TextToImageTask:
 
     def draw(
         self,
-        model: DiffusionModel,
+        model: Denoiser,
         seeds: Sequence[int],
         device: torch.device,
         progress: Progress | None = None,
@@ -289,84 +271,63 @@ class TextToImageTask:
         Raises:
             ValueError: as `stable_diffusion.generate_from_prompts`.
         """
-        assert isinstance(model, TextToImageModel)
-        for group, report in drawing_groups(seeds, progress):
-            with self._moved(model, device):
-                images = generate_from_prompts(
-                    model,
-                    self.prompts(group),
-                    group,
-                    guidance_scale=self.lora.guidance_scale,
-                    num_inference_steps=self.preset.num_inference_steps,
-                    size=self.preset.size,
-                    batch_size=len(group),
-                    progress=report,
-                )
-            yield group, images
+        for batch in self._drawn(model, seeds, device, progress=progress):
+            yield batch.seeds, batch.images
 
     def prompts(self, seeds: Sequence[int]) -> list[str]:
         """As `Task.prompts`: the preset's, from the start again after the last."""
         return choose_prompts(self.preset.prompts(), seeds)
 
-    def journey_timesteps(self, model: DiffusionModel) -> list[int]:
+    def journey_timesteps(self, model: Denoiser) -> list[int]:
         """As `Task.journey_timesteps`."""
-        assert isinstance(model, TextToImageModel)
-        scheduler = drawing_scheduler(model)
-        scheduler.set_timesteps(self.preset.num_inference_steps)
-        timesteps: list[int] = scheduler.timesteps.tolist()
-        return timesteps
+        return model.drawing_timesteps(self.preset.num_inference_steps)
 
     def journeys(
         self,
-        model: DiffusionModel,
+        model: Denoiser,
         seeds: Sequence[int],
         device: torch.device,
         progress: Progress | None = None,
     ) -> Iterator[Journey]:
         """As `Task.journeys`: the latents predicted with guidance."""
-        assert isinstance(model, TextToImageModel)
-        for group, report in drawing_groups(seeds, progress):
-            prompts = self.prompts(group)
+        for batch in self._drawn(model, seeds, device, trajectories=True, progress=progress):
+            assert batch.trajectories is not None
+            yield Journey(batch.seeds, batch.trajectories, self.prompts(batch.seeds))
+
+    def _drawn(
+        self, model: Denoiser, seeds: Sequence[int], device: torch.device, **how: Any
+    ) -> Iterator[Drawn]:
+        batches = model.draw(
+            seeds,
+            self.prompts(seeds),
+            guidance_scale=self.lora.guidance_scale,
+            num_inference_steps=self.preset.num_inference_steps,
+            size=self.preset.size,
+            **how,
+        )
+        while True:
+            # the precision is that of drawing, not of what is done with a batch
             with self._moved(model, device):
-                predicted = follow_prompts(
-                    model,
-                    prompts,
-                    group,
-                    guidance_scale=self.lora.guidance_scale,
-                    num_inference_steps=self.preset.num_inference_steps,
-                    size=self.preset.size,
-                    progress=report,
-                )
-            yield Journey(group, predicted, prompts)
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
 
     def samples(
         self,
         role: str,
-        pictures: ImageData,
+        pictures: Samples,
         device: torch.device,
         progress: Progress | None = None,
-    ) -> LatentData:
+    ) -> Samples:
         """As `Task.samples`: modes of the VAE's posterior, with captions or prompts."""
-        model, captions = self.base_model(), self.captions[role]
+        model, data = self.base_model(), pictures.conditioned(self.captions[role])
         if role == TRAIN:
-            modes = self._checked_posteriors()[:, 0, 0]
-            hashed = hash_captions(captions, model.tokenize(captions))
-            return LatentData(pictures, captions, modes, hashed)
-        store = open_latents(self._latents_folder(role), model, pictures)
+            return data.encoded(InMemory(self._checked_posteriors()[:, 0, 0]))
+        store = open_latents(self._latents_folder(role), model, data)
         if store.missing():
-            fill_latents(store, model, pictures, device, progress=progress)
-        return read_latents(store, model, pictures, captions)
-
-    def join(self, parts: Mapping[str, Samples]) -> LatentData:
-        """As `Task.join`."""
-        sets = [part for part in parts.values() if isinstance(part, LatentData)]
-        captions = [caption for part in sets for caption in part.captions]
-        return LatentData(
-            join_pictures([part.pictures for part in sets]),
-            captions,
-            torch.cat([part.images for part in sets]),
-            hash_captions(captions, self.base_model().tokenize(captions)),
-        )
+            fill_latents(store, model, data, device, progress=progress)
+        return read_latents(store, model, data)
 
     def _latents_folder(self, role: str) -> Path:
         return self.folder / "latents" / role
@@ -396,14 +357,8 @@ class TextToImageTask:
             return captions
         return [text for text, is_in in zip(captions, chosen.tolist(), strict=True) if is_in]
 
-    def _moved(self, model: TextToImageModel, device: torch.device) -> Any:
+    def _moved(self, model: Denoiser, device: torch.device) -> Any:
         """The U-Net on its device, and its precision as a context."""
         dtype = self.dtype(device)
-        model.unet.to(device)
+        model.to(device)
         return autocast(device, dtype)
-
-
-def _identify(model: TextToImageModel) -> dict[str, str]:
-    """Hashes of the frozen parts."""
-    identity = model.identity
-    return {part: identity[part] for part in _BASE_PARTS}
