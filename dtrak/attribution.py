@@ -258,7 +258,7 @@ def _print_summary(run: Run, facts: dict[str, str]) -> None:
     for name in run.reused:
         table.add_row(name, "reused", "", style="dim")
     for stage in run.clock.stages:
-        table.add_row(stage.name, f"{stage.seconds:.1f}", format_bytes(stage.peak_bytes))
+        table.add_row(stage.name, f"{stage.seconds:.1f}", _format_peak(stage.peak_bytes))
     total = sum(stage.seconds for stage in run.clock.stages)
     table.add_row("total", f"{total:.1f}", "", style="bold")
     console = Console()
@@ -269,6 +269,10 @@ def _print_summary(run: Run, facts: dict[str, str]) -> None:
     console.print(grid)
     output = run.plan.output
     console.print(f"scores: {output / 'scores.safetensors'}\nreport: {output / 'report.html'}")
+
+
+def _format_peak(size: int) -> str:
+    return format_bytes(size) if size else "not known"
 
 
 def run_comparison(options: Options, console: Console) -> Path:
