@@ -33,11 +33,12 @@ from .features import (
     model_identity,
 )
 from .files import write_atomically
+from .finished import record_finish
 from .inputs import Subject, drawing_facts, load_model_and_data, load_queries
 from .latents import LatentData
 from .measure import TensorMeter, available_bytes, format_bytes
 from .report_page import ranked_matches, write_report
-from .runs import Run, make_plan
+from .runs import Run, make_plan, print_summary
 from .timesteps import parse_timesteps
 
 
@@ -179,7 +180,7 @@ def _attribute(run: Run) -> Path:
     with run.stage("report"):
         _write_results(run, data, queries, scores, settings, facts)
     _write_manifest(run, model, data, queries, settings, facts)
-    _print_summary(run, facts)
+    print_summary(plan.output, run.reused, run.clock.stages, facts)
     return plan.output
 
 
@@ -238,6 +239,7 @@ def _write_manifest(
                 "data": data.samples.fingerprint,
                 "queries": queries.pictures.fingerprint,
                 **_captions_hash(data),
+                "finished": record_finish(plan, model, queries.pictures.fingerprint),
                 "files": ["scores.safetensors", "report.html", "report.png"],
             },
             indent=1,
@@ -248,31 +250,6 @@ def _write_manifest(
 def _captions_hash(data: Subject) -> dict[str, str]:
     samples = data.samples
     return {"captions": samples.captions_hash} if isinstance(samples, LatentData) else {}
-
-
-def _print_summary(run: Run, facts: dict[str, str]) -> None:
-    table = Table(title=None, show_header=True, header_style="bold")
-    table.add_column("stage")
-    table.add_column("seconds", justify="right")
-    table.add_column("peak memory", justify="right")
-    for name in run.reused:
-        table.add_row(name, "reused", "", style="dim")
-    for stage in run.clock.stages:
-        table.add_row(stage.name, f"{stage.seconds:.1f}", _format_peak(stage.peak_bytes))
-    total = sum(stage.seconds for stage in run.clock.stages)
-    table.add_row("total", f"{total:.1f}", "", style="bold")
-    console = Console()
-    console.print(table)
-    grid = Table.grid(padding=(0, 2))
-    for name, value in facts.items():
-        grid.add_row(name, value)
-    console.print(grid)
-    output = run.plan.output
-    console.print(f"scores: {output / 'scores.safetensors'}\nreport: {output / 'report.html'}")
-
-
-def _format_peak(size: int) -> str:
-    return format_bytes(size) if size else "not known"
 
 
 def run_comparison(options: Options, console: Console) -> Path:
