@@ -149,7 +149,7 @@ class LoraTraining:
         guidance_scale: of the pictures.
         size: of the pictures, in pixels; None is the model's own.
         num_inference_steps: DDIM steps of a picture.
-        drawn_in: precision of drawing, a key of `features.DTYPES`: that of the run's own pictures,
+        drawn_in: precision of drawing, one of `options.DTYPES`: that of the run's own pictures,
             or the precision would change them too.
     """
 

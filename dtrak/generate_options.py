@@ -10,7 +10,7 @@ from .options import check_counts, check_model_folder
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asked for; see `generate_images`."""
+    """What the command line asked for; see `dtrak.generate.generate_images`."""
 
     model: str
     output: str

@@ -51,7 +51,7 @@ def query_losses(
         settings: timesteps and noises.
         device: where.
         batch_size: noisy images per forward pass.
-        dtype: a key of `features.DTYPES`; 16-bit types run under autocast.
+        dtype: one of `options.DTYPES`; 16-bit types run under autocast.
         progress: called with (queries and noises done, of how many).
 
     Returns:

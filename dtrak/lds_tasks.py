@@ -74,7 +74,7 @@ class Task(Protocol):
         ...
 
     def dtype(self, device: torch.device) -> str:
-        """Of forward passes when losses and features are made: a key of `features.DTYPES`.
+        """Of forward passes when losses and features are made: one of `options.DTYPES`.
 
         Raises:
             ValueError: the device cannot compute in it.

@@ -133,7 +133,7 @@ class TextToImageTask:
 
     @property
     def precision(self) -> str:
-        """Of forward passes, drawing included: a key of `features.DTYPES`."""
+        """Of forward passes, drawing included: one of `options.DTYPES`."""
         return PRECISIONS[self.mixed_precision]
 
     def base_model(self) -> TextToImageModel:
