@@ -205,7 +205,11 @@ def attribute(
     console = Console(stderr=True)
     with reporting_errors(console, traceback):
         check_options(options)
-        # as in dtrak.train
+        # as in dtrak.train; torch comes first, Diffusers only where something is to be done
+        from ..runs.finished import reuse_finished
+
+        if not compare and reuse_finished(options, console):
+            return
         from .attribution import run_attribution, run_comparison
 
         job = run_comparison if compare else run_attribution

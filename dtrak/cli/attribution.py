@@ -33,10 +33,11 @@ from ..features.store import FeatureStore
 from ..models.denoiser import Denoiser
 from ..pages.report import ranked_matches, write_report
 from ..runs.files import write_atomically
+from ..runs.finished import record_finish
 from ..runs.inputs import drawing_facts, load_model_and_data, load_queries
 from ..runs.measure import TensorMeter, available_bytes, format_bytes
 from ..runs.options import Options
-from ..runs.run import Run, make_plan
+from ..runs.run import Run, make_plan, print_summary
 
 
 def _make_extractor(run: Run, model: Denoiser) -> Extractor:
@@ -174,7 +175,7 @@ def _attribute(run: Run) -> Path:
     with run.stage("report"):
         _write_results(run, data, queries, scores, settings, facts)
     _write_manifest(run, model, data, queries, settings, facts)
-    _print_summary(run, facts)
+    print_summary(plan.output, run.reused, run.clock.stages, facts)
     return plan.output
 
 
@@ -233,32 +234,12 @@ def _write_manifest(
                 "data": data.fingerprint,
                 "queries": queries.fingerprint,
                 **item_identity(model, data),
+                "finished": record_finish(plan, model, queries.fingerprint),
                 "files": ["scores.safetensors", "report.html", "report.png"],
             },
             indent=1,
         ).encode(),
     )
-
-
-def _print_summary(run: Run, facts: dict[str, str]) -> None:
-    table = Table(title=None, show_header=True, header_style="bold")
-    table.add_column("stage")
-    table.add_column("seconds", justify="right")
-    table.add_column("peak memory", justify="right")
-    for name in run.reused:
-        table.add_row(name, "reused", "", style="dim")
-    for stage in run.clock.stages:
-        table.add_row(stage.name, f"{stage.seconds:.1f}", format_bytes(stage.peak_bytes))
-    total = sum(stage.seconds for stage in run.clock.stages)
-    table.add_row("total", f"{total:.1f}", "", style="bold")
-    console = Console()
-    console.print(table)
-    grid = Table.grid(padding=(0, 2))
-    for name, value in facts.items():
-        grid.add_row(name, value)
-    console.print(grid)
-    output = run.plan.output
-    console.print(f"scores: {output / 'scores.safetensors'}\nreport: {output / 'report.html'}")
 
 
 def run_comparison(options: Options, console: Console) -> Path:

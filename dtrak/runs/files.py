@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .locks import locked
+
 # of an output folder, in it: whoever holds it writes there, and no reader minds it
 LOCK_FILE = ".lock"
+
+
+def picture_name(seed: int) -> str:
+    """Name of the file of the picture drawn from a seed, which is the picture's id too."""
+    return f"{seed:05d}.png"
+
+
+def picture_seed(name: str) -> int:
+    """The seed in the name of a picture that was drawn."""
+    return int(Path(name).stem)
 
 
 def write_atomically(file: Path, content: bytes | memoryview) -> None:
@@ -39,14 +50,5 @@ def claim(file: Path, *, wait: bool = False, part: range | None = None) -> Itera
             end with the first.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as opened:
-        how = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
-        try:
-            if part is None:
-                fcntl.flock(opened, how)
-            else:
-                fcntl.lockf(opened, how, len(part), part.start)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+    with file.open("a") as opened, locked(opened, part, wait) as is_ours:
+        yield is_ours

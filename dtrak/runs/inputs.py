@@ -26,13 +26,13 @@ from ..training.drawing import (
     draw_missing,
     fitting_steps,
     missing_seeds,
-    picture_name,
 )
 from ..training.presets import get_preset
 from ..training.recipe import Recipe
 from ..training.trainer import one_thread, train
 from .choices import GUIDANCE_SCALE
 from .console import check_source
+from .files import picture_name
 from .folders import OutputError
 from .run import Run
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 import weakref
@@ -17,6 +16,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+try:
+    import resource
+except ImportError:
+    # Windows
+    resource = None  # type: ignore[assignment]
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -26,7 +31,7 @@ class Stage:
         name: what was done.
         seconds: wall-clock time, in seconds.
         peak_bytes: highest memory during the stage, in bytes: allocated on the device on CUDA,
-            resident set of the process otherwise.
+            resident set of the process otherwise; 0 where that is not known (Windows).
     """
 
     name: str
@@ -53,6 +58,8 @@ def _peak(device: torch.device) -> int:
         line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     except (OSError, StopIteration):
+        if resource is None:
+            return 0
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 

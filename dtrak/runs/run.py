@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
+from rich.table import Table
 
 from dtrak_kernels import Projection
 
@@ -20,7 +21,7 @@ from ..features.settings import FeatureSettings
 from .console import choose_device, parse_damping, progress_bar
 from .files import write_atomically
 from .folders import OutputError, alone_in, describe_differences, is_unclaimed
-from .measure import StageClock
+from .measure import Stage, StageClock, format_bytes
 from .options import Options, check_options
 
 if TYPE_CHECKING:
@@ -186,3 +187,34 @@ class Run:
                 f"{folder} is not empty and holds no run of dtrak: choose another --output"
             )
         return False
+
+
+def print_summary(
+    output: Path, reused: Sequence[str], stages: Sequence[Stage], facts: Mapping[str, str]
+) -> None:
+    """Show what a run cost, its figures and where its results are.
+
+    Args:
+        output: its folder.
+        reused: names of the stages that needed no work.
+        stages: the others.
+        facts: figures, as name and text.
+    """
+    table = Table(title=None, show_header=True, header_style="bold")
+    table.add_column("stage")
+    table.add_column("seconds", justify="right")
+    table.add_column("peak memory", justify="right")
+    for name in reused:
+        table.add_row(name, "reused", "", style="dim")
+    for stage in stages:
+        peak = format_bytes(stage.peak_bytes) if stage.peak_bytes else "not known"
+        table.add_row(stage.name, f"{stage.seconds:.1f}", peak)
+    total = sum(stage.seconds for stage in stages)
+    table.add_row("total", f"{total:.1f}", "", style="bold")
+    console = Console()
+    console.print(table)
+    grid = Table.grid(padding=(0, 2))
+    for name, value in facts.items():
+        grid.add_row(name, value)
+    console.print(grid)
+    console.print(f"scores: {output / 'scores.safetensors'}\nreport: {output / 'report.html'}")

@@ -19,22 +19,12 @@ from ..models import load
 from ..models.denoiser import Denoiser, Drawn
 from ..runs.choices import NUM_INFERENCE_STEPS
 from ..runs.console import choose_device, progress_bar
-from ..runs.files import write_atomically
+from ..runs.files import picture_name, write_atomically
 from ..runs.folders import claim_folder
 from .generate_options import Options, check_options
 
 SETTINGS_FILE = "generation.json"
 _TRAJECTORY = "predicted_clean"
-
-
-def picture_name(seed: int) -> str:
-    """Name of the file of the picture drawn from a seed, which is the picture's id too."""
-    return f"{seed:05d}.png"
-
-
-def picture_seed(name: str) -> int:
-    """The seed in the name of a picture that was drawn."""
-    return int(Path(name).stem)
 
 
 def trajectory_file(folder: Path, seed: int) -> Path:

@@ -31,6 +31,7 @@ from .lora_trainer import describe_model, describe_training, train_lora
 from .presets import Preset, get_preset
 from .recipe import Recipe
 from .train_lora_options import RANK, Options, check_options
+from .trainer import make_accelerator
 
 # the presets that fine-tune share one recipe, the published one
 _PUBLISHED = "artbench2"
@@ -116,9 +117,7 @@ def _train(options: Options, console: Console, held: ExitStack) -> Path:
     output = Path(options.output)
     recipe = _recipe(options, preset)
     lora = preset.lora if preset is not None else None
-    accelerator = Accelerator(
-        mixed_precision=options.mixed_precision, cpu=options.device == "cpu" or None
-    )
+    accelerator = make_accelerator(options.device, options.mixed_precision)
     check_precision(accelerator)
     console.quiet = not accelerator.is_main_process
     rank = options.rank or (RANK if lora is None else lora.rank)

@@ -26,7 +26,7 @@ from ..runs.folders import claim_folder
 from .presets import Preset
 from .recipe import Recipe
 from .train_options import Options, check_options
-from .trainer import one_thread, train
+from .trainer import make_accelerator, one_thread, train
 
 _STATE_FILE = "training.pt"
 
@@ -160,9 +160,7 @@ def check_precision(accelerator: Accelerator) -> None:
 def _train(options: Options, console: Console, held: ExitStack) -> Path:
     preset = check_options(options)
     output = Path(options.output)
-    accelerator = Accelerator(
-        mixed_precision=options.mixed_precision, cpu=options.device == "cpu" or None
-    )
+    accelerator = make_accelerator(options.device, options.mixed_precision)
     check_precision(accelerator)
     console.quiet = not accelerator.is_main_process
     data, selection = _select(

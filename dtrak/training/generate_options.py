@@ -11,7 +11,7 @@ from ..runs.console import check_device
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asked for; see `generate_images`."""
+    """What the command line asked for; see `dtrak.generate.generate_images`."""
 
     model: str
     output: str

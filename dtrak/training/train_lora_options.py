@@ -12,7 +12,7 @@ RANK = 128
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asked for; see `fine_tune`."""
+    """What the command line asked for; see `dtrak.train_lora.fine_tune`."""
 
     output: str
     model: str | None = None

@@ -10,7 +10,7 @@ from .presets import PRESETS, SUBSET_FAMILIES, Preset, get_preset
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asked for; see `train_preset`."""
+    """What the command line asked for; see `dtrak.train.train_preset`."""
 
     preset: str
     output: str

@@ -353,6 +353,15 @@ class _ModelTrainer(Trainer):
             self.ema.restore(self.module.parameters())
 
 
+def make_accelerator(device: str, mixed_precision: str) -> Accelerator:
+    """What ``--device`` of the training commands means: ``"cpu"``, or what accelerate finds.
+
+    Apple's GPU, which accelerate would take, is left alone: nothing was ever trained there.
+    """
+    on_cpu = device == "cpu" or torch.backends.mps.is_available()
+    return Accelerator(mixed_precision=mixed_precision, cpu=on_cpu or None)
+
+
 def one_process_accelerator(mixed_precision: str, device: torch.device) -> Accelerator | None:
     """For a training of one process; None where that changes nothing."""
     if mixed_precision == "no":

@@ -82,7 +82,7 @@ class Origin:
         """TRAK's formula on the gradients of an output function: D-TRAK, TRAK and their kin.
 
         Args:
-            output_function: as in `outputs.check_output_function`.
+            output_function: as in `output_names.check_output_function`.
             folder: where features are kept.
             device: where they are computed.
             console: where progress goes.

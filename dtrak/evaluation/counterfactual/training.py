@@ -23,8 +23,9 @@ from ...models.lora import lora_weights
 from ...models.unet import digits_model
 from ...runs.choices import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, TRAINING_FILE
 from ...runs.console import progress_bar
+from ...runs.files import picture_seed
 from ...runs.results import Attribution, Inputs
-from ...training.drawing import draw_all, picture_seed
+from ...training.drawing import draw_all
 from ...training.lora_trainer import train_lora
 from ...training.presets import get_preset
 from ...training.recipe import Recipe

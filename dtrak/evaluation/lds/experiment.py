@@ -29,11 +29,11 @@ from ...models.denoiser import Denoiser, Drawn
 from ...models.hashing import hash_tensors
 from ...runs.choices import check_choice
 from ...runs.files import claim as claim
-from ...runs.files import write_atomically
+from ...runs.files import picture_name, write_atomically
 from ...runs.folders import describe_differences
 from ...runs.measure import available_bytes, format_bytes
 from ...runs.workers import NAME_BYTES
-from ...training.drawing import keep, missing_seeds, picture_name
+from ...training.drawing import keep, missing_seeds
 from ...training.presets import SUBSET_FAMILIES, Preset, get_preset
 from ...training.recipe import Recipe
 from .options import (
