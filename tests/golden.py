@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -108,6 +109,17 @@ def build_tiny_pipeline(folder: Path) -> Path:
     from tiny_stable_diffusion import build_pipeline
 
     return build_pipeline(folder)
+
+
+def build_wide_unet(folder: Path) -> Path:
+    """Untrained, with weights of more entries than sketches keep tables for."""
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(128,),
+        layers_per_block=1, add_attention=False, **blocks,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
 
 
 def register_tiny_preset() -> str:
@@ -208,7 +220,7 @@ def measure(folder: Path) -> dict[str, Artefact]:
 def measure_digits(folder: Path) -> dict[str, Artefact]:
     model, drawn, main = folder / "model", folder / "drawn", folder / "main"
     run(
-        "train", "--preset", "digits", "--output", model, "--steps", 12, "--batch-size", 16,
+        "train", "--preset", "digits", "--output", model, "--steps", 20, "--batch-size", 32,
         "--device", "cpu",
     )  # fmt: skip
     run(
@@ -232,8 +244,8 @@ def measure_digits(folder: Path) -> dict[str, Artefact]:
         "digits: pictures": Artefact(read_drawn(main), GREY_LEVEL),
         "digits: scores of pictures": Artefact(read_scores(main), GREY_LEVEL),
     }
-    images = write_pictures(folder / "images", 8, 8)
-    for kind in ("kronecker", "rademacher", "normal"):
+    images = write_pictures(folder / "images", 6, 8)
+    for kind in ("kronecker", "normal"):
         other = folder / kind
         run(
             "attribute", *fixed, "--data", images, "--queries", images, "--timesteps", 2,
@@ -243,9 +255,16 @@ def measure_digits(folder: Path) -> dict[str, Artefact]:
             f"digits: features, {kind}": Artefact(read_features(other, "train")),
             f"digits: scores, {kind}": Artefact(read_scores(other)),
         }
+    wide = folder / "wide-run"
+    run(
+        "attribute", "--model", build_wide_unet(folder / "wide"), "--data", images, "--queries",
+        images, "--timesteps", 1, "--proj-dim", 4096, "--damping", 0.5, "--batch-size", 4,
+        "--device", "cpu", "--output", wide,
+    )  # fmt: skip
+    artefacts["wide model: features, sjlt"] = Artefact(read_features(wide, "train"))
     again = folder / "counterfactual"
     run(
-        "counterfactual", "--run", main, "--output", again, "--queries", 1, "--top-k", 100,
+        "counterfactual", "--run", main, "--output", again, "--queries", 1, "--top-k", 10,
         "--methods", "d-trak,random", "--device", "cpu",
     )  # fmt: skip
     return artefacts | {
