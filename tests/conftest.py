@@ -1,4 +1,8 @@
-"""Lanes: without a CUDA device Triton kernels are interpreted, and `gpu` tests are skipped."""
+"""Lanes: the fast one without `--full`; `gpu` cases are skipped where there is no CUDA device.
+
+The fast lane has one case or more for every code path; `full` marks the others: further values of
+a sweep, and slow or statistical proofs. Without a CUDA device Triton kernels are interpreted.
+"""
 
 import os
 import sys
@@ -25,13 +29,72 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
+# cases of other lanes, by worker where there are several: every worker collects all of them
+LEFT_OUT = pytest.StashKey[list[tuple[int, int]]]()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="run the cases of the full lane as well")
+
+
+def is_full(config) -> bool:
+    """Whether cases of the full lane run: they were asked for, as a lane or by name."""
+    by_name = any("::" in argument for argument in config.args)
+    return config.option.full or by_name or "full" in config.option.markexpr
+
+
+def pytest_configure(config):
+    config.stash[LEFT_OUT] = []
+    try:
+        from hypothesis import settings
+    except ImportError:
+        # a machine with a GPU may lack it
         return
-    skip = pytest.mark.skip(reason="no CUDA device")
-    for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+    for name, examples in (("fast", 8), ("full", 40)):
+        settings.register_profile(name, max_examples=examples, deadline=None, derandomize=True)
+    if not config.getoption("--hypothesis-profile", default=None):
+        settings.load_profile("full" if is_full(config) else "fast")
+
+
+# after what -m and -k deselect
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    others = [] if is_full(config) else [item for item in items if "full" in item.keywords]
+    if others:
+        items[:] = [item for item in items if "full" not in item.keywords]
+        config.hook.pytest_deselected(items=others)
+    need_gpu = [item for item in items if "gpu" in item.keywords]
+    if torch.cuda.is_available():
+        need_gpu = []
+    for item in need_gpu:
+        item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    left_out = (len(others), len(need_gpu))
+    config.stash[LEFT_OUT].append(left_out)
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["left_out"] = left_out
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    left_out = getattr(node, "workeroutput", {}).get("left_out")
+    if left_out:
+        node.config.stash[LEFT_OUT].append(tuple(left_out))
+
+
+# outside of the terminal's own, whose last line this follows
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session):
+    result = yield
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    counts = session.config.stash[LEFT_OUT]
+    if terminal and counts and not hasattr(session.config, "workeroutput"):
+        full, gpu = max(counts)
+        lanes = [
+            f"{full} of the full lane (make test-full)" if full else "",
+            f"{gpu} that need a GPU" if gpu else "",
+        ]
+        terminal.write_line(f"left out: {', '.join(filter(None, lanes)) or 'nothing'}")
+    return result
 
 
 @pytest.fixture
