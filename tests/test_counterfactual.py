@@ -12,10 +12,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from finished_run import make_run
 from safetensors.torch import load_file, save_file
 from sklearn.model_selection import train_test_split
-from test_baselines import clip_folder, vae_folder  # noqa: F401
 from typer.testing import CliRunner
 
 from dtrak import counterfactual_draw
@@ -23,11 +21,6 @@ from dtrak.counterfactual import app
 from dtrak.counterfactual_results import load_counterfactual
 from dtrak.data import load_data, to_uint8
 from dtrak.presets import PRESETS, Draw
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("counterfactual") / "here")
 
 
 @pytest.fixture
@@ -82,7 +75,7 @@ def test_end_to_end(run, finished, tmp_path):
     assert "beyond random" in output
 
 
-def test_clip_latents_and_scores_of_another_run(run, finished, tmp_path, clip_folder, vae_folder):  # noqa: F811
+def test_clip_latents_and_scores_of_another_run(run, finished, tmp_path, clip_folder, vae_folder):
     mine = tmp_path / "mine.safetensors"
     columns, rows = ([f"{n:0{w}d}.png" for n in range(c)] for c, w in ((60, 3), (4, 5)))
     names = {"rows": json.dumps(rows), "columns": json.dumps(columns)}

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from finished_run import RECIPE, make_run
+from finished_run import RECIPE
 from safetensors.torch import load_file, save_file
 
 from dtrak.counterfactual_origin import open_origin
@@ -27,8 +27,8 @@ STEPS = 3
 
 
 @pytest.fixture(scope="module")
-def origin(tmp_path_factory):
-    found = open_origin(make_run(tmp_path_factory.mktemp("origin") / "here"))
+def origin(finished):
+    found = open_origin(finished)
     return replace(found, training=replace(found.training, num_inference_steps=STEPS))
 
 

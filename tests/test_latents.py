@@ -3,7 +3,7 @@
 import pytest
 import torch
 from numerics import relative_error
-from tiny_stable_diffusion import build_pipeline, load_tiny, write_pictures
+from tiny_stable_diffusion import load_tiny, write_pictures
 
 from dtrak.captions import hash_captions, load_captions
 from dtrak.data import load_data
@@ -23,8 +23,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return build_pipeline(tmp_path_factory.mktemp("sd") / "pipeline")
+def folder(tiny_pipeline):
+    return tiny_pipeline
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ import pytest
 import torch
 from scipy.stats import rankdata
 from sklearn.linear_model import RidgeCV
-from test_baselines import clip_folder  # noqa: F401
 from tiny_lds import CPU, NAME, PRESET, register
 from typer.testing import CliRunner
 
@@ -152,7 +151,7 @@ def test_a_full_model_that_was_trained_anew(run, tmp_path):
     assert (code, "anew" in text, "losses 003-1" in text) == (0, False, False)
 
 
-def test_a_retrain_family_ensembles_and_clip(run, tmp_path, clip_folder):  # noqa: F811
+def test_a_retrain_family_ensembles_and_clip(run, tmp_path, clip_folder):
     code, text = run("prepare", "--num-subsets", 4, "--num-retrain", 10)
     assert (code, "retrain family: 10 subsets more" in text) == (0, True)
     assert run("train")[0] == 0

@@ -12,7 +12,6 @@ from diffusers import StableDiffusionPipeline
 from numerics import relative_error
 from rich.console import Console
 from safetensors.torch import load_file
-from test_baselines import clip_folder  # noqa: F401
 from tiny_lds import first_step, interrupt, quiet
 from tiny_lds_lora import CPU, NAME, PRESET, pictures, register
 from tiny_stable_diffusion import build_pipeline
@@ -60,8 +59,8 @@ def small(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return build_pipeline(tmp_path_factory.mktemp("sd") / "pipeline")
+def base(tiny_pipeline):
+    return tiny_pipeline
 
 
 def run(command, *arguments, app=lds.app):
@@ -503,7 +502,7 @@ def test_a_counterfactual_draws_in_the_precision_of_the_run(base, tmp_path):
     assert "drawn in" not in in_float32.identity()
 
 
-def test_a_retrain_family_of_loras_its_ensemble_and_clip(folder, base, tmp_path, clip_folder):  # noqa: F811
+def test_a_retrain_family_of_loras_its_ensemble_and_clip(folder, base, tmp_path, clip_folder):
     copy = shutil.copytree(folder, tmp_path / "run")
     code, text = lds_run("prepare", copy, "--model", base, "--num-retrain", 2)
     assert (code, "retrain family: 2 subsets more" in text) == (0, True), text
