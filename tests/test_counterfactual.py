@@ -99,6 +99,8 @@ def test_clip_latents_and_scores_of_another_run(run, finished, tmp_path, clip_fo
     assert "scores of the run's images, got columns of other names" in output
 
 
+# of SIGKILL the fast lane has the main command, of this the interrupted retraining
+@pytest.mark.full
 def test_the_published_draw_decides_queries_and_random_removals(run, tmp_path, monkeypatch):
     """In miniature: the published experiment would be 2 of 4 queries on 60 images."""
     monkeypatch.setattr(counterfactual_draw, "PUBLISHED_SEEDS", {"digits": 3})
@@ -117,6 +119,8 @@ def test_the_published_draw_decides_queries_and_random_removals(run, tmp_path, m
     assert removed.tolist() == (-scores).argsort(1)[:, :10].tolist()
 
 
+# of SIGINT the fast lane has dtrak.lds
+@pytest.mark.full
 def test_killed_runs_resume(run, finished, tmp_path):
     """kill -9 while a model is trained, then the same command again."""
     folder = tmp_path / "cf"

@@ -151,6 +151,8 @@ def test_models_that_draw_no_pictures(run, tmp_path):
     failing(run, "must draw grey or RGB images, got 4 channels", model=tmp_path / "latent")
 
 
+# of SIGKILL the fast lane has the main command, of this the interrupted drawing
+@pytest.mark.full
 def test_control_c(run, monkeypatch):
     from dtrak import generate as command
 
