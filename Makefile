@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OUT ?= out
+TEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help run test lint compile smoke bench gpu tune clean
+.PHONY: help run test test-full lint compile smoke bench gpu tune clean
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -21,8 +22,11 @@ $(READY): pyproject.toml constraints.txt
 run: $(READY) ## set everything up and attribute the embedded digits
 	$(BIN)/python -m dtrak.attribute --fused
 
-test: $(READY) ## set everything up and run the tests
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+test: $(READY) ## set everything up and run the fast lane of the tests: every code path, in minutes
+	$(TEST)
+
+test-full: $(READY) ## all tests: whole sweeps, slow and statistical proofs
+	$(TEST) --full
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -169,7 +169,7 @@ def make_pieces(cuda: bool, out: Path) -> list[Piece]:
     pieces.append(
         Piece(
             "kernel tests",
-            (*pytest, *files, "-m", "not gpu", f"--junitxml={out / 'kernel_tests.xml'}"),
+            (*pytest, *files, "--full", "-m", "not gpu", f"--junitxml={out / 'kernel_tests.xml'}"),
             110,
             absent or ("" if cuda else "without a GPU, make test runs them"),
         )
@@ -177,7 +177,7 @@ def make_pieces(cuda: bool, out: Path) -> list[Piece]:
     for name, chosen in files_with_gpu_tests().items():
         xml = f"--junitxml={out / name.replace(' ', '_')}.xml"
         missing = "diffusers is not installed" if "dtrak" in name and not has("diffusers") else ""
-        command = (*pytest, *chosen, "-m", "gpu", xml)
+        command = (*pytest, *chosen, "--full", "-m", "gpu", xml)
         pieces.append(Piece(name, command, 60, absent or missing))
     sanitizer = find_sanitizer()
     missing = "" if sanitizer else "compute-sanitizer is not installed"

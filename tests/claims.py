@@ -8,7 +8,7 @@ from dtrak.runs.files import LOCK_FILE, claim
 
 SCRIPT = """
 import pathlib, sys
-from dtrak.files import claim
+from dtrak.runs.files import claim
 with claim(pathlib.Path(sys.argv[1]), part=range(int(sys.argv[2]), int(sys.argv[3]))) as ours:
     print(ours, flush=True)
     sys.stdin.read()

@@ -3,7 +3,8 @@
 Not a test file: an interpreted kernel cannot be compiled, so `test_compile.py` runs this in a
 process without TRITON_INTERPRET. No GPU is needed; ptxas, cuobjdump and nvdisasm come with Triton.
 With a folder as argument, only the configurations in its files are compiled, each for its card;
-with the word ``candidates``, what `benchmarks/tune.py` tries of the fused sketch (minutes).
+with the word ``candidates``, what `benchmarks/tune.py` tries of the fused sketch (minutes); with
+the word ``few``, everything for one target and of each kernel one form or two for the others.
 """
 
 import json
@@ -35,6 +36,9 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+
+# of which the fast lane of the tests compiles everything
+WHOLE = "sm_90"
 
 # targets by what is in a device's name
 CARDS = {
@@ -361,23 +365,35 @@ def candidate_cases(arch):
             }
 
 
-def main():
+def few(arch, cases):
+    """All of one target; of the others each kernel once, and what its flips cost."""
+    seen = set()
+    for case in cases:
+        kind = case["kernel"], "no flip" in case.get("form", "")
+        if arch == WHOLE or "tuned" in case or kind not in seen:
+            seen.add(kind)
+            yield case
+
+
+def main(arguments):
     results = []
-    if sys.argv[1:] == ["candidates"]:
+    if arguments == ["candidates"]:
         for arch, target in TARGETS.items():
             for case in candidate_cases(arch):
                 build = case.pop("build")
                 results.append(case | {"arch": arch} | report(build(target)))
         json.dump(results, sys.stdout, indent=1)
         return
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    is_few = arguments == ["few"]
+    folder = Path(arguments[0]) if arguments and not is_few else None
     for arch, target in TARGETS.items():
         shipped = tuned_cases(arch, folder or tuning.CONFIGS)
-        for case in shipped if folder else (*cases(arch), *sketch_cases(arch), *shipped):
+        found = shipped if folder else (*cases(arch), *sketch_cases(arch), *shipped)
+        for case in few(arch, found) if is_few else found:
             build = case.pop("build")
             results.append(case | {"arch": arch} | report(build(target)))
     json.dump(results, sys.stdout, indent=1)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -26,33 +26,6 @@ from dtrak.methods.baselines import (
 
 
 @pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    """A whole CLIP, text encoder and all, in miniature and with weights that spread."""
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
-
-    vision = {
-        "hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "image_size": 30, "patch_size": 10, "projection_dim": 24,
-    }  # fmt: skip
-    text = {
-        "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "vocab_size": 50, "projection_dim": 24,
-    }  # fmt: skip
-    folder = tmp_path_factory.mktemp("clip") / "tiny"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        model = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=24))
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(folder)
-    processor = CLIPImageProcessor(
-        size={"shortest_edge": 30}, crop_size={"height": 30, "width": 30}
-    )
-    processor.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def clip(clip_folder):
     return load_clip(clip_folder)
 
@@ -276,24 +249,6 @@ def test_clip_with_damaged_or_missing_weights(clip_folder, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(EncoderError, match="could not be loaded"):
         load_clip(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def vae_folder(tmp_path_factory):
-    from diffusers import AutoencoderKL
-
-    folder = tmp_path_factory.mktemp("vae") / "tiny"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 8),
-            norm_num_groups=4,
-            latent_channels=2,
-        )
-    vae.save_pretrained(folder / "vae")
-    return folder
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -199,6 +199,8 @@ def test_eight_minutes_are_enough():
     assert max(*checks, sum(checks) / 4) < gpu.BUDGET / 3
 
 
+# it collects a third of all tests
+@pytest.mark.full
 def test_what_only_gpus_run_is_collected_and_nothing_else():
     kernels, dtrak = gpu.files_with_gpu_tests().values()
     assert str(ROOT / "tests" / "test_projection.py") in kernels
@@ -370,6 +372,8 @@ def test_ctrl_c_still_gives_the_page(tmp_path):
     assert (tmp_path / "table.txt").is_file()
 
 
+# the pieces by themselves are in the fast lane
+@pytest.mark.full
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 @pytest.mark.parametrize(
     "target, command",

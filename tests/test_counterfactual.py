@@ -12,10 +12,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from finished_run import make_run
 from safetensors.torch import load_file, save_file
 from sklearn.model_selection import train_test_split
-from test_baselines import clip_folder, vae_folder  # noqa: F401
 from typer.testing import CliRunner
 
 from dtrak.cli.counterfactual import app
@@ -23,11 +21,6 @@ from dtrak.data.images import load_data, to_uint8
 from dtrak.evaluation.counterfactual import draw as counterfactual_draw
 from dtrak.evaluation.counterfactual.results import load_counterfactual
 from dtrak.training.presets import PRESETS, Draw
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("counterfactual") / "here")
 
 
 @pytest.fixture
@@ -82,7 +75,7 @@ def test_end_to_end(run, finished, tmp_path):
     assert "beyond random" in output
 
 
-def test_clip_latents_and_scores_of_another_run(run, finished, tmp_path, clip_folder, vae_folder):  # noqa: F811
+def test_clip_latents_and_scores_of_another_run(run, finished, tmp_path, clip_folder, vae_folder):
     mine = tmp_path / "mine.safetensors"
     columns, rows = ([f"{n:0{w}d}.png" for n in range(c)] for c, w in ((60, 3), (4, 5)))
     names = {"rows": json.dumps(rows), "columns": json.dumps(columns)}
@@ -106,6 +99,8 @@ def test_clip_latents_and_scores_of_another_run(run, finished, tmp_path, clip_fo
     assert "scores of the run's images, got columns of other names" in output
 
 
+# of SIGKILL the fast lane has the main command, of this the interrupted retraining
+@pytest.mark.full
 def test_the_published_draw_decides_queries_and_random_removals(run, tmp_path, monkeypatch):
     """In miniature: the published experiment would be 2 of 4 queries on 60 images."""
     monkeypatch.setattr(counterfactual_draw, "PUBLISHED_SEEDS", {"digits": 3})
@@ -124,6 +119,8 @@ def test_the_published_draw_decides_queries_and_random_removals(run, tmp_path, m
     assert removed.tolist() == (-scores).argsort(1)[:, :10].tolist()
 
 
+# of SIGINT the fast lane has dtrak.lds
+@pytest.mark.full
 def test_killed_runs_resume(run, finished, tmp_path):
     """kill -9 while a model is trained, then the same command again."""
     folder = tmp_path / "cf"

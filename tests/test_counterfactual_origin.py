@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from finished_run import OPTIONS, RECIPE, make_run
+from finished_run import OPTIONS, RECIPE
 from numerics import relative_error
 from rich.console import Console
 from tiny_lds import trained
@@ -28,11 +28,6 @@ from dtrak.training.presets import PRESETS
 from dtrak.training.trainer import Recipe, train
 
 CPU, QUIET = torch.device("cpu"), Console(quiet=True)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("origin") / "here")
 
 
 def test_the_recipe_is_what_the_trainer_wrote(finished):

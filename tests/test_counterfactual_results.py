@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import binom
-from test_baselines import clip, clip_folder, vae_folder  # noqa: F401
+from test_baselines import clip  # noqa: F401
 
 from dtrak.evaluation.counterfactual.results import (
     METRICS,

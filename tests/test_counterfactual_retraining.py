@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from finished_run import RECIPE, make_run
+from dtrak.models.generation import generate
+from finished_run import RECIPE
 from safetensors.torch import load_file, save_file
 
 from dtrak.data.images import to_uint8
@@ -17,7 +18,6 @@ from dtrak.evaluation.counterfactual.retraining import (
     prepare,
     removal_positions,
 )
-from dtrak.models.generation import generate
 from dtrak.models.unet import digits_model
 from dtrak.runs.inputs import Subject
 from dtrak.training.trainer import train
@@ -27,8 +27,8 @@ STEPS = 3
 
 
 @pytest.fixture(scope="module")
-def origin(tmp_path_factory):
-    found = open_origin(make_run(tmp_path_factory.mktemp("origin") / "here"))
+def origin(finished):
+    found = open_origin(finished)
     return replace(found, training=replace(found.training, num_inference_steps=STEPS))
 
 

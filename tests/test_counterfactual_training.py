@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from finished_run import OPTIONS, RECIPE, make_run
+from finished_run import OPTIONS, RECIPE
 from rich.console import Console
 from tiny_stable_diffusion import build_pipeline, write_pictures
 from typer.testing import CliRunner
@@ -37,11 +37,6 @@ from dtrak.training.trainer import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*captions have more than 16 tokens.*")
 CPU, QUIET = torch.device("cpu"), Console(quiet=True)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("training") / "here")
 
 
 @pytest.fixture

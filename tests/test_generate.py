@@ -12,13 +12,13 @@ import pytest
 import torch
 from claims import claimed_elsewhere
 from diffusers import UNet2DModel
+from dtrak.models.generation import generate, load_trajectories
 from PIL import Image
 from tiny import tiny_model
 from typer.testing import CliRunner
 
 from dtrak.cli.generate import app
 from dtrak.data.images import load_data, to_uint8
-from dtrak.models.generation import generate, load_trajectories
 from dtrak.models.unet import linear_schedule
 from dtrak.runs.files import LOCK_FILE
 
@@ -151,6 +151,8 @@ def test_models_that_draw_no_pictures(run, tmp_path):
     failing(run, "must draw grey or RGB images, got 4 channels", model=tmp_path / "latent")
 
 
+# of SIGKILL the fast lane has the main command, of this the interrupted drawing
+@pytest.mark.full
 def test_control_c(run, monkeypatch):
     from dtrak.training import drawing as command
 

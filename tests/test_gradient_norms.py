@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numerics import relative_error
 from test_sketcher import small_unet, true_gradients, unet_output, unet_rows
@@ -72,7 +72,6 @@ def test_norm_of_a_sum_of_uses(projection):
         assert relative_error(sketcher.grad_norms, looped_norms(model, x, 2)) < 1e-12
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     channels=st.tuples(st.integers(1, 12), st.integers(1, 12)),
     groups=st.integers(1, 3),

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numerics import relative_error
 from torch import nn
@@ -167,7 +167,6 @@ def test_embedding():
     assert relative_error(features, _true_gradients(model, tokens, 3) @ matrix) < 1e-12
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     channels=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     groups=st.integers(1, 3),

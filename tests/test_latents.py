@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from dtrak.data.latents import fill_latents, open_latents, read_latents, read_posteriors
 from numerics import relative_error
-from tiny_stable_diffusion import build_pipeline, load_tiny, write_pictures
+from tiny_stable_diffusion import load_tiny, write_pictures
 
 from dtrak.data.captions import hash_captions, load_captions
 from dtrak.data.images import load_data
-from dtrak.data.latents import fill_latents, open_latents, read_latents, read_posteriors
 from dtrak.features.extraction import (
     FeatureSettings,
     FusedExtractor,
@@ -23,8 +23,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return build_pipeline(tmp_path_factory.mktemp("sd") / "pipeline")
+def folder(tiny_pipeline):
+    return tiny_pipeline
 
 
 @pytest.fixture(scope="module")

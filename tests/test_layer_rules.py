@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numerics import relative_error
 from torch import nn
@@ -17,7 +17,6 @@ PROJECTIONS = [
     Projection("sjlt", 256),
     Projection("kronecker", 256, factor_dim=3),
 ]
-few = settings(max_examples=25, deadline=None, derandomize=True)
 small, steps = st.integers(1, 4), st.integers(1, 3)
 
 
@@ -54,7 +53,6 @@ def geometry(dimensions):
     )
 
 
-@few
 @given(
     data=st.data(),
     dimensions=st.integers(1, 3),
@@ -84,7 +82,6 @@ def test_any_convolution(
         check(layer, x, rows_per_sample, projection)
 
 
-@few
 @given(
     data=st.data(),
     dimensions=st.integers(1, 3),
@@ -118,7 +115,6 @@ def test_any_transposed_convolution(
         check(layer, x, rows_per_sample, projection)
 
 
-@few
 @given(
     features=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     positions=st.lists(small, max_size=2),
@@ -136,7 +132,6 @@ def test_any_linear_layer(features, positions, bias, rows_per_sample, projection
         check(layer, x, rows_per_sample, projection)
 
 
-@few
 @given(
     size=st.tuples(st.integers(2, 60), st.integers(1, 9)),
     tokens=st.lists(small, max_size=2),

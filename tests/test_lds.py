@@ -14,12 +14,10 @@ import pytest
 import torch
 from scipy.stats import rankdata
 from sklearn.linear_model import RidgeCV
-from test_baselines import clip_folder  # noqa: F401
 from tiny_lds import CPU, NAME, PRESET, register
 from typer.testing import CliRunner
 
-from dtrak import lds
-from dtrak.cli import lds_stages
+from dtrak.cli import lds, lds_stages
 from dtrak.cli.lds import app
 from dtrak.evaluation.lds import methods as lds_methods
 from dtrak.evaluation.lds.experiment import load_experiment, prepare, train_one
@@ -155,7 +153,7 @@ def test_a_full_model_that_was_trained_anew(run, tmp_path):
     assert (code, "anew" in text, "losses 003-1" in text) == (0, False, False)
 
 
-def test_a_retrain_family_ensembles_and_clip(run, tmp_path, clip_folder):  # noqa: F811
+def test_a_retrain_family_ensembles_and_clip(run, tmp_path, clip_folder):
     code, text = run("prepare", "--num-subsets", 4, "--num-retrain", 10)
     assert (code, "retrain family: 10 subsets more" in text) == (0, True)
     assert run("train")[0] == 0
@@ -206,6 +204,8 @@ def test_a_retrain_family_ensembles_and_clip(run, tmp_path, clip_folder):  # noq
     assert "D-TRAK, mean of 2 models - D-TRAK, single half-data model" in text
 
 
+# slow: two processes of the whole command
+@pytest.mark.full
 def test_the_table_of_the_package_is_shown_without_a_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, ["report", "--preset", "digits"])

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from numerics import relative_error
-from test_baselines import clip_folder  # noqa: F401
 from test_lds_methods import groups, quiet
 from tiny_lds import CPU, PRESET, register
 
@@ -35,7 +34,7 @@ def reference(folder, images):
     return torch.stack(rows)
 
 
-def test_rows_are_dot_and_cosine_of_the_embeddings(tmp_path, clip_folder):  # noqa: F811
+def test_rows_are_dot_and_cosine_of_the_embeddings(tmp_path, clip_folder):
     register()
     experiment = prepare(tmp_path / "run", PRESET, num_subsets=4)
     queries = {"validation": experiment.validation}
@@ -53,7 +52,7 @@ def test_rows_are_dot_and_cosine_of_the_embeddings(tmp_path, clip_folder):  # no
     assert (dot.kinds, dot.rules) == (("validation",), ("",))
 
 
-def test_rows_follow_the_clip_model(tmp_path, clip_folder):  # noqa: F811
+def test_rows_follow_the_clip_model(tmp_path, clip_folder):
     register()
     experiment = prepare(tmp_path / "run", PRESET, num_subsets=4)
     queries = {"validation": experiment.validation}
@@ -74,7 +73,7 @@ def test_rows_follow_the_clip_model(tmp_path, clip_folder):  # noqa: F811
     assert relative_error(found[0], found[1]) > 1e-3
 
 
-def test_embeddings_are_computed_once(tmp_path, clip_folder, monkeypatch):  # noqa: F811
+def test_embeddings_are_computed_once(tmp_path, clip_folder, monkeypatch):
     data, encoder = load_data("digits", limit=5), ClipEncoder(clip_folder)
     file = tmp_path / "clip" / "train.safetensors"
     seen = []

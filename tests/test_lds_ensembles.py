@@ -26,12 +26,11 @@ MEMBERS = ["retrain-000-1", "retrain-001-1", "retrain-002-1"]
 
 
 @pytest.fixture(scope="module")
-def experiment(tmp_path_factory):
+def experiment(trained_lds, tmp_path_factory):
     register()
-    experiment = prepare(
-        tmp_path_factory.mktemp("lds") / "run", PRESET, num_subsets=4, num_retrain=4
-    )
-    for name in ("full", *MEMBERS):
+    folder = shutil.copytree(trained_lds, tmp_path_factory.mktemp("lds") / "run")
+    experiment = prepare(folder, PRESET, num_subsets=4, num_retrain=4)
+    for name in MEMBERS:
         train_one(experiment, name, CPU)
     return experiment
 

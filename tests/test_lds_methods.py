@@ -8,16 +8,16 @@ from contextlib import contextmanager
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from dtrak.models.generation import draw_batches
 from numerics import relative_error
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_lds import CPU, quiet, register, trained
+from tiny_lds import CPU, quiet, register
 
 from dtrak.evaluation.lds import methods as lds_methods
 from dtrak.evaluation.lds.experiment import ExperimentError, load_experiment, prepare, query_sets
 from dtrak.evaluation.lds.methods import METHODS, Predictor, Setting, list_settings
 from dtrak.features.extraction import FeatureSettings, FusedExtractor
-from dtrak.models.generation import draw_batches
 from dtrak_kernels import Projection
 
 BY_NAME = {method.name: method for method in METHODS}
@@ -32,8 +32,9 @@ def small(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def experiment(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("lds") / "run", num_subsets=4)
+def experiment(trained_lds, tmp_path_factory):
+    register()
+    return load_experiment(shutil.copytree(trained_lds, tmp_path_factory.mktemp("lds") / "run"))
 
 
 @pytest.fixture
@@ -204,8 +205,10 @@ def test_predictions_of_a_full_model_that_was_trained_anew_are_not_passed_over(
     assert not any(prediction.values.any() for prediction in predict())
 
 
-def test_what_shares_features_shares_a_solver_also_when_the_run_grows(tmp_path, monkeypatch):
-    experiment, made = trained(tmp_path / "run", num_subsets=4), []
+def test_what_shares_features_shares_a_solver_also_when_the_run_grows(
+    trained_lds, tmp_path, monkeypatch
+):
+    experiment, made = load_experiment(shutil.copytree(trained_lds, tmp_path / "run")), []
 
     def make(*arguments, **options):
         made.append(arguments)
@@ -222,8 +225,8 @@ def test_what_shares_features_shares_a_solver_also_when_the_run_grows(tmp_path, 
     assert len(made) == 2
 
 
-def test_two_commands_make_features_once(tmp_path, monkeypatch):
-    experiment = trained(tmp_path / "run", num_subsets=4)
+def test_two_commands_make_features_once(trained_lds, tmp_path, monkeypatch):
+    experiment = load_experiment(shutil.copytree(trained_lds, tmp_path / "run"))
     queries = query_sets(experiment, CPU)
     begun, waiting, go_on = (threading.Event() for _ in range(3))
     filled, labels = [], []

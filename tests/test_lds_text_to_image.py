@@ -9,10 +9,11 @@ import tiny_lds_lora
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
+from dtrak.data.latents import LatentData
+from dtrak.models.prompt_paths import follow_prompts
 from numerics import relative_error
 from rich.console import Console
 from safetensors.torch import load_file
-from test_baselines import clip_folder  # noqa: F401
 from tiny_lds import first_step, interrupt, quiet
 from tiny_lds_lora import CPU, NAME, PRESET, pictures, register
 from tiny_stable_diffusion import build_pipeline
@@ -20,7 +21,6 @@ from typer.testing import CliRunner
 
 from dtrak import attribute, lds, train_lora
 from dtrak.data.images import load_data, to_uint8
-from dtrak.data.latents import LatentData
 from dtrak.evaluation.counterfactual.origin import open_origin
 from dtrak.evaluation.lds import methods as lds_methods
 from dtrak.evaluation.lds import text_to_image as lds_text_to_image
@@ -39,7 +39,6 @@ from dtrak.evaluation.lds.table import load_results
 from dtrak.features.extraction import FeatureSettings, FeatureStore, FusedExtractor
 from dtrak.features.noise import sample_noise
 from dtrak.models.lora import LoraError, hash_lora
-from dtrak.models.prompt_paths import follow_prompts
 from dtrak.models.stable_diffusion import generate_from_prompts, load_text_to_image
 from dtrak.training.presets import PRESETS, get_preset
 from dtrak_kernels import Projection
@@ -62,8 +61,8 @@ def small(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return build_pipeline(tmp_path_factory.mktemp("sd") / "pipeline")
+def base(tiny_pipeline):
+    return tiny_pipeline
 
 
 def run(command, *arguments, app=lds.app):
@@ -505,7 +504,7 @@ def test_a_counterfactual_draws_in_the_precision_of_the_run(base, tmp_path):
     assert "drawn in" not in in_float32.identity()
 
 
-def test_a_retrain_family_of_loras_its_ensemble_and_clip(folder, base, tmp_path, clip_folder):  # noqa: F811
+def test_a_retrain_family_of_loras_its_ensemble_and_clip(folder, base, tmp_path, clip_folder):
     copy = shutil.copytree(folder, tmp_path / "run")
     code, text = lds_run("prepare", copy, "--model", base, "--num-retrain", 2)
     assert (code, "retrain family: 2 subsets more" in text) == (0, True), text

@@ -1,44 +1,12 @@
 """One list of models, worked through by one process or by several."""
 
 import os
-import time
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
+from lds_jobs import Write
 
-from dtrak.evaluation.lds.experiment import claim
 from dtrak.runs.workers import one_thread, work
-
-
-@dataclass(frozen=True)
-class Write:
-    """Write a file per name, with the process that did it; refuse or die at one of them."""
-
-    folder: Path
-    refused: str = ""
-    deadly: str = ""
-
-    def __call__(self, worker):
-        def job(name, progress):
-            file = self.folder / name
-            with claim(self.folder / "locks" / name) as ours:
-                if not ours or file.exists():
-                    return False
-                if name == self.refused:
-                    raise ValueError(f"{name} must be\nsomething else")
-                if name == self.deadly:
-                    os._exit(7)
-                progress(1, 2)
-                # the other process comes up meanwhile
-                time.sleep(0.2 if worker else 0.5)
-                file.write_text(f"{os.getpid()} {torch.get_num_threads()}")
-                progress(2, 2)
-                return True
-
-        return job
-
 
 NAMES = [f"{number}" for number in range(6)]
 

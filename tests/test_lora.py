@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from numerics import relative_error
 from safetensors.torch import load_file, save_file
-from tiny_stable_diffusion import build_pipeline, build_unet, load_tiny
+from tiny_stable_diffusion import build_unet, load_tiny
 
 from dtrak.models.lora import (
     LoraError,
@@ -38,8 +38,8 @@ FILE = "pytorch_lora_weights.safetensors"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return build_pipeline(tmp_path_factory.mktemp("sd") / "pipeline")
+def folder(tiny_pipeline):
+    return tiny_pipeline
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from numerics import relative_error
-from tiny_stable_diffusion import build_pipeline, load_tiny
+from tiny_stable_diffusion import load_tiny
 
 from dtrak.models.lora import hash_base, hash_lora, lora_weights
 from dtrak.models.stable_diffusion import load_text_to_image
@@ -20,8 +20,8 @@ RECIPE = Recipe(
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return build_pipeline(tmp_path_factory.mktemp("sd") / "pipeline")
+def folder(tiny_pipeline):
+    return tiny_pipeline
 
 
 @pytest.fixture(scope="module")

@@ -163,6 +163,7 @@ def test_matrix_is_a_submatrix_of_every_larger_one(kind):
     assert torch.equal(whole[400:523, :21], part)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_signs_do_not_depend_on_tiling(config, dtype, device):

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from numerics import relative_error
-from tiny_stable_diffusion import build_pipeline, load_tiny
-
 from dtrak.models.prompt_paths import follow_prompts
+from numerics import relative_error
+from tiny_stable_diffusion import load_tiny
+
 from dtrak.models.stable_diffusion import generate_from_prompts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*captions have more than 16 tokens.*")
@@ -13,8 +13,8 @@ PROMPTS, SEEDS = ["a sea", "a fog", "a sea"], [3, 0, 7]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return load_tiny(build_pipeline(tmp_path_factory.mktemp("sd") / "pipeline"))
+def model(tiny_pipeline):
+    return load_tiny(tiny_pipeline)
 
 
 def walk(model, scale):
@@ -77,8 +77,8 @@ def test_refusals(model):
         follow_prompts(model, ["a sea"], [0], size=15)
 
 
-def test_a_path_that_blows_up_is_named_by_its_seed(tmp_path):
-    model = load_tiny(build_pipeline(tmp_path / "sd"))
+def test_a_path_that_blows_up_is_named_by_its_seed(tiny_pipeline):
+    model = load_tiny(tiny_pipeline)
     with torch.no_grad():
         model.unet.conv_out.bias.fill_(float("nan"))
     with pytest.raises(ValueError, match="predicted non-finite latents from seed 7"):

@@ -35,6 +35,8 @@ def test_python_blocks_run(code):
     assert done.returncode == 0, done.stderr
 
 
+# slow: the main job itself, in six processes
+@pytest.mark.full
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_targets_exist():
     targets = re.findall(r"`make (\w+)|&& make (\w+)", README)

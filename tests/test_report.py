@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from finished_run import OPTIONS, make_run
+from finished_run import OPTIONS
 from page import HOSTILE, Page, case, decoded, quantised, write
 from rich.console import Console
 from test_counterfactual_results import example
@@ -191,9 +191,10 @@ def test_no_queries_and_no_opponents(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(finished, tmp_path_factory):
     """A run with counterfactual results in it and an LDS beside it."""
-    folder = make_run(tmp_path_factory.mktemp("report") / "here")
+    folder = tmp_path_factory.mktemp("report") / "here" / "run"
+    shutil.copytree(finished.parent, folder.parent)
     (folder / "counterfactual").mkdir()
     save_counterfactual(example(Q=3), folder / "counterfactual")
     (folder.parent / "lds-run").mkdir()

@@ -5,17 +5,12 @@ import shutil
 
 import pytest
 import torch
-from finished_run import make_images, make_run
+from finished_run import make_images
 from safetensors.torch import load_file, save_file
 
 from dtrak.data.images import load_data
 from dtrak.models.unet import hash_model, load_model
 from dtrak.runs.results import ResultsError, load_attribution, read_scores
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("results") / "here")
 
 
 @pytest.fixture

@@ -29,8 +29,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return build_pipeline(tmp_path_factory.mktemp("sd") / "pipeline")
+def folder(tiny_pipeline):
+    return tiny_pipeline
 
 
 @pytest.fixture(scope="module")

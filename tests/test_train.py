@@ -211,6 +211,8 @@ def test_a_training_that_fails_says_so(run, tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "model_index.json").exists()
 
 
+# of SIGKILL the fast lane has the main command, of this the interrupted training
+@pytest.mark.full
 def test_control_c_and_a_damaged_state(run, tmp_path, monkeypatch):
     from dtrak.training import trainer as training
 
@@ -302,6 +304,8 @@ def test_a_killed_save_is_no_model(run, tmp_path, monkeypatch):
     assert hash_model(one.unet) == hash_model(other.unet)
 
 
+# slow: a launcher and two processes
+@pytest.mark.full
 def test_one_command_at_a_time_trains(run, tmp_path):
     check_training_alone(run, failing, tmp_path / "run")
 

@@ -24,8 +24,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*captions have more than 16 tok
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return build_pipeline(tmp_path_factory.mktemp("sd") / "pipeline")
+def folder(tiny_pipeline):
+    return tiny_pipeline
 
 
 @pytest.fixture(scope="module")
