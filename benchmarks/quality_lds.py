@@ -16,19 +16,19 @@ from pages import ROOT, Table, newest, record, run
 from rich.console import Console
 from torch import Tensor
 
+from dtrak.data.samples import Samples
 from dtrak.evaluation.lds.experiment import FULL, Experiment, prepare, query_sets, train_one
 from dtrak.evaluation.lds.statistics import lds
 from dtrak.evaluation.lds.table import AUTO, Results, packaged_results
 from dtrak.evaluation.lds.tasks import TRAIN
 from dtrak.features.extraction import (
     FeatureSettings,
-    FeatureStore,
     FusedExtractor,
-    Samples,
     deciding_settings,
     fill_store,
     fitting_batch_size,
 )
+from dtrak.features.store import FeatureStore
 from dtrak.features.timesteps import select_timesteps
 from dtrak.methods.scores import trak
 from dtrak.runs.console import progress_bar
@@ -74,7 +74,7 @@ def exact_gradients(
         shapes of the parameters.
     """
     model, task = experiment.load_model(), experiment.task
-    timesteps = select_timesteps(num_timesteps, "uniform", model.num_train_timesteps)
+    timesteps = select_timesteps(num_timesteps, "uniform", model.process.num_timesteps)
     settings = FeatureSettings(function, tuple(timesteps), 0, Projection("none", 0))
     extractor = FusedExtractor(model, settings, CPU)
     parts = {TRAIN: task.samples(TRAIN, experiment.data, CPU), **queries}

@@ -38,11 +38,11 @@ def trained_gradients(steps: int) -> tuple[Tensor, list[tuple[int, ...]]]:
     noise = sample_noise(data.ids, timesteps, data.images.shape[1:], seed=0).flatten(0, 1)
     t = torch.tensor(timesteps).repeat(SAMPLES)
     images = data.images.repeat_interleave(TIMESTEPS, 0)
-    noisy = model.scheduler.add_noise(images, noise, t)
-    sketcher = GradientSketcher(model.unet, Projection("none", 0), rows_per_sample=TIMESTEPS)
+    noisy = model.process.scheduler.add_noise(images, noise, t)
+    sketcher = GradientSketcher(model.module, Projection("none", 0), rows_per_sample=TIMESTEPS)
     grads = sketcher.sketch(
         lambda: evaluate_output(
-            "mean_squared_l2_norm", model.unet(noisy, t).sample, noise, model.scheduler, t
+            "mean_squared_l2_norm", model.unet(noisy, t).sample, noise, model.process.scheduler, t
         ),
         SAMPLES,
     ).double()

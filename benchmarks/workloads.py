@@ -143,7 +143,7 @@ def digits(
     diffusers()
     from dtrak.models.unet import digits_model
 
-    unet = digits_model().unet.to(device)
+    unet = digits_model().module.to(device)
     inputs = random_rows(samples, rows_per_sample, (1, 8, 8), device)
     return Workload("digits U-Net", unet, inputs, rows_per_sample, dtype, sample_of)
 
@@ -406,7 +406,7 @@ def parameter_shapes(model: str) -> list[tuple[int, ...]]:
     from dtrak.models.unet import digits_model
 
     with torch.device("meta"):
-        unet = digits_model().unet if model == "digits" else cifar_unet()
+        unet = digits_model().module if model == "digits" else cifar_unet()
     return [tuple(parameter.shape) for parameter in unet.parameters()]
 
 

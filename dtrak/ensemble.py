@@ -1,6 +1,7 @@
 """``python -m dtrak.ensemble``: see `cli.ensemble`."""
 
-from .cli.ensemble import main
+from .cli.ensemble import app as app
+from .cli.ensemble import main as main
 
 if __name__ == "__main__":
     main()

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dtrak.models.generation import generate
 from finished_run import RECIPE
 from safetensors.torch import load_file, save_file
 
@@ -19,7 +18,7 @@ from dtrak.evaluation.counterfactual.retraining import (
     removal_positions,
 )
 from dtrak.models.unet import digits_model
-from dtrak.runs.inputs import Subject
+from dtrak.training.drawing import draw_all
 from dtrak.training.trainer import train
 
 CPU = torch.device("cpu")
@@ -48,7 +47,7 @@ def by_hand(origin, without, init_seed, seed, drawn):
     kept = [image for row, image in enumerate(origin.data.images) if row not in without]
     model = digits_model(init_seed)
     train(model, torch.stack(kept), replace(RECIPE, seed=seed))
-    return to_uint8(generate(model, drawn, num_inference_steps=STEPS))
+    return to_uint8(draw_all(model, drawn, num_inference_steps=STEPS))
 
 
 def test_removal_positions_are_the_highest_scores():
@@ -154,7 +153,7 @@ def test_pictures_of_other_removals_are_refused(origin, experiment, change):
         experiment.removed["d-trak"][0, 3] = 59 - experiment.removed["d-trak"][0, 3]
     else:
         fewer = origin.queries.select([0, 2, 3])
-        experiment = replace(experiment, origin=replace(origin, drawn=Subject(fewer, fewer)))
+        experiment = replace(experiment, origin=replace(origin, drawn=fewer))
     with pytest.raises(CounterfactualError, match="a model trained without other images"):
         experiment.missing()
 

@@ -23,7 +23,7 @@ from dtrak.evaluation.lds import methods as lds_methods
 from dtrak.evaluation.lds.experiment import load_experiment, prepare, train_one
 from dtrak.evaluation.lds.statistics import choose_damping, lds_per_query
 from dtrak.evaluation.lds.table import load_results
-from dtrak.models.unet import hash_model
+from dtrak.models.hashing import hash_model
 from dtrak.runs.measure import format_bytes
 from dtrak.training.presets import PRESETS
 
@@ -288,11 +288,11 @@ def test_a_trained_model_does_not_depend_on_what_else_was_trained(run, tmp_path)
     run("prepare", "--num-subsets", 4)
     run("train", "--first", 2, "--last", 3)
     experiment = load_experiment(tmp_path / "run")
-    alone = hash_model(experiment.load_model("002-1").unet)
+    alone = hash_model(experiment.load_model("002-1").module)
     other = tmp_path / "other"
     run("prepare", "--num-subsets", 6, "--num-model-seeds", 2, output=other)
     run("train", "--last", 3, output=other)
-    assert hash_model(load_experiment(other).load_model("002-1").unet) == alone
+    assert hash_model(load_experiment(other).load_model("002-1").module) == alone
 
 
 @pytest.mark.parametrize(

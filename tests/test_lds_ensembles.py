@@ -20,7 +20,7 @@ from dtrak.evaluation.lds.experiment import (
 )
 from dtrak.evaluation.lds.methods import Predictor, Setting
 from dtrak.evaluation.lds.options import parse_sizes
-from dtrak.features.extraction import StoreError
+from dtrak.features.store import StoreError
 
 MEMBERS = ["retrain-000-1", "retrain-001-1", "retrain-002-1"]
 

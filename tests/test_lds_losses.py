@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from tiny_lds import CPU, PRESET, register
 
-from dtrak.data.images import ImageData, load_data
+from dtrak.data.images import load_data
+from dtrak.data.samples import Samples
 from dtrak.evaluation.lds.experiment import (
     RETRAIN,
     ExperimentError,
@@ -79,7 +80,7 @@ def test_progress_counts_queries_and_noises():
 def test_a_model_that_blows_up_is_named_by_its_query():
     model = tiny_model()
     with torch.no_grad():
-        model.unet.conv_out.weight.fill_(float("nan"))
+        model.module.conv_out.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite for sample 'lds/digits/"):
         query_losses(model, images(), SETTINGS, CPU)
 
@@ -182,7 +183,7 @@ def test_losses_of_other_queries_are_measured_again(tmp_path):
         assert evaluate_one(experiment, first, SETTINGS, name, CPU)
     before = load_losses(experiment, queries=first)[1]
     # the same names, other pictures
-    other = ImageData(-first["generated"].images, first["generated"].ids, None, "other")
+    other = Samples(-first["generated"].images, first["generated"].ids, None, "other")
     queries = first | {"generated": other}
     assert [is_outdated(experiment, "000-1", each) for each in (None, first, queries)] == [
         False,
@@ -242,7 +243,7 @@ def test_refusals(tmp_path):
 
 def test_noise_is_not_that_of_the_features():
     # a query's features and losses must not meet the same noise: it would look like prediction
-    queries = ImageData(images().images, [f"q{i}" for i in range(5)], None, "q")
+    queries = Samples(images().images, [f"q{i}" for i in range(5)], None, "q")
     loss = sample_noise(["lds/q0"], [0], (1, 8, 8), seed=0)
     feature = sample_noise(["query/q0"], [0], (1, 8, 8), seed=0)
     assert not torch.equal(loss, feature)

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from dtrak.models.generation import draw_batches
 from numerics import relative_error
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -138,9 +137,9 @@ def test_journeys_average_the_gradients_along_the_path(experiment, predictor):
     assert found.values.shape == (17, 4, 5)
     model = experiment.load_model()
     train, _ = features(experiment, model, "loss", range(0, 1000, 200))
-    scheduler = DDIMScheduler.from_config(model.scheduler.config)
+    scheduler = DDIMScheduler.from_config(model.process.scheduler.config)
     scheduler.set_timesteps(3)
-    (batch,) = draw_batches(model, range(5), num_inference_steps=3, trajectories=True)
+    (batch,) = model.draw(range(5), num_inference_steps=3, trajectories=True)
     total = 0
     for step, t in enumerate(scheduler.timesteps.tolist()):
         settings = FeatureSettings("loss", (t,), 0, Projection("sjlt", K))

@@ -43,7 +43,7 @@ def test_inner_products_agree_with_trak():
 
 
 def make_grad_dim():
-    return sum(p.numel() for p in make_model().unet.parameters())
+    return sum(p.numel() for p in make_model().module.parameters())
 
 
 def test_the_scale_is_ours():

@@ -242,7 +242,7 @@ def test_the_whole_report_has_all_there_is(finished):
 @pytest.mark.filterwarnings("ignore:.*captions have more than 16 tokens.*")
 def test_text_to_image_runs_show_captions_prompts_and_guidance(tmp_path):
     base = build_pipeline(tmp_path / "base")
-    save_lora(load_tiny(base).unet, tmp_path / "lora")
+    save_lora(load_tiny(base).module, tmp_path / "lora")
     write_pictures(tmp_path / "pictures")
     (tmp_path / "prompts.txt").write_text("a wave\na <b>fog</b>\n")
     places = {"model": base, "lora": tmp_path / "lora", "data": tmp_path / "pictures",

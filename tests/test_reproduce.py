@@ -59,7 +59,7 @@ def forward_flops(preset) -> int:
     """Of one image, counted without computing anything."""
     with torch.device("meta"):
         if preset.lora is None:
-            unet = preset.make_model(0).unet.to("meta")
+            unet = preset.make_model(0).module.to("meta")
             inputs = [torch.zeros(1, 3, preset.size, preset.size), torch.zeros(1)]
         else:
             # Stable Diffusion 1.x

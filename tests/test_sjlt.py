@@ -273,7 +273,7 @@ def test_real_gradients_are_within_the_bound():
     data = load_data("digits")
     model = digits_model()
     train(model, data.images, Recipe(steps=60, batch_size=32))
-    exact = GradientSketcher(model.unet, Projection("none", 0), rows_per_sample=2)
+    exact = GradientSketcher(model.module, Projection("none", 0), rows_per_sample=2)
     torch.manual_seed(0)
     x = data.images[:6].repeat_interleave(2, 0) * 0.7 + 0.3 * torch.randn(12, 1, 8, 8)
     t = torch.tensor([100, 600]).repeat(6)

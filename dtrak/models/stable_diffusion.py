@@ -291,9 +291,10 @@ class StableDiffusion(Denoiser):
         """
         batch_size = DRAWN_TOGETHER if batch_size is None else batch_size
         guidance = GUIDANCE_SCALE if guidance_scale is None else guidance_scale
-        if items is None or len(items) != len(seeds):
-            got = "none" if items is None else str(len(items))
-            raise ValueError(f"prompts must be {len(seeds)}, one for each seed, got {got}")
+        if items is None:
+            raise ValueError("prompts must be given for a model that reads them, got none")
+        if len(items) != len(seeds):
+            raise ValueError(f"seeds must be {len(items)}, one for each prompt, got {len(seeds)}")
         check_seeds(seeds)
         if not 0 <= guidance < math.inf:
             raise ValueError(
