@@ -42,7 +42,7 @@ def trained_gradients(steps: int) -> tuple[Tensor, list[tuple[int, ...]]]:
     sketcher = GradientSketcher(model.module, Projection("none", 0), rows_per_sample=TIMESTEPS)
     grads = sketcher.sketch(
         lambda: evaluate_output(
-            "mean_squared_l2_norm", model.unet(noisy, t).sample, noise, model.process.scheduler, t
+            "mean_squared_l2_norm", model.module(noisy, t).sample, noise, model.process.weight(t)
         ),
         SAMPLES,
     ).double()

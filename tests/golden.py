@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import runpy
 import subprocess
 import sys
@@ -326,9 +327,11 @@ def measure_in_child(folder: Path) -> dict:
         RuntimeError: the process failed; with the end of what it printed.
     """
     found = folder / "found.json"
+    root = Path(__file__).resolve().parents[1]
+    places = [str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")]
     child = subprocess.run(
         [sys.executable, __file__, "--measure", str(folder)],
-        env={**os.environ, **ENVIRONMENT},
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, places))},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -370,7 +373,10 @@ def write(found: dict) -> None:
         if kept:
             hashes[machine] = kept
     hashes[found["key"]] = {name: artefact["hash"] for name, artefact in artefacts.items()}
-    FILE.write_text(json.dumps({"summaries": summaries, "hashes": hashes}, indent=1) + "\n")
+    text = json.dumps({"summaries": summaries, "hashes": hashes}, indent=1)
+    # a summary a line
+    text = re.sub(r"\[[^][]*\]", lambda numbers: json.dumps(json.loads(numbers[0])), text)
+    FILE.write_text(text + "\n")
     print(f"changed: {', '.join(sorted(stale)) or 'nothing'}")
 
 

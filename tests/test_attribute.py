@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from dtrak.cli.attribute import app
 from dtrak.data.images import encode_png, load_data, to_uint8
 from dtrak.features.extraction import FeatureSettings, FusedExtractor
-from dtrak.models.process import linear_process
+from dtrak.models.process import DiscreteProcess, linear_process
 from dtrak.models.unet import UNet
 from dtrak.runs import inputs
 from dtrak.runs.files import LOCK_FILE, claim
@@ -36,7 +36,7 @@ SMALL = ["--timesteps", "2", "--proj-dim", "512", "--num-queries", "3"]
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline") / "tiny"
-    UNet(small_unet().float(), linear_process().scheduler).save(folder)
+    UNet(small_unet().float(), linear_process()).save(folder)
     return folder
 
 
@@ -101,7 +101,7 @@ def test_end_to_end(run, tmp_path, model_folder, images_folder):
 
     # the scores are those of dense algebra in float64 on features computed apart
     settings = FeatureSettings("mean_squared_l2_norm", (0, 500), 0, Projection("sjlt", 512))
-    model = UNet(small_unet().float(), linear_process().scheduler)
+    model = UNet(small_unet().float(), linear_process())
     extractor = FusedExtractor(model, settings, torch.device("cpu"))
     queries = load_data(folder / "generated", channels=1)
     # a query and a training image of one name have noise of their own
@@ -314,7 +314,7 @@ def test_a_checkpoint_that_does_not_match(run, tmp_path, model_folder):
 
 
 def test_a_model_whose_output_is_not_finite(run, tmp_path, images_folder):
-    model = UNet(small_unet().float(), linear_process().scheduler)
+    model = UNet(small_unet().float(), linear_process())
     with torch.no_grad():
         model.module.conv_out.bias.fill_(float("nan"))
     model.save(tmp_path / "broken")
@@ -398,7 +398,7 @@ def test_a_query_named_like_a_training_image_is_not_its_proponent(run, tmp_path,
 
 
 def test_another_noise_schedule_is_another_model(run, tmp_path):
-    model = UNet(small_unet().float(), linear_process().scheduler)
+    model = UNet(small_unet().float(), linear_process())
     model.save(tmp_path / "model")
     assert run(model=tmp_path / "model")[0] == 0
     file = tmp_path / "model" / "scheduler" / "scheduler_config.json"
@@ -410,7 +410,7 @@ def test_another_noise_schedule_is_another_model(run, tmp_path):
 @pytest.mark.parametrize("steps", [20, 5000])
 def test_models_with_other_numbers_of_timesteps(run, tmp_path, steps):
     scheduler = DDPMScheduler(num_train_timesteps=steps)
-    UNet(small_unet().float(), scheduler).save(tmp_path / "model")
+    UNet(small_unet().float(), DiscreteProcess(scheduler)).save(tmp_path / "model")
     if steps > 4096:
         failing(run, "at most 4096 training timesteps, got 5000", model=tmp_path / "model")
         return

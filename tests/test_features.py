@@ -28,7 +28,7 @@ SETTINGS = FeatureSettings("mean_squared_l2_norm", (0, 500), 0, Projection("sjlt
 
 
 def make_model():
-    return UNet(small_unet().float(), linear_process().scheduler)
+    return UNet(small_unet().float(), linear_process())
 
 
 def make_data(count=10):
@@ -41,11 +41,12 @@ class Counting:
     """An extractor whose features are the images' first pixels; fails after some batches."""
 
     method, grad_dim, proj_dim = "counting", 64, 3
+    model, device = make_model(), CPU
 
     def __init__(self, batches=10**9):
         self.left = batches
 
-    def extract(self, images, ids):
+    def extract(self, images, ids, items=None):
         if not self.left:
             raise KeyboardInterrupt
         self.left -= 1

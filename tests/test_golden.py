@@ -8,6 +8,8 @@ import golden
 import pytest
 from filelock import FileLock
 
+# the jobs take half a minute, and many times that where other tests want the processor too
+pytestmark = pytest.mark.timeout(1800)
 RECORDED = json.loads(golden.FILE.read_text())
 NAMES = tuple(RECORDED["summaries"])
 

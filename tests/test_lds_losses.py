@@ -54,7 +54,7 @@ def test_equals_the_denoising_loss_written_out():
                 )[0, 0]
                 noisy = survive[t].sqrt() * image + (1 - survive[t]).sqrt() * noise
                 with torch.no_grad():
-                    predicted = model.unet(noisy[None].float(), torch.tensor([t])).sample[0]
+                    predicted = model.module(noisy[None].float(), torch.tensor([t])).sample[0]
                 expected = (predicted.double() - noise).square().mean()
                 assert float(actual[seed, place, q]) == pytest.approx(float(expected), rel=1e-4)
 

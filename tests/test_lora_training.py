@@ -72,7 +72,7 @@ def test_it_learns_what_the_captions_say(folder):
     with torch.no_grad():
         for name, texts in (("right", ["a", "b c"]), ("wrong", ["b c", "a"])):
             text = model.embed(texts, torch.device("cpu"))
-            u = model.unet(noisy, t, encoder_hidden_states=text).sample
+            u = model.module(noisy, t, encoder_hidden_states=text).sample
             losses[name] = float((u - noise).square().mean())
     assert losses["right"] < losses["wrong"]
 
@@ -84,7 +84,7 @@ def expected_step(folder, posteriors, seen):
     alpha = bars[seen["timesteps"]][:, None, None, None]
     noisy = alpha.sqrt() * seen["latents"] + (1 - alpha).sqrt() * seen["noise"]
     text = model.embed(seen["texts"], torch.device("cpu"))
-    u = model.unet(noisy, seen["timesteps"], encoder_hidden_states=text).sample
+    u = model.module(noisy, seen["timesteps"], encoder_hidden_states=text).sample
     parameters = [p for p in model.module.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=1e-2, betas=(0.9, 0.999), weight_decay=1e-6)
     (u - seen["noise"]).square().mean().backward()
@@ -201,7 +201,7 @@ def test_mixed_precision(folder, posteriors):
     # the forward is itself again
     x, t, text = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 16, 12)
     with torch.no_grad():
-        assert mixed.unet(x, t, encoder_hidden_states=text).sample.dtype == torch.float32
+        assert mixed.module(x, t, encoder_hidden_states=text).sample.dtype == torch.float32
 
 
 def test_models_on_the_way_are_kept(folder, posteriors):

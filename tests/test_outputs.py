@@ -189,7 +189,7 @@ def test_unknown_strategy_is_refused():
 def test_unknown_output_function_names_the_closest(value, closest):
     prediction, target, timesteps = rows()
     with pytest.raises(ValueError, match=f"got '{value}'; did you mean '{closest}'\\?"):
-        evaluate_output(value, prediction, target, linear_process().scheduler, timesteps)
+        evaluate_output(value, prediction, target, linear_process().weight(timesteps))
 
 
 def test_choice_like_no_other_gets_no_suggestion():
@@ -237,20 +237,20 @@ def test_a_function_of_ones_own(name, own):
 
 def test_a_function_of_ones_own_gets_the_weights(own):
     prediction, target, timesteps = rows()
-    arguments = (prediction, target, linear_process().scheduler, timesteps)
+    arguments = (prediction, target, linear_process().weight(timesteps))
     values = evaluate_output("mine.functions:bound", *arguments)
     assert relative_error(values, evaluate_output("weighted_mse", *arguments)) < 1e-14
 
 
 def test_a_function_of_ones_own_differentiates_under_vmap(own):
     prediction, target, timesteps = rows()
-    scheduler = linear_process().scheduler
+    weight = linear_process().weight(timesteps)
 
-    def output(u, e, t):
-        values = evaluate_output("mine.functions:cubes", u[None], e[None], scheduler, t[None])
+    def output(u, e, w):
+        values = evaluate_output("mine.functions:cubes", u[None], e[None], w[None])
         return values.sum()
 
-    grads = vmap(grad(output))(prediction, target, timesteps)
+    grads = vmap(grad(output))(prediction, target, weight)
     expected = 3 * (prediction - target) ** 2 / prediction[0].numel()
     assert relative_error(grads, expected) < 1e-14
 
@@ -268,7 +268,7 @@ def test_a_function_of_ones_own_differentiates_under_vmap(own):
 )
 def test_what_a_function_must_not_return(name, message, own):
     prediction, target, timesteps = rows()
-    arguments = (prediction.requires_grad_(), target, linear_process().scheduler, timesteps)
+    arguments = (prediction.requires_grad_(), target, linear_process().weight(timesteps))
     with pytest.raises(ValueError, match=rf"'mine\.functions:{name}' {message}"):
         evaluate_output(f"mine.functions:{name}", *arguments)
 
@@ -300,10 +300,13 @@ def test_the_code_of_ones_own_function_is_recorded(own):
 
 
 def test_listed_timesteps():
-    assert Timesteps.parse("0,100, 500") == ((0, 100, 500), "explicit")
-    assert Timesteps.parse("7", "explicit") == ((7,), "explicit")
-    assert Timesteps.parse("7") == (7, "uniform")
-    assert Timesteps.parse(7, "cumulative") == (7, "cumulative")
+    listed = Timesteps.parse("0,100, 500")
+    assert listed == Timesteps((0, 100, 500), "explicit")
+    assert (str(listed), listed.resolve(501)) == ("0,100,500 explicit", (0, 100, 500))
+    assert Timesteps.parse("7", "explicit") == Timesteps((7,), "explicit")
+    assert Timesteps.parse("7") == Timesteps(7, "uniform")
+    few = Timesteps.parse(7, "cumulative")
+    assert (str(few), few.resolve(20)) == ("7 cumulative", tuple(range(7)))
     assert select_timesteps((0, 500, 100), "explicit") == [0, 500, 100]
     assert select_timesteps([19], "explicit", 20) == [19]
     assert select_timesteps(5, "explicit", 20) == [5]

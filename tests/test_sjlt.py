@@ -277,7 +277,7 @@ def test_real_gradients_are_within_the_bound():
     torch.manual_seed(0)
     x = data.images[:6].repeat_interleave(2, 0) * 0.7 + 0.3 * torch.randn(12, 1, 8, 8)
     t = torch.tensor([100, 600]).repeat(6)
-    grads = exact.sketch(lambda: model.unet(x, t).sample.square().flatten(1).mean(1), 6).double()
+    grads = exact.sketch(lambda: model.module(x, t).sample.square().flatten(1).mean(1), 6).double()
     grads /= grads.norm(dim=1, keepdim=True)
     gram, draws, K = grads @ grads.T, 40, 4096
     # a common direction is what makes them hard

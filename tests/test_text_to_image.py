@@ -148,12 +148,12 @@ def test_encodes_as_the_vae_does(folder, model):
         distribution = vae.encode(images.double()).latent_dist
     scale = vae.config.scaling_factor
     assert scale == 0.18215
-    posterior = model.encode(images, CPU)
+    posterior = model.posterior(images, CPU)
     assert posterior.shape == (3, 2, 4, 8, 8)
     assert relative_error(posterior[:, 0], distribution.mode() * scale) < 1e-5
     assert relative_error(posterior[:, 1], distribution.std * scale) < 1e-5
     with pytest.raises(ValueError, match="sides that are multiples of 2, got 15x16 pixels"):
-        model.encode(images[..., :15], CPU)
+        model.posterior(images[..., :15], CPU)
 
 
 def sample_by_hand(folder, model, prompt, seed, scale, steps):
@@ -256,7 +256,7 @@ def test_refuses_what_is_no_such_pipeline(copy, tmp_path, model, monkeypatch):
     refused(
         copy,
         "one of DDPMPipeline, .*, StableDiffusionPipeline, got 'StableDiffusionXLPipeline', which "
-        "no kind of model here serves: .* Denoiser.of",
+        r"no kind of model here serves: .* dtrak\.models\.Denoiser\.of",
     )
     edit(copy / "model_index.json", _class_name="StableDiffusionPipeline")
     edit(copy / "unet" / "config.json", addition_embed_type="text_time")
@@ -341,4 +341,4 @@ def test_the_unet_is_the_bases(folder, model):
     base = UNet2DConditionModel.from_pretrained(folder / "unet").eval()
     x, t, text = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 16, 12)
     with torch.no_grad():
-        assert torch.equal(fresh.unet(x, t, text).sample, base(x, t, text).sample)
+        assert torch.equal(fresh.module(x, t, text).sample, base(x, t, text).sample)

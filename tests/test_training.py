@@ -410,7 +410,7 @@ def test_mixed_precision(tmp_path, unbroken, accelerate):
     assert weights.dtype == torch.float32
     assert 1e-6 < relative_error(weights - before, target - before) < 0.3
     # the model is handed back as it was: float32 in, float32 out
-    output = trained.unet(IMAGES[:1], 5).sample
+    output = trained.module(IMAGES[:1], 5).sample
     assert output.dtype == torch.float32
     assert dtypes.pop() == torch.float32
     with pytest.raises(ValueError, match=r"differs in mixed precision \(bf16 there, None here\)"):
@@ -496,7 +496,7 @@ def test_loss_goes_down():
     def loss():
         noisy = model.process.scheduler.add_noise(images[:1].expand_as(noise), noise, timesteps)
         with torch.no_grad():
-            return (model.unet(noisy, timesteps).sample - noise).square().mean().item()
+            return (model.module(noisy, timesteps).sample - noise).square().mean().item()
 
     before = loss()
     train(model, images, Recipe(steps=150, batch_size=32, learning_rate=1e-2))

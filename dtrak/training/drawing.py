@@ -82,7 +82,10 @@ def choose_items(
 def draw_all(model: Denoiser, seeds: Sequence[int], **how: Any) -> Tensor:
     """Pictures ``[M, C, H, W]`` of M seeds, in their order; ``how`` as `Denoiser.draw`."""
     drawn = [batch.images for batch in model.draw(seeds, **how)]
-    return torch.cat(drawn) if drawn else torch.empty(0, model.channels or 0, 0, 0)
+    if drawn:
+        return torch.cat(drawn)
+    height, width = model.size if isinstance(model.size, tuple) else [model.size or 0] * 2
+    return torch.empty(0, model.channels or 0, height, width)
 
 
 def fitting_steps(model: Denoiser) -> int:
