@@ -140,7 +140,7 @@ def test_missing_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"must be a folder that Diffusers wrote.*nowhere"):
         load(tmp_path / "nowhere")
     (tmp_path / "file").write_text("")
-    with pytest.raises(FileNotFoundError, match=r"model must be an existing folder.*got .*file"):
+    with pytest.raises(FileNotFoundError, match=r"must be a folder that Diffusers wrote.*file"):
         load(tmp_path / "file")
 
 

@@ -77,7 +77,7 @@ def test_every_hash_follows_its_part(model, folder):
         next(p for n, p in other.module.named_parameters() if "lora_A" in n)[0, 0] += 1
     changed = other.identity()
     assert [key for key in before if before[key] != changed[key]] == ["lora"]
-    for key, part in (("vae", "vae"), ("text_encoder", "text_encoder"), ("model", "unet")):
+    for key, part in (("vae", "vae"), ("text_encoder", "text_encoder"), ("model", "module")):
         other = load_tiny(folder)
         with torch.no_grad():
             name, parameter = next(iter(getattr(other, part).named_parameters()))
