@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_reproduce import parse
 
 from dtrak.data import encode_png, load_data, to_uint8
 from dtrak.lds_table import packaged_results, select_rows
@@ -35,7 +36,12 @@ def test_python_blocks_run(code):
     assert done.returncode == 0, done.stderr
 
 
-# slow: the main job itself, in six processes
+@pytest.mark.parametrize("line", [line for line in commands() if line.startswith("python -m")])
+def test_commands_parse(line):
+    parse(line)
+
+
+# slow: the main job itself, in six processes; the fast lane parses their options
 @pytest.mark.full
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_targets_exist():
