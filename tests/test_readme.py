@@ -1,5 +1,6 @@
 """What the README tells a stranger to do, done."""
 
+import importlib
 import os
 import re
 import shutil
@@ -98,14 +99,11 @@ def test_the_digits_table_is_what_comes_with_the_package():
             assert cell == f"{100 * row['held_out']['lds']:.1f}", (kind, name)
 
 
-def test_the_table_is_the_newest_row():
-    done = subprocess.run(
-        [sys.executable, "benchmarks/report.py", "--check"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_table_is_the_newest_row(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr(sys, "argv", ["report.py", "--check"])
+    # it exits with the reason where the table is another
+    importlib.import_module("report").main()
 
 
 def test_nothing_names_this_machine():
