@@ -324,6 +324,7 @@ def test_a_model_whose_output_is_not_finite(run, tmp_path, images_folder):
         "--queries",
         images_folder,
         model=tmp_path / "broken",
+        batch_size=None,
     )
 
 
