@@ -42,8 +42,6 @@ def test_commands_parse(line):
     parse(line)
 
 
-# slow: the main job itself, in six processes; the fast lane parses their options
-@pytest.mark.full
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_targets_exist():
     targets = re.findall(r"`make (\w+)|&& make (\w+)", README)
@@ -56,6 +54,8 @@ def test_make_targets_exist():
         assert done.returncode == 0, done.stderr
 
 
+# slow: the main job itself, in six processes; the fast lane parses their options
+@pytest.mark.full
 def test_commands_run(tmp_path):
     """Every dtrak command of the README, in order, as a user would type them."""
     lines = [line for line in commands() if line.startswith("python -m dtrak")]

@@ -262,8 +262,6 @@ def test_shifts_in_groups_of_eight_are_caught():
     assert worst_ratio(sketched_products(PROJ_DIM, 200, coarse), PROJ_DIM)[0] > 2
 
 
-# statistics on a trained model
-@pytest.mark.full
 def test_distinct_seeds_and_offsets_are_unrelated():
     size = 40 * 50
     places = [sketch(torch.eye(size), 4096, seed, [(40, 50)]) for seed in (0, 1)]
@@ -273,6 +271,8 @@ def test_distinct_seeds_and_offsets_are_unrelated():
         assert int(((places[0] * other) != 0).sum()) < 60
 
 
+# statistics on a trained model
+@pytest.mark.full
 def test_real_gradients_are_within_the_bound():
     """Of a trained U-Net: hot channels, rank-one layers and a common direction at once."""
     from dtrak.data import load_data
