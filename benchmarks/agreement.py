@@ -27,10 +27,11 @@ from torch import Tensor, nn
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from dtrak_kernels import Projection, project_, reference
-from dtrak_kernels.gram import gram_product
-from dtrak_kernels.sjlt import ParameterSketch
-from dtrak_kernels.weight_gradient import weight_grads
+from dtrak_kernels import Projection, project_
+from dtrak_kernels.dense import reference
+from dtrak_kernels.gradients.weight import LayerGradient, weight_grads
+from dtrak_kernels.ridge.gram import gram_product
+from dtrak_kernels.sjlt.torch import ParameterSketch
 
 KERNELS = ("rademacher", "normal", "sketch", "gram_product")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -127,7 +128,7 @@ def sketch_cases(dtype: torch.dtype, *, small: bool) -> Iterator[Case]:
 def _run_sketch(
     layer: nn.Module, x: Tensor, delta: Tensor, proj_dim: int, device: torch.device
 ) -> Tensor:
-    from dtrak_kernels.sketch_kernel import launch_sketch
+    from dtrak_kernels.sjlt.triton import launch_sketch
 
     sketch = ParameterSketch(tuple(layer.weight.shape), OFFSET, proj_dim, SEED)
     out = torch.zeros(len(x) // 2, proj_dim, device=device)
@@ -140,9 +141,8 @@ def _sketch(
     """The weight's gradient, then its sketch: the torch path, which the tests judge."""
     sketch = ParameterSketch(weight, OFFSET, proj_dim, SEED)
     out = torch.zeros(len(x) // 2, proj_dim, dtype=x.dtype)
-    for part in weight_grads(
-        layer.cpu(), x, delta, 2, all_samples=False, row_multiple=sketch.tile[0]
-    ):
+    gradient = LayerGradient(layer.cpu(), x, delta, 2)
+    for part in weight_grads(gradient, all_samples=False, row_multiple=sketch.tile[0]):
         sketch.add_matrix(part.grads, out[part.samples], part.rows.start)
     return out
 

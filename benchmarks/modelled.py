@@ -44,8 +44,12 @@ from protocol import make_flush, timed
 from sketch_layers import Layer
 from triton.backends.compiler import GPUTarget
 
-from dtrak_kernels import gram_kernel, projection, sketch_config, sketch_kernel
-from dtrak_kernels.ops import Projection
+from dtrak_kernels.dense import config as dense_config
+from dtrak_kernels.dense import triton as dense_kernel
+from dtrak_kernels.projection import Projection
+from dtrak_kernels.ridge import gram_triton as gram_kernel
+from dtrak_kernels.sjlt import config as sketch_config
+from dtrak_kernels.sjlt import triton as sketch_kernel
 
 NOTE = "a model: compiled instructions and bytes over nominal rates"
 
@@ -227,17 +231,19 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def splits_of(config: projection.Config, tiles: int, blocks: int, plane: int, card: Card) -> int:
-    """As `projection` cuts parameters into spans on this card."""
+def splits_of(
+    config: dense_config.DenseConfig, tiles: int, blocks: int, plane: int, card: Card
+) -> int:
+    """As the dense kernels cut parameters into spans on this card."""
     if config.splits:
         return min(config.splits, blocks)
-    most = projection._PARTIAL_BYTES // (4 * plane)
+    most = dense_kernel._PARTIAL_BYTES // (4 * plane)
     return max(1, min(2 * card.processors // tiles, blocks, most))
 
 
 def product_case(kind: str, B: int, C: int, K: int, dtype: torch.dtype, card: Card) -> Case:
     """The matrix product of a dense kind; a float32 gradient, or a normal one, is two rows."""
-    config = projection.default_config(card.arch)
+    config = dense_config.default_config(card.arch)
     rows = 2 * B if dtype == torch.float32 else B
     block_b = min(config.block_b, max(16, 1 << (rows - 1).bit_length()))
     blocks = C // 256
@@ -252,13 +258,13 @@ def product_case(kind: str, B: int, C: int, K: int, dtype: torch.dtype, card: Ca
         values = torch.randn(rows, C, device="cuda", dtype=value)
         factor, out = torch.ones(B, device="cuda"), torch.zeros(B, K, device="cuda")
         matrix = Projection(kind, K, 1)
-        return partial(projection._accumulate, values, factor, out, matrix, 0, config)
+        return partial(dense_kernel._accumulate, values, factor, out, matrix, 0, config)
 
     return Case(
         f"{kind} B {B}, C {C:,}, K {K}, {str(dtype)[6:]}",
         partial(
             compile_kernel,
-            getattr(projection, f"_{kind}_partial_kernel"),
+            getattr(dense_kernel, f"_{kind}_partial_kernel"),
             PRODUCT.format(dtype=name),
             {"BLOCK_B": block_b, "BLOCK_K": config.block_k},
             num_warps=config.num_warps,
@@ -280,7 +286,7 @@ def pack_case(B: int, C: int) -> Case:
     def run() -> Callable[[], Any]:
         grads, scale = torch.randn(B, C, device="cuda"), torch.ones(B, device="cuda")
         values = torch.empty(2 * B, C, device="cuda", dtype=torch.float16)
-        return lambda: projection._pack_kernel[(C // 1024, B)](
+        return lambda: dense_kernel._pack_kernel[(C // 1024, B)](
             grads_ptr=grads,
             scale_ptr=scale,
             values_ptr=values,
@@ -297,7 +303,7 @@ def pack_case(B: int, C: int) -> Case:
         f"pack B {B}, C {C:,}, float32",
         partial(
             compile_kernel,
-            projection._pack_kernel,
+            dense_kernel._pack_kernel,
             PACK.format(dtype="fp32"),
             {"IS_SPLIT": True, "BLOCK_C": 1024},
         ),
@@ -316,7 +322,7 @@ def reduce_case(B: int, K: int, splits: int) -> Case:
     def run() -> Callable[[], Any]:
         partials = torch.randn(splits, B, K, device="cuda")
         factor, out = torch.ones(B, device="cuda"), torch.zeros(B, K, device="cuda")
-        return lambda: projection._reduce_kernel[(ceil_div(K, 1024), B)](
+        return lambda: dense_kernel._reduce_kernel[(ceil_div(K, 1024), B)](
             partial_ptr=partials,
             factor_ptr=factor,
             out_ptr=out,
@@ -332,7 +338,10 @@ def reduce_case(B: int, K: int, splits: int) -> Case:
     return Case(
         f"reduce B {B}, K {K}, {splits} spans",
         partial(
-            compile_kernel, projection._reduce_kernel, REDUCE, {"IS_SPLIT": False, "BLOCK_K": 1024}
+            compile_kernel,
+            dense_kernel._reduce_kernel,
+            REDUCE,
+            {"IS_SPLIT": False, "BLOCK_K": 1024},
         ),
         programs=B * ceil_div(K, 1024),
         warps=4,

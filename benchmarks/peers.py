@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from workloads import Workload
 
-from dtrak.measure import available_bytes
+from dtrak.runs.measure import available_bytes
 
 
 def load(name: str, wanted: str) -> ModuleType:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from rows import format_seconds
 
-from dtrak.measure import format_bytes
+from dtrak.runs.measure import format_bytes
 
 Rows = Sequence[dict[str, Any]]
 

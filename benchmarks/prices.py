@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from workloads import Workload
 
 from dtrak_kernels import GradientSketcher, Projection, project
-from dtrak_kernels.ops import DENSE_KINDS, KINDS
+from dtrak_kernels.projection import DENSE_KINDS, KINDS
 
 STEP = "training step"
 STORED, TRAK = "vmap(grad) + stored matrix", "vmap(grad) + trak"

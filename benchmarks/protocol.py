@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtrak.measure import TensorMeter
+from dtrak.runs.measure import TensorMeter
 
 # a GPU's cache is overwritten before every timed call
 _FLUSH_BYTES = 256 * 2**20

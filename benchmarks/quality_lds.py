@@ -16,24 +16,24 @@ from pages import ROOT, Table, newest, record, run
 from rich.console import Console
 from torch import Tensor
 
-from dtrak.console import progress_bar
-from dtrak.features import (
+from dtrak.data.samples import Samples
+from dtrak.evaluation.lds.experiment import FULL, Experiment, prepare, query_sets, train_one
+from dtrak.evaluation.lds.statistics import lds
+from dtrak.evaluation.lds.table import AUTO, Results, packaged_results
+from dtrak.evaluation.lds.tasks import TRAIN
+from dtrak.features.extraction import (
     FeatureSettings,
-    FeatureStore,
     FusedExtractor,
-    Samples,
     deciding_settings,
     fill_store,
     fitting_batch_size,
 )
-from dtrak.lds_experiment import FULL, Experiment, prepare, query_sets, train_one
-from dtrak.lds_statistics import lds
-from dtrak.lds_table import AUTO, Results, packaged_results
-from dtrak.lds_tasks import TRAIN
-from dtrak.outputs import select_timesteps
-from dtrak.presets import Preset, get_preset
-from dtrak.scores import trak
-from dtrak.training import one_thread
+from dtrak.features.store import FeatureStore
+from dtrak.features.timesteps import select_timesteps
+from dtrak.methods.scores import trak
+from dtrak.runs.console import progress_bar
+from dtrak.training.presets import Preset, get_preset
+from dtrak.training.trainer import one_thread
 from dtrak_kernels import Projection, project
 from dtrak_kernels.ridge import RidgeSolver
 
@@ -67,14 +67,14 @@ def trained_run(
 def exact_gradients(
     experiment: Experiment, queries: Mapping[str, Samples], function: str, num_timesteps: int
 ) -> tuple[dict[str, Tensor], list[tuple[int, ...]]]:
-    """Gradients of an output function, as the methods of `dtrak.lds_methods` take them.
+    """Gradients of an output function, as the methods of `dtrak.evaluation.lds.methods` take them.
 
     Returns:
         ``[N, P]`` float32 of the training images and ``[M, P]`` of every kind of query, and the
         shapes of the parameters.
     """
     model, task = experiment.load_model(), experiment.task
-    timesteps = select_timesteps(num_timesteps, "uniform", model.num_train_timesteps)
+    timesteps = select_timesteps(num_timesteps, "uniform", model.process.num_timesteps)
     settings = FeatureSettings(function, tuple(timesteps), 0, Projection("none", 0))
     extractor = FusedExtractor(model, settings, CPU)
     parts = {TRAIN: task.samples(TRAIN, experiment.data, CPU), **queries}

@@ -11,11 +11,12 @@ import torch
 from pages import ROOT, Table, newest, record, run
 from torch import Tensor
 
-from dtrak.data import load_data
-from dtrak.diffusion import digits_model
-from dtrak.noise import sample_noise
-from dtrak.outputs import evaluate_output, select_timesteps
-from dtrak.training import Recipe, train
+from dtrak.data.images import load_data
+from dtrak.features.noise import sample_noise
+from dtrak.features.outputs import evaluate_output
+from dtrak.features.timesteps import select_timesteps
+from dtrak.models.unet import digits_model
+from dtrak.training.trainer import Recipe, train
 from dtrak_kernels import GradientSketcher, Projection, project
 
 RESULTS = ROOT / "benchmarks" / "results" / "sketch_statistics.jsonl"
@@ -37,11 +38,11 @@ def trained_gradients(steps: int) -> tuple[Tensor, list[tuple[int, ...]]]:
     noise = sample_noise(data.ids, timesteps, data.images.shape[1:], seed=0).flatten(0, 1)
     t = torch.tensor(timesteps).repeat(SAMPLES)
     images = data.images.repeat_interleave(TIMESTEPS, 0)
-    noisy = model.scheduler.add_noise(images, noise, t)
-    sketcher = GradientSketcher(model.unet, Projection("none", 0), rows_per_sample=TIMESTEPS)
+    noisy = model.process.scheduler.add_noise(images, noise, t)
+    sketcher = GradientSketcher(model.module, Projection("none", 0), rows_per_sample=TIMESTEPS)
     grads = sketcher.sketch(
         lambda: evaluate_output(
-            "mean_squared_l2_norm", model.unet(noisy, t).sample, noise, model.scheduler, t
+            "mean_squared_l2_norm", model.module(noisy, t).sample, noise, model.process.weight(t)
         ),
         SAMPLES,
     ).double()

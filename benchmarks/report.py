@@ -17,7 +17,7 @@ import plots
 from pages import markers, replace_table
 from rows import RESULTS, ROOT, format_seconds, read
 
-from dtrak.measure import format_bytes
+from dtrak.runs.measure import format_bytes
 
 MARKER = "benchmark"
 BEGIN, END = markers(MARKER)

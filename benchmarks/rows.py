@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dtrak.measure import format_bytes
+from dtrak.runs.measure import format_bytes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

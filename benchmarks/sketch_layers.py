@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from dtrak_kernels.sjlt import ParameterSketch
-from dtrak_kernels.sketch_config import Config, Form, find_config, refusal
+from dtrak_kernels.sjlt.config import Form, SketchConfig, find_config, refusal
+from dtrak_kernels.sjlt.torch import ParameterSketch
 
 # values of each field, in the order they are tried
 CHOICES: dict[str, tuple[int, ...]] = {
@@ -113,14 +113,14 @@ SPILLED: dict[tuple[int | str, str], set[tuple[int, int, int]]] = {
 }
 
 
-def why_not(config: Config, form: Form, arch: int | str, reduction: int) -> str:
+def why_not(config: SketchConfig, form: Form, arch: int | str, reduction: int) -> str:
     """Why a configuration is not tried, empty if it is."""
     if (config.num_warps, config.block_t, config.num_stages) in SPILLED.get((arch, str(form)), ()):
         return "it spills on this architecture"
     return refusal(config, form, arch, reduction)
 
 
-def candidates(form: Form, arch: int | str, reduction: int) -> Iterator[tuple[Config, str]]:
+def candidates(form: Form, arch: int | str, reduction: int) -> Iterator[tuple[SketchConfig, str]]:
     """Every combination of `CHOICES` with why it is not tried, empty for those that are."""
     base = find_config(form, arch, reduction)
     for num_warps in CHOICES["num_warps"]:

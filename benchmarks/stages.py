@@ -131,9 +131,9 @@ def read_layers() -> list[dict[str, Any]]:
 
 def trace_layers() -> list[dict[str, Any]]:
     """The Linear and convolution layers one forward of the real U-Net meets; no weights needed."""
-    from dtrak.presets import get_preset
+    from dtrak.training.presets import get_preset
 
-    model = get_preset("cifar2").make_model().unet
+    model = get_preset("cifar2").make_model().module
     found: dict[str, dict[str, Any]] = {}
 
     def note(module: nn.Module, args: tuple[Tensor, ...], _: Any) -> None:
@@ -183,10 +183,10 @@ class Job:
 def make_job(device: torch.device, *, tiny: bool) -> Job:
     """The U-Net if diffusers is here, else its layers; a laptop's if ``tiny``."""
     try:
-        from dtrak.presets import get_preset
+        from dtrak.training.presets import get_preset
 
         preset = get_preset("digits" if tiny else "cifar2")
-        unet = preset.make_model(SEED).unet
+        unet = preset.make_model(SEED).module
     except ImportError as error:
         missing = f"without diffusers ({error})"
         entries = read_layers()

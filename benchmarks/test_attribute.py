@@ -16,12 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("diffusers", reason="diffusers is not installed")
 
-from dtrak.data import load_data
-from dtrak.diffusion import DiffusionModel, digits_model
-from dtrak.features import FeatureSettings, FusedExtractor, fitting_batch_size
-from dtrak.outputs import select_timesteps
-from dtrak.published import PUBLISHED_BATCH_SIZE, PublishedExtractor
-from dtrak.training import Recipe, train
+from dtrak.data.images import load_data
+from dtrak.features.extraction import FeatureSettings, FusedExtractor, fitting_batch_size
+from dtrak.features.published import PUBLISHED_BATCH_SIZE, PublishedExtractor
+from dtrak.features.timesteps import select_timesteps
+from dtrak.models.unet import UNet, digits_model
+from dtrak.training.trainer import Recipe, train
 from dtrak_kernels import Projection, project
 
 # what is compared is exact
@@ -32,13 +32,13 @@ GRADIENTS, PROJECTION = "published: vmap(grad), step by step", "published: TRAK'
 
 
 @pytest.fixture(scope="module")
-def model(smoke: bool) -> DiffusionModel:
+def model(smoke: bool) -> UNet:
     """A digits model trained a little: a fresh one has gradients unlike a trained one's."""
     data = load_data("digits")
     return train(digits_model(), data.images, Recipe(steps=2 if smoke else 100))
 
 
-def make_contest(model: DiffusionModel, device: torch.device, smoke: bool) -> Contest:
+def make_contest(model: UNet, device: torch.device, smoke: bool) -> Contest:
     """Fused in batches that fit, published in one batch of the published size."""
     steps, K, samples = (2, 256, 3) if smoke else (10, 8192, PUBLISHED_BATCH_SIZE)
     data = load_data("digits").select(range(samples))
@@ -121,7 +121,7 @@ def make_contest(model: DiffusionModel, device: torch.device, smoke: bool) -> Co
 def test_attribute(
     benchmark: Any,
     name: str,
-    model: DiffusionModel,
+    model: UNet,
     races: Races,
     roofs: Callable[[str], Roofs],
     device: torch.device,

@@ -14,7 +14,7 @@ from races import Contest, Races
 from workloads import LayerShape, layer, unet_layers
 
 from dtrak_kernels import Projection
-from dtrak_kernels.ops import DENSE_KINDS
+from dtrak_kernels.projection import DENSE_KINDS
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

@@ -22,8 +22,9 @@ from races import Contest, Races
 from torch import Tensor
 from workloads import parameter_shapes
 
-from dtrak_kernels import Projection, project, project_, reference
-from dtrak_kernels.ops import DENSE_KINDS
+from dtrak_kernels import Projection, project, project_
+from dtrak_kernels.dense import reference
+from dtrak_kernels.projection import DENSE_KINDS
 
 # a card's multiprocessors decide fast_jl's matrix
 NUM_SMS = 132

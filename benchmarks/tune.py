@@ -4,7 +4,7 @@
     python benchmarks/tune.py --operation sketch --out out/configs
 
 Takes at most half an hour; ``make tune`` is the same. One file per operation,
-``kernels/dtrak_kernels/configs/<operation>.json``: device name -> list of ``{"sizes": ...,
+``kernels/dtrak_kernels/tuning/configs/<operation>.json``: device name -> list of ``{"sizes": ...,
 "config": ...}``, which `dtrak_kernels.tuning` reads. A search goes from the default one field at a
 time; a configuration counts only if it launches, gives the default's result and is faster. Entries
 of other devices and sizes are kept. ``tests/test_compile.py`` compiles every entry of the package
@@ -45,10 +45,12 @@ import sketch_layers
 from pages import read_rows
 from protocol import make_flush, timed
 
-from dtrak_kernels import Projection, sketch_config, tuning
-from dtrak_kernels.gram_kernel import DEFAULT_CONFIG, launch_gram_product
-from dtrak_kernels.projection import Config, default_config, launch_project
-from dtrak_kernels.sketch_kernel import launch_sketch
+from dtrak_kernels import Projection, tuning
+from dtrak_kernels.dense.config import DenseConfig, default_config
+from dtrak_kernels.dense.triton import launch_project
+from dtrak_kernels.ridge.gram_triton import DEFAULT_CONFIG, launch_gram_product
+from dtrak_kernels.sjlt import config as sketch_config
+from dtrak_kernels.sjlt.triton import launch_sketch
 from dtrak_kernels.tuning import CONFIGS, arch_of
 
 OPERATIONS = ("sketch", "project_rademacher", "project_normal", "gram_product")
@@ -148,13 +150,15 @@ def sketch_problems(device: torch.device, *, smoke: bool) -> Iterator[Problem]:
             inputs: tuple[Any, Tensor, Tensor] = (module, x, grads),
         ) -> Tensor:
             out = torch.zeros(layer.samples, layer.proj_dim, device=device)
-            chosen = sketch_config.Config(**config)
+            chosen = sketch_config.SketchConfig(**config)
             return launch_sketch(*inputs, layer.sketch, out, layer.timesteps, chosen)
 
         def refuse(
             config: dict[str, Any], form: sketch_config.Form = form, reduction: int = reduction
         ) -> str:
-            return sketch_layers.why_not(sketch_config.Config(**config), form, arch, reduction)
+            return sketch_layers.why_not(
+                sketch_config.SketchConfig(**config), form, arch, reduction
+            )
 
         yield Problem(
             sketch_config.OPERATION,
@@ -171,7 +175,7 @@ def dense_problems(kind: str, device: torch.device, *, smoke: bool) -> Iterator[
     sizes = (
         [(3, 512, 64)] if smoke else [(B, 2**20, K) for B in (8, 32, 128) for K in (4096, 32768)]
     )
-    default = Config(16, 64, splits=2) if smoke else default_config(arch_of(device))
+    default = DenseConfig(16, 64, splits=2) if smoke else default_config(arch_of(device))
     wide = device.type != "cuda" or kind == "normal"
     for B, P, K in sizes:
         generator = torch.Generator(device).manual_seed(0)
@@ -183,7 +187,7 @@ def dense_problems(kind: str, device: torch.device, *, smoke: bool) -> Iterator[
             config: dict[str, Any], grads: Tensor = grads, projection: Projection = projection
         ) -> Tensor:
             out = torch.zeros(len(grads), projection.proj_dim, device=grads.device)
-            return launch_project(grads, projection, 0, out, Config(**config))
+            return launch_project(grads, projection, 0, out, DenseConfig(**config))
 
         choices: dict[str, tuple[Any, ...]] = {
             "block_b": (16, 32, 64, 128, 256),

@@ -141,9 +141,9 @@ def digits(
 ) -> Workload:
     """The main job's U-Net: 186,081 parameters, 8 x 8 pixels, also in a smoke run."""
     diffusers()
-    from dtrak.diffusion import digits_model
+    from dtrak.models.unet import digits_model
 
-    unet = digits_model().unet.to(device)
+    unet = digits_model().module.to(device)
     inputs = random_rows(samples, rows_per_sample, (1, 8, 8), device)
     return Workload("digits U-Net", unet, inputs, rows_per_sample, dtype, sample_of)
 
@@ -403,10 +403,10 @@ def parameter_shapes(model: str) -> list[tuple[int, ...]]:
         layers = [layer for layer in recorded_layers() for _ in range(layer.count)]
         with torch.device("meta"):
             return [tuple(p.shape) for layer in layers for p in layer.make().parameters()]
-    from dtrak.diffusion import digits_model
+    from dtrak.models.unet import digits_model
 
     with torch.device("meta"):
-        unet = digits_model().unet if model == "digits" else cifar_unet()
+        unet = digits_model().module if model == "digits" else cifar_unet()
     return [tuple(parameter.shape) for parameter in unet.parameters()]
 
 

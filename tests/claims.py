@@ -4,11 +4,11 @@ import subprocess
 import sys
 from contextlib import contextmanager
 
-from dtrak.files import LOCK_FILE, claim
+from dtrak.runs.files import LOCK_FILE, claim
 
 SCRIPT = """
 import pathlib, sys
-from dtrak.files import claim
+from dtrak.runs.files import claim
 with claim(pathlib.Path(sys.argv[1]), part=range(int(sys.argv[2]), int(sys.argv[3]))) as ours:
     print(ours, flush=True)
     sys.stdin.read()

@@ -21,7 +21,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dtrak_kernels import gram_kernel, projection, sketch_config, sketch_kernel, tuning
+from dtrak_kernels import tuning
+from dtrak_kernels.dense import config as dense_config
+from dtrak_kernels.dense import triton as dense_kernel
+from dtrak_kernels.ridge import gram_triton as gram_kernel
+from dtrak_kernels.sjlt import config as sketch_config
+from dtrak_kernels.sjlt import triton as sketch_kernel
 
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -234,10 +239,10 @@ def build_form(form, config, target, *, size=16):
 
 def cases(arch):
     """Every kernel, in every form the default configuration of ``arch`` can launch."""
-    config = projection.default_config(TARGETS[arch].arch)
+    config = dense_config.default_config(TARGETS[arch].arch)
     widths = sorted({16, config.block_b})
     for kind in ("rademacher", "normal"):
-        kernel = getattr(projection, f"_{kind}_partial_kernel")
+        kernel = getattr(dense_kernel, f"_{kind}_partial_kernel")
         for width in widths:
             dtype = "bf16" if kind == "rademacher" and width == 16 else "fp16"
             yield {
@@ -258,7 +263,7 @@ def cases(arch):
         yield {
             "kernel": "pack",
             "build": lambda target, ones=ones: compile_kernel(
-                projection._pack_kernel,
+                dense_kernel._pack_kernel,
                 PACK.format(dtype="fp32"),
                 {"IS_SPLIT": True, "BLOCK_C": 1024},
                 target,
@@ -268,7 +273,7 @@ def cases(arch):
         yield {
             "kernel": "reduce",
             "build": lambda target, ones=ones: compile_kernel(
-                projection._reduce_kernel,
+                dense_kernel._reduce_kernel,
                 REDUCE,
                 {"IS_SPLIT": True, "BLOCK_K": 1024},
                 target,
@@ -280,7 +285,7 @@ def cases(arch):
             yield {
                 "kernel": f"{kind}, every size 1",
                 "build": lambda target, kind=kind: compile_kernel(
-                    getattr(projection, f"_{kind}_partial_kernel"),
+                    getattr(dense_kernel, f"_{kind}_partial_kernel"),
                     PRODUCT.format(dtype="fp16"),
                     {"BLOCK_B": 16, "BLOCK_K": 16},
                     target,
@@ -301,9 +306,9 @@ def build_tuned(operation, sizes, config, target):
         options = {name: config[name] for name in options}
         return compile_kernel(kernel, types, constexprs, target, **options)
     kind = operation.removeprefix("project_")
-    fields = projection.read_config(config, f"{operation}.json")
+    fields = dense_config.read_config(config, f"{operation}.json")
     return compile_kernel(
-        getattr(projection, f"_{kind}_partial_kernel"),
+        getattr(dense_kernel, f"_{kind}_partial_kernel"),
         PRODUCT.format(dtype="bf16" if kind == "rademacher" else "fp16"),
         {"BLOCK_B": fields.block_b, "BLOCK_K": fields.block_k},
         target,
@@ -325,7 +330,7 @@ def tuned_cases(arch, folder):
             for entry in entries:
                 config, sizes = entry["config"], entry["sizes"]
                 is_dense = "project" in operation
-                fields = asdict(projection.read_config(config, file.name)) if is_dense else {}
+                fields = asdict(dense_config.read_config(config, file.name)) if is_dense else {}
                 yield {
                     "kernel": operation.removeprefix("project_"),
                     "tuned": device,

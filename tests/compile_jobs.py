@@ -14,7 +14,7 @@ import compile_all
 import triton
 from triton.compiler import ASTSource
 
-from dtrak_kernels.gram_kernel import KERNELS
+from dtrak_kernels.ridge.gram_triton import KERNELS
 
 THIN = "one axis, channels last, 16 bits, tile 128x16"
 SMALL_GRAM = {"BLOCK_N": 16, "BLOCK_K": 32, "BLOCK_M": 16, "num_warps": 4, "num_stages": 1}

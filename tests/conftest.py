@@ -246,10 +246,10 @@ def poison_empty():
 
 
 def _only_our_presets():
-    presets = sys.modules.get("dtrak.presets")
+    presets = sys.modules.get("dtrak.training.presets")
     before = dict(presets.PRESETS) if presets else None
     yield
-    presets = sys.modules.get("dtrak.presets")
+    presets = sys.modules.get("dtrak.training.presets")
     if presets:
         extra = before or {k: v for k, v in presets.PRESETS.items() if not k.startswith("tiny")}
         presets.PRESETS.clear()

@@ -5,11 +5,11 @@ import json
 import torch
 from rich.console import Console
 
-from dtrak.attribution import run_attribution
-from dtrak.data import encode_png, load_data, to_uint8
-from dtrak.diffusion import digits_model
-from dtrak.runs import Options
-from dtrak.training import Recipe, train
+from dtrak.cli.attribution import run_attribution
+from dtrak.data.images import encode_png, load_data, to_uint8
+from dtrak.models.unet import digits_model
+from dtrak.runs.run import Options
+from dtrak.training.trainer import Recipe, train
 
 RECIPE = Recipe(steps=6, batch_size=16, learning_rate=1e-3, seed=5)
 OPTIONS = {
@@ -33,7 +33,7 @@ def make_model(folder, images, recipe=RECIPE, note=True):
     """The digits' model trained for a few steps, with the note that dtrak.train leaves."""
     data = load_data(images, channels=1, size=8)
     model = digits_model(recipe.seed)
-    train(model, data.images, recipe)
+    train(model, data, recipe)
     model.save(folder)
     if note:
         settings = {

@@ -1,4 +1,4 @@
-"""A job for `dtrak.lds_workers` in a module that a new process imports quickly."""
+"""A job for `dtrak.runs.workers` in a module that a new process imports quickly."""
 
 import os
 import time
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dtrak.files import claim
+from dtrak.runs.files import claim
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dtrak.report import write_report
+from dtrak.pages.report import write_report
 
 HOSTILE = "a/<script>alert(1)</script>&\"'>$x_1$"
 VOID = {"meta", "img", "link", "br", "input"}

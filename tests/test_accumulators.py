@@ -1,4 +1,4 @@
-"""Slices of gradients that wait to be scattered, and the forms that layers are given once."""
+"""Slices of gradients that wait to be scattered, and contractions that are chosen once."""
 
 from unittest.mock import Mock
 
@@ -8,10 +8,11 @@ from numerics import relative_error
 from torch import nn
 
 from dtrak_kernels import GradientSketcher, Projection
-from dtrak_kernels import accumulators as accumulators_module
-from dtrak_kernels import weight_gradient as weight_gradient_module
-from dtrak_kernels.accumulators import make_accumulator
-from dtrak_kernels.sjlt import as_matrix, sketch_parameters
+from dtrak_kernels.gradients import accumulator as accumulators_module
+from dtrak_kernels.gradients import weight as weight_gradient_module
+from dtrak_kernels.gradients.accumulator import make_accumulator
+from dtrak_kernels.gradients.weight import LayerGradient
+from dtrak_kernels.sjlt.torch import as_matrix, sketch_parameters
 
 SHAPES = [(300, 40), (7,), (140, 7, 3, 3), (5, 6)]
 SJLT = Projection("sjlt", 5000, 9)
@@ -142,7 +143,7 @@ def test_gradients_made_at_once_fit_the_workspace(layer, monkeypatch):
         accumulator = make_accumulator([layer.weight.shape], Projection("sjlt", 256))
         add = Mock()
         monkeypatch.setattr(accumulator, "add", add)
-        accumulator.add_weight(0, layer, x, grads, torch.zeros(16, 256), 1)
+        accumulator.add_weight(0, LayerGradient(layer, x, grads), torch.zeros(16, 256))
         sizes = [call.args[1].nbytes for call in add.call_args_list]
         assert sum(sizes) == whole
         assert max(sizes) == workspace

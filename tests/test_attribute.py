@@ -20,13 +20,14 @@ from safetensors.torch import load_file, save_file
 from test_sketcher import small_unet
 from typer.testing import CliRunner
 
-from dtrak import inputs
-from dtrak.attribute import app
-from dtrak.data import encode_png, load_data, to_uint8
-from dtrak.diffusion import DiffusionModel, linear_schedule
-from dtrak.features import FeatureSettings, FusedExtractor
-from dtrak.files import LOCK_FILE, claim
-from dtrak.results import load_attribution
+from dtrak.cli.attribute import app
+from dtrak.data.images import encode_png, load_data, to_uint8
+from dtrak.features.extraction import FeatureSettings, FusedExtractor
+from dtrak.models.process import DiscreteProcess, linear_process
+from dtrak.models.unet import UNet
+from dtrak.runs import inputs
+from dtrak.runs.files import LOCK_FILE, claim
+from dtrak.runs.results import load_attribution
 from dtrak_kernels import Projection
 
 SMALL = ["--timesteps", "2", "--proj-dim", "512", "--num-queries", "3"]
@@ -35,7 +36,7 @@ SMALL = ["--timesteps", "2", "--proj-dim", "512", "--num-queries", "3"]
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline") / "tiny"
-    DiffusionModel(small_unet().float(), linear_schedule()).save(folder)
+    UNet(small_unet().float(), linear_process()).save(folder)
     return folder
 
 
@@ -100,7 +101,7 @@ def test_end_to_end(run, tmp_path, model_folder, images_folder):
 
     # the scores are those of dense algebra in float64 on features computed apart
     settings = FeatureSettings("mean_squared_l2_norm", (0, 500), 0, Projection("sjlt", 512))
-    model = DiffusionModel(small_unet().float(), linear_schedule())
+    model = UNet(small_unet().float(), linear_process())
     extractor = FusedExtractor(model, settings, torch.device("cpu"))
     queries = load_data(folder / "generated", channels=1)
     # a query and a training image of one name have noise of their own
@@ -314,9 +315,9 @@ def test_a_checkpoint_that_does_not_match(run, tmp_path, model_folder):
 
 
 def test_a_model_whose_output_is_not_finite(run, tmp_path, images_folder):
-    model = DiffusionModel(small_unet().float(), linear_schedule())
+    model = UNet(small_unet().float(), linear_process())
     with torch.no_grad():
-        model.unet.conv_out.bias.fill_(float("nan"))
+        model.module.conv_out.bias.fill_(float("nan"))
     model.save(tmp_path / "broken")
     failing(
         run,
@@ -358,7 +359,7 @@ def test_another_model_is_refused_before_the_data_is_read(run, done, tmp_path, m
     unet = small_unet().float()
     with torch.no_grad():
         next(unet.parameters()).add_(0.1)
-    DiffusionModel(unet, linear_schedule()).save(tmp_path / "other")
+    UNet(unet, linear_process()).save(tmp_path / "other")
     monkeypatch.setattr(inputs, "load_data", lambda *_, **__: pytest.fail("data was read"))
     failing(run, "holds another run: model.hash is", model=tmp_path / "other")
     failing(run, "holds another run: model.hash is", model=None, data="digits")
@@ -399,7 +400,7 @@ def test_a_query_named_like_a_training_image_is_not_its_proponent(run, tmp_path,
 
 
 def test_another_noise_schedule_is_another_model(run, tmp_path):
-    model = DiffusionModel(small_unet().float(), linear_schedule())
+    model = UNet(small_unet().float(), linear_process())
     model.save(tmp_path / "model")
     assert run(model=tmp_path / "model")[0] == 0
     file = tmp_path / "model" / "scheduler" / "scheduler_config.json"
@@ -411,7 +412,7 @@ def test_another_noise_schedule_is_another_model(run, tmp_path):
 @pytest.mark.parametrize("steps", [20, 5000])
 def test_models_with_other_numbers_of_timesteps(run, tmp_path, steps):
     scheduler = DDPMScheduler(num_train_timesteps=steps)
-    DiffusionModel(small_unet().float(), scheduler).save(tmp_path / "model")
+    UNet(small_unet().float(), DiscreteProcess(scheduler)).save(tmp_path / "model")
     if steps > 4096:
         failing(run, "at most 4096 training timesteps, got 5000", model=tmp_path / "model")
         return
@@ -435,7 +436,7 @@ def test_an_output_folder_among_the_images(run, tmp_path, images_folder):
 
 def test_a_damaged_training(tmp_path, monkeypatch):
     """A half-deleted model or a broken checkpoint is said before anything is trained."""
-    from dtrak import training
+    from dtrak.training import trainer as training
 
     def interrupt(*arguments):
         raise KeyboardInterrupt
@@ -473,7 +474,7 @@ def test_no_space_left(run, tmp_path, monkeypatch):
 
 
 def test_control_c_says_how_to_resume(run, tmp_path, monkeypatch):
-    from dtrak import features
+    from dtrak.features import extraction as features
 
     def interrupt(self, images, ids):
         raise KeyboardInterrupt

@@ -10,12 +10,12 @@ from safetensors import safe_open
 from tiny_stable_diffusion import PICTURES, build_pipeline, load_tiny, write_pictures
 from typer.testing import CliRunner
 
-from dtrak import inputs
-from dtrak.attribute import app
-from dtrak.data import load_data
-from dtrak.features import FeatureSettings, FusedExtractor
-from dtrak.lora import save_lora
-from dtrak.text_to_image import generate_from_prompts
+from dtrak.cli.attribute import app
+from dtrak.data.images import load_data
+from dtrak.features.extraction import FeatureSettings, FusedExtractor
+from dtrak.models.lora import save_lora
+from dtrak.runs import inputs
+from dtrak.training.drawing import draw_all
 from dtrak_kernels import Projection
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*captions have more than 16 tokens.*")
@@ -30,7 +30,7 @@ def folder(tiny_pipeline):
 
 @pytest.fixture(scope="module")
 def lora(folder, tmp_path_factory):
-    save_lora(load_tiny(folder).unet, tmp_path_factory.mktemp("lora"))
+    save_lora(load_tiny(folder).module, tmp_path_factory.mktemp("lora"))
     return next(tmp_path_factory.getbasetemp().glob("lora*"))
 
 
@@ -85,8 +85,8 @@ def test_end_to_end(run, folder, pictures, tmp_path):
     ]
     assert texts == ["a wave"] * 3
     # drawn with the published guidance and number of steps, one seed a picture
-    expected = generate_from_prompts(
-        load_tiny(folder), ["a wave"], [1], guidance_scale=7.5, num_inference_steps=50
+    expected = draw_all(
+        load_tiny(folder), [1], items=["a wave"], guidance_scale=7.5, num_inference_steps=50
     )
     assert (queries.images[1] - expected[0]).abs().max() < 2 / 255
 
@@ -115,8 +115,8 @@ def test_a_second_run_reuses_everything_and_other_prompts_join(run, tmp_path, mo
     assert run("--prompts", "a wave")[0] == 0
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.png")}
     with monkeypatch.context() as patch:
-        patch.setattr("dtrak.text_to_image.TextToImageModel.encode", None)
-        patch.setattr("dtrak.features.FusedExtractor.extract", _count_one)
+        patch.setattr("dtrak.models.stable_diffusion.StableDiffusion.encode", None)
+        patch.setattr("dtrak.features.extraction.FusedExtractor.extract", _count_one)
         code, output = run("--prompts", "a wave")
     assert code == 0, output
     for stage in ("latents of training images", "generate the queries", "features of queries"):
@@ -231,12 +231,12 @@ def test_data_that_does_not_fit(run, tmp_path, pictures):
 
 def test_a_run_of_another_model_is_refused(run, folder, tmp_path, monkeypatch):
     assert run("--prompts", "a wave")[0] == 0
-    save_lora(load_tiny(folder, seed=5).unet, tmp_path / "other")
+    save_lora(load_tiny(folder, seed=5).module, tmp_path / "other")
     with monkeypatch.context() as patch:
         patch.setattr(inputs, "load_data", lambda *_, **__: pytest.fail("data was read"))
         failing(run, "holds another run: model.lora is", "--prompts", "x", lora=tmp_path / "other")
     failing(run, "holds another run: captions is", "--prompts", "x", "--caption", "painting")
-    save_lora(load_tiny(folder, rank=2).unet, tmp_path / "two")
+    save_lora(load_tiny(folder, rank=2).module, tmp_path / "two")
     other = build_pipeline(tmp_path / "wide", block_out_channels=(12, 16))
     failing(run, "must fit the base model", model=other, output=tmp_path / "another")
 

@@ -9,7 +9,8 @@ from numerics import relative_error
 from PIL import Image
 from sklearn.linear_model import Ridge, RidgeCV
 
-from dtrak.baselines import (
+from dtrak.evaluation.lds.statistics import lds
+from dtrak.methods.baselines import (
     Clip,
     EncoderError,
     choose_datamodel_dampings,
@@ -22,7 +23,6 @@ from dtrak.baselines import (
     raw_similarity,
     vae_latents,
 )
-from dtrak.lds import lds
 
 
 @pytest.fixture(scope="module")

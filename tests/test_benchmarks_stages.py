@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def test_the_layers_are_those_of_the_u_net():
-    from dtrak.presets import get_preset
+    from dtrak.training.presets import get_preset
 
     entries = stages.read_layers()
     assert entries == stages.trace_layers()
@@ -87,7 +87,7 @@ def run(monkeypatch, *arguments):
 
 
 def test_without_diffusers_the_layers_stand_in(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(sys.modules, "dtrak.presets", None)
+    monkeypatch.setitem(sys.modules, "dtrak.training.presets", None)
     assert run(monkeypatch, "--out", str(tmp_path)) == 0
     assert "the layers of the U-Net alone, without diffusers" in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "stages.jsonl").read_text().splitlines()]
@@ -95,7 +95,7 @@ def test_without_diffusers_the_layers_stand_in(monkeypatch, tmp_path, capsys):
 
 
 def test_a_stage_that_fails_does_not_stop_the_others(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(sys.modules, "dtrak.presets", None)
+    monkeypatch.setitem(sys.modules, "dtrak.training.presets", None)
 
     def broken(*_, **__):
         raise RuntimeError("out of\nmemory")

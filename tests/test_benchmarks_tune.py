@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dtrak_kernels import gram_kernel, projection, sketch_config, tuning
+from dtrak_kernels import tuning
+from dtrak_kernels.dense import config as dense_config
+from dtrak_kernels.ridge import gram_triton as gram_kernel
+from dtrak_kernels.sjlt import config as sketch_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 tune = importlib.import_module("tune")
@@ -117,38 +120,38 @@ def test_kernels_launch_what_was_written(tmp_path, monkeypatch):
         def __len__(self):
             return 8
 
-    assert projection._config("rademacher", OnACard(), 64) == projection.Config(**config)
-    assert projection._config("normal", OnACard(), 64) == projection.default_config(90)
+    assert dense_config.config_on("rademacher", OnACard(), 64) == dense_config.DenseConfig(**config)
+    assert dense_config.config_on("normal", OnACard(), 64) == dense_config.default_config(90)
     assert gram_kernel._config(OnACard(), 2)["BLOCK_N"] == 32
     # what nobody can launch is an error that names the file
     tune.store(tmp_path, dense, "Some card", {"block_b": 33})
     tuning._entries.cache_clear()
     with pytest.raises(ValueError, match=r"configs/project_rademacher\.json, Some card: block_b"):
-        projection._config("rademacher", OnACard(), 64)
+        dense_config.config_on("rademacher", OnACard(), 64)
     tuning._entries.cache_clear()
 
 
 @pytest.mark.parametrize(
     "read, config, message",
     [
-        (projection.read_config, {}, "block_b must be given, got nothing"),
+        (dense_config.read_config, {}, "block_b must be given, got nothing"),
         (
-            projection.read_config,
+            dense_config.read_config,
             {"block_b": 32, "blok_k": 64},
             "fields must be among block_b, block_k, num_warps, num_stages, splits, got 'blok_k'",
         ),
         (
-            projection.read_config,
+            dense_config.read_config,
             {"block_b": 48},
             "block_b must be a power of two from 16 to 256, got 48",
         ),
         (
-            projection.read_config,
+            dense_config.read_config,
             {"block_b": 32, "splits": -1},
             "splits must be a whole number from 0 to 32768, got -1",
         ),
         (
-            projection.read_config,
+            dense_config.read_config,
             {"block_b": 32, "num_stages": True},
             "num_stages must be a whole number from 1 to 16, got True",
         ),
@@ -170,7 +173,7 @@ def test_impossible_configurations_are_refused(read, config, message):
 def test_what_the_tuner_tries_can_be_read():
     for operation in ("project_normal", "gram_product"):
         one = next(tune.make_problems(operation, torch.device("cpu"), smoke=True))
-        module = gram_kernel if operation == "gram_product" else projection
+        module = gram_kernel if operation == "gram_product" else dense_config
         for name, values in one.choices.items():
             for value in values:
                 module.read_config(one.default | {name: value}, operation)
@@ -198,7 +201,7 @@ def test_a_rehearsal_writes_a_file(operation, tmp_path, monkeypatch, capsys):
             sketch_config.read_config(entry["config"], "sketch")
             sketch_config.read_form(entry["sizes"]["form"])
     else:
-        projection.Config(**made)
+        dense_config.DenseConfig(**made)
     assert "ms by default" in capsys.readouterr().out
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dtrak.canvas import Canvas, default_style, fit
+from dtrak.pages.canvas import Canvas, default_style, fit
 
 
 def saved(canvas, tmp_path):

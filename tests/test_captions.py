@@ -7,15 +7,11 @@ import pytest
 import torch
 from tiny_stable_diffusion import PICTURES, write_pictures
 
-from dtrak.captions import (
-    caption_all,
-    hash_captions,
-    load_captions,
-    read_captions,
-    write_captions,
-)
-from dtrak.data import ImageData, encode_png, load_data
-from dtrak.sources import DataError
+from dtrak.data.captions import caption_all, load_captions, read_captions, write_captions
+from dtrak.data.images import encode_png, load_data
+from dtrak.data.samples import Samples
+from dtrak.data.sources import DataError
+from dtrak.models.hashing import hash_captions
 
 TEXTS = ["a wave", "", "fog over the sea"]
 
@@ -86,7 +82,7 @@ def test_a_column_of_a_parquet_file(tmp_path):
 
 def _of(name):
     ids = [f"{name}.parquet/{row}" for row in range(3)]
-    return ImageData(torch.zeros(3, 3, 4, 4), ids, None, "test")
+    return Samples(torch.zeros(3, 3, 4, 4), ids, None, "test")
 
 
 def test_a_folder_of_parquet_files(tmp_path):
@@ -129,7 +125,7 @@ def test_a_column_of_a_hub_data_set(monkeypatch):
     table = datasets.Dataset.from_dict({"text": TEXTS})
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: {"train": table}[split])
     ids = [f"owner/name/train/{row}" for row in range(3)]
-    data = ImageData(torch.zeros(3, 3, 4, 4), ids, None, "test")
+    data = Samples(torch.zeros(3, 3, 4, 4), ids, None, "test")
     assert read_captions("owner/name", data) == TEXTS
 
 

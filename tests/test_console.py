@@ -8,7 +8,7 @@ import torch
 import typer
 from rich.console import Console
 
-from dtrak.console import (
+from dtrak.runs.console import (
     check_source,
     choose_device,
     fail,
@@ -55,7 +55,7 @@ def test_a_traceback_on_request_and_mistakes_of_our_own(console):
 
 
 def test_own_warnings_are_lines_and_others_stay_themselves(console):
-    from dtrak import console as module
+    from dtrak.runs import console as module
 
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")

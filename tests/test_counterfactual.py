@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from sklearn.model_selection import train_test_split
 from typer.testing import CliRunner
 
-from dtrak import counterfactual_draw
-from dtrak.counterfactual import app
-from dtrak.counterfactual_results import load_counterfactual
-from dtrak.data import load_data, to_uint8
-from dtrak.presets import PRESETS, Draw
+from dtrak.cli.counterfactual import app
+from dtrak.data.images import load_data, to_uint8
+from dtrak.evaluation.counterfactual import draw as counterfactual_draw
+from dtrak.evaluation.counterfactual.results import load_counterfactual
+from dtrak.training.presets import PRESETS, Draw
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ import pytest
 import torch
 from sklearn.model_selection import train_test_split
 
-from dtrak.counterfactual_draw import Draw, choose_draw
-from dtrak.counterfactual_results import CounterfactualError
-from dtrak.counterfactual_retraining import removal_positions
-from dtrak.presets import PRESETS
+from dtrak.evaluation.counterfactual.draw import Draw, choose_draw
+from dtrak.evaluation.counterfactual.results import CounterfactualError
+from dtrak.evaluation.counterfactual.retraining import removal_positions
+from dtrak.training.presets import PRESETS
 
 IDS = [f"{seed:05d}.png" for seed in range(1000)]
 # as CIFAR-2's 02_counter.ipynb prints them
@@ -105,7 +105,7 @@ def test_a_seed_asks_for_a_draw_of_our_own():
 
 
 def test_presets_of_published_draws_exist():
-    from dtrak.counterfactual_draw import PUBLISHED_POOL, PUBLISHED_SEEDS
+    from dtrak.evaluation.counterfactual.draw import PUBLISHED_POOL, PUBLISHED_SEEDS
 
     for name in PUBLISHED_SEEDS:
         assert PRESETS[name].num_generated == PUBLISHED_POOL

@@ -13,18 +13,20 @@ from numerics import relative_error
 from rich.console import Console
 from tiny_lds import trained
 
-from dtrak import inputs, lds_experiment
-from dtrak.attribution import run_attribution
-from dtrak.counterfactual_origin import open_origin
-from dtrak.counterfactual_results import CounterfactualError
-from dtrak.counterfactual_training import find_preset
-from dtrak.data import load_data
-from dtrak.diffusion import hash_model, load_model
-from dtrak.files import claim
-from dtrak.presets import PRESETS
-from dtrak.results import load_attribution
-from dtrak.runs import Options
-from dtrak.training import Recipe, train
+from dtrak.cli.attribution import run_attribution
+from dtrak.data.images import load_data
+from dtrak.evaluation.counterfactual.origin import open_origin
+from dtrak.evaluation.counterfactual.results import CounterfactualError
+from dtrak.evaluation.counterfactual.training import find_preset
+from dtrak.evaluation.lds import experiment as lds_experiment
+from dtrak.models import load
+from dtrak.models.hashing import hash_model
+from dtrak.runs import inputs
+from dtrak.runs.files import claim
+from dtrak.runs.results import load_attribution
+from dtrak.runs.run import Options
+from dtrak.training.presets import PRESETS
+from dtrak.training.trainer import Recipe, train
 
 CPU, QUIET = torch.device("cpu"), Console(quiet=True)
 
@@ -38,8 +40,8 @@ def test_the_recipe_is_what_the_trainer_wrote(finished):
     # that recipe does train the model of the run
     model = origin.training.make_model(RECIPE.seed)
     train(model, origin.data.images, origin.training.recipe)
-    assert hash_model(model.unet) == hash_model(origin.load_model().unet)
-    assert origin.identity()["model"] == {"model": hash_model(model.unet)}
+    assert hash_model(model.module) == hash_model(origin.load_model().module)
+    assert origin.identity()["model"] == {"model": hash_model(model.module)}
     assert origin.identity()["training"]["recipe"] == RECIPE.to_dict()
 
 
@@ -114,8 +116,8 @@ def test_a_run_that_trained_its_own_model(tmp_path, monkeypatch):
     run_attribution(Options(**options), QUIET)
     origin = open_origin(tmp_path / "run")
     assert origin.training.recipe == recipe
-    own = load_model(tmp_path / "run" / "model")
-    assert hash_model(origin.load_model().unet) == hash_model(own.unet)
+    own = load(tmp_path / "run" / "model")
+    assert hash_model(origin.load_model().module) == hash_model(own.module)
     assert len(origin.data) == 1000
 
 
@@ -142,7 +144,7 @@ def test_a_run_of_the_lds(tmp_path, monkeypatch):
     assert origin.settings.timesteps == (0, 200, 400, 600, 800)
     assert not origin.scores
     assert origin.preset == "tiny"
-    assert hash_model(origin.load_model().unet) == hash_model(experiment.load_model().unet)
+    assert hash_model(origin.load_model().module) == hash_model(experiment.load_model().module)
 
 
 @pytest.fixture

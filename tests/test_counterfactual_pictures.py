@@ -7,8 +7,9 @@ from page import Page, decoded, shows
 from PIL import Image
 from test_counterfactual_results import example
 
-from dtrak.canvas import default_style
-from dtrak.counterfactual_pictures import (
+from dtrak.evaluation.counterfactual.results import save_counterfactual
+from dtrak.pages.canvas import default_style
+from dtrak.pages.counterfactual import (
     PNG_QUERIES,
     name_method,
     plot_distances,
@@ -16,8 +17,7 @@ from dtrak.counterfactual_pictures import (
     write_box_plot,
     write_strips,
 )
-from dtrak.counterfactual_results import save_counterfactual
-from dtrak.plots import REFERENCE, SERIES
+from dtrak.pages.plots import REFERENCE, SERIES
 
 
 def rgb(pixels, times=1):

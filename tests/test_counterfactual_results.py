@@ -8,8 +8,7 @@ import torch
 from scipy.stats import binom
 from test_baselines import clip  # noqa: F401
 
-from dtrak.baselines import clip_embeddings, load_vae, vae_latents
-from dtrak.counterfactual_results import (
+from dtrak.evaluation.counterfactual.results import (
     METRICS,
     Counterfactual,
     CounterfactualError,
@@ -20,6 +19,7 @@ from dtrak.counterfactual_results import (
     summarise,
     vector_distances,
 )
+from dtrak.methods.baselines import clip_embeddings, load_vae, vae_latents
 
 
 def pictures(*shape, seed=0):

@@ -8,19 +8,18 @@ import torch
 from finished_run import RECIPE
 from safetensors.torch import load_file, save_file
 
-from dtrak.counterfactual_origin import open_origin
-from dtrak.counterfactual_results import CounterfactualError
-from dtrak.counterfactual_retraining import (
+from dtrak.data.images import to_uint8
+from dtrak.evaluation.counterfactual.origin import open_origin
+from dtrak.evaluation.counterfactual.results import CounterfactualError
+from dtrak.evaluation.counterfactual.retraining import (
     RetrainJob,
     load_experiment,
     prepare,
     removal_positions,
 )
-from dtrak.data import to_uint8
-from dtrak.diffusion import digits_model
-from dtrak.generation import generate
-from dtrak.inputs import Subject
-from dtrak.training import train
+from dtrak.models.unet import digits_model
+from dtrak.training.drawing import draw_all
+from dtrak.training.trainer import train
 
 CPU = torch.device("cpu")
 STEPS = 3
@@ -48,7 +47,7 @@ def by_hand(origin, without, init_seed, seed, drawn):
     kept = [image for row, image in enumerate(origin.data.images) if row not in without]
     model = digits_model(init_seed)
     train(model, torch.stack(kept), replace(RECIPE, seed=seed))
-    return to_uint8(generate(model, drawn, num_inference_steps=STEPS))
+    return to_uint8(draw_all(model, drawn, num_inference_steps=STEPS))
 
 
 def test_removal_positions_are_the_highest_scores():
@@ -104,7 +103,7 @@ def test_what_is_done_is_not_done_again(experiment):
 
 
 def test_an_interrupted_training_goes_on_with_the_same_bits(experiment, monkeypatch):
-    from dtrak import counterfactual_training as module
+    from dtrak.evaluation.counterfactual import training as module
 
     job = experiment.jobs[2]
     assert experiment.retrain(job, CPU)
@@ -154,7 +153,7 @@ def test_pictures_of_other_removals_are_refused(origin, experiment, change):
         experiment.removed["d-trak"][0, 3] = 59 - experiment.removed["d-trak"][0, 3]
     else:
         fewer = origin.queries.select([0, 2, 3])
-        experiment = replace(experiment, origin=replace(origin, drawn=Subject(fewer, fewer)))
+        experiment = replace(experiment, origin=replace(origin, drawn=fewer))
     with pytest.raises(CounterfactualError, match="a model trained without other images"):
         experiment.missing()
 

@@ -13,26 +13,28 @@ from rich.console import Console
 from tiny_stable_diffusion import build_pipeline, write_pictures
 from typer.testing import CliRunner
 
-from dtrak import train_lora
-from dtrak.attribution import run_attribution
-from dtrak.baselines import vae_latents
-from dtrak.counterfactual import app
-from dtrak.counterfactual_origin import open_origin
-from dtrak.counterfactual_results import CounterfactualError, load_counterfactual
-from dtrak.counterfactual_training import (
+from dtrak.cli.attribution import run_attribution
+from dtrak.cli.counterfactual import app
+from dtrak.cli.train import app as train_app
+from dtrak.data.images import load_data, to_uint8
+from dtrak.evaluation.counterfactual.origin import open_origin
+from dtrak.evaluation.counterfactual.results import CounterfactualError, load_counterfactual
+from dtrak.evaluation.counterfactual.training import (
     LoraTraining,
     PixelTraining,
     find_training,
     seeds_of,
 )
-from dtrak.data import load_data, to_uint8
-from dtrak.diffusion import digits_model, hash_model, load_model
-from dtrak.lora import hash_lora
-from dtrak.presets import PRESETS
-from dtrak.runs import Options
-from dtrak.text_to_image import load_text_to_image
-from dtrak.train import app as train_app
-from dtrak.training import train
+from dtrak.methods.baselines import vae_latents
+from dtrak.models import load
+from dtrak.models.hashing import hash_model
+from dtrak.models.lora import hash_lora
+from dtrak.models.unet import digits_model
+from dtrak.runs.run import Options
+from dtrak.training import fine_tuning as lora_fine_tuning
+from dtrak.training import train_lora_options
+from dtrak.training.presets import PRESETS
+from dtrak.training.trainer import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*captions have more than 16 tokens.*")
 CPU, QUIET = torch.device("cpu"), Console(quiet=True)
@@ -101,13 +103,13 @@ def test_what_dtrak_train_writes_is_understood(tmp_path):
         folder=tmp_path,
     )  # fmt: skip
     data = load_data("digits", channels=1, size=8)
-    inputs = SimpleNamespace(train=SimpleNamespace(pictures=data), model=load_model(tmp_path))
+    inputs = SimpleNamespace(train=SimpleNamespace(pictures=data), model=load(tmp_path))
     training = find_training(run, inputs, None)
     assert training.recipe == replace(PRESETS["digits"].recipe, steps=2)
     assert training.mixed_precision == "no"
     kept = torch.ones(1000, dtype=torch.bool)
     model = training.retrain(kept, (0, 0), tmp_path, CPU, tmp_path / "a.pt", None)
-    assert hash_model(model.unet) == hash_model(inputs.model.unet)
+    assert hash_model(model.module) == hash_model(inputs.model.module)
 
 
 def test_seeds_are_the_names_of_pictures():
@@ -126,7 +128,7 @@ def test_mixed_precision_is_followed(finished, tmp_path, fresh_accelerator):
     origin = open_origin(finished)
     kept = torch.ones(60, dtype=torch.bool)
     full = origin.training.retrain(kept, (5, 5), tmp_path, CPU, tmp_path / "a.pt", None)
-    assert hash_model(full.unet) == hash_model(origin.load_model().unet)
+    assert hash_model(full.module) == hash_model(origin.load_model().module)
     mixed = replace(origin.training, mixed_precision="bf16")
     found = mixed.retrain(kept, (5, 5), tmp_path, CPU, tmp_path / "b.pt", None)
     from accelerate import Accelerator
@@ -137,8 +139,8 @@ def test_mixed_precision_is_followed(finished, tmp_path, fresh_accelerator):
         expected, origin.data.images, RECIPE,
         accelerator=Accelerator(mixed_precision="bf16", cpu=True),
     )  # fmt: skip
-    assert hash_model(found.unet) == hash_model(expected.unet)
-    assert hash_model(found.unet) != hash_model(full.unet)
+    assert hash_model(found.module) == hash_model(expected.module)
+    assert hash_model(found.module) != hash_model(full.module)
     assert mixed.identity() != origin.training.identity()
 
 
@@ -148,8 +150,8 @@ def painted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("painted")
     base, pictures = build_pipeline(folder / "base"), write_pictures(folder / "pictures")
     AcceleratorState._reset_state(reset_partial_state=True)
-    train_lora.run_lora_training(
-        train_lora.Options(
+    lora_fine_tuning.run_lora_training(
+        train_lora_options.Options(
             output=str(folder / "lora"), model=str(base), data=str(pictures), rank=2, steps=4,
             batch_size=3, learning_rate=0.05, device="cpu",
         ),
@@ -175,8 +177,8 @@ def test_a_lora_is_trained_again_as_it_was(painted, tmp_path):
     kept = torch.ones(5, dtype=torch.bool)
     seed = training.recipe.seed
     model = training.retrain(kept, (seed, seed), tmp_path, CPU, tmp_path / "a.pt", None)
-    own = load_text_to_image(painted / "base", painted / "lora")
-    assert hash_lora(model.unet) == hash_lora(own.unet)
+    own = load(painted / "base", painted / "lora")
+    assert hash_lora(model.module) == hash_lora(own.module)
     drawn = load_data(next((painted / "run").glob("generated-*")))
     again = training.draw(model, ["00002.png", "00000.png"])
     # drawn in batches of another size
@@ -192,8 +194,8 @@ def test_a_lora_is_trained_again_as_it_was(painted, tmp_path):
     ]
     (tmp_path / "without.txt").write_text("\n".join(names))
     AcceleratorState._reset_state(reset_partial_state=True)
-    train_lora.run_lora_training(
-        train_lora.Options(
+    lora_fine_tuning.run_lora_training(
+        train_lora_options.Options(
             output=str(tmp_path / "lora"), model=str(painted / "base"),
             data=str(painted / "pictures"), rank=2, steps=4, batch_size=3, learning_rate=0.05,
             device="cpu", without=str(tmp_path / "without.txt"),
@@ -201,9 +203,9 @@ def test_a_lora_is_trained_again_as_it_was(painted, tmp_path):
         QUIET,
     )  # fmt: skip
     AcceleratorState._reset_state(reset_partial_state=True)
-    by_hand = load_text_to_image(painted / "base", tmp_path / "lora")
-    assert hash_lora(fewer.unet) == hash_lora(by_hand.unet)
-    assert hash_lora(fewer.unet) != hash_lora(own.unet)
+    by_hand = load(painted / "base", tmp_path / "lora")
+    assert hash_lora(fewer.module) == hash_lora(by_hand.module)
+    assert hash_lora(fewer.module) != hash_lora(own.module)
 
 
 def test_counterfactual_of_a_lora(painted, tmp_path):
@@ -214,7 +216,7 @@ def test_counterfactual_of_a_lora(painted, tmp_path):
     results = load_counterfactual(tmp_path / "cf")
     assert set(results.values) == {"pixel_l2", "latent_l2"}
     assert results.pictures["trak"].shape == (2, 1, 3, 16, 16)
-    vae = load_text_to_image(painted / "base").vae
+    vae = load(painted / "base").vae
     before = vae_latents(results.originals.float() / 127.5 - 1, vae)
     after = vae_latents(results.pictures["trak"][:, 0].float() / 127.5 - 1, vae)
     expected = (after - before).double().flatten(1).norm(dim=1)

@@ -11,16 +11,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from dtrak.data import (
+from dtrak.data.images import (
     DataError,
-    ImageData,
     decode_records,
     digits_split,
     load_data,
     save_images,
     to_uint8,
 )
-from dtrak.sources import Record
+from dtrak.data.samples import Samples
+from dtrak.data.sources import Record
 
 CIFAR2 = Path(__file__).parents[2] / "shared" / "data" / "cifar2-train.parquet"
 
@@ -428,7 +428,7 @@ def some_images(ids=("a", "b", "c"), labels=(1, 2, 3), shift=0.0):
     torch.manual_seed(0)
     images = torch.rand(3, 1, 4, 4) * 2 - 1
     images[1, 0, 2, 3] += shift
-    return ImageData(images, ids=list(ids), labels=list(labels), source="test")
+    return Samples(images, ids=list(ids), labels=list(labels), source="test")
 
 
 def test_fingerprint_tells_content_and_order():
@@ -441,7 +441,7 @@ def test_fingerprint_tells_content_and_order():
         some_images(ids=("ab", "", "c")).fingerprint,
         data.select([1, 0, 2]).fingerprint,
         data.select([0, 1]).fingerprint,
-        ImageData(data.images.reshape(3, 1, 2, 8), data.ids, None, "test").fingerprint,
+        Samples(data.images.reshape(3, 1, 2, 8), data.ids, None, "test").fingerprint,
     }
     assert len(different) == 7
     assert all(len(fingerprint) == 64 for fingerprint in different)
@@ -450,14 +450,14 @@ def test_fingerprint_tells_content_and_order():
 def test_fingerprint_keeps_ids_and_pixels_apart():
     # the bytes of the pixels continue those of the id: only its length tells where it ends
     zeros = torch.zeros(2, 1, 1, 1)
-    one, other = (ImageData(zeros, ids, None, "x") for ids in (["a", "\0b"], ["a\0", "b"]))
+    one, other = (Samples(zeros, ids, None, "x") for ids in (["a", "\0b"], ["a\0", "b"]))
     assert one.fingerprint != other.fingerprint
 
 
 def test_fingerprint_does_not_depend_on_memory_layout():
     data = some_images()
     strided = data.images.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
-    assert ImageData(strided, data.ids, None, "x").fingerprint == data.fingerprint
+    assert Samples(strided, data.ids, None, "x").fingerprint == data.fingerprint
 
 
 def test_select_keeps_rows_together():
@@ -492,7 +492,7 @@ def test_select_keeps_rows_together():
 def test_value_that_does_not_hold_together(change, message):
     fields = {"images": torch.zeros(3, 1, 4, 4), "ids": list("abc"), "labels": None, "source": "x"}
     with pytest.raises(ValueError, match=message):
-        ImageData(**(fields | change))
+        Samples(**(fields | change))
 
 
 def test_quantisation_is_to_the_nearest_level():

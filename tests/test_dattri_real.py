@@ -7,8 +7,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dtrak_kernels import dattri as adapter
-from dtrak_kernels import reference
 from dtrak_kernels.dattri import DattriProjector
+from dtrak_kernels.dense import reference
 
 pytest.importorskip("dattri", reason="dattri is not installed: pip install dattri")
 from dattri.algorithm.logra import LoGraAttributor

@@ -13,14 +13,11 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_unet
 from torch import nn
 
-from dtrak.diffusion import (
-    DiffusionModel,
-    ModelError,
-    digits_model,
-    hash_model,
-    hash_tensors,
-    load_model,
-)
+from dtrak.models import load
+from dtrak.models.denoiser import ModelError
+from dtrak.models.hashing import hash_model, hash_tensors
+from dtrak.models.process import DiscreteProcess
+from dtrak.models.unet import UNet, digits_model
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -58,8 +55,8 @@ def edit_weights(folder, change):
 
 
 def same_model(a, b):
-    return hash_model(a.unet) == hash_model(b.unet) and torch.equal(
-        a.scheduler.betas, b.scheduler.betas
+    return hash_model(a.module) == hash_model(b.module) and torch.equal(
+        a.process.scheduler.betas, b.process.scheduler.betas
     )
 
 
@@ -70,15 +67,15 @@ def test_saved_model_comes_back(tmp_path, remarks, capfd, prediction_type):
     )
     model = tiny_model(3, scheduler, in_channels=2, out_channels=2, sample_size=(4, 8))
     model.save(tmp_path / "model")
-    loaded = load_model(str(tmp_path / "model"))
+    loaded = load(str(tmp_path / "model"))
     assert same_model(loaded, model)
-    assert loaded.scheduler.config["prediction_type"] == prediction_type
-    assert (loaded.channels, loaded.size, loaded.num_train_timesteps) == (2, (4, 8), 40)
-    assert not loaded.unet.training
+    assert loaded.process.scheduler.config["prediction_type"] == prediction_type
+    assert (loaded.channels, loaded.size, loaded.process.num_timesteps) == (2, (4, 8), 40)
+    assert not loaded.module.training
     images, timesteps = torch.randn(3, 2, 4, 8), torch.tensor([0, 7, 39])
     with torch.no_grad():
-        ours = loaded.unet(images, timesteps).sample
-        assert torch.equal(ours, model.unet(images, timesteps).sample)
+        ours = loaded.module(images, timesteps).sample
+        assert torch.equal(ours, model.module(images, timesteps).sample)
     assert remarks == []
     assert capfd.readouterr() == ("", "")
 
@@ -87,29 +84,29 @@ def test_diffusers_reads_what_is_saved(tmp_path):
     model = tiny_model()
     model.save(tmp_path)
     pipeline = DDPMPipeline.from_pretrained(tmp_path)
-    assert hash_model(pipeline.unet) == hash_model(model.unet)
+    assert hash_model(pipeline.unet) == hash_model(model.module)
 
 
 def test_bare_unet_gets_the_linear_schedule(bare, remarks):
-    model = load_model(bare)
-    assert hash_model(model.unet) == hash_model(tiny_unet())
+    model = load(bare)
+    assert hash_model(model.module) == hash_model(tiny_unet())
     oracle = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-    assert relative_error(model.scheduler.betas, oracle) < 1e-6
-    assert model.scheduler.config["prediction_type"] == "epsilon"
-    assert (model.channels, model.size, model.num_train_timesteps) == (1, 8, 1000)
+    assert relative_error(model.process.scheduler.betas, oracle) < 1e-6
+    assert model.process.scheduler.config["prediction_type"] == "epsilon"
+    assert (model.channels, model.size, model.process.num_timesteps) == (1, 8, 1000)
     assert remarks == []
 
 
 def test_schedule_beside_a_bare_unet_is_used(bare, remarks):
     DDPMScheduler(num_train_timesteps=30).save_pretrained(bare)
-    assert load_model(bare).num_train_timesteps == 30
+    assert load(bare).process.num_timesteps == 30
     assert remarks == []
 
 
 def test_older_pipeline_with_all_files_in_one_folder(bare):
     DDPMScheduler(num_train_timesteps=30).save_pretrained(bare)
     (bare / "model_index.json").write_text(json.dumps({"_class_name": "DDPMPipeline"}))
-    assert load_model(bare).num_train_timesteps == 30
+    assert load(bare).process.num_timesteps == 30
 
 
 @pytest.mark.parametrize("name", ["DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler"])
@@ -117,7 +114,7 @@ def test_training_schedule_is_taken_from_any_scheduler(tmp_path, remarks, name):
     tiny_model().save(tmp_path)
     options = {"num_train_timesteps": 20, "beta_start": 0.01, "prediction_type": "v_prediction"}
     getattr(diffusers, name)(**options).save_pretrained(tmp_path / "scheduler")
-    scheduler = load_model(tmp_path).scheduler
+    scheduler = load(tmp_path).process.scheduler
     assert type(scheduler) is DDPMScheduler
     assert torch.equal(scheduler.betas, DDIMScheduler(**options).betas)
     assert scheduler.config["prediction_type"] == "v_prediction"
@@ -126,33 +123,33 @@ def test_training_schedule_is_taken_from_any_scheduler(tmp_path, remarks, name):
 
 def test_half_precision_checkpoint_is_loaded_as_float32(bare):
     edit_weights(bare, lambda state: state.update({k: v.half() for k, v in state.items()}))
-    model = load_model(bare)
-    assert {p.dtype for p in model.unet.parameters()} == {torch.float32}
+    model = load(bare)
+    assert {p.dtype for p in model.module.parameters()} == {torch.float32}
     expected = {k: v.half().float() for k, v in tiny_unet().state_dict().items()}
-    assert hash_model(model.unet) == hash_tensors(expected)
+    assert hash_model(model.module) == hash_tensors(expected)
 
 
 def test_pickled_weights_are_loaded_without_a_word(bare, remarks):
     torch.save(load_file(bare / WEIGHTS), bare / "diffusion_pytorch_model.bin")
     (bare / WEIGHTS).unlink()
-    assert hash_model(load_model(bare).unet) == hash_model(tiny_unet())
+    assert hash_model(load(bare).module) == hash_model(tiny_unet())
     assert remarks == []
 
 
 def test_missing_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"model must be an existing folder.*got .*nowhere"):
-        load_model(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"must be a folder that Diffusers wrote.*nowhere"):
+        load(tmp_path / "nowhere")
     (tmp_path / "file").write_text("")
     with pytest.raises(FileNotFoundError, match=r"model must be an existing folder.*got .*file"):
-        load_model(tmp_path / "file")
+        load(tmp_path / "file")
 
 
 def test_folder_without_a_model(tmp_path):
     with pytest.raises(ModelError, match=r"must be a folder with config.json of a UNet2DModel"):
-        load_model(tmp_path)
+        load(tmp_path)
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(ModelError, match=r"must be a folder with config.json of a UNet2DModel"):
-        load_model(tmp_path)
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -160,8 +157,11 @@ def test_folder_without_a_model(tmp_path):
     [
         ({"_class_name": "UNet2DConditionModel"}, "UNet2DModel, got 'UNet2DConditionModel'"),
         ({"_class_name": "absent"}, "must describe a UNet2DModel, got None"),
-        ({"num_class_embeds": 10}, "unconditional model, got one that takes classes"),
-        ({"class_embed_type": "timestep"}, "unconditional model, got one that takes classes"),
+        ({"num_class_embeds": 10}, "class_embedding.weight is missing"),
+        (
+            {"class_embed_type": "timestep"},
+            "not at all, got class_embed_type 'timestep'",
+        ),
         ({"out_channels": 2}, "as many out_channels as in_channels, got 2 and 1"),
         ({"down_block_types": ["Nope"]}, "could not be loaded: Nope does not exist"),
         ({"block_out_channels": "x"}, "could not be loaded: "),
@@ -170,7 +170,7 @@ def test_folder_without_a_model(tmp_path):
 def test_unsuitable_configuration(bare, changes, message):
     edit_json(bare / "config.json", **changes)
     with pytest.raises(ModelError, match=message):
-        load_model(bare)
+        load(bare)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_configuration_that_is_not_json(bare, content, message):
     content = content if isinstance(content, bytes) else content.encode()
     (bare / "config.json").write_bytes(content)
     with pytest.raises(ModelError, match=message) as caught:
-        load_model(bare)
+        load(bare)
     assert "\n" not in str(caught.value)
 
 
@@ -215,7 +215,7 @@ def test_configuration_that_is_not_json(bare, content, message):
 def test_every_misfit_of_a_checkpoint_is_named(bare, remarks, change, message):
     edit_weights(bare, change)
     with pytest.raises(ModelError, match="does not match its configuration: " + message):
-        load_model(bare)
+        load(bare)
     # the error says it all; "you should probably TRAIN this model" would only frighten
     assert remarks == []
 
@@ -227,28 +227,28 @@ def test_damaged_weights(bare, remarks, damage):
     file = bare / WEIGHTS
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ModelError, match=f"could not be loaded: .*{WEIGHTS}"):
-        load_model(bare)
+        load(bare)
     assert remarks == []
 
 
 def test_missing_weights(bare, remarks):
     (bare / WEIGHTS).unlink()
     with pytest.raises(ModelError, match=r"could not be loaded: Error no file named"):
-        load_model(bare)
+        load(bare)
     assert remarks == []
 
 
 def test_weights_that_are_not_floating_point(bare):
     edit_weights(bare, lambda s: s.update({"conv_in.bias": torch.zeros(8, dtype=torch.int32)}))
     with pytest.raises(ModelError, match=r"could not be loaded: .*conv_in.bias"):
-        load_model(bare)
+        load(bare)
 
 
 def test_pipeline_without_its_schedule(tmp_path):
     tiny_model().save(tmp_path)
     (tmp_path / "scheduler" / "scheduler_config.json").unlink()
     with pytest.raises(ModelError, match=r"must hold scheduler.scheduler_config\.json"):
-        load_model(tmp_path)
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -263,29 +263,29 @@ def test_unsuitable_schedule(tmp_path, content, message):
     tiny_model().save(tmp_path)
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(content)
     with pytest.raises(ModelError, match=message):
-        load_model(tmp_path)
+        load(tmp_path)
 
 
 def test_loader_remarks_are_heard_again_afterwards(bare):
     logger = logging.getLogger("diffusers.models.modeling_utils")
     before = logger.level
-    load_model(bare)
+    load(bare)
     (bare / WEIGHTS).unlink()
     with pytest.raises(ModelError):
-        load_model(bare)
+        load(bare)
     assert logger.level == before
 
 
 def test_digits_model():
     model = digits_model()
-    assert sum(p.numel() for p in model.unet.parameters()) == 186_081
-    attention = [b.attentions for b in model.unet.down_blocks if hasattr(b, "attentions")]
+    assert sum(p.numel() for p in model.module.parameters()) == 186_081
+    attention = [b.attentions for b in model.module.down_blocks if hasattr(b, "attentions")]
     assert len(attention) == 1
-    assert len([b for b in model.unet.up_blocks if hasattr(b, "attentions")]) == 1
-    assert model.unet.mid_block.attentions[0] is None
-    assert (model.channels, model.size, model.num_train_timesteps) == (1, 8, 1000)
+    assert len([b for b in model.module.up_blocks if hasattr(b, "attentions")]) == 1
+    assert model.module.mid_block.attentions[0] is None
+    assert (model.channels, model.size, model.process.num_timesteps) == (1, 8, 1000)
     with torch.no_grad():
-        assert model.unet(torch.zeros(2, 1, 8, 8), 5).sample.shape == (2, 1, 8, 8)
+        assert model.module(torch.zeros(2, 1, 8, 8), 5).sample.shape == (2, 1, 8, 8)
 
 
 def test_attention_of_the_digits_model_is_at_one_resolution():
@@ -295,10 +295,10 @@ def test_attention_of_the_digits_model_is_at_one_resolution():
         sizes.add(tuple(output.shape[-2:]))
 
     model = digits_model()
-    attentions = [m for m in model.unet.modules() if type(m).__name__ == "Attention"]
+    attentions = [m for m in model.module.modules() if type(m).__name__ == "Attention"]
     handles = [m.register_forward_hook(note, with_kwargs=True) for m in attentions]
     with torch.no_grad():
-        model.unet(torch.zeros(1, 1, 8, 8), 5)
+        model.module(torch.zeros(1, 1, 8, 8), 5)
     for handle in handles:
         handle.remove()
     assert len(attentions) == 3
@@ -309,8 +309,8 @@ def test_digits_model_is_a_function_of_its_seed():
     torch.manual_seed(1)
     first, state = digits_model(), torch.get_rng_state()
     torch.manual_seed(2)
-    assert hash_model(digits_model().unet) == hash_model(first.unet)
-    assert hash_model(digits_model(1).unet) != hash_model(first.unet)
+    assert hash_model(digits_model().module) == hash_model(first.module)
+    assert hash_model(digits_model(1).module) != hash_model(first.module)
     torch.manual_seed(1)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -394,5 +394,8 @@ def test_sizes_in_every_spelling():
     assert tiny_model(sample_size=[4, 8]).size == (4, 8)
     assert tiny_model(sample_size=None).size is None
     assert (
-        DiffusionModel(tiny_unet(), DDPMScheduler(num_train_timesteps=7)).num_train_timesteps == 7
+        UNet(
+            tiny_unet(), DiscreteProcess(DDPMScheduler(num_train_timesteps=7))
+        ).process.num_timesteps
+        == 7
     )

@@ -12,10 +12,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from dtrak.attribution import run_attribution
-from dtrak.ensemble import app, average_runs
-from dtrak.results import ResultsError, read_scores
-from dtrak.runs import Options
+from dtrak.cli.attribution import run_attribution
+from dtrak.cli.ensemble import app
+from dtrak.methods.ensemble import average_runs
+from dtrak.runs.results import ResultsError, read_scores
+from dtrak.runs.run import Options
 
 
 @pytest.fixture(scope="module")

@@ -70,11 +70,11 @@ def test_links_of_the_readme_lead_somewhere():
 
 def test_names_in_the_readme_s_table_exist():
     import dtrak_kernels
-    from dtrak_kernels import dattri, gram, trak
+    from dtrak_kernels import dattri, ridge, trak
 
     rows = [line for line in README.splitlines() if line.startswith("|")][2:]
     names = {name for row in rows for name in re.findall(r"`([\w.]+)(?:\(\))?`", row.split("|")[3])}
     places = {"dtrak_kernels.trak.install": trak, "dtrak_kernels.dattri.install": dattri}
-    places |= {"gram.gram_product": gram, "TritonProjector": trak, "FusedGradientComputer": trak}
+    places |= {"ridge.gram_product": ridge, "TritonProjector": trak, "FusedGradientComputer": trak}
     for name in names:
         assert hasattr(places.get(name, dtrak_kernels), name.split(".")[-1]), name

@@ -11,9 +11,9 @@ from numerics import assert_as_good_as, moat, relative_error
 from torch import nn
 
 from dtrak_kernels import GradientSketcher, Projection, project, project_
-from dtrak_kernels import reference_fast_jl as reference
-from dtrak_kernels.dense import WORKSPACE_BYTES
-from dtrak_kernels.xorwow import Xorwow, _uniform
+from dtrak_kernels.dense.torch import WORKSPACE_BYTES
+from dtrak_kernels.fast_jl import reference
+from dtrak_kernels.fast_jl.torch import Xorwow, _uniform
 
 with np.load(Path(__file__).parent / "fixtures" / "fast_jl.npz") as file:
     GOLDEN = {key: file[key] for key in file}
@@ -148,7 +148,7 @@ def test_chunks_of_parameters_add_up(P, num_sms, kind, device):
 @each_kind
 def test_a_wide_projection_is_cut_into_columns(kind, monkeypatch):
     whole = project(gaussian(2, 100), fast_jl(kind, 512))
-    monkeypatch.setattr("dtrak_kernels.xorwow._STREAMS", 96)
+    monkeypatch.setattr("dtrak_kernels.fast_jl.torch._STREAMS", 96)
     assert relative_error(project(gaussian(2, 100), fast_jl(kind, 512)), whole) < 1e-6
 
 

@@ -6,21 +6,21 @@ import torch
 from numerics import relative_error
 from test_sketcher import small_unet
 
-from dtrak import features
-from dtrak.data import ImageData
-from dtrak.diffusion import DiffusionModel, linear_schedule
-from dtrak.features import (
+from dtrak.data.samples import Samples
+from dtrak.features import extraction as features
+from dtrak.features.extraction import (
     FeatureSettings,
-    FeatureStore,
     FusedExtractor,
-    StoreError,
     check_prediction,
     deciding_settings,
-    describe_differences,
     fill_store,
     fitting_batch_size,
 )
-from dtrak.files import write_atomically
+from dtrak.features.store import FeatureStore, StoreError
+from dtrak.models.process import linear_process
+from dtrak.models.unet import UNet
+from dtrak.runs.files import write_atomically
+from dtrak.runs.folders import describe_differences
 from dtrak_kernels import Projection
 
 CPU = torch.device("cpu")
@@ -28,24 +28,25 @@ SETTINGS = FeatureSettings("mean_squared_l2_norm", (0, 500), 0, Projection("sjlt
 
 
 def make_model():
-    return DiffusionModel(small_unet().float(), linear_schedule())
+    return UNet(small_unet().float(), linear_process())
 
 
 def make_data(count=10):
     torch.manual_seed(4)
     images = torch.rand(count, 1, 8, 8) * 2 - 1
-    return ImageData(images, [f"image/{i}" for i in range(count)], None, "test")
+    return Samples(images, [f"image/{i}" for i in range(count)], None, "test")
 
 
 class Counting:
     """An extractor whose features are the images' first pixels; fails after some batches."""
 
     method, grad_dim, proj_dim = "counting", 64, 3
+    model, device = make_model(), CPU
 
     def __init__(self, batches=10**9):
         self.left = batches
 
-    def extract(self, images, ids):
+    def extract(self, images, ids, items=None):
         if not self.left:
             raise KeyboardInterrupt
         self.left -= 1
@@ -173,10 +174,10 @@ def test_every_deciding_setting_is_in_the_manifest():
     assert differs(data=data.select([1, 0])).startswith("data is")
     changed = make_model()
     with torch.no_grad():
-        changed.unet.conv_in.weight[0, 0, 0, 0] += 1e-6
+        changed.module.conv_in.weight[0, 0, 0, 0] += 1e-6
     assert differs(model=changed).startswith("model is")
     changed = make_model()
-    changed.scheduler.register_to_config(beta_end=0.03)
+    changed.process.scheduler.register_to_config(beta_end=0.03)
     assert differs(model=changed).startswith("schedule.beta_end is")
 
 
@@ -208,7 +209,7 @@ def test_sums_over_pixels_do_not_overflow_in_half_precision():
     data = make_data(3)
     model = make_model()
     with torch.no_grad():
-        model.unet.conv_out.weight.mul_(300)
+        model.module.conv_out.weight.mul_(300)
     settings = replace(SETTINGS, output_function="l1_norm")
     expected = FusedExtractor(model, settings, CPU).extract(data.images, data.ids)
     half = FusedExtractor(model, replace(settings, dtype="float16"), CPU)
@@ -224,7 +225,7 @@ def test_a_model_that_breaks_is_refused_by_sample_and_timestep():
         check_prediction(prediction, ["a", "b", "c"], torch.tensor([0, 900] * 3))
     model = make_model()
     with torch.no_grad():
-        model.unet.conv_out.bias.fill_(float("nan"))
+        model.module.conv_out.bias.fill_(float("nan"))
     data = make_data(2)
     with pytest.raises(ValueError, match="not finite for sample 'image/0' at timestep 0"):
         FusedExtractor(model, SETTINGS, CPU).extract(data.images, data.ids)

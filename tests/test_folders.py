@@ -4,10 +4,10 @@ from contextlib import ExitStack, contextmanager
 import pytest
 from claims import claimed_elsewhere
 
-from dtrak import folders
-from dtrak.files import LOCK_FILE, claim
-from dtrak.folders import check_folder, claim_folder
-from dtrak.runs import OutputError
+from dtrak.runs import folders
+from dtrak.runs.files import LOCK_FILE, claim
+from dtrak.runs.folders import check_folder, claim_folder
+from dtrak.runs.run import OutputError
 
 SETTINGS = {"recipe": {"steps": 3, "betas": (0.9, 0.99)}, "model": "abc"}
 

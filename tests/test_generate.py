@@ -16,11 +16,11 @@ from PIL import Image
 from tiny import tiny_model
 from typer.testing import CliRunner
 
-from dtrak.data import load_data, to_uint8
-from dtrak.diffusion import linear_schedule
-from dtrak.files import LOCK_FILE
-from dtrak.generate import app
-from dtrak.generation import generate, load_trajectories
+from dtrak.cli.generate import app
+from dtrak.data.images import load_data, to_uint8
+from dtrak.models.process import linear_process
+from dtrak.runs.files import LOCK_FILE
+from dtrak.training.drawing import draw_all, load_trajectories
 
 SMALL = ["--num-images", "3", "--num-inference-steps", "4", "--device", "cpu"]
 
@@ -58,7 +58,7 @@ def drawn(folder):
 
 def test_one_picture_a_seed(run, tmp_path):
     assert run("--batch-size", "2")[0] == 0
-    expected = to_uint8(generate(tiny_model(3), range(3), num_inference_steps=4))
+    expected = to_uint8(draw_all(tiny_model(3), range(3), num_inference_steps=4))
     folder = tmp_path / "drawn"
     assert list(drawn(folder)) == ["00000.png", "00001.png", "00002.png"]
     # in batches of another size a product may be rounded otherwise: at most a level
@@ -146,13 +146,13 @@ def test_misuse(run, arguments, message):
 
 def test_models_that_draw_no_pictures(run, tmp_path):
     model = tiny_model(in_channels=4, out_channels=4)
-    assert isinstance(model.unet, UNet2DModel)
+    assert isinstance(model.module, UNet2DModel)
     model.save(tmp_path / "latent")
     failing(run, "must draw grey or RGB images, got 4 channels", model=tmp_path / "latent")
 
 
 def test_control_c(run, monkeypatch):
-    from dtrak import generate as command
+    from dtrak.training import drawing as command
 
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
@@ -170,7 +170,7 @@ def test_control_c(run, monkeypatch):
 def test_a_killed_run_goes_on(run, tmp_path):
     # slow enough that the killer comes in time
     model = tmp_path / "slow"
-    tiny_model(3, scheduler=linear_schedule(), layers_per_block=2).save(model)
+    tiny_model(3, scheduler=linear_process().scheduler, layers_per_block=2).save(model)
     output = tmp_path / "drawn"
     options = ["--num-images", "15", "--batch-size", "1", "--num-inference-steps", "30"]
     command = [

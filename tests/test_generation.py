@@ -11,8 +11,9 @@ from numerics import relative_error
 from tiny import tiny_model
 from torch import nn
 
-from dtrak.diffusion import DiffusionModel, linear_schedule
-from dtrak.generation import draw_batches, generate, load_trajectories, save_trajectory
+from dtrak.models.process import DiscreteProcess, linear_process
+from dtrak.models.unet import UNet
+from dtrak.training.drawing import draw_all, load_trajectories, save_trajectory
 
 
 class Answer:
@@ -61,8 +62,8 @@ def towards_a_point(x, t):
 @pytest.mark.parametrize("steps", [1, 5, 50])
 def test_matches_ddim_by_hand(steps, kind):
     scheduler = DDPMScheduler(beta_start=1e-4, beta_end=0.02, prediction_type=kind)
-    model = DiffusionModel(Formula(towards_a_point), scheduler)
-    images = generate(model, [4, 0], num_inference_steps=steps)
+    model = UNet(Formula(towards_a_point), DiscreteProcess(scheduler))
+    images = draw_all(model, [4, 0], num_inference_steps=steps)
     expected = torch.stack([oracle(towards_a_point, s, steps, kind=kind) for s in (4, 0)])
     assert relative_error(images, expected) < 1e-4
 
@@ -70,7 +71,7 @@ def test_matches_ddim_by_hand(steps, kind):
 def test_matches_the_pipeline_of_diffusers():
     model, seeds = tiny_model(), [0, 1, 17]
     pipeline = DDIMPipeline(
-        unet=model.unet, scheduler=DDIMScheduler.from_config(model.scheduler.config)
+        unet=model.module, scheduler=DDIMScheduler.from_config(model.process.scheduler.config)
     )
     pipeline.set_progress_bar_config(disable=True)
     drawn = pipeline(
@@ -80,19 +81,19 @@ def test_matches_the_pipeline_of_diffusers():
         output_type="np",
     ).images
     expected = torch.from_numpy(drawn).permute(0, 3, 1, 2) * 2 - 1
-    assert relative_error(generate(model, seeds, num_inference_steps=10), expected) < 1e-6
+    assert relative_error(draw_all(model, seeds, num_inference_steps=10), expected) < 1e-6
 
 
 def test_image_depends_on_its_seed_alone():
     model = tiny_model()
     seeds = [3, 0, 9, 5, 2**32 - 1]
-    together = generate(model, seeds, num_inference_steps=5)
+    together = draw_all(model, seeds, num_inference_steps=5)
     for batch_size in (1, 2, 3):
-        again = generate(model, seeds, num_inference_steps=5, batch_size=batch_size)
+        again = draw_all(model, seeds, num_inference_steps=5, batch_size=batch_size)
         assert relative_error(again, together) < 1e-5
-    backwards = generate(model, seeds[::-1], num_inference_steps=5)
+    backwards = draw_all(model, seeds[::-1], num_inference_steps=5)
     assert relative_error(backwards.flip(0), together) < 1e-5
-    alone = generate(model, [9], num_inference_steps=5)
+    alone = draw_all(model, [9], num_inference_steps=5)
     assert relative_error(alone[0], together[2]) < 1e-5
     different = (together[:, None] - together[None]).flatten(2).norm(dim=2)
     assert (different + torch.eye(5) > 0.5).all()
@@ -100,22 +101,22 @@ def test_image_depends_on_its_seed_alone():
 
 def test_is_deterministic_and_leaves_random_state_and_model_alone():
     model = tiny_model()
-    before = [p.detach().clone() for p in model.unet.parameters()]
+    before = [p.detach().clone() for p in model.module.parameters()]
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    first = generate(model, [0, 1], num_inference_steps=5)
+    first = draw_all(model, [0, 1], num_inference_steps=5)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
-    assert torch.equal(generate(model, [0, 1], num_inference_steps=5), first)
-    assert all(map(torch.equal, before, model.unet.parameters()))
+    assert torch.equal(draw_all(model, [0, 1], num_inference_steps=5), first)
+    assert all(map(torch.equal, before, model.module.parameters()))
     assert not first.requires_grad
 
 
 @pytest.mark.parametrize("clip", [True, False])
 def test_images_are_in_range(clip):
     scheduler = DDPMScheduler(clip_sample=clip)
-    model = DiffusionModel(Formula(lambda x, t: -3 * x), scheduler)
-    images = generate(model, list(range(8)), num_inference_steps=3)
+    model = UNet(Formula(lambda x, t: -3 * x), DiscreteProcess(scheduler))
+    images = draw_all(model, list(range(8)), num_inference_steps=3)
     assert images.dtype == torch.float32
     assert images.shape == (8, 1, 4, 4)
     assert images.min() == -1
@@ -124,30 +125,30 @@ def test_images_are_in_range(clip):
 
 def test_clip_range_of_the_schedule_is_kept():
     scheduler = DDPMScheduler(clip_sample=True, clip_sample_range=0.25)
-    model = DiffusionModel(Formula(lambda x, t: -x), scheduler)
+    model = UNet(Formula(lambda x, t: -x), DiscreteProcess(scheduler))
     # the last step leaves the predicted image alone
-    assert generate(model, [0, 1], num_inference_steps=4).abs().max() <= 0.25
+    assert draw_all(model, [0, 1], num_inference_steps=4).abs().max() <= 0.25
 
 
 @pytest.mark.parametrize("size, shape", [(4, (4, 4)), ((4, 8), (4, 8)), ([8, 4], (8, 4))])
 def test_images_have_the_size_of_the_model(size, shape):
     model = tiny_model(sample_size=size, in_channels=2, out_channels=2)
-    assert generate(model, [0], num_inference_steps=2).shape == (1, 2, *shape)
-    assert generate(model, []).shape == (0, 2, *shape)
+    assert draw_all(model, [0], num_inference_steps=2).shape == (1, 2, *shape)
+    assert draw_all(model, []).shape == (0, 2, *shape)
 
 
 def test_float64_model_draws_the_same_images():
     model = tiny_model()
-    narrow = generate(model, [0, 1], num_inference_steps=5)
-    model.unet.double()
-    wide = generate(model, [0, 1], num_inference_steps=5)
+    narrow = draw_all(model, [0, 1], num_inference_steps=5)
+    model.module.double()
+    wide = draw_all(model, [0, 1], num_inference_steps=5)
     assert wide.dtype == torch.float32
     assert relative_error(narrow, wide) < 1e-4
 
 
 def test_progress_counts_steps_over_batches():
     calls = []
-    generate(
+    draw_all(
         tiny_model(),
         [0, 1, 2],
         num_inference_steps=4,
@@ -164,7 +165,7 @@ def test_prints_nothing(capfd):
     logging.getLogger("diffusers").addHandler(handler)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        generate(tiny_model(), [0], num_inference_steps=2)
+        draw_all(tiny_model(), [0], num_inference_steps=2)
     logging.getLogger("diffusers").removeHandler(handler)
     assert records == []
     assert capfd.readouterr() == ("", "")
@@ -173,9 +174,9 @@ def test_prints_nothing(capfd):
 def test_model_with_nan_weights_is_refused():
     model = tiny_model()
     with torch.no_grad():
-        model.unet.conv_out.bias.fill_(math.nan)
+        model.module.conv_out.bias.fill_(math.nan)
     with pytest.raises(ValueError, match=r"the model drew a non-finite image from seed 12$"):
-        generate(model, [12, 13], num_inference_steps=2)
+        draw_all(model, [12, 13], num_inference_steps=2)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -183,11 +184,11 @@ def test_the_seed_of_the_first_bad_image_is_named(bad):
     def explode(x, t):
         return torch.where(torch.arange(len(x))[:, None, None, None] == 1, bad, x)
 
-    model = DiffusionModel(Formula(explode), linear_schedule())
+    model = UNet(Formula(explode), linear_process())
     with pytest.raises(ValueError, match=r"non-finite image from seed 21$"):
-        generate(model, [20, 21, 22], num_inference_steps=3)
+        draw_all(model, [20, 21, 22], num_inference_steps=3)
     with pytest.raises(ValueError, match=r"non-finite image from seed 23$"):
-        generate(model, [20, 23, 21, 22], num_inference_steps=3, batch_size=2)
+        draw_all(model, [20, 23, 21, 22], num_inference_steps=3, batch_size=2)
 
 
 @pytest.mark.parametrize(
@@ -200,29 +201,27 @@ def test_the_seed_of_the_first_bad_image_is_named(bad):
 )
 def test_refuses(options, message):
     with pytest.raises(ValueError, match=message):
-        generate(tiny_model(), [0], **options)
+        draw_all(tiny_model(), [0], **options)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_seed_that_would_draw_the_image_of_another_is_refused(seed):
     with pytest.raises(ValueError, match=rf"seeds must be in \[0, 2\*\*32\), got {seed}"):
-        generate(tiny_model(), [0, seed])
+        draw_all(tiny_model(), [0, seed])
 
 
 def test_model_without_a_size_is_refused():
     with pytest.raises(ValueError, match="must have a sample_size to draw from it, got None"):
-        generate(tiny_model(sample_size=None), [0])
+        draw_all(tiny_model(sample_size=None), [0])
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_trajectories_match_ddim_by_hand(kind):
-    model = DiffusionModel(
+    model = UNet(
         Formula(towards_a_point),
-        DDPMScheduler(beta_start=1e-4, beta_end=0.02, prediction_type=kind),
+        DiscreteProcess(DDPMScheduler(beta_start=1e-4, beta_end=0.02, prediction_type=kind)),
     )
-    batches = list(
-        draw_batches(model, [3, 5, 7], num_inference_steps=10, batch_size=2, trajectories=True)
-    )
+    batches = list(model.draw([3, 5, 7], num_inference_steps=10, batch_size=2, trajectories=True))
     assert [batch.seeds for batch in batches] == [[3, 5], [7]]
     for batch in batches:
         assert (batch.trajectories.shape[1:], batch.trajectories.dtype) == (
@@ -239,15 +238,15 @@ def test_trajectories_match_ddim_by_hand(kind):
 
 
 def test_batches_without_trajectories_and_of_nothing():
-    (batch,) = draw_batches(tiny_model(), [0], num_inference_steps=2)
+    (batch,) = tiny_model().draw([0], num_inference_steps=2)
     assert batch.trajectories is None
-    assert list(draw_batches(tiny_model(), [], num_inference_steps=2)) == []
-    assert generate(tiny_model(), []).shape == (0, 1, 8, 8)
+    assert list(tiny_model().draw([], num_inference_steps=2)) == []
+    assert draw_all(tiny_model(), []).shape == (0, 1, 8, 8)
 
 
 def test_batches_are_refused_before_the_first():
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        draw_batches(tiny_model(), [0], batch_size=0)
+        tiny_model().draw([0], batch_size=0)
 
 
 def test_trajectories_on_disk(tmp_path):

@@ -9,8 +9,8 @@ from test_sketcher import small_unet, true_gradients, unet_output, unet_rows
 from torch import nn
 
 from dtrak_kernels import GradientSketcher, Projection
-from dtrak_kernels.gradient_norms import prefers_ghost, weight_norms
-from dtrak_kernels.weight_gradient import weight_grads
+from dtrak_kernels.gradients.norms import prefers_ghost, weight_norms
+from dtrak_kernels.gradients.weight import LayerGradient, weight_grads
 
 PROJECTIONS = [
     Projection("none", 0),
@@ -86,10 +86,11 @@ def test_layer_norms_by_either_way(channels, groups, kernel, size, transposed, r
     layer = kind(channels[0] * groups, channels[1] * groups, kernel, groups=groups).double()
     x = torch.randn(2 * rows_per_sample, channels[0] * groups, size, size, dtype=torch.float64)
     output_grads = torch.randn_like(layer(x))
+    gradient = LayerGradient(layer, x, output_grads, rows_per_sample)
     expected = torch.zeros(2, dtype=torch.float64)
-    for part in weight_grads(layer, x, output_grads, rows_per_sample, all_samples=True):
+    for part in weight_grads(gradient, all_samples=True):
         expected[part.samples] += part.grads.square().sum((1, 2))
-    assert relative_error(weight_norms(layer, x, output_grads, rows_per_sample), expected) < 1e-12
+    assert relative_error(weight_norms(gradient), expected) < 1e-12
 
 
 def test_the_cheaper_way_is_taken():
@@ -99,7 +100,9 @@ def test_the_cheaper_way_is_taken():
     layer = nn.Linear(64, 64)
     x, output_grads = torch.randn(5, 64), torch.randn(5, 64)
     expected = x.double().norm(dim=1) * output_grads.double().norm(dim=1)
-    assert relative_error(weight_norms(layer, x, output_grads, 1).sqrt(), expected) < 1e-6
+    assert (
+        relative_error(weight_norms(LayerGradient(layer, x, output_grads)).sqrt(), expected) < 1e-6
+    )
 
 
 def test_refusals():

@@ -4,8 +4,8 @@ import pytest
 import torch
 from page import HOSTILE, case, quantised, shows, write
 
-from dtrak import influence
-from dtrak.canvas import Canvas
+from dtrak.pages import influence
+from dtrak.pages.canvas import Canvas
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dtrak.inputs import choose_prompts, read_prompts
+from dtrak.data.captions import choose_prompts, read_prompts
 
 
 def test_a_text_or_the_lines_of_a_file(tmp_path):

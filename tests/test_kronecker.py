@@ -11,8 +11,8 @@ from numerics import relative_error
 from torch import nn
 
 from dtrak_kernels import GradientSketcher, Projection, project
-from dtrak_kernels.kronecker import Factor
-from dtrak_kernels.reference_kronecker import kronecker_matrix
+from dtrak_kernels.kronecker.reference import kronecker_matrix
+from dtrak_kernels.kronecker.torch import Factor
 
 SHAPES = [(5, 7), (11,), (4, 6, 3, 3), (9, 2, 3), (3, 1, 2, 1, 2), (140, 3)]
 

@@ -5,18 +5,19 @@ import torch
 from numerics import relative_error
 from tiny_stable_diffusion import load_tiny, write_pictures
 
-from dtrak.captions import hash_captions, load_captions
-from dtrak.data import load_data
-from dtrak.features import (
+from dtrak.data.captions import load_captions
+from dtrak.data.images import load_data
+from dtrak.data.samples import Samples
+from dtrak.features.extraction import (
     FeatureSettings,
     FusedExtractor,
-    StoreError,
     deciding_settings,
-    describe_differences,
     extract_rows,
     fill_store,
 )
-from dtrak.latents import fill_latents, open_latents, read_latents, read_posteriors
+from dtrak.features.latents import fill_latents, open_latents, read_latents, read_posteriors
+from dtrak.features.store import StoreError
+from dtrak.runs.folders import describe_differences
 from dtrak_kernels import Projection, project
 
 CPU = torch.device("cpu")
@@ -46,7 +47,7 @@ def captions(pictures):
 def latents(model, pictures, captions, tmp_path_factory):
     store = open_latents(tmp_path_factory.mktemp("latents"), model, pictures)
     fill_latents(store, model, pictures, CPU)
-    return read_latents(store, model, pictures, captions)
+    return read_latents(store, model, pictures.conditioned(captions))
 
 
 def settings(kind="none", dtype="float64", function="mean_squared_l2_norm"):
@@ -55,23 +56,28 @@ def settings(kind="none", dtype="float64", function="mean_squared_l2_norm"):
 
 
 def test_latents_are_the_posteriors_mode(model, pictures, captions, latents):
-    assert relative_error(latents.images, model.encode(pictures.images, CPU)[:, 0]) < 1e-6
-    assert latents.images.shape == (5, 4, 8, 8)
-    assert (latents.ids, latents.fingerprint) == (pictures.ids, pictures.fingerprint)
-    assert latents.captions_hash == hash_captions(captions, model.tokenize(captions))
+    assert (
+        relative_error(latents.batch(slice(None)), model.posterior(pictures.images, CPU)[:, 0])
+        < 1e-6
+    )
+    assert latents.batch(slice(None)).shape == (5, 4, 8, 8)
+    assert latents.ids == pictures.ids
+    assert latents.conditions == captions
     chosen = latents.select([3, 1])
-    assert (chosen.ids, chosen.captions) == ([pictures.ids[3], pictures.ids[1]], ["a", "b c"])
-    assert torch.equal(chosen.images, latents.images[[3, 1]])
+    assert (chosen.ids, chosen.conditions) == ([pictures.ids[3], pictures.ids[1]], ["a", "b c"])
+    assert torch.equal(chosen.batch([0, 1]), latents.batch([3, 1]))
 
 
 def test_a_second_run_encodes_nothing(model, pictures, captions, latents, tmp_path, monkeypatch):
     store, seen = open_latents(tmp_path, model, pictures), []
     fill_latents(store, model, pictures, CPU, progress=lambda done, total: seen.append(done))
     assert seen == [0, 4, 5]
-    monkeypatch.setattr(type(model), "encode", None)
+    monkeypatch.setattr(type(model), "posterior", None)
     store = open_latents(tmp_path, model, pictures)
     fill_latents(store, model, pictures, CPU)
-    assert torch.equal(read_latents(store, model, pictures, captions).images, latents.images)
+    assert torch.equal(
+        read_latents(store, model, pictures).batch(range(5)), latents.batch(range(5))
+    )
 
 
 def test_posteriors_of_mirror_images(model, pictures, tmp_path):
@@ -79,8 +85,8 @@ def test_posteriors_of_mirror_images(model, pictures, tmp_path):
     fill_latents(store, model, pictures, CPU)
     posteriors = read_posteriors(store, model, pictures)
     assert posteriors.shape == (5, 2, 2, 4, 8, 8)
-    assert relative_error(posteriors[:, 0], model.encode(pictures.images, CPU)) < 1e-6
-    mirrored = model.encode(pictures.images.flip(-1), CPU)
+    assert relative_error(posteriors[:, 0], model.posterior(pictures.images, CPU)) < 1e-6
+    mirrored = model.posterior(pictures.images.flip(-1), CPU)
     assert relative_error(posteriors[:, 1], mirrored) < 1e-6
     assert relative_error(posteriors[:, 1], posteriors[:, 0]) > 1e-2
     with pytest.raises(StoreError, match=r"kind is .* there and .* here"):
@@ -101,32 +107,31 @@ def test_other_images_or_another_vae_are_refused(folder, pictures, tmp_path):
 
 def test_what_does_not_fit_is_refused(model, pictures, captions, tmp_path):
     store = open_latents(tmp_path / "a", model, pictures)
-    with pytest.raises(ValueError, match="captions must be 5, one for each image, got 4"):
-        read_latents(store, model, pictures, captions[:4])
+    with pytest.raises(ValueError, match="conditions must be 5 long, got 4"):
+        pictures.conditioned(captions[:4])
     with pytest.raises(StoreError, match="is incomplete"):
-        read_latents(store, model, pictures, captions)
-    odd = load_data("digits", channels=3, limit=2)
-    object.__setattr__(odd, "images", odd.images[..., :7])
+        read_latents(store, model, pictures).batch(slice(0, 2))
+    odd = Samples(torch.zeros(2, 3, 8, 7), ["a", "b"], None, "odd")
     with pytest.raises(ValueError, match="sides that are multiples of 2, got 7x8 pixels"):
         open_latents(tmp_path / "b", model, odd)
 
 
 def loop_gradients(model, chosen, latents):
     """One backward per sample and timestep, written out: the oracle of both ways, in float64."""
-    from dtrak.noise import sample_noise
+    from dtrak.features.noise import sample_noise
 
-    unet = model.unet.double()
+    unet = model.module.double()
     parameters = [p for name, p in unet.named_parameters() if ".lora_" in name]
     for parameter in parameters:
         parameter.requires_grad_()
-    bars = model.scheduler.alphas_cumprod.double()
+    bars = model.process.scheduler.alphas_cumprod.double()
     rows = []
     for index, name in enumerate(latents.ids):
         total = 0
         for t in chosen.timesteps:
             noise = sample_noise([name], [t], (4, 8, 8), seed=5, dtype=torch.float64)[0]
-            x = bars[t].sqrt() * latents.images[index].double() + (1 - bars[t]).sqrt() * noise
-            text = model.embed([latents.captions[index]], CPU).double()
+            x = bars[t].sqrt() * latents.batch([index])[0].double() + (1 - bars[t]).sqrt() * noise
+            text = model.embed([latents.conditions[index]], CPU).double()
             u = unet(x, torch.tensor([t]), encoder_hidden_states=text).sample
             f = {"mean_squared_l2_norm": (u**2).mean(), "loss": ((u - noise) ** 2).mean()}
             grads = torch.autograd.grad(f[chosen.output_function], parameters)
@@ -140,7 +145,7 @@ def test_fused_features_are_the_adapters_gradients(function, folder, latents):
     chosen = settings(function=function)
     expected = loop_gradients(load_tiny(folder), chosen, latents)
     extractor = FusedExtractor(load_tiny(folder), chosen, CPU)
-    assert extractor.sketcher.parameter_names == load_tiny(folder).lora_names
+    assert extractor.sketcher.parameter_names == load_tiny(folder).parameters()
     features = extract_rows(extractor, latents, slice(0, 5))
     # the scheduler's products are float32
     assert relative_error(features, expected) < 1e-6
@@ -152,13 +157,13 @@ def test_fused_features_are_the_adapters_gradients(function, folder, latents):
 @pytest.mark.parametrize("kind", ["sjlt", "rademacher"])
 def test_fused_features_are_the_published_gradients_projected(kind, folder, latents):
     pytest.importorskip("trak", reason="TRAK is not installed")
-    from dtrak.published import PublishedExtractor
+    from dtrak.features.published import PublishedExtractor
 
     chosen = settings(kind)
     fused = FusedExtractor(load_tiny(folder), chosen, CPU)
     published = PublishedExtractor(load_tiny(folder), chosen, CPU)
     assert published.grad_dim == fused.grad_dim
-    grads = published.gradients(latents.images, latents.ids, latents.captions)
+    grads = published.gradients(latents.batch(slice(None)), latents.ids, latents.conditions)
     features = extract_rows(fused, latents, slice(0, 5))
     expected = project(grads, chosen.projection, shapes=fused.sketcher.shapes)
     # fused attention is good to 1e-7 in float64
@@ -170,19 +175,19 @@ def test_fused_attention_stays_fused(folder, latents):
 
     extractor = FusedExtractor(load_tiny(folder), settings(), CPU)
     extract_rows(extractor, latents, slice(0, 2))
-    kinds = {type(processor) for processor in extractor.model.unet.attn_processors.values()}
+    kinds = {type(processor) for processor in extractor.model.module.attn_processors.values()}
     assert kinds == {AttnProcessor2_0}
 
 
 def test_the_caption_counts(folder, latents):
     extractor = FusedExtractor(load_tiny(folder), settings(), CPU)
     features = extract_rows(extractor, latents, slice(0, 2))
-    other = extractor.extract(latents.images[:2], latents.ids[:2], ["b c", "b c"])
+    other = extractor.extract(latents.batch(slice(0, 2)), latents.ids[:2], ["b c", "b c"])
     assert relative_error(other[1], features[1]) < 1e-9
     assert relative_error(other[0], features[0]) > 1e-4
     for captions, got in ((None, "none"), (["a"], "1")):
         with pytest.raises(ValueError, match=f"captions must be 2, .* got {got}"):
-            extractor.extract(latents.images[:2], latents.ids[:2], captions)
+            extractor.extract(latents.batch(slice(0, 2)), latents.ids[:2], captions)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +213,7 @@ def test_the_manifest_names_what_changed(folder, model, pictures, captions, late
     assert differs(load_tiny(folder, seed=2)).startswith("lora is")
     store = open_latents(tmp_path, model, pictures)
     fill_latents(store, model, pictures, CPU)
-    other = read_latents(store, model, pictures, [*captions[:4], "other"])
+    other = read_latents(store, model, pictures.conditioned([*captions[:4], "other"]))
     assert differs(data=other).startswith("captions is")
     changed = load_tiny(folder)
     with torch.no_grad():
@@ -217,13 +222,13 @@ def test_the_manifest_names_what_changed(folder, model, pictures, captions, late
 
 
 def test_a_store_is_filled_with_captions(folder, latents, tmp_path):
-    from dtrak.features import FeatureStore
+    from dtrak.features.store import FeatureStore
 
     extractor = FusedExtractor(load_tiny(folder), settings(), CPU)
     store = FeatureStore.open(tmp_path, {}, latents.ids, extractor.proj_dim, 2)
     fill_store(store, extractor, latents, role="train/")
     names = [f"train/{name}" for name in latents.ids]
-    expected = extractor.extract(latents.images, names, latents.captions)
+    expected = extractor.extract(latents.batch(slice(None)), names, latents.conditions)
     assert relative_error(store.load(), expected) < 1e-6
 
 
@@ -233,5 +238,6 @@ def test_captions_from_the_folder_reach_the_features(tmp_path, model):
     store = open_latents(tmp_path / "latents", model, data)
     fill_latents(store, model, data, CPU)
     with pytest.warns(UserWarning, match="captions have more than 16 tokens"):
-        read = read_latents(store, model, data, load_captions(str(source), data))
-    assert read.captions[0] == ""
+        model.identify_items(load_captions(str(source), data))
+    read = read_latents(store, model, data.conditioned(load_captions(str(source), data)))
+    assert read.conditions[0] == ""

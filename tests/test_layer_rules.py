@@ -8,8 +8,8 @@ from numerics import relative_error
 from torch import nn
 
 from dtrak_kernels import GradientSketcher, Projection, project
-from dtrak_kernels import weight_gradient as weight_gradient_module
-from dtrak_kernels.layer_rules import find_rule
+from dtrak_kernels.gradients import weight as weight_gradient_module
+from dtrak_kernels.gradients.rules import find_rule
 
 PROJECTIONS = [
     Projection("none", 0),

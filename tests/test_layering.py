@@ -33,9 +33,9 @@ ALLOWED = {
     },
 }
 # the adapters are what other libraries' users import, so they may know those libraries
-ADAPTERS = {"dattri.py": {"dattri"}, "trak.py": {"trak"}, "trak_scores.py": {"trak"}}
+ADAPTERS = {"adapters/dattri.py": {"dattri"}, "adapters/trak.py": {"trak"}}
 # a kernel file may import triton when it is loaded; nothing else may
-KERNEL_FILES = {"gram_kernel.py", "philox.py", "projection.py", "sketch_kernel.py"}
+KERNEL_FILES = {"gram_triton.py", "triton.py", "words_triton.py"}
 DIFFUSION_WORDS = ("diffusion", "diffusers", "timestep", "unet", "noise schedule")
 
 
@@ -54,7 +54,7 @@ def test_imports_point_one_way(room):
     files = list((ROOT / room).rglob("*.py"))
     assert files
     for path in files:
-        extra = ADAPTERS.get(path.name, set()) if room.startswith("kernels") else set()
+        extra = ADAPTERS.get(path.relative_to(ROOT / room).as_posix(), set())
         assert imports(path) <= ALLOWED[room] | extra, path
 
 
@@ -63,19 +63,52 @@ def test_only_kernel_files_import_triton():
         assert ("triton" in imports(path)) == (path.name in KERNEL_FILES), path
 
 
+def modules_read_by(path: Path, root: Path) -> set[str]:
+    """Full names of what a file imports of its own package, names in modules as well."""
+    package = path.relative_to(root).parent.parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            start = ".".join(package[: len(package) - node.level + 1])
+            module = f"{start}.{node.module}" if node.module else start
+            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+# whatever is in a floor may import what is in it or below
+FLOORS = (
+    {"models", "data", "features", "methods", "training", "runs"},
+    {"evaluation"},
+    {"pages"},
+    {"cli"},
+)
+
+
+def test_arrows_point_from_the_commands_to_the_core():
+    """Core <- evaluation <- pages <- commands."""
+    floors = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+    folders = {path.parent.name for path in (ROOT / "dtrak").glob("*/__init__.py")}
+    assert folders == set(floors)
+    for room, floor in floors.items():
+        for path in (ROOT / "dtrak" / room).rglob("*.py"):
+            read = {name.split(".")[1] for name in modules_read_by(path, ROOT) if "." in name}
+            above = {other for other in read if floors.get(other, 0) > floor}
+            assert not above, f"{path}: {above}"
+
+
 def test_the_reference_and_the_kernels_do_not_know_each_other():
-    folder = ROOT / "kernels/dtrak_kernels"
-    for path in folder.glob("*.py"):
-        relative = {
-            node.module or alias.name
-            for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.ImportFrom) and node.level == 1
-            for alias in node.names
-        }
-        if path.name.startswith("reference"):
-            assert relative <= {"reference", "streams"}, path
+    """A reference shares the names of streams with what it judges, and nothing else."""
+    files = list((ROOT / "kernels/dtrak_kernels").rglob("*.py"))
+    references = [path for path in files if path.name == "reference.py"]
+    assert len(references) == 4
+    for path in files:
+        read = modules_read_by(path, ROOT / "kernels")
+        if path in references:
+            others = {name for name in read if ".reference" not in name and name.count(".") > 1}
+            words = "dtrak_kernels.random.words"
+            assert others <= {words, f"{words}.Stream"}, path
         else:
-            assert not any(name.startswith("reference") for name in relative), path
+            assert not any(name.split(".")[-1] == "reference" for name in read), path
 
 
 def test_no_diffusion_word_in_the_kernels():
@@ -91,16 +124,30 @@ def test_kernels_folder_is_not_a_package():
 
 
 def test_importing_the_kernels_is_light():
-    code = "import sys, dtrak_kernels; print({'triton', 'diffusers', 'trak'} & set(sys.modules))"
+    code = (
+        "import sys, dtrak_kernels; dtrak_kernels.Projection('none'); dtrak_kernels.KINDS;"
+        "print({'torch', 'numpy'} & set(sys.modules)); dtrak_kernels.GradientSketcher;"
+        "print({'triton', 'diffusers', 'trak'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout.strip() == "set()"
+    assert done.stdout.split() == ["set()", "set()"]
+
+
+def test_public_names_are_where_they_are_said_to_be():
+    import dtrak_kernels
+
+    assert set(dtrak_kernels._PLACES) == set(dtrak_kernels.__all__) <= set(dir(dtrak_kernels))
+    for name in dtrak_kernels.__all__:
+        assert getattr(dtrak_kernels, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'attribute'"):
+        _ = dtrak_kernels.attribute
 
 
 def test_no_submodule_hides_a_public_name():
     import dtrak_kernels
 
-    files = {path.stem for path in (ROOT / "kernels/dtrak_kernels").glob("*.py")}
-    assert not files & set(dtrak_kernels.__all__)
+    inside = {path.stem for path in (ROOT / "kernels/dtrak_kernels").iterdir()}
+    assert not inside & set(dtrak_kernels.__all__)
 
 
 def test_the_environment_resolves_only_the_two_packages():

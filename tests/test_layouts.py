@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dtrak.data import DataError, load_data
-from dtrak.layouts import ARTBENCH_CLASSES, CIFAR10_CLASSES
+from dtrak.data.images import DataError, load_data
+from dtrak.data.layouts import ARTBENCH_CLASSES, CIFAR10_CLASSES
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (12, 3072), dtype=np.uint8)

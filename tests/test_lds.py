@@ -17,13 +17,15 @@ from sklearn.linear_model import RidgeCV
 from tiny_lds import CPU, NAME, PRESET, register
 from typer.testing import CliRunner
 
-from dtrak import lds, lds_methods
-from dtrak.diffusion import hash_model
-from dtrak.lds import app, choose_damping, lds_per_query
-from dtrak.lds_experiment import load_experiment, prepare, train_one
-from dtrak.lds_table import load_results
-from dtrak.measure import format_bytes
-from dtrak.presets import PRESETS
+from dtrak.cli import lds, lds_stages
+from dtrak.cli.lds import app
+from dtrak.evaluation.lds import methods as lds_methods
+from dtrak.evaluation.lds.experiment import load_experiment, prepare, train_one
+from dtrak.evaluation.lds.statistics import choose_damping, lds_per_query
+from dtrak.evaluation.lds.table import load_results
+from dtrak.models.hashing import hash_model
+from dtrak.runs.measure import format_bytes
+from dtrak.training.presets import PRESETS
 
 METHODS = tuple(
     method
@@ -113,7 +115,7 @@ def test_from_the_first_subset_to_the_table(run, tmp_path, monkeypatch):
         for kind in ("validation", "generated")
     }
     # a table that is there is shown at once
-    monkeypatch.setattr(lds, "make_table", lambda *_, **__: pytest.fail("computed again"))
+    monkeypatch.setattr(lds_stages, "make_table", lambda *_, **__: pytest.fail("computed again"))
     assert run("report", "--resamples", 1000)[0] == 0
     # and more subsets can be added afterwards
     monkeypatch.undo()
@@ -286,11 +288,11 @@ def test_a_trained_model_does_not_depend_on_what_else_was_trained(run, tmp_path)
     run("prepare", "--num-subsets", 4)
     run("train", "--first", 2, "--last", 3)
     experiment = load_experiment(tmp_path / "run")
-    alone = hash_model(experiment.load_model("002-1").unet)
+    alone = hash_model(experiment.load_model("002-1").module)
     other = tmp_path / "other"
     run("prepare", "--num-subsets", 6, "--num-model-seeds", 2, output=other)
     run("train", "--last", 3, output=other)
-    assert hash_model(load_experiment(other).load_model("002-1").unet) == alone
+    assert hash_model(load_experiment(other).load_model("002-1").module) == alone
 
 
 @pytest.mark.parametrize(
@@ -370,4 +372,6 @@ def test_mistakes_in_a_prepared_run(run, tmp_path):
 
 
 def test_the_metric_is_where_it_was():
-    assert choose_damping.__module__ == lds_per_query.__module__ == "dtrak.lds_statistics"
+    assert (
+        choose_damping.__module__ == lds_per_query.__module__ == "dtrak.evaluation.lds.statistics"
+    )

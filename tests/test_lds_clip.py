@@ -9,11 +9,11 @@ from numerics import relative_error
 from test_lds_methods import groups, quiet
 from tiny_lds import CPU, PRESET, register
 
-from dtrak import lds_clip
-from dtrak.data import load_data
-from dtrak.lds_clip import ClipEncoder
-from dtrak.lds_experiment import prepare
-from dtrak.lds_methods import CLIP_METHODS, Predictor, Setting, list_settings
+from dtrak.data.images import load_data
+from dtrak.evaluation.lds import clip as lds_clip
+from dtrak.evaluation.lds.clip import ClipEncoder
+from dtrak.evaluation.lds.experiment import prepare
+from dtrak.evaluation.lds.methods import CLIP_METHODS, Predictor, Setting, list_settings
 
 
 def reference(folder, images):

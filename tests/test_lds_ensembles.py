@@ -9,17 +9,18 @@ from safetensors.torch import load_file, save_file
 from test_lds_methods import BY_NAME, K, features, groups, quiet, ridge, small  # noqa: F401
 from tiny_lds import CPU, PRESET, register, trained
 
-from dtrak import lds_methods
-from dtrak.features import StoreError
-from dtrak.lds_ensembles import ensemble_predictions, find_members, parse_sizes
-from dtrak.lds_experiment import (
+from dtrak.evaluation.lds import methods as lds_methods
+from dtrak.evaluation.lds.ensembles import ensemble_predictions, find_members
+from dtrak.evaluation.lds.experiment import (
     ExperimentError,
     load_experiment,
     prepare,
     query_sets,
     train_one,
 )
-from dtrak.lds_methods import Predictor, Setting
+from dtrak.evaluation.lds.methods import Predictor, Setting
+from dtrak.evaluation.lds.options import parse_sizes
+from dtrak.features.store import StoreError
 
 MEMBERS = ["retrain-000-1", "retrain-001-1", "retrain-002-1"]
 

@@ -14,10 +14,9 @@ from sklearn.model_selection import train_test_split
 from tiny import tiny_model
 from tiny_lds import CPU, PRESET, first_step, interrupt, register, trained
 
-from dtrak import lds_experiment
-from dtrak.data import encode_png, load_data, to_uint8
-from dtrak.diffusion import hash_model
-from dtrak.lds_experiment import (
+from dtrak.data.images import encode_png, load_data, to_uint8
+from dtrak.evaluation.lds import experiment as lds_experiment
+from dtrak.evaluation.lds.experiment import (
     RETRAIN,
     ExperimentError,
     claim,
@@ -28,9 +27,10 @@ from dtrak.lds_experiment import (
     train_one,
     trained_names,
 )
-from dtrak.lds_tasks import save_model
-from dtrak.presets import PRESETS
-from dtrak.training import Recipe, train
+from dtrak.evaluation.lds.tasks import save_model
+from dtrak.models.hashing import hash_model
+from dtrak.training.presets import PRESETS
+from dtrak.training.trainer import Recipe, train
 
 
 @pytest.fixture(autouse=True)
@@ -194,7 +194,7 @@ def test_a_model_of_the_retrain_family_is_what_its_subset_gives_and_resumes(tmp_
         assert not train_one(experiment, name, CPU)
     assert train_one(experiment, name, CPU, lambda done, total: seen.append(done))
     assert seen[0] > 50, "the checkpoint was used"
-    assert hash_model(experiment.load_model(name).unet) == hash_model(expected.unet)
+    assert hash_model(experiment.load_model(name).module) == hash_model(expected.module)
 
 
 def test_a_model_is_what_training_on_its_subset_gives(tmp_path):
@@ -203,7 +203,7 @@ def test_a_model_is_what_training_on_its_subset_gives(tmp_path):
         assert train_one(experiment, name, CPU)
         images = load_data("digits", limit=40).images[experiment.subsets[subset]]
         expected = train(tiny_model(seed), images, Recipe(steps=8, batch_size=4, seed=seed))
-        assert hash_model(experiment.load_model(name).unet) == hash_model(expected.unet)
+        assert hash_model(experiment.load_model(name).module) == hash_model(expected.module)
     assert not train_one(experiment, "002-1", CPU)
     assert trained_names(experiment, experiment.names()) == ["002-1", "001-2"]
 
@@ -213,13 +213,14 @@ def test_the_full_model_keeps_its_weights_at_every_quarter(tmp_path):
     train_one(experiment, "full", CPU)
     assert experiment.checkpoint_steps == (2, 4, 6)
     hashes = [
-        hash_model(model.unet) for model in map(experiment.load_model, experiment.checkpoint_names)
+        hash_model(model.module)
+        for model in map(experiment.load_model, experiment.checkpoint_names)
     ]
     assert len(set(hashes)) == 4
     model, seen = tiny_model(0), {}
 
     def keep(done, total):
-        seen[done] = hash_model(model.unet)
+        seen[done] = hash_model(model.module)
 
     train(model, experiment.data.images, PRESET.recipe, progress=keep)
     assert hashes == [seen[step] for step in (2, 4, 6, 8)]
@@ -240,14 +241,14 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bits(tmp_path, monkeyp
         map(cut.load_model, cut.checkpoint_names),
         strict=True,
     ):
-        assert hash_model(a.unet) == hash_model(b.unet)
+        assert hash_model(a.module) == hash_model(b.module)
 
 
 def test_a_claim_ends_with_the_process_that_holds_it(tmp_path):
     lock = tmp_path / "locks" / "a.lock"
     code = (
         "import sys, time, pathlib\n"
-        "from dtrak.lds_experiment import claim\n"
+        "from dtrak.evaluation.lds.experiment import claim\n"
         f"with claim(pathlib.Path({str(lock)!r})) as ours:\n"
         "    print(ours, flush=True); time.sleep(60)\n"
     )

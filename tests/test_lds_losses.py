@@ -8,8 +8,9 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from tiny_lds import CPU, PRESET, register
 
-from dtrak.data import ImageData, load_data
-from dtrak.lds_experiment import (
+from dtrak.data.images import load_data
+from dtrak.data.samples import Samples
+from dtrak.evaluation.lds.experiment import (
     RETRAIN,
     ExperimentError,
     claim,
@@ -17,7 +18,7 @@ from dtrak.lds_experiment import (
     query_sets,
     train_one,
 )
-from dtrak.lds_losses import (
+from dtrak.evaluation.lds.losses import (
     LossSettings,
     claim_settings,
     evaluate_one,
@@ -26,7 +27,7 @@ from dtrak.lds_losses import (
     measured_names,
     query_losses,
 )
-from dtrak.noise import sample_noise
+from dtrak.features.noise import sample_noise
 
 SETTINGS = LossSettings(num_timesteps=4, num_noise_seeds=2)
 
@@ -53,7 +54,7 @@ def test_equals_the_denoising_loss_written_out():
                 )[0, 0]
                 noisy = survive[t].sqrt() * image + (1 - survive[t]).sqrt() * noise
                 with torch.no_grad():
-                    predicted = model.unet(noisy[None].float(), torch.tensor([t])).sample[0]
+                    predicted = model.module(noisy[None].float(), torch.tensor([t])).sample[0]
                 expected = (predicted.double() - noise).square().mean()
                 assert float(actual[seed, place, q]) == pytest.approx(float(expected), rel=1e-4)
 
@@ -79,7 +80,7 @@ def test_progress_counts_queries_and_noises():
 def test_a_model_that_blows_up_is_named_by_its_query():
     model = tiny_model()
     with torch.no_grad():
-        model.unet.conv_out.weight.fill_(float("nan"))
+        model.module.conv_out.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite for sample 'lds/digits/"):
         query_losses(model, images(), SETTINGS, CPU)
 
@@ -182,7 +183,7 @@ def test_losses_of_other_queries_are_measured_again(tmp_path):
         assert evaluate_one(experiment, first, SETTINGS, name, CPU)
     before = load_losses(experiment, queries=first)[1]
     # the same names, other pictures
-    other = ImageData(-first["generated"].images, first["generated"].ids, None, "other")
+    other = Samples(-first["generated"].images, first["generated"].ids, None, "other")
     queries = first | {"generated": other}
     assert [is_outdated(experiment, "000-1", each) for each in (None, first, queries)] == [
         False,
@@ -242,7 +243,7 @@ def test_refusals(tmp_path):
 
 def test_noise_is_not_that_of_the_features():
     # a query's features and losses must not meet the same noise: it would look like prediction
-    queries = ImageData(images().images, [f"q{i}" for i in range(5)], None, "q")
+    queries = Samples(images().images, [f"q{i}" for i in range(5)], None, "q")
     loss = sample_noise(["lds/q0"], [0], (1, 8, 8), seed=0)
     feature = sample_noise(["query/q0"], [0], (1, 8, 8), seed=0)
     assert not torch.equal(loss, feature)

@@ -13,11 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_lds import CPU, quiet, register
 
-from dtrak import lds_methods
-from dtrak.features import FeatureSettings, FusedExtractor
-from dtrak.generation import draw_batches
-from dtrak.lds_experiment import ExperimentError, load_experiment, prepare, query_sets
-from dtrak.lds_methods import METHODS, Predictor, Setting, list_settings
+from dtrak.evaluation.lds import methods as lds_methods
+from dtrak.evaluation.lds.experiment import ExperimentError, load_experiment, prepare, query_sets
+from dtrak.evaluation.lds.methods import METHODS, Predictor, Setting, list_settings
+from dtrak.features.extraction import FeatureSettings, FusedExtractor
 from dtrak_kernels import Projection
 
 BY_NAME = {method.name: method for method in METHODS}
@@ -138,9 +137,9 @@ def test_journeys_average_the_gradients_along_the_path(experiment, predictor):
     assert found.values.shape == (17, 4, 5)
     model = experiment.load_model()
     train, _ = features(experiment, model, "loss", range(0, 1000, 200))
-    scheduler = DDIMScheduler.from_config(model.scheduler.config)
+    scheduler = DDIMScheduler.from_config(model.process.scheduler.config)
     scheduler.set_timesteps(3)
-    (batch,) = draw_batches(model, range(5), num_inference_steps=3, trajectories=True)
+    (batch,) = model.draw(range(5), num_inference_steps=3, trajectories=True)
     total = 0
     for step, t in enumerate(scheduler.timesteps.tolist()):
         settings = FeatureSettings("loss", (t,), 0, Projection("sjlt", K))

@@ -5,9 +5,9 @@ import copy
 import pytest
 from test_lds_table import small_results
 
-from dtrak.canvas import default_style
-from dtrak.lds_plots import plot_lds
-from dtrak.lds_table import make_table, select_rows
+from dtrak.evaluation.lds.table import make_table, select_rows
+from dtrak.pages.canvas import default_style
+from dtrak.pages.lds_plots import plot_lds
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from PIL import Image
 from rich.console import Console
 from test_lds_table import small_results
 
-from dtrak.lds_report import print_table, read_table, render_markdown, row_notes, write_plots
-from dtrak.lds_section import render_section
-from dtrak.lds_table import make_table, packaged_results
+from dtrak.evaluation.lds.table import make_table, packaged_results
+from dtrak.pages.lds_report import print_table, read_table, render_markdown, row_notes, write_plots
+from dtrak.pages.lds_section import render_section
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ import pytest
 import torch
 from page import Page
 
-from dtrak.lds_section import render_section
-from dtrak.lds_statistics import predict_groups
-from dtrak.lds_table import Entry, Results, dense_ranks, fitted_entries, make_table
+from dtrak.evaluation.lds.statistics import predict_groups
+from dtrak.evaluation.lds.table import Entry, Results, dense_ranks, fitted_entries, make_table
+from dtrak.pages.lds_section import render_section
 
 
 @pytest.fixture(scope="module")

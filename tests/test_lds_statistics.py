@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 from scipy.stats import spearmanr
 
-from dtrak.lds_statistics import (
+from dtrak.evaluation.lds.statistics import (
     ResampledRanks,
     bootstrap_spearman,
     choose_damping,

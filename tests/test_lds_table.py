@@ -10,9 +10,7 @@ import torch
 from scipy.stats import rankdata, spearmanr
 from sklearn.linear_model import RidgeCV
 
-from dtrak.baselines import empirical_influence
-from dtrak.lds_report import render_markdown
-from dtrak.lds_table import (
+from dtrak.evaluation.lds.table import (
     Entry,
     Family,
     Results,
@@ -26,6 +24,8 @@ from dtrak.lds_table import (
     save_results,
     select_rows,
 )
+from dtrak.methods.baselines import empirical_influence
+from dtrak.pages.lds_report import render_markdown
 
 ROOT = Path(__file__).parents[1]
 RULES = ("0.1", "1", "10", "auto")

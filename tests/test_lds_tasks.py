@@ -8,9 +8,7 @@ import torch
 from tiny import tiny_model
 from tiny_lds import CPU, PRESET
 
-from dtrak.diffusion import hash_model, load_model
-from dtrak.generation import draw_batches
-from dtrak.lds_tasks import (
+from dtrak.evaluation.lds.tasks import (
     ExperimentError,
     PixelTask,
     check_painter,
@@ -18,7 +16,9 @@ from dtrak.lds_tasks import (
     record_painter,
     sample_weights,
 )
-from dtrak.training import train
+from dtrak.models import load
+from dtrak.models.hashing import hash_model
+from dtrak.training.trainer import train
 
 
 def make_task():
@@ -39,14 +39,14 @@ def test_a_pixel_model_is_trained_on_the_chosen_images_as_they_are(tmp_path):
     )
     assert seen == [(step, 8) for step in range(1, 9)]
     expected = train(tiny_model(5), task.data.images[chosen], PRESET.recipe)
-    assert hash_model(model.unet) == hash_model(expected.unet)
+    assert hash_model(model.module) == hash_model(expected.module)
     # a folder that Diffusers reads, and no other file
     folder = tmp_path / "model"
     assert not is_saved(folder)
     task.save(model, folder, chosen, PRESET.recipe)
     assert is_saved(folder)
     assert {path.name for path in folder.iterdir()} == {"model_index.json", "unet", "scheduler"}
-    assert hash_model(load_model(folder).unet) == hash_model(model.unet)
+    assert hash_model(load(folder).module) == hash_model(model.module)
     assert task.samples("train", task.data, CPU) is task.data
     assert (task.deciding(), task.prompts([0, 1]), task.dtype(CPU)) == ({}, None, "float32")
 
@@ -109,7 +109,7 @@ def test_a_sample_of_a_large_file_is_spread_over_it(tmp_path):
 
 def test_pixel_journeys_pass_through_the_pictures_drawn():
     task, model = make_task(), tiny_model(2)
-    (expected,) = draw_batches(model, [4, 1], num_inference_steps=3, trajectories=True)
+    (expected,) = model.draw([4, 1], num_inference_steps=3, trajectories=True)
     (journey,) = task.journeys(model, [4, 1], CPU)
     assert (journey.seeds, journey.captions) == ([4, 1], None)
     assert torch.equal(journey.predicted, expected.trajectories)

@@ -17,12 +17,13 @@ from tiny_lds_lora import CPU, NAME, PRESET, pictures, register
 from tiny_stable_diffusion import build_pipeline
 from typer.testing import CliRunner
 
-from dtrak import attribute, lds, lds_methods, lds_text_to_image, train_lora
-from dtrak.counterfactual_origin import open_origin
-from dtrak.data import load_data, to_uint8
-from dtrak.features import FeatureSettings, FeatureStore, FusedExtractor
-from dtrak.latents import LatentData
-from dtrak.lds_experiment import (
+from dtrak import attribute, lds, train_lora
+from dtrak.data.images import load_data, to_uint8
+from dtrak.data.samples import Samples
+from dtrak.evaluation.counterfactual.origin import open_origin
+from dtrak.evaluation.lds import methods as lds_methods
+from dtrak.evaluation.lds import text_to_image as lds_text_to_image
+from dtrak.evaluation.lds.experiment import (
     ExperimentError,
     encode,
     generated_queries,
@@ -31,14 +32,16 @@ from dtrak.lds_experiment import (
     query_sets,
     train_one,
 )
-from dtrak.lds_losses import LossSettings, claim_settings, evaluate_one, query_losses
-from dtrak.lds_methods import METHODS, Predictor, Setting
-from dtrak.lds_table import load_results
-from dtrak.lora import LoraError, hash_lora
-from dtrak.noise import sample_noise
-from dtrak.presets import PRESETS, get_preset
-from dtrak.prompt_paths import follow_prompts
-from dtrak.text_to_image import generate_from_prompts, load_text_to_image
+from dtrak.evaluation.lds.losses import LossSettings, claim_settings, evaluate_one, query_losses
+from dtrak.evaluation.lds.methods import METHODS, Predictor, Setting
+from dtrak.evaluation.lds.table import load_results
+from dtrak.features.extraction import FeatureSettings, FusedExtractor
+from dtrak.features.noise import sample_noise
+from dtrak.features.store import FeatureStore
+from dtrak.models import load
+from dtrak.models.lora import LoraError, hash_lora
+from dtrak.training.drawing import draw_all
+from dtrak.training.presets import PRESETS, get_preset
 from dtrak_kernels import Projection
 
 BY_NAME = {method.name: method for method in METHODS}
@@ -103,10 +106,7 @@ def ready(folder, base, preset=PRESET, **options):
 def test_from_the_trained_models_to_the_table(folder, tmp_path, monkeypatch):
     copy = shutil.copytree(folder, tmp_path / "run")
     loaded = []
-    load = load_text_to_image
-    monkeypatch.setattr(
-        lds_text_to_image, "load_text_to_image", lambda *a: loaded.append(a) or load(*a)
-    )
+    monkeypatch.setattr(lds_text_to_image, "load", lambda *a: loaded.append(a) or load(*a))
     code, text = lds_run("evaluate", copy, *SMALL)
     assert (code, "losses of 4 of 4 models are measured" in text) == (0, True), text
     assert len(loaded) == 2, "once by the command, once by its worker, whatever the models"
@@ -155,8 +155,8 @@ def test_loras_are_those_of_the_training_command(folder, base, experiment, tmp_p
         assert code == 0, text
         hashes = set()
         for there, name in names.items():
-            lora = load_text_to_image(base, output / there).unet
-            assert hash_lora(lora) == hash_lora(experiment.load_model(name).unet)
+            lora = load(base, output / there).module
+            assert hash_lora(lora) == hash_lora(experiment.load_model(name).module)
             hashes.add(hash_lora(lora))
         assert len(hashes) == len(names)
     assert experiment.checkpoint_names == (*(f"full-step-{s:06d}" for s in (2, 4, 6)), "full")
@@ -173,8 +173,8 @@ def test_a_lora_never_sees_the_other_half(base, folder, tmp_path):
     ]
     experiment.task._checked_posteriors = lambda: experiment.task._posteriors
     assert train_one(experiment, "001-0", CPU)
-    found = hash_lora(experiment.load_model("001-0").unet)
-    assert found == hash_lora(load_experiment(folder).load_model("001-0").unet)
+    found = hash_lora(experiment.load_model("001-0").module)
+    assert found == hash_lora(load_experiment(folder).load_model("001-0").module)
 
 
 def test_folders_are_as_diffusers_writes_and_reads_them(folder, base, experiment):
@@ -186,13 +186,13 @@ def test_folders_are_as_diffusers_writes_and_reads_them(folder, base, experiment
     with torch.no_grad():
         assert torch.equal(pipeline.unet(*arguments).sample, model.unet(*arguments).sample)
     record = json.loads((place / "training.json").read_text())
-    assert record["facts"]["trained weights"] == hash_lora(model.unet)
+    assert record["facts"]["trained weights"] == hash_lora(model.module)
     assert record["settings"]["data"] == {
         "fingerprint": pictures("train").fingerprint,
         "rows": 4,
     }
     assert record["settings"]["recipe"]["seed"] == 0
-    assert hash_lora(load_text_to_image(base, place).unet) == hash_lora(model.unet)
+    assert hash_lora(load(base, place).module) == hash_lora(model.module)
 
 
 def test_a_killed_training_goes_on_and_ends_with_the_same_bits(base, tmp_path):
@@ -209,7 +209,7 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bits(base, tmp_path):
         map(cut.load_model, cut.checkpoint_names),
         strict=True,
     ):
-        assert hash_lora(a.unet) == hash_lora(b.unet)
+        assert hash_lora(a.module) == hash_lora(b.module)
     register()
 
 
@@ -219,11 +219,11 @@ def test_one_base_serves_trainings_one_after_the_other_in_mixed_precision(base, 
     for name in ("000-0", "001-0"):
         assert train_one(both, name, CPU)
     assert train_one(one, "001-0", CPU)
-    hashes = [hash_lora(run.load_model("001-0").unet) for run in (both, one)]
+    hashes = [hash_lora(run.load_model("001-0").module) for run in (both, one)]
     assert hashes[0] == hashes[1]
     single = ready(tmp_path / "single", base)
     train_one(single, "001-0", CPU)
-    assert hash_lora(single.load_model("001-0").unet) != hashes[0]
+    assert hash_lora(single.load_model("001-0").module) != hashes[0]
     # losses are measured in it too
     train_one(both, "full", CPU)
     queries = {"validation": query_sets(both, CPU)["validation"]}
@@ -287,10 +287,8 @@ def test_queries_are_drawn_from_prompts_by_index_with_guidance(folder, base, exp
     texts = ["a sea painting", "a sea painting", "a fog painting", "a fog painting"]
     lines = (folder / "generated" / "metadata.jsonl").read_text().splitlines()
     assert [json.loads(line)["text"] for line in lines] == texts
-    model = load_text_to_image(base, folder / "models" / "full")
-    drawn = generate_from_prompts(
-        model, texts, [0, 1, 2, 3], guidance_scale=7.5, num_inference_steps=2
-    )
+    model = load(base, folder / "models" / "full")
+    drawn = draw_all(model, [0, 1, 2, 3], items=texts, guidance_scale=7.5, num_inference_steps=2)
     saved = load_data(folder / "generated").images
     # 8 bits a channel
     assert (saved - drawn).abs().max() <= 0.51 / 127.5
@@ -334,21 +332,24 @@ def test_checkpoints_and_journeys_are_of_the_right_lora(folder, base, experiment
     settings = [Setting(BY_NAME[name], 2, "sjlt") for name in ("TracInCP", "Journey-TRAK")]
     found = {p.setting.method.name: p for p in predictor.predict(settings)}
     train, joined = predictor.train, predictor.queries
-    assert isinstance(train, LatentData)
+    assert isinstance(train, Samples)
     projection = Projection("sjlt", K)
     dots = 0
     for name in ("full-step-000002", "full-step-000004", "full-step-000006", "full"):
-        model = load_text_to_image(base, folder / "models" / name)
+        model = load(base, folder / "models" / name)
         extractor = FusedExtractor(model, FeatureSettings("loss", (0, 500), 0, projection), CPU)
         features, queries = (
-            extractor.extract(s.images, [role + i for i in s.ids], s.captions).double()
+            extractor.extract(
+                s.batch(range(len(s))), [role + i for i in s.ids], s.conditions
+            ).double()
             for s, role in ((train, "train/"), (joined, "query/"))
         )
         dots = dots + queries @ features.T
     assert relative_error(found["TracInCP"].values[0], groups(experiment, dots / 4)) < 1e-4
     # the clean latents predicted with guidance, each under its own noise and the prompt
     prompts = ["a sea painting"] * 2 + ["a fog painting"] * 2
-    paths = follow_prompts(model, prompts, range(4), num_inference_steps=2)
+    (drawn,) = model.draw(range(4), prompts, num_inference_steps=2, trajectories=True)
+    paths = drawn.trajectories
     total = 0
     for step, t in enumerate((501, 1)):
         at = FusedExtractor(model, FeatureSettings("loss", (t,), 0, projection), CPU)
@@ -463,7 +464,7 @@ def test_a_damaged_lora_is_refused(folder, tmp_path):
     with pytest.raises(LoraError, match="must hold LoRA weights, got an unreadable file"):
         experiment.load_model("001-0")
     # and the next one is loaded all the same
-    assert experiment.load_model("002-0").lora_names
+    assert experiment.load_model("002-0").parameters()
 
 
 def test_a_recipe_that_changed_is_refused(folder, monkeypatch):
@@ -482,7 +483,7 @@ def test_a_counterfactual_takes_the_run(folder, experiment, tmp_path):
     model = origin.training.retrain(
         everything, (42, 42), tmp_path, CPU, tmp_path / "training.pt", None
     )
-    assert hash_lora(model.unet) == hash_lora(experiment.load_model().unet)
+    assert hash_lora(model.module) == hash_lora(experiment.load_model().module)
     drawn = origin.training.draw(model, ["00001.png", "00003.png"])
     assert torch.equal(drawn, to_uint8(origin.queries.images[[1, 3]]))
     scores = origin.gradient_scores("mean_squared_l2_norm", tmp_path / "f", CPU, console)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lds_jobs import Write
 
-from dtrak.lds_workers import one_thread, work
+from dtrak.runs.workers import one_thread, work
 
 NAMES = [f"{number}" for number in range(6)]
 

@@ -9,7 +9,7 @@ from numerics import relative_error
 from safetensors.torch import load_file, save_file
 from tiny_stable_diffusion import build_unet, load_tiny
 
-from dtrak.lora import (
+from dtrak.models.lora import (
     LoraError,
     add_lora,
     hash_base,
@@ -49,7 +49,7 @@ def trained(folder):
 
 @pytest.fixture
 def saved(trained, tmp_path):
-    save_lora(trained.unet, tmp_path / "lora")
+    save_lora(trained.module, tmp_path / "lora")
     return tmp_path / "lora"
 
 
@@ -112,20 +112,20 @@ def test_a_fresh_adapter_changes_nothing_and_is_drawn_from_its_seed(folder):
 
 def test_computes_the_low_rank_product(trained, folder):
     """A plain U-Net whose weights are W + B A gives the same."""
-    merged, weights = fresh_unet(folder), lora_weights(trained.unet)
+    merged, weights = fresh_unet(folder), lora_weights(trained.module)
     for name, module in merged.named_modules():
         if f"{name}.lora_A.weight" in weights:
             a, b = (weights[f"{name}.lora_{part}.weight"] for part in "AB")
             with torch.no_grad():
                 module.weight += b @ a
-    assert relative_error(run(trained.unet), run(merged)) < 1e-6
-    assert relative_error(run(trained.unet), run(fresh_unet(folder))) > 1e-2
+    assert relative_error(run(trained.module), run(merged)) < 1e-6
+    assert relative_error(run(trained.module), run(fresh_unet(folder))) > 1e-2
 
 
 def test_diffusers_reads_what_is_saved(trained, saved, folder):
     pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipeline.load_lora_weights(saved)
-    assert relative_error(run(pipeline.unet), run(trained.unet)) < 1e-7
+    assert relative_error(run(pipeline.unet), run(trained.module)) < 1e-7
 
 
 def rename(saved, change):
@@ -155,10 +155,10 @@ def test_reads_every_format(form, trained, saved, folder):
     for path in (saved, saved / FILE):
         unet = fresh_unet(folder)
         load_lora(unet, path)
-        assert hash_lora(unet) == hash_lora(trained.unet)
-        assert torch.equal(run(unet), run(trained.unet))
+        assert hash_lora(unet) == hash_lora(trained.module)
+        assert torch.equal(run(unet), run(trained.module))
         trainable = [name for name, p in unet.named_parameters() if p.requires_grad]
-        assert trainable == lora_names(unet) == lora_names(trained.unet)
+        assert trainable == lora_names(unet) == lora_names(trained.module)
 
 
 def test_reads_kohyas_scale(trained, saved, folder):
@@ -173,12 +173,12 @@ def test_reads_kohyas_scale(trained, saved, folder):
     save_file(renamed, saved / FILE)
     unet = fresh_unet(folder)
     load_lora(unet, saved)
-    assert hash_lora(unet) != hash_lora(trained.unet)
+    assert hash_lora(unet) != hash_lora(trained.module)
     with torch.no_grad():
-        for name, parameter in trained.unet.named_parameters():
+        for name, parameter in trained.module.named_parameters():
             if "lora_B" in name:
                 parameter *= 1.5 / 3
-    assert relative_error(run(unet), run(trained.unet)) < 1e-6
+    assert relative_error(run(unet), run(trained.module)) < 1e-6
 
 
 def test_reads_a_pickle_without_running_it(trained, saved, folder):
@@ -187,7 +187,7 @@ def test_reads_a_pickle_without_running_it(trained, saved, folder):
     torch.save(weights, saved / "pytorch_lora_weights.bin")
     unet = fresh_unet(folder)
     load_lora(unet, saved)
-    assert hash_lora(unet) == hash_lora(trained.unet)
+    assert hash_lora(unet) == hash_lora(trained.module)
     torch.save({"unet.lora": pytest.fail}, saved / "pytorch_lora_weights.bin")
     with pytest.raises(LoraError, match=r"\.bin must hold LoRA weights, got an unreadable file"):
         load_lora(fresh_unet(folder), saved)
@@ -195,10 +195,10 @@ def test_reads_a_pickle_without_running_it(trained, saved, folder):
 
 def test_the_base_hash_does_not_see_the_adapter(trained, folder):
     unet = fresh_unet(folder)
-    assert hash_base(unet) == hash_base(trained.unet) == hash_base(trained.unet.double())
+    assert hash_base(unet) == hash_base(trained.module) == hash_base(trained.module.double())
     with torch.no_grad():
         unet.conv_in.bias[0] += 1e-3
-    assert hash_base(unet) != hash_base(trained.unet)
+    assert hash_base(unet) != hash_base(trained.module)
 
 
 def refused(unet, path, message, error=LoraError):
@@ -250,7 +250,7 @@ def test_refuses_incomplete_or_broken_weights(saved, folder):
 
 def test_refuses_a_second_adapter_a_rank_of_zero_and_a_model_without_attention(trained):
     with pytest.raises(LoraError, match="must have no adapter yet"):
-        add_lora(trained.unet, 4)
+        add_lora(trained.module, 4)
     with pytest.raises(LoraError, match="rank must be at least 1, got 0"):
         add_lora(build_unet(), 0)
     with pytest.raises(LoraError, match="must have layers to_x, got none"):
@@ -258,7 +258,7 @@ def test_refuses_a_second_adapter_a_rank_of_zero_and_a_model_without_attention(t
 
 
 def test_an_adapter_taken_out_leaves_the_base_for_another(folder, trained, saved):
-    base, unet = fresh_unet(folder), trained.unet
+    base, unet = fresh_unet(folder), trained.module
     swapped = hash_base(unet)
     remove_lora(unet)
     assert not lora_names(unet)
@@ -270,7 +270,7 @@ def test_an_adapter_taken_out_leaves_the_base_for_another(folder, trained, saved
     # nothing to take out
     remove_lora(unet)
     load_lora(unet, saved)
-    assert (hash_lora(unet), hash_base(unet)) == (hash_lora(load_tiny(folder).unet), swapped)
+    assert (hash_lora(unet), hash_base(unet)) == (hash_lora(load_tiny(folder).module), swapped)
     remove_lora(unet)
     add_lora(unet, 5, seed=2)
     add_lora(base, 5, seed=2)

@@ -8,10 +8,10 @@ from accelerate import Accelerator
 from numerics import relative_error
 from tiny_stable_diffusion import load_tiny
 
-from dtrak.lora import hash_base, hash_lora, lora_weights
-from dtrak.lora_training import train_lora
-from dtrak.text_to_image import load_text_to_image
-from dtrak.training import Recipe, batch_indices
+from dtrak.models import load
+from dtrak.models.lora import hash_base, hash_lora, lora_weights
+from dtrak.training.lora_trainer import train_lora
+from dtrak.training.trainer import Recipe, batch_indices
 
 CAPTIONS = ["a", "b c", "", "long ago", "d"]
 RECIPE = Recipe(
@@ -43,18 +43,18 @@ def interrupted(at):
 
 
 def test_only_the_adapter_changes(folder, posteriors):
-    model = load_text_to_image(folder, rank=2)
-    before, state = model.identity, torch.get_rng_state()
-    dropouts = [m.p for m in model.unet.modules() if isinstance(m, torch.nn.Dropout)]
+    model = load(folder).put_adapter(2)
+    before, state = model.identity(), torch.get_rng_state()
+    dropouts = [m.p for m in model.module.modules() if isinstance(m, torch.nn.Dropout)]
     train(model, posteriors)
     assert torch.equal(torch.get_rng_state(), state)
-    after = model.identity
+    after = model.identity()
     assert [key for key in before if before[key] != after[key]] == ["lora"]
-    assert hash_base(model.unet) == before["model"]
-    assert all(w.any() for w in lora_weights(model.unet).values())
-    assert not any(m.training for m in model.unet.modules())
-    assert [m.p for m in model.unet.modules() if isinstance(m, torch.nn.Dropout)] == dropouts
-    assert all(p.grad is None for p in model.unet.parameters())
+    assert hash_base(model.module) == before["model"]
+    assert all(w.any() for w in lora_weights(model.module).values())
+    assert not any(m.training for m in model.module.modules())
+    assert [m.p for m in model.module.modules() if isinstance(m, torch.nn.Dropout)] == dropouts
+    assert all(p.grad is None for p in model.module.parameters())
 
 
 def test_it_learns_what_the_captions_say(folder):
@@ -67,12 +67,12 @@ def test_it_learns_what_the_captions_say(folder):
     clean = posteriors[:, 0, 0]
     generator = torch.Generator().manual_seed(0)
     noise, t = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([800, 800])
-    noisy = model.scheduler.add_noise(clean, noise, t)
+    noisy = model.process.scheduler.add_noise(clean, noise, t)
     losses = {}
     with torch.no_grad():
         for name, texts in (("right", ["a", "b c"]), ("wrong", ["b c", "a"])):
             text = model.embed(texts, torch.device("cpu"))
-            u = model.unet(noisy, t, encoder_hidden_states=text).sample
+            u = model.module(noisy, t, encoder_hidden_states=text).sample
             losses[name] = float((u - noise).square().mean())
     assert losses["right"] < losses["wrong"]
 
@@ -80,12 +80,12 @@ def test_it_learns_what_the_captions_say(folder):
 def expected_step(folder, posteriors, seen):
     """The first step, written out, given what the training drew."""
     model = load_tiny(folder)
-    bars = model.scheduler.alphas_cumprod
+    bars = model.process.scheduler.alphas_cumprod
     alpha = bars[seen["timesteps"]][:, None, None, None]
     noisy = alpha.sqrt() * seen["latents"] + (1 - alpha).sqrt() * seen["noise"]
     text = model.embed(seen["texts"], torch.device("cpu"))
-    u = model.unet(noisy, seen["timesteps"], encoder_hidden_states=text).sample
-    parameters = [p for p in model.unet.parameters() if p.requires_grad]
+    u = model.module(noisy, seen["timesteps"], encoder_hidden_states=text).sample
+    parameters = [p for p in model.module.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=1e-2, betas=(0.9, 0.999), weight_decay=1e-6)
     (u - seen["noise"]).square().mean().backward()
     norm = torch.cat([p.grad.flatten() for p in parameters]).norm()
@@ -96,7 +96,7 @@ def expected_step(folder, posteriors, seen):
 
 
 def test_a_step_is_the_published_one(folder, posteriors, monkeypatch):
-    from dtrak import lora_training
+    from dtrak.training import lora_trainer as lora_training
 
     seen, draw = {}, lora_training._LoraTrainer.draw
 
@@ -109,9 +109,9 @@ def test_a_step_is_the_published_one(folder, posteriors, monkeypatch):
     recipe = replace(RECIPE, steps=1, dropout=None)
     trained = train(load_tiny(folder), posteriors, recipe)
     expected = expected_step(folder, posteriors, seen)
-    start = torch.cat([w.flatten() for w in lora_weights(load_tiny(folder).unet).values()])
+    start = torch.cat([w.flatten() for w in lora_weights(load_tiny(folder).module).values()])
     moved, wanted = (
-        torch.cat([w.flatten() for w in lora_weights(m.unet).values()]) - start
+        torch.cat([w.flatten() for w in lora_weights(m.module).values()]) - start
         for m in (trained, expected)
     )
     assert relative_error(moved, wanted) < 1e-3
@@ -119,7 +119,7 @@ def test_a_step_is_the_published_one(folder, posteriors, monkeypatch):
 
 def test_what_a_step_draws(folder):
     """Posterior samples, flips, timesteps and dropped captions have the right frequencies."""
-    from dtrak.lora_training import _LoraTrainer
+    from dtrak.training.lora_trainer import _LoraTrainer
 
     model = load_tiny(folder)
     posteriors = torch.empty(5, 2, 2, 4, 8, 8)
@@ -165,17 +165,17 @@ def test_resumes_with_the_same_bits(folder, posteriors, tmp_path):
             load_tiny(folder), posteriors, progress=lambda d, t, s=seen: s.append(d), **options
         )
         assert seen == [5, 6]
-        assert hash_lora(resumed.unet) == hash_lora(whole.unet)
+        assert hash_lora(resumed.module) == hash_lora(whole.module)
         # the frozen base is not in it
-        assert file.stat().st_size < 4 * sum(p.numel() for p in whole.unet.parameters())
+        assert file.stat().st_size < 4 * sum(p.numel() for p in whole.module.parameters())
 
 
 def test_seeds_dropout_and_flips_decide(folder, posteriors):
-    base = hash_lora(train(load_tiny(folder), posteriors).unet)
+    base = hash_lora(train(load_tiny(folder), posteriors).module)
     for changes in ({"seed": 5}, {"dropout": None}, {"flip": False}):
         other = train(load_tiny(folder), posteriors, replace(RECIPE, **changes))
-        assert hash_lora(other.unet) != base, changes
-    assert hash_lora(train(load_tiny(folder), posteriors, caption_dropout=1.0).unet) != base
+        assert hash_lora(other.module) != base, changes
+    assert hash_lora(train(load_tiny(folder), posteriors, caption_dropout=1.0).module) != base
 
 
 def test_mixed_precision(folder, posteriors):
@@ -194,14 +194,14 @@ def test_mixed_precision(folder, posteriors):
         )
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
-    weights = lora_weights(mixed.unet)
-    assert {p.dtype for p in mixed.unet.parameters()} == {torch.float32}
-    error = max(relative_error(weights[n], w) for n, w in lora_weights(exact.unet).items())
+    weights = lora_weights(mixed.module)
+    assert {p.dtype for p in mixed.module.parameters()} == {torch.float32}
+    error = max(relative_error(weights[n], w) for n, w in lora_weights(exact.module).items())
     assert 0 < error < 0.3
     # the forward is itself again
     x, t, text = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 16, 12)
     with torch.no_grad():
-        assert mixed.unet(x, t, encoder_hidden_states=text).sample.dtype == torch.float32
+        assert mixed.module(x, t, encoder_hidden_states=text).sample.dtype == torch.float32
 
 
 def test_models_on_the_way_are_kept(folder, posteriors):
@@ -209,11 +209,11 @@ def test_models_on_the_way_are_kept(folder, posteriors):
     model = load_tiny(folder)
 
     def keep(step):
-        kept[step] = hash_lora(model.unet)
+        kept[step] = hash_lora(model.module)
 
     train(model, posteriors, keep_at=[2, 6], keep=keep)
     assert list(kept) == [2, 6]
-    assert kept[6] == hash_lora(model.unet) != kept[2]
+    assert kept[6] == hash_lora(model.module) != kept[2]
 
 
 def test_a_checkpoint_of_another_training_is_refused(folder, posteriors, tmp_path):
@@ -236,7 +236,7 @@ def test_a_checkpoint_of_another_training_is_refused(folder, posteriors, tmp_pat
 def test_what_cannot_be_trained_is_refused(folder, posteriors):
     model = load_tiny(folder)
     with pytest.raises(ValueError, match="must have an adapter to train, got none"):
-        train(load_text_to_image(folder), posteriors)
+        train(load(folder), posteriors)
     with pytest.raises(ValueError, match=r"must be \[N, 2, 2, C, h, w\], got \[5, 2, 4, 8, 8\]"):
         train(model, posteriors[:, 0])
     with pytest.raises(ValueError, match="as many, at least one, got 4 and 5"):
@@ -248,6 +248,6 @@ def test_what_cannot_be_trained_is_refused(folder, posteriors):
     with pytest.raises(ValueError, match="ema_decay must be None"):
         train(model, posteriors, replace(RECIPE, ema_decay=0.9))
     with torch.no_grad():
-        next(p for p in model.unet.parameters() if p.requires_grad).fill_(float("nan"))
+        next(p for p in model.module.parameters() if p.requires_grad).fill_(float("nan"))
     with pytest.raises(ValueError, match=r"must stay finite, got nan .* at step 1 of 6"):
         train(model, posteriors)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.func import functional_call, grad, vmap
 
-import dtrak.measure
-from dtrak.measure import Stage, StageClock, TensorMeter, available_bytes, format_bytes
+import dtrak.runs.measure
+from dtrak.runs.measure import Stage, StageClock, TensorMeter, available_bytes, format_bytes
 
 
 def counts(meter):
@@ -240,7 +240,7 @@ def test_stages_are_noted_in_order():
 
 def test_seconds_are_wall_clock_time(monkeypatch):
     times = iter([10.0, 12.5, 100.0, 100.25])
-    monkeypatch.setattr(dtrak.measure.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(dtrak.runs.measure.time, "perf_counter", lambda: next(times))
     clock = StageClock(torch.device("cpu"))
     with clock.stage("a"):
         pass
@@ -283,17 +283,17 @@ def test_peak_memory_of_a_stage_is_its_own():
 
 def _high_water_mark_can_be_reset():
     array = np.ones(64 * 2**20, dtype=np.uint8)
-    high = dtrak.measure._peak(torch.device("cpu"))
+    high = dtrak.runs.measure._peak(torch.device("cpu"))
     del array
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return False
-    return dtrak.measure._peak(torch.device("cpu")) < high
+    return dtrak.runs.measure._peak(torch.device("cpu")) < high
 
 
 def test_peak_memory_without_proc(monkeypatch, tmp_path):
-    monkeypatch.setattr(dtrak.measure, "Path", lambda name: tmp_path / "nothing" / name[1:])
+    monkeypatch.setattr(dtrak.runs.measure, "Path", lambda name: tmp_path / "nothing" / name[1:])
     clock = StageClock(torch.device("cpu"))
     with clock.stage("a"):
         pass

@@ -7,9 +7,9 @@ import scipy.stats
 import torch
 from numerics import relative_error
 
-import dtrak.noise
-from dtrak.noise import sample_noise
-from dtrak_kernels import reference
+import dtrak.features.noise
+from dtrak.features.noise import sample_noise
+from dtrak_kernels.dense import reference
 
 NOISE_STREAM = 5
 
@@ -116,7 +116,7 @@ def test_counters_of_the_largest_image_do_not_meet_those_of_the_next_timestep(mo
         seen.append((int(c0.min()), int(c0.max())))
         return (torch.zeros(1, dtype=torch.int64).expand(c0.shape),) * 4
 
-    monkeypatch.setattr(dtrak.noise, "philox_words", words)
+    monkeypatch.setattr(dtrak.features.noise, "philox_words", words)
     for timestep in (0, 1, 4095):
         sample_noise(["a"], [timestep], (2, 2**21), seed=0, dtype=torch.float16)
     assert seen[0][1] < seen[1][0]

@@ -4,8 +4,10 @@ import pytest
 import torch
 from numerics import relative_error
 
-from dtrak_kernels import dense, normals, reference
-from dtrak_kernels.ops import Projection
+from dtrak_kernels.dense import reference
+from dtrak_kernels.dense import torch as dense
+from dtrak_kernels.projection import Projection
+from dtrak_kernels.random import normal as normals
 
 
 @pytest.fixture

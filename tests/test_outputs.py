@@ -8,19 +8,12 @@ from diffusers import DDPMScheduler
 from numerics import assert_as_good_as, relative_error
 from torch.func import grad, vmap
 
-from dtrak import outputs
-from dtrak.diffusion import linear_schedule
-from dtrak.outputs import (
-    OUTPUT_FUNCTIONS,
-    check_choice,
-    check_output_function,
-    describe_output_function,
-    elbo_weights,
-    evaluate_output,
-    parse_timesteps,
-    select_timesteps,
-    training_target,
-)
+from dtrak.features import output_names
+from dtrak.features.output_names import check_output_function, describe_output_function
+from dtrak.features.outputs import OUTPUT_FUNCTIONS, evaluate_output
+from dtrak.features.timesteps import Timesteps, select_timesteps
+from dtrak.models.process import DiscreteProcess, linear_process
+from dtrak.runs.choices import check_choice
 
 TIMESTEPS = [0, 1, 100, 999]
 BETAS = np.linspace(1e-4, 0.02, 1000)
@@ -71,7 +64,7 @@ def test_every_output_function_has_an_oracle():
 @pytest.mark.parametrize("name", ORACLES)
 def test_matches_oracle(name, dtype):
     prediction, target, timesteps = rows(dtype)
-    values = evaluate_output(name, prediction, target, linear_schedule(), timesteps)
+    values = evaluate_output(name, prediction, target, linear_process().weight(timesteps))
     assert values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     # the oracle sees what the 16-bit model returned: the reduction itself is never 16-bit;
     # the weights come from the scheduler's float32 betas
@@ -83,10 +76,10 @@ def test_matches_oracle(name, dtype):
 @pytest.mark.parametrize("name", ORACLES)
 def test_is_the_same_under_vmap(name):
     prediction, target, timesteps = rows()
-    scheduler = linear_schedule()
-    together = evaluate_output(name, prediction, target, scheduler, timesteps)
-    apart = vmap(lambda u, e, t: evaluate_output(name, u[None], e[None], scheduler, t[None])[0])(
-        prediction, target, timesteps
+    weight = linear_process().weight(timesteps)
+    together = evaluate_output(name, prediction, target, weight)
+    apart = vmap(lambda u, e, w: evaluate_output(name, u[None], e[None], w[None])[0])(
+        prediction, target, weight
     )
     assert relative_error(apart, together) < 1e-14
 
@@ -95,14 +88,14 @@ def test_is_the_same_under_vmap(name):
 def test_gradient_at_an_output_of_zero_is_finite(name):
     prediction = torch.zeros(2, 1, 2, 2, requires_grad=True)
     target, timesteps = torch.ones(2, 1, 2, 2), torch.tensor([0, 5])
-    evaluate_output(name, prediction, target, linear_schedule(), timesteps).sum().backward()
+    evaluate_output(name, prediction, target, linear_process().weight(timesteps)).sum().backward()
     assert prediction.grad is not None
     assert prediction.grad.isfinite().all()
 
 
 def test_weights_are_right_at_every_timestep():
     timesteps = list(range(1000))
-    weights = elbo_weights(linear_schedule(), torch.tensor(timesteps))
+    weights = linear_process().weight(torch.tensor(timesteps))
     oracle = torch.from_numpy(oracle_weights(timesteps))
     # the scheduler's betas are float32; a float32 1 - ᾱ would be off by 4e-4 at t = 0
     assert (weights.double() / oracle - 1).abs().max() < 1e-6
@@ -111,7 +104,7 @@ def test_weights_are_right_at_every_timestep():
 
 def test_weight_of_a_first_step_without_noise_is_its_limit():
     scheduler = DDPMScheduler(num_train_timesteps=4, trained_betas=[0.0, 0.1, 0.2, 0.5])
-    weights = elbo_weights(scheduler, torch.tensor([0, 1, 3]))
+    weights = DiscreteProcess(scheduler).weight(torch.tensor([0, 1, 3]))
     bar = 0.9 * 0.8 * 0.5
     expected = [0.5, 0.1 / (2 * 0.9 * 0.1), 0.5 / (2 * 0.5 * (1 - bar))]
     assert relative_error(weights, torch.tensor(expected)) < 1e-6
@@ -119,22 +112,21 @@ def test_weight_of_a_first_step_without_noise_is_its_limit():
 
 def test_weight_of_a_last_step_without_signal_is_infinite():
     scheduler = DDPMScheduler(rescale_betas_zero_snr=True)
-    weights = elbo_weights(scheduler, torch.tensor([998, 999]))
+    weights = DiscreteProcess(scheduler).weight(torch.tensor([998, 999]))
     assert weights[0].isfinite()
     assert weights[1] == math.inf
     # and does not reach output functions that take no weight
     prediction, target, timesteps = rows()
-    loss = evaluate_output("loss", prediction, target, scheduler, timesteps)
-    assert torch.equal(
-        loss, evaluate_output("loss", prediction, target, linear_schedule(), timesteps)
-    )
+    loss = evaluate_output("loss", prediction, target, torch.full((len(target),), math.inf))
+    weight = linear_process().weight(timesteps)
+    assert torch.equal(loss, evaluate_output("loss", prediction, target, weight))
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 def test_training_target(kind):
     images, noise, timesteps = rows()
     scheduler = DDPMScheduler(beta_start=1e-4, beta_end=0.02, prediction_type=kind)
-    target = training_target(scheduler, images.float(), noise.float(), timesteps)
+    target = DiscreteProcess(scheduler).target(images.float(), noise.float(), timesteps)
     bars = np.array([np.prod(1 - BETAS[: t + 1]) for t in TIMESTEPS])
     bars = torch.from_numpy(bars)[:, None, None, None]
     oracle = {
@@ -151,7 +143,7 @@ def test_unknown_prediction_type_is_refused():
     images, noise, timesteps = rows()
     scheduler = DDPMScheduler(prediction_type="flow")
     with pytest.raises(ValueError, match=r"must be epsilon, sample or v_prediction, got 'flow'"):
-        training_target(scheduler, images, noise, timesteps)
+        DiscreteProcess(scheduler).target(images, noise, timesteps)
 
 
 def test_uniform_timesteps():
@@ -197,7 +189,7 @@ def test_unknown_strategy_is_refused():
 def test_unknown_output_function_names_the_closest(value, closest):
     prediction, target, timesteps = rows()
     with pytest.raises(ValueError, match=f"got '{value}'; did you mean '{closest}'\\?"):
-        evaluate_output(value, prediction, target, linear_schedule(), timesteps)
+        evaluate_output(value, prediction, target, linear_process().weight(timesteps))
 
 
 def test_choice_like_no_other_gets_no_suggestion():
@@ -229,14 +221,14 @@ number = 3
     yield tmp_path / "mine" / "functions.py"
     for name in [name for name in sys.modules if name.split(".")[0] == "mine"]:
         del sys.modules[name]
-    outputs._import_function.cache_clear()
+    output_names.import_function.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["mine.functions:cubes", "mine.functions.cubes"])
 def test_a_function_of_ones_own(name, own):
     assert check_output_function(name) == "mine.functions:cubes"
     prediction, target, timesteps = rows()
-    values = evaluate_output(name, prediction, target, linear_schedule(), timesteps)
+    values = evaluate_output(name, prediction, target, linear_process().weight(timesteps))
     oracle = np.mean(((prediction - target) ** 3).flatten(1).numpy(), axis=1)
     assert relative_error(values, torch.from_numpy(oracle)) < 1e-14
     # the path is as it was
@@ -245,20 +237,20 @@ def test_a_function_of_ones_own(name, own):
 
 def test_a_function_of_ones_own_gets_the_weights(own):
     prediction, target, timesteps = rows()
-    arguments = (prediction, target, linear_schedule(), timesteps)
+    arguments = (prediction, target, linear_process().weight(timesteps))
     values = evaluate_output("mine.functions:bound", *arguments)
     assert relative_error(values, evaluate_output("weighted_mse", *arguments)) < 1e-14
 
 
 def test_a_function_of_ones_own_differentiates_under_vmap(own):
     prediction, target, timesteps = rows()
-    scheduler = linear_schedule()
+    weight = linear_process().weight(timesteps)
 
-    def output(u, e, t):
-        values = evaluate_output("mine.functions:cubes", u[None], e[None], scheduler, t[None])
+    def output(u, e, w):
+        values = evaluate_output("mine.functions:cubes", u[None], e[None], w[None])
         return values.sum()
 
-    grads = vmap(grad(output))(prediction, target, timesteps)
+    grads = vmap(grad(output))(prediction, target, weight)
     expected = 3 * (prediction - target) ** 2 / prediction[0].numel()
     assert relative_error(grads, expected) < 1e-14
 
@@ -276,7 +268,7 @@ def test_a_function_of_ones_own_differentiates_under_vmap(own):
 )
 def test_what_a_function_must_not_return(name, message, own):
     prediction, target, timesteps = rows()
-    arguments = (prediction.requires_grad_(), target, linear_schedule(), timesteps)
+    arguments = (prediction.requires_grad_(), target, linear_process().weight(timesteps))
     with pytest.raises(ValueError, match=rf"'mine\.functions:{name}' {message}"):
         evaluate_output(f"mine.functions:{name}", *arguments)
 
@@ -308,10 +300,13 @@ def test_the_code_of_ones_own_function_is_recorded(own):
 
 
 def test_listed_timesteps():
-    assert parse_timesteps("0,100, 500") == ((0, 100, 500), "explicit")
-    assert parse_timesteps("7", "explicit") == ((7,), "explicit")
-    assert parse_timesteps("7") == (7, "uniform")
-    assert parse_timesteps(7, "cumulative") == (7, "cumulative")
+    listed = Timesteps.parse("0,100, 500")
+    assert listed == Timesteps((0, 100, 500), "explicit")
+    assert (str(listed), listed.resolve(501)) == ("0,100,500 explicit", (0, 100, 500))
+    assert Timesteps.parse("7", "explicit") == Timesteps((7,), "explicit")
+    assert Timesteps.parse("7") == Timesteps(7, "uniform")
+    few = Timesteps.parse(7, "cumulative")
+    assert (str(few), few.resolve(20)) == ("7 cumulative", tuple(range(7)))
     assert select_timesteps((0, 500, 100), "explicit") == [0, 500, 100]
     assert select_timesteps([19], "explicit", 20) == [19]
     assert select_timesteps(5, "explicit", 20) == [5]
@@ -330,7 +325,7 @@ def test_listed_timesteps():
 )
 def test_listed_timesteps_that_are_none(text, strategy, message):
     with pytest.raises(ValueError, match=message):
-        parse_timesteps(text, strategy)
+        Timesteps.parse(text, strategy)
 
 
 def test_listed_timesteps_out_of_range():

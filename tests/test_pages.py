@@ -4,7 +4,7 @@ import pytest
 import torch
 from page import HOSTILE, Page, decoded
 
-from dtrak.pages import format_seconds, render_columns, render_image, render_name, render_page
+from dtrak.pages.html import format_seconds, render_columns, render_image, render_name, render_page
 
 
 def test_a_page_holds_what_it_is_given_and_escapes_its_title():

@@ -52,7 +52,7 @@ def test_a_dense_projection_costs_its_matrix():
 
 @pytest.mark.parametrize("projection", KINDS, ids=lambda p: p.kind)
 def test_nothing_larger_than_planned_is_allocated(projection):
-    from dtrak.measure import TensorMeter
+    from dtrak.runs.measure import TensorMeter
 
     model = copy.deepcopy(small_unet(block_out_channels=(32, 64), norm_num_groups=8)).float()
     x, t = unet_rows(8, 1)
@@ -131,7 +131,7 @@ def test_planning_computes_no_gradient_and_leaves_no_hook():
 
 
 def test_two_sided_sketches_keep_thin_inputs():
-    from dtrak.measure import TensorMeter
+    from dtrak.runs.measure import TensorMeter
 
     linear, x = nn.Linear(100, 60), torch.randn(80, 100)
     (layer,) = plan_of(linear, x, Projection("kronecker", 512, factor_dim=5)).layers

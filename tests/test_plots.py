@@ -6,9 +6,9 @@ import pytest
 from page import HOSTILE, Page
 from PIL import Image
 
-from dtrak.canvas import INK, LINE, SOFT, default_style
-from dtrak.pages import STYLE
-from dtrak.plots import (
+from dtrak.pages.canvas import INK, LINE, SOFT, default_style
+from dtrak.pages.html import STYLE
+from dtrak.pages.plots import (
     REFERENCE,
     SERIES,
     SERIES_DARK,

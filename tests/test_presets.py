@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from sklearn.model_selection import StratifiedShuffleSplit
 
-from dtrak.data import DataError, digits_split
-from dtrak.diffusion import hash_model
-from dtrak.layouts import ARTBENCH_CLASSES, CIFAR10_CLASSES
-from dtrak.presets import PRESETS, Draw, LoraRecipe, get_preset
-from dtrak.sources import Record
+from dtrak.data.images import DataError, digits_split
+from dtrak.data.layouts import ARTBENCH_CLASSES, CIFAR10_CLASSES
+from dtrak.data.sources import Record
+from dtrak.models.hashing import hash_model
+from dtrak.training.presets import PRESETS, Draw, LoraRecipe, get_preset
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 NAMES = ["digits", "cifar2", "cifar10", "celeba", "artbench2", "artbench5"]
@@ -44,7 +44,7 @@ def test_names():
 def test_published_parameter_counts(name, parameters, dropouts):
     preset = get_preset(name)
     with torch.device("meta"):
-        unet = preset.make_model().unet
+        unet = preset.make_model().module
     assert sum(p.numel() for p in unet.parameters()) == parameters == preset.num_parameters
     residual = [n for n, m in unet.named_modules() if isinstance(m, torch.nn.Dropout)]
     assert sum("resnets" in n for n in residual) == dropouts
@@ -53,21 +53,24 @@ def test_published_parameter_counts(name, parameters, dropouts):
 
 def test_counts_without_what_the_published_scripts_set():
     with torch.device("meta"):
-        plain = replace(get_preset("cifar2"), unet=get_preset("cifar2").unet.copy())
-        plain.unet["resnet_time_scale_shift"] = "default"
-        count = sum(p.numel() for p in plain.make_model().unet.parameters())
+        plain = replace(get_preset("cifar2"), unet=get_preset("cifar2").module.copy())
+        plain.module["resnet_time_scale_shift"] = "default"
+        count = sum(p.numel() for p in plain.make_model().module.parameters())
         assert count == 35_746_307
-        plain.unet.update(get_preset("celeba").unet, resnet_time_scale_shift="default")
-        assert sum(p.numel() for p in plain.make_model().unet.parameters()) == 113_673_219
+        plain.module.update(get_preset("celeba").module, resnet_time_scale_shift="default")
+        assert sum(p.numel() for p in plain.make_model().module.parameters()) == 113_673_219
 
 
 def test_digits_model_and_initial_weights():
     preset = get_preset("digits")
-    hashes = [hash_model(preset.make_model(seed).unet) for seed in (0, 0, 1)]
+    hashes = [hash_model(preset.make_model(seed).module) for seed in (0, 0, 1)]
     assert hashes[0] == hashes[1] != hashes[2]
     model = preset.make_model()
-    assert sum(p.numel() for p in model.unet.parameters()) == preset.num_parameters == 186_081
-    assert (model.scheduler.config["beta_start"], model.num_train_timesteps) == (1e-4, 1000)
+    assert sum(p.numel() for p in model.module.parameters()) == preset.num_parameters == 186_081
+    assert (model.process.scheduler.config["beta_start"], model.process.num_timesteps) == (
+        1e-4,
+        1000,
+    )
 
 
 @pytest.mark.parametrize(
@@ -248,7 +251,9 @@ def test_class_folders(tmp_path):
 
 def test_images_without_labels_are_refused(tmp_path, monkeypatch):
     records = [Record("a", None, b""), Record("b", 1, b"")]
-    monkeypatch.setattr("dtrak.presets.open_records", lambda *args, **options: iter(records))
+    monkeypatch.setattr(
+        "dtrak.training.presets.open_records", lambda *args, **options: iter(records)
+    )
     with pytest.raises(DataError, match="images of 'cifar2' must have labels, 'a' in 'x' has none"):
         get_preset("cifar2").load_data("train", "x")
 
@@ -267,7 +272,7 @@ def test_the_hub_is_asked_where_no_source_is_given(monkeypatch):
         asked.append((name, split, options["stems"]))
         return iter(())
 
-    monkeypatch.setattr("dtrak.presets.open_records", open_records)
+    monkeypatch.setattr("dtrak.training.presets.open_records", open_records)
     with pytest.raises(DataError, match="'uoft-cs/cifar10' must hold 2,000 images for validation"):
         get_preset("cifar2").load_data("validation")
     assert asked == [("uoft-cs/cifar10", "validation", ("cifar2", "cifar10"))]

@@ -9,10 +9,12 @@ import torch
 from numerics import assert_as_good_as, moat, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dtrak_kernels import reference, tuning
-from dtrak_kernels.dense import WORKSPACE_BYTES, project_dense_
+from dtrak_kernels import tuning
+from dtrak_kernels.dense import reference
+from dtrak_kernels.dense.config import DenseConfig
+from dtrak_kernels.dense.torch import WORKSPACE_BYTES, project_dense_
+from dtrak_kernels.dense.triton import launch_project
 from dtrak_kernels.ops import Projection, check_features, project, project_
-from dtrak_kernels.projection import Config, launch_project
 
 # (B, C, K, offset): aligned; ragged on every axis; one row; a tail shorter than one stream word;
 # several tiles of everything, far beyond 2**32
@@ -29,9 +31,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 MATRICES = {"rademacher": reference.rademacher_matrix, "normal": reference.normal_matrix}
 # tilings, spans and depths; none is a default
 CONFIGS = [
-    Config(block_b=16, block_k=16, splits=1),
-    Config(block_b=32, block_k=64, num_warps=4, splits=3),
-    Config(block_b=16, block_k=128, num_stages=3, splits=5),
+    DenseConfig(block_b=16, block_k=16, splits=1),
+    DenseConfig(block_b=32, block_k=64, num_warps=4, splits=3),
+    DenseConfig(block_b=16, block_k=128, num_stages=3, splits=5),
 ]
 
 # the interpreter's bfloat16 tl.dot is silently wrong, and only signs meet bfloat16: silicon only
@@ -291,7 +293,8 @@ _GUARDED = """
 import ctypes, mmap, sys
 import torch
 from dtrak_kernels.ops import Projection
-from dtrak_kernels.projection import Config, _accumulate
+from dtrak_kernels.dense.config import DenseConfig
+from dtrak_kernels.dense.triton import _accumulate
 
 page, rows = mmap.PAGESIZE, 3
 memory = mmap.mmap(-1, 17 * page)
@@ -302,7 +305,8 @@ values = values[page // 2 - rows * 256 :].view(rows, 256)
 values.fill_(1)
 for kind in ("rademacher", "normal"):
     out = torch.zeros(rows, 32)
-    _accumulate(values, torch.ones(rows), out, Projection(kind, 32), 0, Config(16, 32, splits=1))
+    config = DenseConfig(16, 32, splits=1)
+    _accumulate(values, torch.ones(rows), out, Projection(kind, 32), 0, config)
     assert out.isfinite().all() and (out != 0).any()
 print("untouched")
 """
@@ -381,7 +385,7 @@ def test_kind_none_returns_the_gradients(device):
 
 
 def test_kind_sjlt_sketches_parameter_by_parameter():
-    from dtrak_kernels.sjlt import project_sjlt
+    from dtrak_kernels.sjlt.torch import project_sjlt
 
     grads, shapes = gaussian(2, 40 * 30 + 9), [(40, 30), (9,)]
     features = project(grads, Projection("sjlt", 2048, seed=3), shapes=shapes)
@@ -507,7 +511,7 @@ def test_project_refuses(changes, error, match):
 
 
 def test_triton_on_a_cpu_is_refused_without_the_interpreter(monkeypatch):
-    monkeypatch.setattr("dtrak_kernels.projection.IS_INTERPRETED", False)
+    monkeypatch.setattr("dtrak_kernels.dense.triton.IS_INTERPRETED", False)
     with pytest.raises(ValueError, match=r"'triton' must have grads on a GPU .* got device cpu"):
         project(torch.zeros(2, 10), Projection("rademacher", 16), implementation="triton")
 
@@ -623,7 +627,7 @@ def test_tuned_configuration_of_the_nearest_size(tmp_path):
     )
     find = tuning.nearest
     sizes = {"B": 100, "P": 10**7, "K": 20_000}
-    assert Config(**find("project_rademacher", "Some GPU", sizes, tmp_path)).splits == 2
+    assert DenseConfig(**find("project_rademacher", "Some GPU", sizes, tmp_path)).splits == 2
     sizes = {"B": 0, "P": 10, "K": 600}
     assert find("project_rademacher", "Some GPU", sizes, tmp_path) == {"block_b": 16}
     assert find("project_rademacher", "Another GPU", sizes, tmp_path) is None

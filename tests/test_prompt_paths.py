@@ -5,9 +5,6 @@ import torch
 from numerics import relative_error
 from tiny_stable_diffusion import load_tiny
 
-from dtrak.prompt_paths import follow_prompts
-from dtrak.text_to_image import generate_from_prompts
-
 pytestmark = pytest.mark.filterwarnings("ignore:.*captions have more than 16 tokens.*")
 PROMPTS, SEEDS = ["a sea", "a fog", "a sea"], [3, 0, 7]
 
@@ -30,7 +27,9 @@ def walk(model, scale):
     for t in (751, 501, 251, 1):
         with torch.no_grad():
             read, unread = (
-                model.unet(x.float(), torch.tensor(t), encoder_hidden_states=words).sample.double()
+                model.module(
+                    x.float(), torch.tensor(t), encoder_hidden_states=words
+                ).sample.double()
                 for words in (text, empty)
             )
         noise = unread + scale * (read - unread)
@@ -45,14 +44,15 @@ def walk(model, scale):
 @pytest.mark.parametrize("scale", [7.5, 1.0])
 def test_equals_guided_ddim_written_out(model, scale):
     seen = []
-    found = follow_prompts(
-        model,
-        PROMPTS,
+    (drawn,) = model.draw(
         SEEDS,
+        PROMPTS,
         guidance_scale=scale,
         num_inference_steps=4,
+        trajectories=True,
         progress=lambda *p: seen.append(p),
     )
+    found = drawn.trajectories
     expected, last = walk(model, scale)
     assert found.shape == (3, 4, 4, 8, 8)
     assert relative_error(found, expected) < 1e-4
@@ -60,10 +60,7 @@ def test_equals_guided_ddim_written_out(model, scale):
     # and it is the path of the picture
     with torch.no_grad():
         decoded = model.vae.decode(last.float() / model.vae.config.scaling_factor).sample
-    images = generate_from_prompts(
-        model, PROMPTS, SEEDS, guidance_scale=scale, num_inference_steps=4
-    )
-    assert relative_error(images, decoded.clamp(-1, 1)) < 1e-3
+    assert relative_error(drawn.images, decoded.clamp(-1, 1)) < 1e-3
 
 
 def test_refusals(model):
@@ -72,14 +69,14 @@ def test_refusals(model):
         ((["a sea"], [-1]), r"seeds must be in \[0, 2\*\*32\), got -1"),
     ):
         with pytest.raises(ValueError, match=message):
-            follow_prompts(model, *arguments)
+            model.draw(*reversed(arguments), trajectories=True)
     with pytest.raises(ValueError, match="size must be positive multiples of 2 pixels, got 15x15"):
-        follow_prompts(model, ["a sea"], [0], size=15)
+        model.draw([0], ["a sea"], size=15, trajectories=True)
 
 
 def test_a_path_that_blows_up_is_named_by_its_seed(tiny_pipeline):
     model = load_tiny(tiny_pipeline)
     with torch.no_grad():
-        model.unet.conv_out.bias.fill_(float("nan"))
-    with pytest.raises(ValueError, match="predicted non-finite latents from seed 7"):
-        follow_prompts(model, ["a sea"], [7], num_inference_steps=2)
+        model.module.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="non-finite image from seed 7"):
+        next(model.draw([7], ["a sea"], num_inference_steps=2, trajectories=True))

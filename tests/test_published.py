@@ -3,8 +3,8 @@ import torch
 from numerics import relative_error
 from test_features import CPU, make_data, make_model
 
-from dtrak.features import FeatureSettings, FusedExtractor
-from dtrak.published import PublishedExtractor, compare, make_trak_projector
+from dtrak.features.extraction import FeatureSettings, FusedExtractor
+from dtrak.features.published import PublishedExtractor, compare, make_trak_projector
 from dtrak_kernels import Projection, project
 
 pytest.importorskip("trak", reason="TRAK is not installed")
@@ -43,7 +43,7 @@ def test_inner_products_agree_with_trak():
 
 
 def make_grad_dim():
-    return sum(p.numel() for p in make_model().unet.parameters())
+    return sum(p.numel() for p in make_model().module.parameters())
 
 
 def test_the_scale_is_ours():

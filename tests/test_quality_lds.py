@@ -11,12 +11,12 @@ from numpy.testing import assert_allclose
 from scipy.stats import spearmanr
 from tiny_lds import PRESET, register
 
-from dtrak.features import FeatureSettings, FusedExtractor
-from dtrak.lds_table import Results
-from dtrak.outputs import select_timesteps
+from dtrak.evaluation.lds.table import Results
+from dtrak.features.extraction import FeatureSettings, FusedExtractor
+from dtrak.features.timesteps import select_timesteps
 from dtrak_kernels import Projection
-from dtrak_kernels.reference_sjlt import sjlt_matrix
 from dtrak_kernels.ridge import RidgeSolver
+from dtrak_kernels.sjlt.reference import sjlt_matrix
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 quality = importlib.import_module("quality_lds")
@@ -103,14 +103,14 @@ def test_gradients_are_those_of_the_full_model_and_kept(tmp_path, monkeypatch):
     }
     gradients, shapes = quality.exact_gradients(experiment, queries, "loss", 2)
     model = experiment.load_model()
-    timesteps = select_timesteps(2, "uniform", model.num_train_timesteps)
+    timesteps = select_timesteps(2, "uniform", model.process.num_timesteps)
     settings = FeatureSettings("loss", tuple(timesteps), 0, Projection("none", 0))
     extractor = FusedExtractor(model, settings, torch.device("cpu"))
     for name, data in (("train", experiment.data), *queries.items()):
         role = "train/" if name == "train" else "query/"
         expected = extractor.extract(data.images, [role + text for text in data.ids])
         assert_allclose(gradients[name], expected, rtol=1e-4, atol=1e-6)
-    assert [tuple(p.shape) for p in model.unet.parameters()] == [tuple(s) for s in shapes]
+    assert [tuple(p.shape) for p in model.module.parameters()] == [tuple(s) for s in shapes]
 
     def refuse(*_, **__):
         raise AssertionError("made anew")

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from test_reproduce import parse
 
-from dtrak.data import encode_png, load_data, to_uint8
-from dtrak.lds_table import packaged_results, select_rows
+from dtrak.data.images import encode_png, load_data, to_uint8
+from dtrak.evaluation.lds.table import packaged_results, select_rows
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

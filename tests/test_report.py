@@ -14,10 +14,11 @@ from test_counterfactual_results import example
 from tiny_stable_diffusion import build_pipeline, load_tiny, write_pictures
 from typer.testing import CliRunner
 
-from dtrak.attribution import run_attribution
-from dtrak.counterfactual_results import save_counterfactual
-from dtrak.lds_statistics import predict_groups
-from dtrak.lds_table import (
+from dtrak.cli.attribution import run_attribution
+from dtrak.cli.report import app
+from dtrak.evaluation.counterfactual.results import save_counterfactual
+from dtrak.evaluation.lds.statistics import predict_groups
+from dtrak.evaluation.lds.table import (
     Entry,
     Results,
     dense_ranks,
@@ -25,10 +26,10 @@ from dtrak.lds_table import (
     make_table,
     save_results,
 )
-from dtrak.lora import save_lora
-from dtrak.report import app, gather_report
-from dtrak.results import load_attribution
-from dtrak.runs import Options
+from dtrak.models.lora import save_lora
+from dtrak.pages.report import gather_report
+from dtrak.runs.results import load_attribution
+from dtrak.runs.run import Options
 
 
 @pytest.mark.parametrize("C", [1, 3])
@@ -241,7 +242,7 @@ def test_the_whole_report_has_all_there_is(finished):
 @pytest.mark.filterwarnings("ignore:.*captions have more than 16 tokens.*")
 def test_text_to_image_runs_show_captions_prompts_and_guidance(tmp_path):
     base = build_pipeline(tmp_path / "base")
-    save_lora(load_tiny(base).unet, tmp_path / "lora")
+    save_lora(load_tiny(base).module, tmp_path / "lora")
     write_pictures(tmp_path / "pictures")
     (tmp_path / "prompts.txt").write_text("a wave\na <b>fog</b>\n")
     places = {"model": base, "lora": tmp_path / "lora", "data": tmp_path / "pictures",

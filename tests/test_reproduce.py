@@ -11,7 +11,7 @@ import typer
 from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dtrak.presets import PRESETS
+from dtrak.training.presets import PRESETS
 
 TEXT = (Path(__file__).parents[1] / "docs" / "reproduce.md").read_text(encoding="utf-8")
 
@@ -63,7 +63,7 @@ def forward_flops(preset) -> int:
     """Of one image, counted without computing anything."""
     with torch.device("meta"):
         if preset.lora is None:
-            unet = preset.make_model(0).unet.to("meta")
+            unet = preset.make_model(0).module.to("meta")
             inputs = [torch.zeros(1, 3, preset.size, preset.size), torch.zeros(1)]
         else:
             # Stable Diffusion 1.x

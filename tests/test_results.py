@@ -8,9 +8,10 @@ import torch
 from finished_run import make_images
 from safetensors.torch import load_file, save_file
 
-from dtrak.data import load_data
-from dtrak.diffusion import hash_model, load_model
-from dtrak.results import ResultsError, load_attribution, read_scores
+from dtrak.data.images import load_data
+from dtrak.models import load
+from dtrak.models.hashing import hash_model
+from dtrak.runs.results import ResultsError, load_attribution, read_scores
 
 
 @pytest.fixture
@@ -31,8 +32,8 @@ def test_everything_comes_back(finished, copy):
     assert torch.equal(inputs.train.pictures.images, images.images)
     drawn = load_data(finished / "generated", channels=1)
     assert torch.equal(inputs.queries.pictures.images, drawn.images)
-    model = load_model(finished.parent / "model")
-    assert hash_model(inputs.model.unet) == hash_model(model.unet)
+    model = load(finished.parent / "model")
+    assert hash_model(inputs.model.module) == hash_model(model.module)
     assert inputs.run.plan.settings.timesteps == (0, 500)
     assert inputs.run.plan.settings.projection.proj_dim == 256
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 from numerics import relative_error
 
-from dtrak_kernels import ridge_factors, ridge_iteration, ridge_rows
 from dtrak_kernels.ridge import METHODS, RidgeSolver, cholesky, plan_ridge, top_k
-from dtrak_kernels.ridge_ranking import rank_blocks
+from dtrak_kernels.ridge import factors as ridge_factors
+from dtrak_kernels.ridge import iteration as ridge_iteration
+from dtrak_kernels.ridge import rows as ridge_rows
+from dtrak_kernels.ridge.ranking import rank_blocks
 
 FACTORISED = ("primal", "dual", "svd")
 SHAPES = [(12, 30), (30, 12), (16, 16), (1, 5), (5, 1)]
@@ -581,7 +583,7 @@ def test_plan_takes_the_smaller_gram_that_fits():
 @pytest.mark.parametrize("call", ["scores", "iter_sweep", "top_k"])
 def test_many_queries_fit_the_memory_budget(call):
     """Blocks of rows are small where there are far more queries than features."""
-    from dtrak.measure import TensorMeter
+    from dtrak.runs.measure import TensorMeter
 
     features, queries, budget = rows(5000, 4), rows(400, 4, seed=1).double(), 2**18
     solver = RidgeSolver(features, method="primal", memory_budget=budget)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from numerics import relative_error
 
-from dtrak import scores
+from dtrak.methods import scores
 from dtrak_kernels.ridge import RidgeSolver
 
 SHAPES = [(11, 23, 4), (23, 11, 4), (1, 3, 2)]

@@ -8,14 +8,9 @@ import torch
 from numerics import relative_error
 
 from dtrak_kernels import GradientSketcher, Projection, project
-from dtrak_kernels import sjlt as sjlt_module
-from dtrak_kernels.reference_sjlt import sjlt_matrix
-from dtrak_kernels.sjlt import (
-    ParameterSketch,
-    as_matrix,
-    from_matrix,
-    project_sjlt,
-)
+from dtrak_kernels.sjlt import torch as sjlt_module
+from dtrak_kernels.sjlt.reference import sjlt_matrix
+from dtrak_kernels.sjlt.torch import ParameterSketch, as_matrix, from_matrix, project_sjlt
 
 # a thin convolution, matrices of two tiles down and two across, a vector, a scalar, a single row
 SHAPES = [(5, 3, 3, 3), (131, 17), (4, 139), (33,), (), (1, 20)]
@@ -275,18 +270,18 @@ def test_distinct_seeds_and_offsets_are_unrelated():
 @pytest.mark.full
 def test_real_gradients_are_within_the_bound():
     """Of a trained U-Net: hot channels, rank-one layers and a common direction at once."""
-    from dtrak.data import load_data
-    from dtrak.diffusion import digits_model
-    from dtrak.training import Recipe, train
+    from dtrak.data.images import load_data
+    from dtrak.models.unet import digits_model
+    from dtrak.training.trainer import Recipe, train
 
     data = load_data("digits")
     model = digits_model()
     train(model, data.images, Recipe(steps=60, batch_size=32))
-    exact = GradientSketcher(model.unet, Projection("none", 0), rows_per_sample=2)
+    exact = GradientSketcher(model.module, Projection("none", 0), rows_per_sample=2)
     torch.manual_seed(0)
     x = data.images[:6].repeat_interleave(2, 0) * 0.7 + 0.3 * torch.randn(12, 1, 8, 8)
     t = torch.tensor([100, 600]).repeat(6)
-    grads = exact.sketch(lambda: model.unet(x, t).sample.square().flatten(1).mean(1), 6).double()
+    grads = exact.sketch(lambda: model.module(x, t).sample.square().flatten(1).mean(1), 6).double()
     grads /= grads.norm(dim=1, keepdim=True)
     gram, draws, K = grads @ grads.T, 40, 4096
     # a common direction is what makes them hard

@@ -11,11 +11,11 @@ import torch
 from numerics import assert_as_good_as
 from test_sketch_kernel import torch_path, true_gradients
 
-from dtrak_kernels import sketch_kernel, tuning
-from dtrak_kernels.reference_sjlt import sjlt_matrix
-from dtrak_kernels.sketch_config import (
-    Config,
+from dtrak_kernels import tuning
+from dtrak_kernels.sjlt import triton as sketch_kernel
+from dtrak_kernels.sjlt.config import (
     Form,
+    SketchConfig,
     config_on,
     default_config,
     find_config,
@@ -24,6 +24,7 @@ from dtrak_kernels.sketch_config import (
     refusal,
     sizes_of,
 )
+from dtrak_kernels.sjlt.reference import sjlt_matrix
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 sketch_layers = importlib.import_module("sketch_layers")
@@ -58,10 +59,10 @@ def test_what_was_measured_nearby_is_launched(write):
     default = find_config(FORM, 90, 2560)
     short, long = {"block_t": 32, "num_warps": 4}, asdict(replace(default, num_stages=4))
     write((FORM, 160, short), (FORM, 10240, long))
-    assert on_card(reduction=100) == Config(**short)
-    assert on_card(reduction=8000) == Config(**long)
+    assert on_card(reduction=100) == SketchConfig(**short)
+    assert on_card(reduction=8000) == SketchConfig(**long)
     # another dtype of the same width is the same problem to the compiler
-    assert on_card(replace(FORM, dtype=torch.float16), 160) == Config(**short)
+    assert on_card(replace(FORM, dtype=torch.float16), 160) == SketchConfig(**short)
     assert config_on(torch.device("cpu"), FORM, 160) == find_config(FORM, 80, 160)
 
 
@@ -175,7 +176,7 @@ def test_the_kernel_is_launched_as_the_file_says(write, monkeypatch):
     inputs = layer.make(torch.device("cpu"))
     sketch_kernel.launch_sketch(*inputs, layer.sketch, out, layer.timesteps)
     # an explicit configuration comes first
-    sketch_kernel.launch_sketch(*inputs, layer.sketch, out, layer.timesteps, Config(16))
+    sketch_kernel.launch_sketch(*inputs, layer.sketch, out, layer.timesteps, SketchConfig(16))
     names = ("BLOCK_T", "num_warps", "num_stages", "IS_ROLLED", "INPUT_PRECISION")
     found = [tuple(launch[name] for name in names) for launch in recorder.launches]
     assert found == [(32, 2, 4, False, "ieee"), (16, 8, 3, True, "ieee")]
@@ -251,7 +252,7 @@ def test_what_spilled_is_not_tried():
         for config in configs:
             # whatever a rule refuses needs no entry
             assert found[config] == "it spills on this architecture"
-            assert refusal(Config(config[1], config[0], config[2]), form, arch, 2**14) == ""
+            assert refusal(SketchConfig(config[1], config[0], config[2]), form, arch, 2**14) == ""
 
 
 def test_no_two_layers_are_stored_as_one():
@@ -262,9 +263,9 @@ def test_no_two_layers_are_stored_as_one():
 @pytest.mark.parametrize(
     "config, arch, message",
     [
-        (Config(128), 90, "128 positions a step, and there are 10"),
-        (Config(16, num_warps=4), 90, "128 entries a thread do not fit into registers"),
-        (Config(16, num_warps=2), "gfx942", "128 entries a thread do not fit into registers"),
+        (SketchConfig(128), 90, "128 positions a step, and there are 10"),
+        (SketchConfig(16, num_warps=4), 90, "128 entries a thread do not fit into registers"),
+        (SketchConfig(16, num_warps=2), "gfx942", "128 entries a thread do not fit into registers"),
     ],
 )
 def test_reasons_are_given(config, arch, message):
@@ -273,20 +274,20 @@ def test_reasons_are_given(config, arch, message):
 
 def test_memory_is_counted():
     needs = "262144 bytes of shared memory, and a program has 232448"
-    assert refusal(Config(128, 8, 4), FORM, 90, 2560) == needs
-    assert refusal(Config(128, 8, 3), FORM, 90, 2560) == ""
+    assert refusal(SketchConfig(128, 8, 4), FORM, 90, 2560) == needs
+    assert refusal(SketchConfig(128, 8, 3), FORM, 90, 2560) == ""
     spills = "operands of 128 positions a step do not fit into registers"
-    assert refusal(Config(128, 8, 2), FORM, 80, 2560) == spills
-    assert refusal(Config(64, 8, 2), FORM, "gfx942", 2560) == spills.replace("128", "64")
+    assert refusal(SketchConfig(128, 8, 2), FORM, 80, 2560) == spills
+    assert refusal(SketchConfig(64, 8, 2), FORM, "gfx942", 2560) == spills.replace("128", "64")
     # on this card 16 warps spill whatever the step
-    assert refusal(Config(16, 16, 2), FORM, 80, 2560) == spills.replace("128", "16")
+    assert refusal(SketchConfig(16, 16, 2), FORM, 80, 2560) == spills.replace("128", "16")
     single = replace(FORM, dtype=torch.float32)
-    assert refusal(Config(32, 16, 2), single, 90, 2560) == spills.replace("128", "32")
+    assert refusal(SketchConfig(32, 16, 2), single, 90, 2560) == spills.replace("128", "32")
     # an unknown card is taken for a small one
-    assert "a program has 65536" in refusal(Config(64, 8, 3), FORM, 120, 2560)
+    assert "a program has 65536" in refusal(SketchConfig(64, 8, 3), FORM, 120, 2560)
     thin = replace(FORM, tile=(128, 16))
     assert (
-        refusal(Config(16, 16), thin, 90, 2560)
+        refusal(SketchConfig(16, 16), thin, 90, 2560)
         == "4 entries a thread leave most of it without work"
     )
 

@@ -9,12 +9,13 @@ from numerics import assert_as_good_as, relative_error
 from test_sketcher import CONVOLUTIONS, Flat, flat_output, looped_gradients, small_unet, unet_output
 from torch import nn
 
-from dtrak_kernels import GradientSketcher, Projection, project, sketch_kernel
-from dtrak_kernels.reference_sjlt import sjlt_matrix
-from dtrak_kernels.sjlt import ParameterSketch
-from dtrak_kernels.sketch_config import Config
-from dtrak_kernels.sketch_kernel import launch_sketch
-from dtrak_kernels.weight_gradient import weight_grads
+from dtrak_kernels import GradientSketcher, Projection, project
+from dtrak_kernels.gradients.weight import LayerGradient, weight_grads
+from dtrak_kernels.sjlt import triton as sketch_kernel
+from dtrak_kernels.sjlt.config import SketchConfig
+from dtrak_kernels.sjlt.reference import sjlt_matrix
+from dtrak_kernels.sjlt.torch import ParameterSketch
+from dtrak_kernels.sjlt.triton import launch_sketch
 
 # a parameter before the weight, so that its offset matters
 OFFSET = 37
@@ -66,9 +67,8 @@ def true_gradients(module, x, output_grads, rows_per_sample):
 def torch_path(module, x, output_grads, sketch, rows_per_sample):
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     out = torch.zeros(len(x) // rows_per_sample, sketch.proj_dim, dtype=wide, device=x.device)
-    for part in weight_grads(
-        module, x, output_grads, rows_per_sample, all_samples=False, row_multiple=sketch.tile[0]
-    ):
+    layer = LayerGradient(module, x, output_grads, rows_per_sample)
+    for part in weight_grads(layer, all_samples=False, row_multiple=sketch.tile[0]):
         sketch.add_matrix(part.grads, out[part.samples], part.rows.start)
     return out
 
@@ -172,7 +172,7 @@ def test_every_tile_and_both_ways_of_shifting(shape, proj_dim, is_rolled, device
     linear = nn.Linear(shape[1], shape[0], bias=False)
     linear, x, grads = layer_batch(linear, (4, 9, shape[1]), torch.float32, device)
     sketch = sketch_of(linear, proj_dim)
-    config = Config(block_t=16, num_stages=1, is_rolled=is_rolled)
+    config = SketchConfig(block_t=16, num_stages=1, is_rolled=is_rolled)
     assert_as_good_as(
         launch(linear, x, grads, proj_dim, 2, config),
         eager=torch_path(linear, x, grads, sketch, 2),
@@ -196,7 +196,7 @@ def test_the_largest_offset_of_a_sample():
 def test_steps_do_not_change_the_features(device):
     linear, x, grads = layer_batch(nn.Linear(40, 70), (1, 50, 40), torch.float32, device)
     results = [
-        launch(linear, x, grads, 1000, 1, Config(block_t=block_t)) for block_t in (16, 32, 64)
+        launch(linear, x, grads, 1000, 1, SketchConfig(block_t=block_t)) for block_t in (16, 32, 64)
     ]
     for one, other in itertools.pairwise(results):
         assert relative_error(one, other) < 1e-6
@@ -322,7 +322,7 @@ def test_refuses_what_it_cannot_run(device, monkeypatch):
     x = torch.randn(2, 5, device=device)
     with pytest.raises(TypeError, match="float32, float16 or bfloat16 for triton, got float64"):
         sketch(nn.Linear(5, 4).double().to(device), x.double())
-    monkeypatch.setattr("dtrak_kernels.projection.IS_INTERPRETED", False)
+    monkeypatch.setattr("dtrak_kernels.dense.triton.IS_INTERPRETED", False)
     with pytest.raises(ValueError, match=r"'triton' must have grads on a GPU .* got device cpu"):
         sketch(nn.Linear(5, 4), x.cpu())
     with pytest.raises(ValueError, match="must be 'torch' or None for kind 'sjlt', got 'triton'"):

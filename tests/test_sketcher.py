@@ -10,7 +10,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 from dtrak_kernels import GradientSketcher, Projection, project
-from dtrak_kernels import weight_gradient as weight_gradient_module
+from dtrak_kernels.gradients import weight as weight_gradient_module
 
 EXACT = Projection("none", 0)
 PROJECTIONS = [
@@ -403,7 +403,7 @@ def test_group_norms_in_half_precision_are_summed_in_float32():
 
 def test_checkpointing_keeps_no_layer_inputs():
     """Inputs are kept as autograd keeps activations: dropped by a checkpoint, made again."""
-    from dtrak.measure import TensorMeter
+    from dtrak.runs.measure import TensorMeter
 
     class Model(nn.Module):
         def __init__(self, checkpointed):
@@ -488,7 +488,7 @@ def test_an_empty_batch():
 
 
 def test_no_tensor_as_large_as_a_gradient_is_made():
-    from dtrak.measure import TensorMeter
+    from dtrak.runs.measure import TensorMeter
 
     model = small_unet(block_out_channels=(32, 64), norm_num_groups=8).float()
     x, t = unet_rows(4, 1)
@@ -840,7 +840,7 @@ def test_a_backward_inside_autocast(projection):
 
 
 def test_norms_under_checkpointing_hold_no_gradient():
-    from dtrak.measure import TensorMeter
+    from dtrak.runs.measure import TensorMeter
 
     layers = [nn.Linear(64, 64) for _ in range(4)]
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from dtrak_kernels import GradientSketcher, Projection
-from dtrak_kernels import accumulators as accumulators_module
-from dtrak_kernels import calls as calls_module
+from dtrak_kernels.gradients import accumulator as accumulators_module
+from dtrak_kernels.gradients import hooks as calls_module
 
 KINDS = ["none", "sjlt", "kronecker", "rademacher"]
 
@@ -108,10 +108,10 @@ def test_nothing_waits_and_no_gradient_is_held_after_a_batch(kind):
 
 
 def test_sequences_of_any_length_are_not_all_remembered(monkeypatch):
-    monkeypatch.setattr(accumulators_module, "MOST_FORMS", 8)
+    monkeypatch.setattr(accumulators_module, "MOST_DECISIONS", 8)
     model = nn.Linear(4, 3)
     sketcher = GradientSketcher(model, Projection("sjlt", 256))
     for length in range(1, 20):
         x = torch.randn(2, length, 4)
         sketcher.sketch(lambda x=x: output(model, x), 2)
-        assert len(sketcher._accumulator._forms) <= 8
+        assert len(sketcher._accumulator._contractions) <= 8

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dtrak.sources import DataError, class_label, open_records, split_names
+from dtrak.data.sources import DataError, class_label, open_records, split_names
 
 
 def png(level):

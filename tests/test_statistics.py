@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dtrak_kernels import Projection, project, reference
+from dtrak_kernels import Projection, project
+from dtrak_kernels.dense import reference
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "quality_projection.py"
 sys.path.insert(0, str(SCRIPT.parent))

@@ -5,12 +5,12 @@ import torch
 import triton
 import triton.language as tl
 
-from dtrak_kernels import reference
-from dtrak_kernels.dense import _Philox
-from dtrak_kernels.normals import normal_pairs
-from dtrak_kernels.philox import box_muller, philox_4x32
-from dtrak_kernels.streams import Stream, philox_words
-from dtrak_kernels.streams import box_muller as box_muller_float64
+from dtrak_kernels.dense import reference
+from dtrak_kernels.dense.torch import _Philox
+from dtrak_kernels.random.normal import normal_pairs
+from dtrak_kernels.random.words import Stream, philox_words
+from dtrak_kernels.random.words import box_muller as box_muller_float64
+from dtrak_kernels.random.words_triton import box_muller, philox_4x32
 
 # (counters, seed, words): Random123's kat_vectors for philox4x32-10
 KNOWN_ANSWERS = [

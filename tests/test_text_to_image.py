@@ -17,9 +17,12 @@ from safetensors.torch import load_file, save_file
 from tiny_stable_diffusion import MAX_TOKENS, build_pipeline, load_tiny, shake_lora
 from transformers import CLIPTextModel
 
-from dtrak.diffusion import DiffusionModel, ModelError, linear_schedule
-from dtrak.lora import LoraError, lora_names, save_lora
-from dtrak.text_to_image import generate_from_prompts, is_text_to_image, load_text_to_image
+from dtrak.models import load
+from dtrak.models.denoiser import ModelError
+from dtrak.models.lora import LoraError, lora_names, save_lora
+from dtrak.models.process import linear_process
+from dtrak.models.unet import UNet
+from dtrak.training.drawing import draw_all
 
 CPU = torch.device("cpu")
 
@@ -45,35 +48,34 @@ def edit(file, **changes):
 
 def refused(folder, message, error=ModelError, **options):
     with pytest.raises(error, match=message) as caught:
-        load_text_to_image(folder, **options)
+        load(folder, **options)
     assert "\n" not in str(caught.value)
 
 
 def test_loads_a_pipeline_and_its_adapter(folder, model, tmp_path):
-    save_lora(model.unet, tmp_path)
-    loaded = load_text_to_image(folder, tmp_path)
-    assert loaded.identity == model.identity
-    assert set(loaded.identity) == {"model", "lora", "vae", "text_encoder"}
+    save_lora(model.module, tmp_path)
+    loaded = load(folder, tmp_path)
+    assert loaded.identity() == model.identity()
+    assert set(loaded.identity()) == {"model", "lora", "vae", "text_encoder"}
     # latents of 8 x 8, a VAE that halves
     assert (loaded.channels, loaded.factor, loaded.size) == (3, 2, 16)
-    assert loaded.num_train_timesteps == 1000
+    assert loaded.process.num_timesteps == 1000
     # the betas of the base's own schedule, scaled linear
     ends = torch.tensor([0.00085, 0.012])
-    assert relative_error(loaded.scheduler.betas[[0, -1]], ends) < 1e-6
-    parts = (loaded.unet, loaded.vae, loaded.text_encoder)
+    assert relative_error(loaded.process.scheduler.betas[[0, -1]], ends) < 1e-6
+    parts = (loaded.module, loaded.vae, loaded.text_encoder)
     assert not any(module.training for part in parts for module in part.modules())
     names = [n for part in parts for n, p in part.named_parameters() if p.requires_grad]
-    assert names == loaded.lora_names == lora_names(model.unet)
-    assert is_text_to_image(folder)
-    assert not is_text_to_image(tmp_path)
+    assert names == loaded.parameters() == lora_names(model.module)
+    assert (loaded.reads, loaded.encoding["vae"]) == ("captions", loaded.identity()["vae"])
 
 
 def test_every_hash_follows_its_part(model, folder):
     other = load_tiny(folder)
-    before = other.identity
+    before = other.identity()
     with torch.no_grad():
-        next(p for n, p in other.unet.named_parameters() if "lora_A" in n)[0, 0] += 1
-    changed = other.identity
+        next(p for n, p in other.module.named_parameters() if "lora_A" in n)[0, 0] += 1
+    changed = other.identity()
     assert [key for key in before if before[key] != changed[key]] == ["lora"]
     for key, part in (("vae", "vae"), ("text_encoder", "text_encoder"), ("model", "unet")):
         other = load_tiny(folder)
@@ -81,7 +83,7 @@ def test_every_hash_follows_its_part(model, folder):
             name, parameter = next(iter(getattr(other, part).named_parameters()))
             assert "lora" not in name
             parameter.view(-1)[0] += 1
-        changed = other.identity
+        changed = other.identity()
         assert [name for name in before if before[name] != changed[name]] == [key]
 
 
@@ -91,8 +93,8 @@ def test_a_half_precision_folder_is_read_in_full(folder, model, tmp_path):
     # as a hub download of that variant leaves it, with the text encoder under its usual name
     text = tmp_path / "half" / "text_encoder"
     (text / "model.fp16.safetensors").rename(text / "model.safetensors")
-    loaded = load_text_to_image(tmp_path / "half", rank=2)
-    for part in (loaded.unet, loaded.vae, loaded.text_encoder):
+    loaded = load(tmp_path / "half").put_adapter(2)
+    for part in (loaded.module, loaded.vae, loaded.text_encoder):
         assert {p.dtype for p in part.parameters()} == {torch.float32}
     expected = model.vae.encoder.conv_in.weight
     assert relative_error(loaded.vae.encoder.conv_in.weight, expected) < 1e-3
@@ -146,18 +148,18 @@ def test_encodes_as_the_vae_does(folder, model):
         distribution = vae.encode(images.double()).latent_dist
     scale = vae.config.scaling_factor
     assert scale == 0.18215
-    posterior = model.encode(images, CPU)
+    posterior = model.posterior(images, CPU)
     assert posterior.shape == (3, 2, 4, 8, 8)
     assert relative_error(posterior[:, 0], distribution.mode() * scale) < 1e-5
     assert relative_error(posterior[:, 1], distribution.std * scale) < 1e-5
     with pytest.raises(ValueError, match="sides that are multiples of 2, got 15x16 pixels"):
-        model.encode(images[..., :15], CPU)
+        model.posterior(images[..., :15], CPU)
 
 
 def sample_by_hand(folder, model, prompt, seed, scale, steps):
     """DDIM with guidance, written out from the papers, in float64."""
-    unet, vae = model.unet.double(), AutoencoderKL.from_pretrained(folder / "vae").double()
-    bars = model.scheduler.alphas_cumprod.double()
+    unet, vae = model.module.double(), AutoencoderKL.from_pretrained(folder / "vae").double()
+    bars = model.process.scheduler.alphas_cumprod.double()
     text = model.embed([prompt, ""], CPU).double()
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed)).double()
     stride = 1000 // steps
@@ -173,16 +175,16 @@ def sample_by_hand(folder, model, prompt, seed, scale, steps):
         x = next_bar.sqrt() * clean + (1 - next_bar).sqrt() * noise
     with torch.no_grad():
         image = vae.eval().decode(x / vae.config.scaling_factor).sample
-    model.unet.float()
+    model.module.float()
     return image.clamp(-1, 1)[0]
 
 
 def test_draws_by_ddim_with_guidance(folder):
     model, steps = load_tiny(folder), []
-    images = generate_from_prompts(
+    images = draw_all(
         model,
-        ["fog", "sea"],
         [3, 4],
+        items=["fog", "sea"],
         guidance_scale=3.0,
         num_inference_steps=5,
         progress=lambda done, total: steps.append((done, total)),
@@ -198,7 +200,7 @@ def test_a_picture_depends_on_its_prompt_seed_and_guidance_alone(folder):
     model = load_tiny(folder)
 
     def draw(prompts, seeds, **options):
-        return generate_from_prompts(model, prompts, seeds, num_inference_steps=3, **options)
+        return draw_all(model, seeds, items=prompts, num_inference_steps=3, **options)
 
     two = draw(["fog", "sea"], [1, 2])
     assert relative_error(draw(["sea"], [2]), two[1:]) < 1e-5
@@ -222,25 +224,25 @@ def test_a_picture_depends_on_its_prompt_seed_and_guidance_alone(folder):
     ],
 )
 def test_what_cannot_be_drawn_is_refused(options, message, model):
-    arguments = {"prompts": ["fog"], "seeds": [1]} | options
+    arguments = {"items": ["fog"], "seeds": [1]} | options
     with pytest.raises(ValueError, match=message):
-        generate_from_prompts(model, **arguments)
+        model.draw(**arguments)
 
 
 def test_a_broken_picture_is_refused_by_its_seed(folder):
     model = load_tiny(folder)
     with torch.no_grad():
-        model.unet.conv_out.bias.fill_(float("nan"))
+        model.module.conv_out.bias.fill_(float("nan"))
     with pytest.raises(ValueError, match="non-finite image from seed 7"):
-        generate_from_prompts(model, ["fog"], [7], num_inference_steps=2)
+        draw_all(model, [7], items=["fog"], num_inference_steps=2)
 
 
 def test_the_schedule_and_the_prediction_type_are_the_bases_own(tmp_path):
     scheduler = DDIMScheduler(beta_start=0.001, beta_end=0.02, prediction_type="v_prediction")
-    model = load_text_to_image(build_pipeline(tmp_path / "sd", scheduler=scheduler), rank=1)
-    assert isinstance(model.scheduler, DDPMScheduler)
-    assert model.scheduler.config["prediction_type"] == "v_prediction"
-    assert torch.equal(model.scheduler.betas, scheduler.betas)
+    model = load(build_pipeline(tmp_path / "sd", scheduler=scheduler)).put_adapter(1)
+    assert isinstance(model.process.scheduler, DDPMScheduler)
+    assert model.process.scheduler.config["prediction_type"] == "v_prediction"
+    assert torch.equal(model.process.scheduler.betas, scheduler.betas)
 
 
 def test_refuses_what_is_no_such_pipeline(copy, tmp_path, model, monkeypatch):
@@ -249,17 +251,22 @@ def test_refuses_what_is_no_such_pipeline(copy, tmp_path, model, monkeypatch):
     monkeypatch.setattr("diffusers.DiffusionPipeline.download", _no_hub)
     refused("nobody/nothing", "cannot be downloaded: no such name", FileNotFoundError)
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", r"got .*empty without .*model_index\.json")
+    refused(tmp_path / "empty", r"must be a folder with config\.json .* got .*empty without one")
     edit(copy / "model_index.json", _class_name="StableDiffusionXLPipeline")
-    refused(copy, "must describe a StableDiffusionPipeline, got 'StableDiffusionXLPipeline'")
+    refused(
+        copy,
+        "one of DDPMPipeline, .*, StableDiffusionPipeline, got 'StableDiffusionXLPipeline', which "
+        r"no kind of model here serves: .* dtrak\.models\.Denoiser\.of",
+    )
     edit(copy / "model_index.json", _class_name="StableDiffusionPipeline")
     edit(copy / "unet" / "config.json", addition_embed_type="text_time")
     refused(copy, "must read captions and nothing else, got one with addition_embed_type")
     edit(copy / "unet" / "config.json", addition_embed_type=None)
     shutil.rmtree(copy / "vae")
     refused(copy, "must hold the folder vae")
-    with pytest.raises(ModelError, match="save the LoRA"):
-        model.save(tmp_path / "model")
+    bare = load(model.pipeline.config._name_or_path)
+    with pytest.raises(ModelError, match="must have a LoRA to be written, got none"):
+        bare.save(tmp_path / "model")
 
 
 def _no_hub(name):
@@ -271,7 +278,7 @@ def test_a_hub_name_is_downloaded_once_and_read(folder, monkeypatch):
     monkeypatch.setattr(
         "diffusers.DiffusionPipeline.download", lambda name: names.append(name) or str(folder)
     )
-    assert load_text_to_image("owner/name", rank=1).size == 16
+    assert load("owner/name").put_adapter(1).size == 16
     assert names == ["owner/name"]
 
 
@@ -309,29 +316,29 @@ def test_refuses_parts_of_other_models(unet, message, tmp_path):
 
 
 def test_refuses_an_adapter_trained_on_another_base(folder, model, tmp_path):
-    save_lora(model.unet, tmp_path / "lora")
-    record = {"settings": {"model": model.identity}}
+    save_lora(model.module, tmp_path / "lora")
+    record = {"settings": {"model": model.identity()}}
     (tmp_path / "lora" / "training.json").write_text(json.dumps(record))
-    load_text_to_image(folder, tmp_path / "lora")
+    load(folder, tmp_path / "lora")
     other = build_pipeline(tmp_path / "other", seed=1)
     refused(other, "must be of the base model in", LoraError, lora=tmp_path / "lora")
     # without that record only its shape can be told
     (tmp_path / "lora" / "training.json").unlink()
-    load_text_to_image(other, tmp_path / "lora")
+    load(other, tmp_path / "lora")
 
 
 def test_an_unconditional_model_is_none(tmp_path):
     from tiny import tiny_unet
 
-    DiffusionModel(tiny_unet(), linear_schedule()).save(tmp_path / "ddpm")
-    assert not is_text_to_image(tmp_path / "ddpm")
-    refused(tmp_path / "ddpm", "must describe a StableDiffusionPipeline, got 'DDPMPipeline'")
+    UNet(tiny_unet(), linear_process()).save(tmp_path / "ddpm")
+    assert load(tmp_path / "ddpm").reads is None
+    refused(tmp_path / "ddpm", "--lora must go with a Stable Diffusion pipeline", lora=tmp_path)
 
 
 def test_the_unet_is_the_bases(folder, model):
     """With the adapter's second factor at zero the model is the base."""
-    fresh = load_text_to_image(folder, rank=3)
+    fresh = load(folder).put_adapter(3)
     base = UNet2DConditionModel.from_pretrained(folder / "unet").eval()
     x, t, text = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 16, 12)
     with torch.no_grad():
-        assert torch.equal(fresh.unet(x, t, text).sample, base(x, t, text).sample)
+        assert torch.equal(fresh.module(x, t, text).sample, base(x, t, text).sample)

@@ -15,17 +15,14 @@ from diffusers import DDPMPipeline
 from numerics import relative_error
 from typer.testing import CliRunner
 
-from dtrak.diffusion import digits_model, hash_model, load_model
-from dtrak.files import LOCK_FILE
-from dtrak.presets import get_preset
-from dtrak.train import (
-    app,
-    checkpoint_steps,
-    load_checkpoints,
-    read_ids,
-    select_without,
-)
-from dtrak.training import Recipe, one_thread, train
+from dtrak.cli.train import app
+from dtrak.models import load
+from dtrak.models.hashing import hash_model
+from dtrak.models.unet import digits_model
+from dtrak.runs.files import LOCK_FILE
+from dtrak.training.from_preset import checkpoint_steps, load_checkpoints, read_ids, select_without
+from dtrak.training.presets import get_preset
+from dtrak.training.trainer import Recipe, one_thread, train
 
 SMALL = ["--steps", "6", "--batch-size", "8", "--device", "cpu"]
 
@@ -63,14 +60,14 @@ def test_trains_what_the_library_trains(run, tmp_path, digits):
     folder = tmp_path / "run"
     with one_thread():
         expected = train(digits_model(), digits.images, Recipe(steps=6, batch_size=8))
-    assert hash_model(load_model(folder).unet) == hash_model(expected.unet)
+    assert hash_model(load(folder).module) == hash_model(expected.module)
     # and Diffusers reads it
     pipeline = DDPMPipeline.from_pretrained(folder)
-    assert hash_model(pipeline.unet) == hash_model(expected.unet)
+    assert hash_model(pipeline.unet) == hash_model(expected.module)
     written = json.loads((folder / "training.json").read_text())
     assert written["settings"]["data"] == {"fingerprint": digits.fingerprint, "rows": 1000}
     assert written["settings"]["recipe"] == Recipe(steps=6, batch_size=8).to_dict()
-    assert written["facts"]["trained weights"] == hash_model(expected.unet)
+    assert written["facts"]["trained weights"] == hash_model(expected.module)
     assert sorted(path.name for path in folder.iterdir()) == [
         LOCK_FILE,
         "checkpoint-2",
@@ -83,7 +80,7 @@ def test_trains_what_the_library_trains(run, tmp_path, digits):
     ]
     kept = load_checkpoints(folder)
     assert list(kept) == [2, 4, 6]
-    assert hash_model(kept[6].unet) == hash_model(expected.unet)
+    assert hash_model(kept[6].module) == hash_model(expected.module)
     # a model on the way is not one of a shorter training: its learning rates differ
     on_the_way = {}
     with one_thread():
@@ -92,12 +89,12 @@ def test_trains_what_the_library_trains(run, tmp_path, digits):
             model,
             digits.images,
             Recipe(steps=6, batch_size=8),
-            progress=lambda done, total: on_the_way.update({done: hash_model(model.unet)}),
+            progress=lambda done, total: on_the_way.update({done: hash_model(model.module)}),
         )
-    assert {step: hash_model(kept[step].unet) for step in kept} == {
+    assert {step: hash_model(kept[step].module) for step in kept} == {
         step: on_the_way[step] for step in (2, 4, 6)
     }
-    assert kept[2].schedule == load_model(folder).schedule
+    assert kept[2].process.describe() == load(folder).process.describe()
 
     code, output = run("--keep-checkpoints", "3")
     assert code == 0
@@ -128,7 +125,7 @@ def test_subsets_and_their_seeds(run, tmp_path, digits):
     recipe = Recipe(steps=6, batch_size=8)
     with one_thread():
         expected = train(digits_model(), digits.images[mask], recipe)
-    assert hash_model(load_model(tmp_path / "run").unet) == hash_model(expected.unet)
+    assert hash_model(load(tmp_path / "run").module) == hash_model(expected.module)
     written = json.loads((tmp_path / "run" / "training.json").read_text())["settings"]
     assert written["data"]["subset"] == 3
     assert written["data"]["fingerprint"] == digits.select(mask).fingerprint
@@ -140,7 +137,7 @@ def test_seed_is_that_of_the_weights_too(run, tmp_path, digits):
     assert run("--seed", "5")[0] == 0
     with one_thread():
         expected = train(digits_model(5), digits.images, Recipe(steps=6, batch_size=8, seed=5))
-    assert hash_model(load_model(tmp_path / "run").unet) == hash_model(expected.unet)
+    assert hash_model(load(tmp_path / "run").module) == hash_model(expected.module)
 
 
 def test_without_some_images(run, tmp_path, digits):
@@ -177,9 +174,9 @@ def test_averaged_and_mixed(run, tmp_path):
     assert run(output=tmp_path / "b")[0] == 0
     settings = json.loads((tmp_path / "a" / "training.json").read_text())["settings"]
     assert (settings["recipe"]["ema_decay"], settings["mixed_precision"]) == (0.9, "bf16")
-    one, other = (load_model(tmp_path / name) for name in "ab")
-    assert one.unet.dtype == torch.float32
-    assert hash_model(one.unet) != hash_model(other.unet)
+    one, other = (load(tmp_path / name) for name in "ab")
+    assert one.module.dtype == torch.float32
+    assert hash_model(one.module) != hash_model(other.module)
     failing(run, 'mixed_precision is "bf16" there and "no"', "--ema", "0.9", output=tmp_path / "a")
 
 
@@ -210,14 +207,14 @@ def test_misuse(run, tmp_path, arguments, message):
 
 
 def test_a_training_that_fails_says_so(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("dtrak.train.train", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr("dtrak.training.from_preset.train", lambda *args, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run()
     assert not (tmp_path / "run" / "model_index.json").exists()
 
 
 def test_control_c_and_a_damaged_state(run, tmp_path, monkeypatch):
-    from dtrak import training
+    from dtrak.training import trainer as training
 
     real = training.batch_indices
 
@@ -239,8 +236,8 @@ def test_control_c_and_a_damaged_state(run, tmp_path, monkeypatch):
     code, output = run("--checkpoint-every", "2")
     assert code == 0, output
     assert run(output=tmp_path / "whole")[0] == 0
-    one, other = (load_model(tmp_path / name) for name in ("run", "whole"))
-    assert hash_model(one.unet) == hash_model(other.unet)
+    one, other = (load(tmp_path / name) for name in ("run", "whole"))
+    assert hash_model(one.module) == hash_model(other.module)
     assert not state.exists()
 
 
@@ -274,8 +271,8 @@ def test_killed_runs_resume_with_the_same_bits(run, tmp_path):
     assert code == 0, output
     assert run(*options, output=tmp_path / "whole", small=small)[0] == 0
     for name in (".", "checkpoint-30", "checkpoint-60"):
-        one, other = (load_model(tmp_path / f / name) for f in ("broken", "whole"))
-        assert hash_model(one.unet) == hash_model(other.unet)
+        one, other = (load(tmp_path / f / name) for f in ("broken", "whole"))
+        assert hash_model(one.module) == hash_model(other.module)
     assert not list(broken.rglob("*.partial"))
 
 
@@ -305,8 +302,8 @@ def test_a_killed_save_is_no_model(run, tmp_path, monkeypatch):
         "unet",
     ]
     assert run(output=tmp_path / "whole")[0] == 0
-    one, other = (load_model(tmp_path / name) for name in ("run", "whole"))
-    assert hash_model(one.unet) == hash_model(other.unet)
+    one, other = (load(tmp_path / name) for name in ("run", "whole"))
+    assert hash_model(one.module) == hash_model(other.module)
 
 
 def test_one_command_at_a_time_trains(run, tmp_path):
@@ -335,8 +332,8 @@ def test_two_processes_train_what_one_trains(run, tmp_path):
     assert done.stderr.count("model: ") == 1
     assert run(output=tmp_path / "one", small=arguments[2:])[0] == 0
     start, one, two = (
-        torch.cat([p.detach().flatten() for p in model.unet.parameters()])
-        for model in (digits_model(), *(load_model(tmp_path / n) for n in ("one", "two")))
+        torch.cat([p.detach().flatten() for p in model.module.parameters()])
+        for model in (digits_model(), *(load(tmp_path / n) for n in ("one", "two")))
     )
     assert relative_error(two - start, one - start) < 1e-3
 
@@ -349,10 +346,10 @@ def test_half_precision_on_a_gpu(run, tmp_path):
         code, output = run("--mixed-precision", precision, output=folder, small=small)
         assert code == 0, output
     start, full, half, brain = (
-        torch.cat([p.detach().flatten().cpu() for p in model.unet.parameters()])
+        torch.cat([p.detach().flatten().cpu() for p in model.module.parameters()])
         for model in (
             digits_model(),
-            *(load_model(tmp_path / name) for name in ("no", "fp16", "bf16")),
+            *(load(tmp_path / name) for name in ("no", "fp16", "bf16")),
         )
     )
     assert 1e-6 < relative_error(half - start, full - start) < 0.5

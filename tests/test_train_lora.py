@@ -11,12 +11,14 @@ from diffusers import StableDiffusionPipeline
 from tiny_stable_diffusion import build_pipeline, write_pictures
 from typer.testing import CliRunner
 
-from dtrak import train_lora
-from dtrak.data import load_data
-from dtrak.lora import hash_lora
-from dtrak.presets import get_preset
-from dtrak.text_to_image import load_text_to_image
-from dtrak.train_lora import Options, _recipe, app
+from dtrak.cli.train_lora import app
+from dtrak.data.images import load_data
+from dtrak.models import load
+from dtrak.models.lora import hash_lora
+from dtrak.training import fine_tuning as lora_fine_tuning
+from dtrak.training.fine_tuning import _recipe
+from dtrak.training.presets import get_preset
+from dtrak.training.train_lora_options import Options
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*captions have more than 16 tokens.*")
 
@@ -54,21 +56,20 @@ def test_writes_a_lora_that_diffusers_and_dtrak_read(run, folder, tmp_path):
     assert code == 0, output
     # 16 attention layers of this base, two factors of rank 2
     assert "5 images, 1,312 parameters, 4 steps of 3 on 1 x cpu" in output
-    model = load_text_to_image(folder, tmp_path / "lora")
+    model = load(folder, tmp_path / "lora")
     record = json.loads((tmp_path / "lora" / "training.json").read_text())
-    assert record["facts"]["trained weights"] == hash_lora(model.unet)
+    assert record["facts"]["trained weights"] == hash_lora(model.module)
     assert record["settings"]["recipe"]["learning_rate"] == 3e-4
-    assert record["settings"]["model"]["model"] == model.identity["model"]
+    assert record["settings"]["model"]["model"] == model.identity()["model"]
     pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipeline.load_lora_weights(tmp_path / "lora")
     arguments = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 16, 12)
     with torch.no_grad():
         assert torch.equal(pipeline.unet(*arguments).sample, model.unet(*arguments).sample)
     half, last = (
-        hash_lora(load_text_to_image(folder, tmp_path / "lora" / f"checkpoint-{step}").unet)
-        for step in (2, 4)
+        hash_lora(load(folder, tmp_path / "lora" / f"checkpoint-{step}").module) for step in (2, 4)
     )
-    assert last == hash_lora(model.unet) != half
+    assert last == hash_lora(model.module) != half
     assert not (tmp_path / "lora" / "training.pt").exists()
     code, output = run("--keep-checkpoints", "2")
     assert (code, "already trained" in output) == (0, True)
@@ -83,7 +84,7 @@ def test_captions_that_are_cut_are_told_once(run):
 
 
 def test_an_interrupted_training_resumes_with_the_same_bits(run, folder, tmp_path, monkeypatch):
-    from dtrak import lora_training
+    from dtrak.training import lora_trainer as lora_training
 
     assert run(output=tmp_path / "whole")[0] == 0
     take_step = lora_training._LoraTrainer.take_step
@@ -101,11 +102,9 @@ def test_an_interrupted_training_resumes_with_the_same_bits(run, folder, tmp_pat
     assert (tmp_path / "lora" / "training.pt").is_file()
     # the latents are kept: the VAE is not asked again
     with monkeypatch.context() as patch:
-        patch.setattr("dtrak.text_to_image.TextToImageModel.encode", None)
+        patch.setattr("dtrak.models.stable_diffusion.StableDiffusion.encode", None)
         assert run("--checkpoint-every", "2")[0] == 0
-    hashes = {
-        hash_lora(load_text_to_image(folder, tmp_path / name).unet) for name in ("whole", "lora")
-    }
+    hashes = {hash_lora(load(folder, tmp_path / name).module) for name in ("whole", "lora")}
     assert len(hashes) == 1
 
 
@@ -113,7 +112,7 @@ def test_without_some_images_and_shared_latents(run, pictures, tmp_path, monkeyp
     shared = ["--latents", tmp_path / "latents"]
     assert run(*shared, output=tmp_path / "whole")[0] == 0
     (tmp_path / "ids.txt").write_text("baroque/feast.png\n")
-    monkeypatch.setattr("dtrak.text_to_image.TextToImageModel.encode", None)
+    monkeypatch.setattr("dtrak.models.stable_diffusion.StableDiffusion.encode", None)
     code, output = run(*shared, "--without", tmp_path / "ids.txt")
     assert code == 0, output
     assert "4 images" in output
@@ -155,7 +154,9 @@ def failing(run, message, *arguments, **options):
 )
 def test_bad_values_give_one_clear_line(option, value, message, run, monkeypatch):
     if option != "--resolution":
-        monkeypatch.setattr(train_lora, "load_data", lambda *_, **__: pytest.fail("data was read"))
+        monkeypatch.setattr(
+            lora_fine_tuning, "load_data", lambda *_, **__: pytest.fail("data was read")
+        )
     failing(run, message, option, value)
 
 
@@ -163,7 +164,9 @@ def test_another_model_is_refused_before_the_data_is_read(run, tmp_path, monkeyp
     assert run()[0] == 0
     record = (tmp_path / "lora" / "training.json").read_bytes()
     other = build_pipeline(tmp_path / "other", seed=1)
-    monkeypatch.setattr(train_lora, "load_data", lambda *_, **__: pytest.fail("data was read"))
+    monkeypatch.setattr(
+        lora_fine_tuning, "load_data", lambda *_, **__: pytest.fail("data was read")
+    )
     failing(run, "holds another run: base is", model=other)
     failing(run, "model.model is", model=other)
     failing(run, "rank is 2 there and 3 here", "--rank", 3)

@@ -10,9 +10,10 @@ from diffusers import DDPMScheduler
 from numerics import relative_error
 from tiny import tiny_model
 
-from dtrak.diffusion import hash_model, load_model
-from dtrak.presets import get_preset
-from dtrak.training import (
+from dtrak.models import load
+from dtrak.models.hashing import hash_model
+from dtrak.training.presets import get_preset
+from dtrak.training.trainer import (
     Recipe,
     batch_indices,
     dropout_of,
@@ -43,7 +44,7 @@ def train_tiny(recipe=RECIPE, images=IMAGES, model=None, **options):
 
 @pytest.fixture(scope="module")
 def unbroken():
-    return hash_model(train_tiny().unet)
+    return hash_model(train_tiny().module)
 
 
 def test_default_recipe():
@@ -74,7 +75,7 @@ def test_resumes_bit_for_bit(tmp_path, unbroken, stop, every):
     steps = []
     model = train_tiny(progress=lambda done, total: steps.append((done, total)), **options)
     assert steps == [(done, 7) for done in range(saved + 1, 8)]
-    assert hash_model(model.unet) == unbroken
+    assert hash_model(model.module) == unbroken
     assert [f.name for f in tmp_path.iterdir()] == ["training.pt"]
 
 
@@ -83,7 +84,7 @@ def test_resumes_bit_for_bit_after_many_interruptions(tmp_path, unbroken):
     for stop in range(1, 8):
         with pytest.raises(StopError):
             train_tiny(progress=stop_after(stop), **options)
-    assert hash_model(train_tiny(**options).unet) == unbroken
+    assert hash_model(train_tiny(**options).module) == unbroken
 
 
 def test_resumes_bit_for_bit_with_dropout(tmp_path):
@@ -93,7 +94,7 @@ def test_resumes_bit_for_bit_with_dropout(tmp_path):
         train_tiny(model=tiny_model(dropout=0.5), progress=stop_after(3), **options)
     torch.manual_seed(99)
     resumed = train_tiny(model=tiny_model(dropout=0.5), **options)
-    assert hash_model(resumed.unet) == hash_model(whole.unet)
+    assert hash_model(resumed.module) == hash_model(whole.module)
 
 
 def test_dropout_differs_from_step_to_step():
@@ -103,7 +104,7 @@ def test_dropout_differs_from_step_to_step():
         masks.append((output == 0).detach().clone())
 
     model = tiny_model(dropout=0.5)
-    dropouts = [m for m in model.unet.modules() if isinstance(m, torch.nn.Dropout)]
+    dropouts = [m for m in model.module.modules() if isinstance(m, torch.nn.Dropout)]
     dropouts[0].register_forward_hook(note)
     train_tiny(model=model)
     assert len(masks) == RECIPE.steps
@@ -120,12 +121,12 @@ def test_global_random_state_is_neither_used_nor_changed(unbroken):
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(6)
     again = train_tiny(model=tiny_model(dropout=0.1))
-    assert hash_model(model.unet) == hash_model(again.unet)
+    assert hash_model(model.module) == hash_model(again.module)
 
 
 def test_checkpointing_does_not_change_the_result(tmp_path, unbroken):
     model = train_tiny(checkpoint=tmp_path / "training.pt", checkpoint_every=2)
-    assert hash_model(model.unet) == unbroken
+    assert hash_model(model.module) == unbroken
 
 
 def test_every_field_of_the_recipe_matters(unbroken):
@@ -140,7 +141,7 @@ def test_every_field_of_the_recipe_matters(unbroken):
     }
     assert changes.keys() == RECIPE.to_dict().keys()
     hashes = {
-        hash_model(train_tiny(replace(RECIPE, **{name: value})).unet)
+        hash_model(train_tiny(replace(RECIPE, **{name: value})).module)
         for name, value in changes.items()
     }
     assert len(hashes | {unbroken}) == len(changes) + 1
@@ -158,10 +159,10 @@ PUBLISHED = {
 
 def test_later_fields_change_the_training_and_are_named():
     base = replace(RECIPE, epochs=3, partial_batches=True)
-    hashes = {hash_model(train_tiny(base).unet)}
+    hashes = {hash_model(train_tiny(base).module)}
     for name, value in PUBLISHED.items():
         changed = replace(base, **{name: value if name != "partial_batches" else False})
-        hashes.add(hash_model(train_tiny(changed).unet))
+        hashes.add(hash_model(train_tiny(changed).module))
     assert len(hashes) == len(PUBLISHED) + 1
     recipe = replace(RECIPE, **PUBLISHED)
     # epochs decide the steps
@@ -182,11 +183,11 @@ def test_a_recipe_says_every_later_field_that_is_not_the_default():
 @pytest.mark.parametrize("stop", [2, 3, 5])
 def test_published_recipe_resumes_bit_for_bit(tmp_path, stop, every):
     recipe = replace(RECIPE, **PUBLISHED)
-    whole = hash_model(train_tiny(recipe).unet)
+    whole = hash_model(train_tiny(recipe).module)
     options = {"checkpoint": tmp_path / "training.pt", "checkpoint_every": every}
     with pytest.raises(StopError):
         train_tiny(recipe, progress=stop_after(stop), **options)
-    assert hash_model(train_tiny(recipe, **options).unet) == whole
+    assert hash_model(train_tiny(recipe, **options).module) == whole
 
 
 @pytest.mark.parametrize("size, batch_size", [(10, 4), (10, 5), (3, 7), (1, 1)])
@@ -215,13 +216,13 @@ def test_epochs_without_partial_batches():
 def test_flips_mirror_about_half_of_the_images(monkeypatch):
     model = tiny_model()
     clean = []
-    add_noise = model.scheduler.add_noise
+    add_noise = model.process.scheduler.add_noise
 
     def spy(batch, noise, steps):
         clean.append(batch)
         return add_noise(batch, noise, steps)
 
-    monkeypatch.setattr(model.scheduler, "add_noise", spy)
+    monkeypatch.setattr(model.process.scheduler, "add_noise", spy)
     recipe = replace(RECIPE, steps=20, flip=True, batch_size=10)
     train_tiny(recipe, model=model)
     mirrored = []
@@ -241,7 +242,7 @@ def test_dropout_is_set_while_training_and_only_then():
     """As in the published models: in the residual blocks, not in attention."""
     seen = {}
     model = tiny_model(down_block_types=("AttnDownBlock2D",), up_block_types=("AttnUpBlock2D",))
-    layers = {n: m for n, m in model.unet.named_modules() if isinstance(m, torch.nn.Dropout)}
+    layers = {n: m for n, m in model.module.named_modules() if isinstance(m, torch.nn.Dropout)}
     for name, layer in layers.items():
         layer.register_forward_hook(lambda m, *_, name=name: seen.update({name: m.p}))
     train_tiny(replace(RECIPE, dropout=0.3), model=model)
@@ -255,7 +256,7 @@ def test_dropout_is_set_while_training_and_only_then():
 def test_published_dropout_counts():
     for name, count in (("cifar2", 22), ("celeba", 32)):
         with torch.device("meta"):
-            unet = get_preset(name).make_model().unet
+            unet = get_preset(name).make_model().module
         layers = [m for m in unet.modules() if isinstance(m, torch.nn.Dropout)]
         with dropout_of(unet, 0.1, lambda name: "attentions." not in name):
             assert sum(layer.p == 0.1 for layer in layers) == count
@@ -266,7 +267,7 @@ def test_dropout_comes_back_after_an_error():
     model = poison(tiny_model(dropout=0.5), 2)
     with pytest.raises(ValueError, match="at step 2 of 7"):
         train_tiny(replace(RECIPE, dropout=0.1), model=model)
-    dropouts = [m.p for m in model.unet.modules() if isinstance(m, torch.nn.Dropout)]
+    dropouts = [m.p for m in model.module.modules() if isinstance(m, torch.nn.Dropout)]
     assert set(dropouts) == {0.5}
 
 
@@ -295,10 +296,10 @@ def test_averaged_weights():
     snapshots = []
 
     def note(done, total):
-        snapshots.append(model.unet.conv_in.weight.detach().double().clone())
+        snapshots.append(model.module.conv_in.weight.detach().double().clone())
 
     model = tiny_model()
-    average = model.unet.conv_in.weight.detach().double().clone()
+    average = model.module.conv_in.weight.detach().double().clone()
     kept = {}
     train(
         model,
@@ -306,7 +307,7 @@ def test_averaged_weights():
         recipe,
         progress=note,
         keep_at={3, 7},
-        keep=lambda step: kept.update({step: model.unet.conv_in.weight.detach().clone()}),
+        keep=lambda step: kept.update({step: model.module.conv_in.weight.detach().clone()}),
     )
     for step, weights in enumerate(snapshots):
         # the first step has decay 0; then 1 - (1 + n) ** -3/4, at most the largest
@@ -315,7 +316,7 @@ def test_averaged_weights():
         if step + 1 in kept:
             assert relative_error(kept[step + 1], average) < 1e-6
     assert kept.keys() == {3, 7}
-    assert relative_error(model.unet.conv_in.weight, average) < 1e-6
+    assert relative_error(model.module.conv_in.weight, average) < 1e-6
     assert relative_error(average, snapshots[-1]) > 1e-4
 
 
@@ -327,12 +328,12 @@ def test_kept_models_are_those_of_their_step():
         IMAGES,
         RECIPE,
         keep_at=[2, 7],
-        keep=lambda step: kept.update({step: hash_model(model.unet)}),
+        keep=lambda step: kept.update({step: hash_model(model.module)}),
     )
     other = tiny_model()
     with pytest.raises(StopError):
         train_tiny(model=other, progress=stop_after(2))
-    assert kept == {2: hash_model(other.unet), 7: hash_model(model.unet)}
+    assert kept == {2: hash_model(other.module), 7: hash_model(model.module)}
 
 
 class Alone:
@@ -391,27 +392,27 @@ def test_accelerate_in_full_precision_changes_no_bit(tmp_path, unbroken, acceler
     with pytest.raises(StopError):
         train_tiny(accelerator=accelerate(), progress=stop_after(5), **options)
     model = train_tiny(accelerator=accelerate(), **options)
-    assert hash_model(model.unet) == unbroken
+    assert hash_model(model.module) == unbroken
 
 
 def test_mixed_precision(tmp_path, unbroken, accelerate):
     """bfloat16 layers, float32 weights; near the full training and never taken for it."""
     dtypes = []
     model = tiny_model()
-    model.unet.conv_out.register_forward_hook(lambda m, i, output: dtypes.append(output.dtype))
+    model.module.conv_out.register_forward_hook(lambda m, i, output: dtypes.append(output.dtype))
     options = {"checkpoint": tmp_path / "training.pt", "checkpoint_every": 2}
     bfloat = accelerate(mixed_precision="bf16")
     trained = train_tiny(model=model, accelerator=bfloat, **options)
     assert set(dtypes) == {torch.bfloat16}
     full, start = train_tiny(), tiny_model()
     weights, target, before = (
-        torch.cat([p.detach().flatten() for p in m.unet.parameters()])
+        torch.cat([p.detach().flatten() for p in m.module.parameters()])
         for m in (trained, full, start)
     )
     assert weights.dtype == torch.float32
     assert 1e-6 < relative_error(weights - before, target - before) < 0.3
     # the model is handed back as it was: float32 in, float32 out
-    output = trained.unet(IMAGES[:1], 5).sample
+    output = trained.module(IMAGES[:1], 5).sample
     assert output.dtype == torch.float32
     assert dtypes.pop() == torch.float32
     with pytest.raises(ValueError, match=r"differs in mixed precision \(bf16 there, None here\)"):
@@ -495,9 +496,9 @@ def test_loss_goes_down():
     model = tiny_model()
 
     def loss():
-        noisy = model.scheduler.add_noise(images[:1].expand_as(noise), noise, timesteps)
+        noisy = model.process.scheduler.add_noise(images[:1].expand_as(noise), noise, timesteps)
         with torch.no_grad():
-            return (model.unet(noisy, timesteps).sample - noise).square().mean().item()
+            return (model.module(noisy, timesteps).sample - noise).square().mean().item()
 
     before = loss()
     train(model, images, Recipe(steps=150, batch_size=32, learning_rate=1e-2))
@@ -513,7 +514,7 @@ def test_trains_on_what_the_scheduler_predicts(monkeypatch, kind):
     )
     bars = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
     clean, inputs, losses = [], [], []
-    add_noise = model.scheduler.add_noise
+    add_noise = model.process.scheduler.add_noise
     mse_loss = torch.nn.functional.mse_loss
 
     def spy_noise(batch, noise, timesteps):
@@ -524,9 +525,9 @@ def test_trains_on_what_the_scheduler_predicts(monkeypatch, kind):
         losses.append((prediction.detach(), target))
         return mse_loss(prediction, target)
 
-    monkeypatch.setattr(model.scheduler, "add_noise", spy_noise)
-    monkeypatch.setattr("dtrak.training.F.mse_loss", spy_loss)
-    model.unet.register_forward_pre_hook(lambda module, args: inputs.append(args))
+    monkeypatch.setattr(model.process.scheduler, "add_noise", spy_noise)
+    monkeypatch.setattr("dtrak.training.trainer.F.mse_loss", spy_loss)
+    model.module.register_forward_pre_hook(lambda module, args: inputs.append(args))
     train_tiny(model=model)
     for step, ((batch, noise, timesteps), (noisy, given), (_, target)) in enumerate(
         zip(clean, inputs, losses, strict=True)
@@ -547,14 +548,14 @@ def test_trains_on_what_the_scheduler_predicts(monkeypatch, kind):
 def test_noise_and_timesteps_are_fresh_at_every_step(monkeypatch):
     model = tiny_model()
     noises, timesteps = [], []
-    add_noise = model.scheduler.add_noise
+    add_noise = model.process.scheduler.add_noise
 
     def spy(batch, noise, steps):
         noises.append(noise)
         timesteps.append(steps)
         return add_noise(batch, noise, steps)
 
-    monkeypatch.setattr(model.scheduler, "add_noise", spy)
+    monkeypatch.setattr(model.process.scheduler, "add_noise", spy)
     train_tiny(replace(RECIPE, steps=20, batch_size=32), model=model)
     noise, steps = torch.stack(noises).double(), torch.cat(timesteps).double()
     assert scipy.stats.kstest(noise.flatten().numpy(), "norm").pvalue > 1e-3
@@ -568,10 +569,10 @@ def test_first_steps_match_adamw_by_hand():
     recipe = replace(RECIPE, steps=2, learning_rate=1e-2, weight_decay=0.1, max_grad_norm=0.05)
     model = tiny_model()
     name = "conv_in.weight"
-    parameter = model.unet.get_parameter(name)
+    parameter = model.module.get_parameter(name)
     start = parameter.detach().double().numpy().copy()
     values = []
-    model.unet.register_forward_pre_hook(
+    model.module.register_forward_pre_hook(
         lambda *_: values.append(parameter.detach().double().numpy().copy())
     )
     accumulated = {}
@@ -582,7 +583,7 @@ def test_first_steps_match_adamw_by_hand():
 
         return hook
 
-    for key, p in model.unet.named_parameters():
+    for key, p in model.module.named_parameters():
         p.register_post_accumulate_grad_hook(keep(key))
     train_tiny(recipe, model=model)
     values.append(parameter.detach().double().numpy())
@@ -654,7 +655,7 @@ def poison(model, call):
             output.sample = output.sample * float("nan")
         return output
 
-    model.unet.register_forward_hook(hook)
+    model.module.register_forward_hook(hook)
     return model
 
 
@@ -665,14 +666,14 @@ def test_loss_that_is_not_finite_names_the_step():
     ):
         train_tiny(model=model)
     # what was trained before is left as it was
-    assert all(p.isfinite().all() for p in model.unet.parameters())
-    assert not model.unet.training
+    assert all(p.isfinite().all() for p in model.module.parameters())
+    assert not model.module.training
 
 
 def test_gradient_that_is_not_finite_names_the_step():
     model = tiny_model()
     with torch.no_grad():
-        model.unet.conv_out.weight.fill_(1e15)
+        model.module.conv_out.weight.fill_(1e15)
     # the squared error fits float32, the squared gradient does not
     with pytest.raises(ValueError, match=r"got \d.*e\+3\d with gradient norm inf at step 1 of 7"):
         train_tiny(model=model)
@@ -682,7 +683,7 @@ def test_failed_step_is_not_checkpointed(tmp_path, unbroken):
     options = {"checkpoint": tmp_path / "training.pt", "checkpoint_every": 1}
     with pytest.raises(ValueError, match="at step 4 of 7"):
         train_tiny(model=poison(tiny_model(), 4), **options)
-    assert hash_model(train_tiny(**options).unet) == unbroken
+    assert hash_model(train_tiny(**options).module) == unbroken
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -701,23 +702,23 @@ def test_no_images_are_refused():
 def test_trained_model_is_ready_to_use(tmp_path, unbroken):
     model = tiny_model()
     assert train_tiny(model=model) is model
-    assert not model.unet.training
-    assert all(p.grad is None for p in model.unet.parameters())
+    assert not model.module.training
+    assert all(p.grad is None for p in model.module.parameters())
     model.save(tmp_path)
-    assert hash_model(load_model(tmp_path).unet) == unbroken
+    assert hash_model(load(tmp_path).module) == unbroken
 
 
 @pytest.mark.gpu
 def test_resumes_bit_for_bit_on_a_gpu(tmp_path):
     def model():
         fresh = tiny_model(dropout=0.1)
-        fresh.unet.cuda()
+        fresh.module.cuda()
         return fresh
 
     state = torch.cuda.get_rng_state()
     options = {"checkpoint": tmp_path / "training.pt", "checkpoint_every": 2}
-    whole = hash_model(train_tiny(model=model()).unet)
+    whole = hash_model(train_tiny(model=model()).module)
     with pytest.raises(StopError):
         train_tiny(model=model(), progress=stop_after(5), **options)
-    assert hash_model(train_tiny(model=model(), **options).unet) == whole
+    assert hash_model(train_tiny(model=model(), **options).module) == whole
     assert torch.equal(torch.cuda.get_rng_state(), state)

@@ -11,8 +11,10 @@ from torch import nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from dtrak_kernels import fast_jl, reference, reference_fast_jl
+from dtrak_kernels import fast_jl
 from dtrak_kernels import trak as adapter
+from dtrak_kernels.dense import reference
+from dtrak_kernels.fast_jl import reference as reference_fast_jl
 from dtrak_kernels.trak import FusedGradientComputer, TritonProjector
 
 trak = pytest.importorskip("trak", reason="traker is not installed")
@@ -194,7 +196,7 @@ def test_types_survive_json_and_are_the_library_s():
 
 @pytest.mark.parametrize("name", PROJECTORS)
 def test_dict_and_tensor_give_the_same(name, problem, monkeypatch):
-    monkeypatch.setattr("dtrak_kernels.adapters._COLUMNS", 50)
+    monkeypatch.setattr("dtrak_kernels.adapters.gradients._COLUMNS", 50)
     shapes = {key: value.shape for key, value in small_model().named_parameters()}
     grads = {key: torch.round(9 * gaussian(7, *shape)) for key, shape in shapes.items()}
     flat = torch.cat([value.flatten(1) for value in grads.values()], dim=1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from numerics import relative_error
 
-from dtrak_kernels.trak_scores import RidgeScoreComputer
+from dtrak_kernels.adapters.trak_scores import RidgeScoreComputer
 
 trak = pytest.importorskip("trak", reason="traker is not installed")
 from trak.projectors import NoOpProjector  # noqa: E402
@@ -37,7 +37,7 @@ def test_scores_are_the_definition(N, K):
 
 @pytest.mark.parametrize("N, K", SHAPES)
 def test_trak_scale_is_the_library_s(N, K, monkeypatch):
-    from dtrak_kernels import trak_scores
+    from dtrak_kernels.adapters import trak_scores
 
     monkeypatch.setattr(trak_scores, "_ROWS", 7)
     grads, targets = rows(N, K), rows(5, K, seed=1)

@@ -8,9 +8,10 @@ import torch
 from numerics import relative_error
 from torch import nn
 
-from dtrak_kernels import weight_gradient as weight_gradient_module
-from dtrak_kernels.weight_gradient import (
-    choose_form,
+from dtrak_kernels.gradients import weight as weight_gradient_module
+from dtrak_kernels.gradients.weight import (
+    LayerGradient,
+    choose_contraction,
     grouped_grads,
     prefers_grouped,
     weight_grads,
@@ -22,7 +23,7 @@ def gathered(module, x, output_grads, rows_per_sample, **options):
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     total = torch.zeros(samples, len(module.weight), module.weight[0].numel(), dtype=dtype)
     covered = torch.zeros(samples, len(module.weight))
-    for part in weight_grads(module, x, output_grads, rows_per_sample, **options):
+    for part in weight_grads(LayerGradient(module, x, output_grads, rows_per_sample), **options):
         assert part.grads.dtype == dtype
         total[part.samples, part.rows] += part.grads
         covered[part.samples, part.rows] += 1
@@ -65,9 +66,9 @@ def test_samples_as_groups(geometry, rows_per_sample, workspace, monkeypatch):
         output_grads = torch.randn_like(conv(x))
         expected = looped(conv, x, output_grads, rows_per_sample)
         conv, x, output_grads = conv.float(), x.float(), output_grads.float()
-        assert prefers_grouped(conv, x, output_grads, rows_per_sample)
+        assert prefers_grouped(LayerGradient(conv, x, output_grads, rows_per_sample))
         # whatever else may be better for this case
-        monkeypatch.setattr(weight_gradient_module, "choose_form", lambda *_: grouped_grads)
+        monkeypatch.setattr(weight_gradient_module, "choose_contraction", lambda *_: grouped_grads)
         actual = gathered(conv, x, output_grads, rows_per_sample, all_samples=all_samples)
         assert relative_error(actual, expected) < 1e-6
 
@@ -115,7 +116,11 @@ def test_every_form(module, form, rows_per_sample, dtype, workspace, monkeypatch
     output_grads = torch.randn_like(wide(x))
     expected = looped(wide, x, output_grads, rows_per_sample)
     x, output_grads = x.to(dtype), output_grads.to(dtype)
-    chosen = getattr(choose_form(module, x, output_grads, rows_per_sample), "__name__", "patches")
+    chosen = getattr(
+        choose_contraction(LayerGradient(module, x, output_grads, rows_per_sample)),
+        "__name__",
+        "patches",
+    )
     if form == "another":
         assert chosen != "traded_grads"
     elif workspace > 3000:
@@ -148,7 +153,7 @@ def test_bfloat16_goes_through_patches():
     torch.manual_seed(0)
     conv = nn.Conv2d(4, 5, 3)
     x, output_grads = torch.randn(4, 4, 9, 9).bfloat16(), torch.randn(4, 5, 7, 7).bfloat16()
-    assert not prefers_grouped(conv, x, output_grads, 1)
+    assert not prefers_grouped(LayerGradient(conv, x, output_grads, 1))
     expected = looped(conv.double(), x.double(), output_grads.double(), 2)
     actual = gathered(conv.float(), x, output_grads, 2, all_samples=False)
     # accumulated in float32: bfloat16 products are exact there
@@ -158,25 +163,27 @@ def test_bfloat16_goes_through_patches():
 def test_few_positions_and_many_channels_go_through_patches():
     conv = nn.Conv2d(64, 64, 3, padding=1)
     x = torch.randn(2, 64, 8, 8)
-    assert not prefers_grouped(conv, x, x, 1)
-    assert prefers_grouped(conv, x, x, 2)
-    assert not prefers_grouped(nn.Conv2d(4, 4, 3, groups=2), x, x, 2)
-    assert not prefers_grouped(nn.Conv3d(1, 1, 1), x[:, None], x[:, None], 2)
-    assert not prefers_grouped(conv, x.double(), x.double(), 2)
+    assert not prefers_grouped(LayerGradient(conv, x, x, 1))
+    assert prefers_grouped(LayerGradient(conv, x, x, 2))
+    assert not prefers_grouped(LayerGradient(nn.Conv2d(4, 4, 3, groups=2), x, x, 2))
+    assert not prefers_grouped(LayerGradient(nn.Conv3d(1, 1, 1), x[:, None], x[:, None], 2))
+    assert not prefers_grouped(LayerGradient(conv, x.double(), x.double(), 2))
 
 
 @pytest.mark.parametrize("all_samples", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_workspace_grows_with_neither_size_nor_timesteps(all_samples, dtype):
     """The largest tensor of a layer's backward, for a large weight and for many rows."""
-    from dtrak.measure import TensorMeter
+    from dtrak.runs.measure import TensorMeter
 
     largest = {}
     for channels, rows_per_sample in ((64, 1), (64, 12), (256, 1)):
         conv = nn.Conv2d(channels, channels, 3, padding=1, dtype=dtype)
         x = torch.randn(4 * rows_per_sample, channels, 8, 8, dtype=dtype)
         with TensorMeter(known=[x, conv.weight, conv.bias]) as meter:
-            for part in weight_grads(conv, x, x, rows_per_sample, all_samples=all_samples):
+            for part in weight_grads(
+                LayerGradient(conv, x, x, rows_per_sample), all_samples=all_samples
+            ):
                 del part
         # besides a rearranged copy of the input
         largest[channels, rows_per_sample] = meter.largest_bytes, x.numel() * x.element_size()

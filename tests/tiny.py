@@ -3,7 +3,8 @@
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
-from dtrak.diffusion import DiffusionModel, linear_schedule
+from dtrak.models.process import DiscreteProcess, linear_process
+from dtrak.models.unet import UNet
 
 
 def tiny_unet(seed: int = 0, **options) -> UNet2DModel:
@@ -26,5 +27,6 @@ def tiny_unet(seed: int = 0, **options) -> UNet2DModel:
         ).eval()
 
 
-def tiny_model(seed: int = 0, scheduler: DDPMScheduler | None = None, **options) -> DiffusionModel:
-    return DiffusionModel(tiny_unet(seed, **options), scheduler or linear_schedule())
+def tiny_model(seed: int = 0, scheduler: DDPMScheduler | None = None, **options) -> UNet:
+    process = linear_process() if scheduler is None else DiscreteProcess(scheduler)
+    return UNet(tiny_unet(seed, **options), process)

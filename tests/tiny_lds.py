@@ -8,11 +8,12 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from dtrak import presets
-from dtrak.data import ImageData, load_data
-from dtrak.lds_experiment import Experiment, load_experiment, prepare, train_one
-from dtrak.presets import Draw, Preset
-from dtrak.training import Recipe
+from dtrak.data.images import load_data
+from dtrak.data.samples import Samples
+from dtrak.evaluation.lds.experiment import Experiment, load_experiment, prepare, train_one
+from dtrak.training import presets
+from dtrak.training.presets import Draw, Preset
+from dtrak.training.trainer import Recipe
 
 NAME = "tiny"
 CPU = torch.device("cpu")
@@ -20,12 +21,12 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class TinyPreset(Preset):
-    def load_data(self, split="train", source=None, *, limit=None, skip_corrupt=False) -> ImageData:
+    def load_data(self, split="train", source=None, *, limit=None, skip_corrupt=False) -> Samples:
         size = 40 if split == "train" else 6
         data = load_data("digits", channels=1, size=8, split=split, limit=size)
         # ten classes of four: what a stratified half needs
         if split == "train":
-            data = ImageData(data.images, data.ids, [i % 10 for i in range(40)], "digits")
+            data = Samples(data.images, data.ids, [i % 10 for i in range(40)], "digits")
         return data if limit is None else data.select(range(min(limit, len(data))))
 
     def make_model(self, seed=0):

@@ -6,17 +6,17 @@ from functools import cache
 import torch
 from tiny_lds import CPU
 
-from dtrak import presets
-from dtrak.data import ImageData
-from dtrak.presets import Draw, LoraRecipe, Preset
-from dtrak.training import Recipe
+from dtrak.data.samples import Samples
+from dtrak.training import presets
+from dtrak.training.presets import Draw, LoraRecipe, Preset
+from dtrak.training.trainer import Recipe
 
 NAME = "tiny-lora"
 CLASSES = ("fog", "hill", "sea")
 
 
 @cache
-def pictures(split: str) -> ImageData:
+def pictures(split: str) -> Samples:
     """Smooth pictures of 16 x 16 pixels of two classes, 8 bits a channel."""
     size = {"train": 8, "validation": 3}[split]
     generator = torch.Generator().manual_seed(size)
@@ -24,12 +24,12 @@ def pictures(split: str) -> ImageData:
     smooth = torch.nn.functional.interpolate(coarse, size=16, mode="bilinear")
     images = (smooth * 255).round() / 127.5 - 1
     ids = [f"{split}/{number}" for number in range(size)]
-    return ImageData(images, ids, [2 * (number % 2) for number in range(size)], "pictures")
+    return Samples(images, ids, [2 * (number % 2) for number in range(size)], "pictures")
 
 
 @dataclass(frozen=True)
 class TinyLoraPreset(Preset):
-    def load_data(self, split="train", source=None, *, limit=None, skip_corrupt=False) -> ImageData:
+    def load_data(self, split="train", source=None, *, limit=None, skip_corrupt=False) -> Samples:
         data = pictures(split)
         return data if limit is None else data.select(range(min(limit, len(data))))
 

@@ -7,8 +7,9 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from dtrak.data import encode_png, to_uint8
-from dtrak.text_to_image import TextToImageModel, load_text_to_image
+from dtrak.data.images import encode_png, to_uint8
+from dtrak.models import load
+from dtrak.models.stable_diffusion import StableDiffusion
 
 MAX_TOKENS = 16
 PICTURES = {
@@ -101,18 +102,18 @@ def build_pipeline(folder: Path, seed: int = 0, scheduler=None, **unet) -> Path:
     return folder
 
 
-def shake_lora(model: TextToImageModel, seed: int = 1) -> TextToImageModel:
+def shake_lora(model: StableDiffusion, seed: int = 1) -> StableDiffusion:
     """Give a fresh adapter weights that matter: both factors far from zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.unet.named_parameters():
+        for name, parameter in model.module.named_parameters():
             if ".lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return model
 
 
-def load_tiny(folder: Path, rank: int = 3, seed: int = 1) -> TextToImageModel:
-    return shake_lora(load_text_to_image(folder, rank=rank), seed)
+def load_tiny(folder: Path, rank: int = 3, seed: int = 1) -> StableDiffusion:
+    return shake_lora(load(folder).put_adapter(rank), seed)
 
 
 def write_pictures(folder: Path, metadata: bool = True) -> Path:

@@ -1,0 +1,266 @@
+"""Retraining without what a method ranks highest, from the scores to the results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ..data.images import to_uint8
+from ..evaluation.counterfactual.draw import Draw, choose_draw
+from ..evaluation.counterfactual.options import (
+    GRADIENT_METHODS,
+    NOTHING,
+    RANDOM,
+    check_methods,
+    check_output,
+)
+from ..evaluation.counterfactual.origin import Origin, open_origin
+from ..evaluation.counterfactual.results import (
+    METRICS,
+    Counterfactual,
+    Summary,
+    compare_pictures,
+    save_counterfactual,
+)
+from ..evaluation.counterfactual.retraining import (
+    Experiment,
+    RetrainJob,
+    check_removal,
+    prepare,
+    removal_positions,
+)
+from ..methods.baselines import Clip, clip_embeddings, raw_similarity, vae_latents
+from ..pages.counterfactual import write_box_plot, write_strips
+from ..runs.choices import check_counts
+from ..runs.console import progress_bar
+from ..runs.measure import available_bytes
+from ..runs.results import read_scores
+from ..runs.workers import NAME_BYTES, work
+
+# the published part of the training set, 1,000 of 5,000
+DEFAULT_PART = 0.2
+
+
+@dataclass(frozen=True)
+class _Scorer:
+    """Finds or computes the scores of every method for the queries of a run."""
+
+    origin: Origin
+    folder: Path
+    device: torch.device
+    console: Console
+    clip: Clip | None
+    vae: Any
+    draw: Draw
+
+    def scores(self, method: str) -> Tensor:
+        """``[M, N]``, positive for proponents."""
+        name, _, file = method.partition("=")
+        train, queries = self.origin.data.images, self.origin.queries.images
+        if file:
+            return self._read(file)
+        if name == RANDOM:
+            return self.draw.random_scores(len(queries), len(train))
+        if name in GRADIENT_METHODS:
+            return self.origin.gradient_scores(
+                GRADIENT_METHODS[name], self.folder / "scores" / name, self.device, self.console
+            )
+        kind, similarity = name.split("-")
+        if kind == "clip":
+            assert self.clip is not None
+            train, queries = clip_embeddings(train, self.clip), clip_embeddings(queries, self.clip)
+        if kind == "latent":
+            train, queries = vae_latents(train, self.vae), vae_latents(queries, self.vae)
+        return raw_similarity(queries, train, similarity)
+
+    def _read(self, file: str) -> Tensor:
+        scores, metadata = read_scores(file)
+        for names, wanted in (("rows", self.origin.queries), ("columns", self.origin.data)):
+            if json.loads(metadata[names]) != wanted.ids:
+                raise ValueError(
+                    f"{file} must hold scores of the run's images, got {names} of other names"
+                )
+        return scores
+
+
+def run_counterfactual(
+    folder: Path,
+    methods: Sequence[str],
+    *,
+    top_k: int | None,
+    num_queries: int | None,
+    retrainings: int,
+    draw: str | None,
+    seed: int | None,
+    preset: str | None,
+    source: str | None,
+    timesteps: int | None,
+    clip: Clip | None,
+    vae: Any,
+    processes: int,
+    device: torch.device,
+    output: Path | None,
+    console: Console,
+) -> Counterfactual | None:
+    """Run the whole experiment.
+
+    Args:
+        folder: of a finished run of `dtrak.attribute`, or one of `dtrak.lds` with its full model.
+        methods: of `METHODS`, or ``name=file`` for scores computed elsewhere.
+        top_k: how many training images are removed; None takes a fifth of them.
+        num_queries: Q, queries of the run that are drawn again; None takes the published 60, or
+            10 of our own draw, or all there are.
+        retrainings: R, models trained for each removal.
+        draw: of the queries and of the random removals, as `draw.choose_draw`.
+        seed: likewise.
+        preset: that trained the model, where the run does not know.
+        source: where the training images lie, if not where the run found them.
+        timesteps: S of gradient features; None takes the run's.
+        clip: adds CLIP similarity, and the methods that need it.
+        vae: adds the distance of latents, and the methods that need it.
+        processes: models trained at once.
+        device: where; ``cuda`` shares all GPUs out between the processes.
+        output: folder of the experiment; None puts it into the run's.
+        console: where progress goes.
+
+    Returns:
+        The results, or None while another command is at work on the rest.
+
+    Raises:
+        ValueError: an option or a folder is refused; one clear line.
+        FileNotFoundError: a path does not exist.
+    """
+    names = [method.partition("=")[0] for method in methods]
+    check_methods(methods, clip, vae)
+    check_counts(retrainings=retrainings, processes=processes)
+    output = folder / "counterfactual" if output is None else output
+    check_output(output)
+    origin = open_origin(folder, preset=preset, source=source, timesteps=timesteps)
+    drawn = choose_draw(draw, seed, origin.preset, origin.queries.ids, len(origin.data))
+    rows = drawn.choose_queries(len(origin.queries), num_queries)
+    k = max(1, round(DEFAULT_PART * len(origin.data))) if top_k is None else top_k
+    check_removal(k, len(origin.data))
+    models = retrainings * len(rows) * len(methods)
+    if models * NAME_BYTES > available_bytes(torch.device("cpu")):
+        raise ValueError(
+            f"--retrainings must leave a number of models whose names fit in memory, got "
+            f"{retrainings} and so {models} models"
+        )
+    scorer = _Scorer(origin, output, device, console, clip, vae, drawn)
+    # features take hours: a file that is refused is refused before
+    removed = {
+        method: removal_positions(scorer.scores(method), rows, k)
+        for method in sorted(methods, key=GRADIENT_METHODS.__contains__)
+        if method != NOTHING
+    }
+    removed[NOTHING] = torch.zeros(len(rows), 0, dtype=torch.int64)
+    experiment = prepare(
+        output,
+        origin,
+        [origin.queries.ids[row] for row in rows],
+        {name: removed[method] for name, method in zip(names, methods, strict=True)},
+        top_k=k,
+        retrainings=retrainings,
+        preset=preset,
+        source=source,
+    )
+    if experiment.missing():
+        origin.training.prepare(output, device, console)
+        _retrain(experiment, processes, device, console)
+    left = experiment.missing()
+    if left:
+        console.print(f"another command is at work on {len(left)} of {len(experiment.jobs)} models")
+        return None
+    return _measure(experiment, k, drawn, clip, vae, device)
+
+
+def _retrain(
+    experiment: Experiment, processes: int, device: torch.device, console: Console
+) -> None:
+    missing = experiment.missing()
+    steps = {job: experiment.steps(job) for job in missing}
+    done = dict.fromkeys(missing, 0)
+    devices = (str(device),)
+    if device.type == "cuda" and device.index is None:
+        devices = tuple(f"cuda:{index}" for index in range(torch.cuda.device_count()))
+    with progress_bar(console, f"retrain {len(missing)} models") as progress:
+
+        def report(job: str, steps_done: int, _: int) -> None:
+            done[job] = steps_done
+            progress(sum(done.values()), sum(steps.values()))
+
+        work(RetrainJob(experiment.folder, devices), missing, processes, report)
+
+
+def _measure(
+    experiment: Experiment, k: int, draw: Draw, clip: Clip | None, vae: Any, device: torch.device
+) -> Counterfactual:
+    origin = experiment.origin
+    model = origin.load_model()
+    vae = model.vae if vae is None else vae
+    rows = [origin.queries.ids.index(query) for query in experiment.query_ids]
+    originals = to_uint8(origin.queries.pictures(rows))
+    model.to(device)
+    again = origin.training.draw(model, experiment.query_ids)
+    settings: dict[str, Any] = {
+        "run": str(origin.folder),
+        "training images": len(origin.data),
+        "removed": k,
+        "queries": len(experiment.query_ids),
+        "retrainings of each removal": experiment.retrainings,
+        "draw of queries and random removals": draw.description,
+        "training steps": origin.training.recipe.num_steps(len(origin.data) - k),
+        # what the run's own model, drawing alone instead of in a batch, already changes
+        "largest change by drawing again": f"{_largest_change(originals, again)} of 255",
+    }
+    results = compare_pictures(
+        experiment.query_ids, originals, experiment.pictures(), settings, clip=clip, vae=vae
+    )
+    save_counterfactual(results, experiment.folder)
+    write_box_plot(experiment.folder / "distances.png", results)
+    write_strips(experiment.folder / "strips.png", results)
+    return results
+
+
+def _largest_change(a: Tensor, b: Tensor) -> int:
+    return int((a.int() - b.int()).abs().max())
+
+
+def print_results(results: Counterfactual, folder: Path) -> None:
+    """Show the distances, and where the pictures are."""
+    console = Console()
+    for metric in results.values:
+        title = METRICS[metric].title + (" (more = more change)" if METRICS[metric].rises else "")
+        table = Table(title=title, header_style="bold", title_justify="left")
+        for column in ("removed by", "median", "95 % interval", "mean", "beyond random"):
+            table.add_column(column, justify="left" if column == "removed by" else "right")
+        for method in results.methods:
+            summary = results.summary(metric, method)
+            beyond = results.beyond_random(metric, method)
+            table.add_row(
+                method,
+                f"{summary.median:.4g}",
+                _interval(summary),
+                f"{summary.mean:.4g}",
+                "" if beyond is None else f"{beyond.median:+.4g} {_interval(beyond)}",
+            )
+        console.print(table)
+    console.print(
+        f"pictures: {folder / 'strips.png'}\nplot: {folder / 'distances.png'}\n"
+        f"values: {folder / 'results.json'}",
+        soft_wrap=True,
+    )
+
+
+def _interval(summary: Summary) -> str:
+    if summary.interval is None:
+        return f"n = {summary.count}"
+    return f"[{summary.interval[0]:.4g}, {summary.interval[1]:.4g}]"

@@ -1,0 +1,1 @@
+"""Samples: images with their ids, labels and captions."""

@@ -1,0 +1,1 @@
+"""Ground truths: models trained on part of the data."""

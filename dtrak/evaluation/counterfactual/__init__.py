@@ -1,0 +1,1 @@
+"""Retraining without the images that rank highest."""

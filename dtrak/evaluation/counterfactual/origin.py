@@ -1,0 +1,223 @@
+"""The run whose pictures are drawn again: its images, its queries, its scores, its training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from dtrak_kernels import Projection
+from dtrak_kernels.ridge import RidgeSolver
+
+from ...data.samples import Samples
+from ...features.extraction import (
+    FusedExtractor,
+    deciding_settings,
+    fill_store,
+    fitting_batch_size,
+)
+from ...features.settings import FeatureSettings
+from ...features.store import FeatureStore
+from ...features.timesteps import select_timesteps
+from ...models.denoiser import Denoiser
+from ...runs.choices import DEFAULT_PROJ_DIM
+from ...runs.console import progress_bar
+from ...runs.files import claim
+from ...runs.results import GENERATED, load_attribution
+from ..lds.experiment import Experiment, generated_queries
+from ..lds.experiment import load_experiment as load_lds
+from ..lds.tasks import GENERATED as LDS_GENERATED
+from ..lds.tasks import TRAIN
+from ..lds.text_to_image import TextToImageTask
+from .options import CounterfactualError
+from .training import LoraTraining, PixelTraining, Training, find_preset, find_training
+
+_TIMESTEPS = 10
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """A model, what it was trained on and what it drew.
+
+    Attributes:
+        folder: of the run.
+        train: N training images.
+        drawn: M pictures the model drew; the picture of seed 3 is called ``00003.png``.
+        load_model: loads the model, on the CPU.
+        training: how it was trained.
+        preset: whose experiment it is, as far as is known.
+        settings: of gradient features, whatever their output function.
+        damping: λ of its scores, in units of the Gram matrix; None chooses it.
+        scores: ``[M, N]`` by output function, where the run has any that fit the settings.
+    """
+
+    folder: Path
+    train: Samples
+    drawn: Samples
+    load_model: Callable[[], Denoiser]
+    training: Training
+    settings: FeatureSettings
+    preset: str | None = None
+    damping: float | None = None
+    scores: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def data(self) -> Samples:
+        """The training images as pictures."""
+        return self.train
+
+    @property
+    def queries(self) -> Samples:
+        """The queries as pictures."""
+        return self.drawn
+
+    def gradient_scores(
+        self, output_function: str, folder: Path, device: torch.device, console: Console
+    ) -> Tensor:
+        """TRAK's formula on the gradients of an output function: D-TRAK, TRAK and their kin.
+
+        Args:
+            output_function: as in `output_names.check_output_function`.
+            folder: where features are kept.
+            device: where they are computed.
+            console: where progress goes.
+
+        Returns:
+            ``[M, N]`` float32: the run's own where it has them.
+
+        Raises:
+            ValueError: as `extraction.fill_store`.
+        """
+        if output_function in self.scores:
+            return self.scores[output_function]
+        # two commands would begin stores of different shards
+        with claim(folder / "features.lock", wait=True):
+            stores = self._fill_stores(output_function, folder, device, console)
+        solver = RidgeSolver(stores[0])
+        damping = solver.auto_damping() if self.damping is None else self.damping
+        return solver.scores(stores[1].load(), damping=damping).float()
+
+    def _fill_stores(
+        self, output_function: str, folder: Path, device: torch.device, console: Console
+    ) -> list[FeatureStore]:
+        """Complete stores of the training images and of the queries."""
+        model = self.load_model()
+        settings = replace(self.settings, output_function=output_function)
+        extractor = FusedExtractor(model, settings, device)
+        stores = []
+        for role, data in (("train", self.train), ("query", self.drawn)):
+            store = FeatureStore.open(
+                folder / role,
+                {**deciding_settings(model, settings, data, extractor.method), "role": role},
+                data.ids,
+                extractor.proj_dim,
+                fitting_batch_size(extractor, data),
+            )
+            if store.missing():
+                with progress_bar(console, f"{folder.name} features, {role}") as progress:
+                    fill_store(store, extractor, data, role=f"{role}/", progress=progress)
+            stores.append(store)
+        return stores
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the retrained models, besides what is removed; JSON-serialisable."""
+        return {
+            "data": self.data.fingerprint,
+            "model": self.load_model().identity(),
+            "training": self.training.identity(),
+        }
+
+
+def open_origin(
+    folder: str | Path,
+    *,
+    preset: str | None = None,
+    source: str | None = None,
+    timesteps: int | None = None,
+) -> Origin:
+    """Open a run of `dtrak.attribute`, or of `dtrak.lds` with its full model.
+
+    Args:
+        folder: of the run.
+        preset: that trained the model; None takes what the run, or the model's folder, says.
+        source: where the training images lie now; None takes where the run found them.
+        timesteps: S of gradient features; None takes the run's, or 10 for one of `dtrak.lds`.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or its data or model are gone.
+        CounterfactualError: the run's queries were not drawn by its model, or as `find_training`.
+        ValueError: the folder holds no finished run; the preset is unknown, or its model another.
+    """
+    folder = Path(folder)
+    if (folder / "experiment.json").is_file():
+        return _open_lds(folder, timesteps)
+    run = load_attribution(folder)
+    if run.options.queries != GENERATED:
+        raise CounterfactualError(
+            f"the queries of {folder} must be generated to be drawn again, got "
+            f"{run.options.queries!r}"
+        )
+    inputs = run.load_inputs(source)
+    settings = inputs.run.plan.settings
+    scores = {settings.output_function: run.scores}
+    if timesteps is not None:
+        chosen = select_timesteps(timesteps, "uniform", inputs.model.process.num_timesteps)
+        if tuple(chosen) != settings.timesteps:
+            settings, scores = replace(settings, timesteps=tuple(chosen)), {}
+    return Origin(
+        folder,
+        inputs.train,
+        inputs.queries,
+        run.load_model,
+        find_training(run, inputs, preset),
+        settings,
+        find_preset(run, preset),
+        inputs.run.plan.damping,
+        scores,
+    )
+
+
+def _open_lds(folder: Path, timesteps: int | None) -> Origin:
+    experiment = load_lds(folder)
+    model = experiment.load_model()
+    chosen = select_timesteps(
+        _TIMESTEPS if timesteps is None else timesteps, "uniform", model.process.num_timesteps
+    )
+    data, device = experiment.data, torch.device("cpu")
+    queries = generated_queries(experiment, device)
+    return Origin(
+        folder,
+        experiment.task.samples(TRAIN, data, device),
+        experiment.task.samples(LDS_GENERATED, queries, device),
+        experiment.load_model,
+        _find_lds_training(experiment, queries),
+        FeatureSettings("loss", tuple(chosen), 0, Projection("sjlt", DEFAULT_PROJ_DIM["sjlt"])),
+        experiment.preset.name,
+    )
+
+
+def _find_lds_training(experiment: Experiment, queries: Samples) -> Training:
+    preset, task = experiment.preset, experiment.task
+    if not isinstance(task, TextToImageTask):
+        return PixelTraining(
+            preset.recipe, preset.make_model, experiment.data, {}, preset.num_inference_steps
+        )
+    return LoraTraining(
+        preset.recipe,
+        task.base,
+        task.lora.rank,
+        experiment.data,
+        task.captions[TRAIN],
+        dict(zip(queries.ids, task.captions[LDS_GENERATED], strict=True)),
+        task.lora.caption_dropout,
+        task.mixed_precision,
+        task.lora.guidance_scale,
+        preset.size,
+        preset.num_inference_steps,
+        task.precision,
+    )

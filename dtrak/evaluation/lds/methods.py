@@ -1,0 +1,443 @@
+"""Every attribution method's prediction of what the retrained models do.
+
+A method is judged by its group predictions alone: minus the sum of the scores of the images a
+subset holds. They are a few hundred numbers per query where a score matrix has one per training
+image, so they are what is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from dtrak_kernels import Projection
+from dtrak_kernels.ridge import RidgeSolver
+
+from ...data.samples import Samples, join
+from ...features.extraction import (
+    FusedExtractor,
+    deciding_settings,
+    fill_store,
+    fitting_batch_size,
+)
+from ...features.settings import FeatureSettings
+from ...features.store import FeatureStore
+from ...features.timesteps import select_timesteps
+from ...methods import scores
+from ...methods.baselines import random_scores, raw_similarity
+from ...models.denoiser import Denoiser
+from ...models.hashing import hash_tensors
+from ...runs.choices import DEFAULT_PROJ_DIM
+from ...runs.files import claim, write_atomically
+from .clip import ClipEncoder
+from .experiment import Experiment, generated_queries
+from .options import FULL, RETRAIN, ExperimentError
+from .statistics import predict_groups
+from .tasks import GENERATED, TRAIN
+
+# λ in units of the mean squared feature norm, two a decade
+DAMPING_FACTORS = tuple(float(f"{digit}e{power}") for power in range(-4, 4) for digit in (1, 3))
+_MEMORY_BUDGET = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class Method:
+    """An attribution method.
+
+    Attributes:
+        name: as in tables.
+        kind: which formula.
+        output_function: whose gradients it takes; None where it takes none.
+    """
+
+    name: str
+    kind: str
+    output_function: str | None = None
+
+
+METHODS = (
+    Method("D-TRAK", "trak", "mean_squared_l2_norm"),
+    Method("D-TRAK, mean", "trak", "mean"),
+    Method("D-TRAK, l1_norm", "trak", "l1_norm"),
+    Method("D-TRAK, l2_norm", "trak", "l2_norm"),
+    Method("D-TRAK, linf_norm", "trak", "linf_norm"),
+    Method("TRAK", "trak", "loss"),
+    Method("TRAK, weighted_mse", "trak", "weighted_mse"),
+    Method("Relative influence", "relative", "loss"),
+    Method("Renormalised influence", "renormalised", "loss"),
+    Method("Journey-TRAK", "journey", "loss"),
+    Method("Gradient dot", "dot", "loss"),
+    Method("Gradient cosine", "cosine", "loss"),
+    Method("TracInCP", "tracin_cp", "loss"),
+    Method("GAS", "gas", "loss"),
+    Method("Raw pixels, dot", "raw_dot"),
+    Method("Raw pixels, cosine", "raw_cosine"),
+    Method("Random", "random"),
+)
+# where a CLIP model is at hand
+CLIP_METHODS = (Method("CLIP, dot", "clip_dot"), Method("CLIP, cosine", "clip_cosine"))
+# the methods whose projection is compared with other kinds
+_COMPARED = ("D-TRAK", "TRAK")
+
+_DAMPED: dict[str, Callable[[RidgeSolver, Tensor, float], Tensor]] = {
+    "trak": scores.trak,
+    "journey": scores.trak,
+    "relative": scores.relative_influence,
+    "renormalised": scores.renormalised_influence,
+}
+_SIMILAR = {"dot": scores.gradient_dot, "cosine": scores.gradient_cosine}
+_CHECKPOINTED = {"tracin_cp": scores.tracin_cp, "gas": scores.gas}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A method with everything but its damping.
+
+    Attributes:
+        method: which.
+        num_timesteps: S of its features; 0 for a method without.
+        projection: kind of the random matrix; empty for a method without.
+        model: name of the model its features are of; the full one by default.
+    """
+
+    method: Method
+    num_timesteps: int = 0
+    projection: str = ""
+    model: str = FULL
+
+    @property
+    def key(self) -> str:
+        """A name for files: lower case, no blanks."""
+        words = self.method.name.lower().replace(",", "").replace(" ", "-")
+        if self.model != FULL:
+            words += f"-{self.model}"
+        return f"{words}-{self.projection}-{self.num_timesteps}" if self.projection else words
+
+
+def list_settings(
+    num_timesteps: Sequence[int], projections: Sequence[str], *, with_clip: bool = False
+) -> list[Setting]:
+    """What is evaluated: every method with the first projection, D-TRAK and TRAK with all.
+
+    Args:
+        num_timesteps: S, one or more.
+        projections: kinds, one or more.
+        with_clip: add the methods that need a CLIP model.
+    """
+    settings = [Setting(method) for method in METHODS if not method.output_function]
+    if with_clip:
+        settings += [Setting(method) for method in CLIP_METHODS]
+    for kind in projections:
+        settings += [
+            Setting(method, S, kind)
+            for S in num_timesteps
+            for method in METHODS
+            if method.output_function and (kind == projections[0] or method.name in _COMPARED)
+        ]
+    return settings
+
+
+def name_raw(settings: Sequence[Setting], raw: str) -> list[Setting]:
+    """The same settings, raw similarities called after what they compare: pixels or latents."""
+    return [
+        replace(setting, method=replace(method, name=method.name.replace("pixels", raw)))
+        if (method := setting.method).kind.startswith("raw_")
+        else setting
+        for setting in settings
+    ]
+
+
+def feature_bytes(experiment: Experiment) -> tuple[int, int]:
+    """What the features in a run's folder take: of all models, and of the retrain family's."""
+    folder = experiment.folder / "features"
+    sizes = {file: file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+    members = [size for file, size in sizes.items() if f"-{RETRAIN}-" in file.parents[1].name]
+    return sum(sizes.values()), sum(members)
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What a method predicts for every subset and query, at every damping tried.
+
+    Attributes:
+        setting: the method.
+        kinds: the kinds of queries, in the order of the columns.
+        dampings: L values of λ in units of the Gram; one NaN for a method without.
+        rules: L names: the multiple of the mean squared feature norm, ``"auto"``, or empty.
+        values: ``[L, M, Q]`` float64, M subsets and Q queries.
+    """
+
+    setting: Setting
+    kinds: tuple[str, ...]
+    dampings: tuple[float, ...]
+    rules: tuple[str, ...]
+    values: Tensor
+
+
+class Predictor:
+    """Computes the predictions of a run, and keeps features and predictions in its folder.
+
+    Args:
+        experiment: with a full model that is trained.
+        queries: by their kind.
+        device: where features are computed.
+        progress_bar: opens a progress bar with a label, as `console.progress_bar` does.
+        clip: of the methods that compare embeddings.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        queries: Mapping[str, Samples],
+        device: torch.device,
+        progress_bar: Callable[[str], Any],
+        clip: ClipEncoder | None = None,
+    ) -> None:
+        self.experiment, self.device = experiment, device
+        self.sizes = {kind: len(images) for kind, images in queries.items()}
+        self.queries = join(list(queries.values()), "queries")
+        self.train = experiment.task.samples(TRAIN, experiment.data, device)
+        self.progress_bar, self.clip = progress_bar, clip
+        self._loaded: tuple[str, Denoiser] | None = None
+        self._digests: dict[str, str | None] = {}
+
+    def predict(self, settings: Sequence[Setting]) -> Iterator[Prediction]:
+        """The predictions of ``settings``, one after the other; what is in the folder is reused.
+
+        Several commands may share a run: what one of them makes the others wait for.
+
+        Raises:
+            ExperimentError: a file is damaged.
+            ValueError: as the features and scores of a method.
+        """
+        # those of one kind of features one after the other, so that its solver is shared
+        groups: dict[tuple[str | None, str, int, str], list[Setting]] = {}
+        for setting in settings:
+            function = setting.method.output_function
+            group = (function, setting.projection, setting.num_timesteps, setting.model)
+            groups.setdefault(group, []).append(setting)
+        for members in groups.values():
+            kept = {setting: self._read(setting) for setting in members}
+            if None in kept.values():
+                with self._alone_at(members[0]):
+                    missing = [setting for setting in members if self._read(setting) is None]
+                    if missing:
+                        self._compute(missing)
+                    kept = {setting: self._read(setting) for setting in members}
+            for setting in members:
+                prediction = kept[setting]
+                assert prediction is not None
+                yield prediction
+
+    @contextmanager
+    def _alone_at(self, setting: Setting) -> Iterator[None]:
+        """Wait until no other command makes these features: two would begin different shards."""
+        name = self._feature_folder(setting, -1).name
+        lock = self.experiment.folder / "locks" / f"features-{name}.lock"
+        with ExitStack() as stack:
+            if not stack.enter_context(claim(lock)):
+                with self.progress_bar(f"wait for another command: {name}"):
+                    stack.enter_context(claim(lock, wait=True))
+            yield
+
+    def _file(self, setting: Setting) -> Path:
+        return self.experiment.folder / "predictions" / f"{setting.key}.safetensors"
+
+    def _identity(self, setting: Setting) -> str:
+        """What a kept prediction is of, besides its setting: it is made anew when that changes."""
+        identity = hash_tensors({"subsets": self.experiment.subsets}) + self.queries.fingerprint
+        if setting.method in CLIP_METHODS and self.clip is not None:
+            identity += self.clip.identity
+        return identity
+
+    def _weights(self, setting: Setting) -> str | None:
+        """A digest of the weights predictions are of; None for a method without a model."""
+        if setting.method.output_function is None:
+            return None
+        if setting.model not in self._digests:
+            self._digests[setting.model] = self.experiment.sample_weights(setting.model)
+        return self._digests[setting.model]
+
+    def _read(self, setting: Setting) -> Prediction | None:
+        """What is kept of a setting; None for nothing, or predictions of something else.
+
+        Predictions that do not say of which weights, as those of older versions, are taken for
+        those of the model that is there.
+        """
+        file = self._file(setting)
+        if not file.is_file():
+            return None
+        try:
+            with safe_open(file, "pt") as opened:
+                about = json.loads(opened.metadata()["about"])
+                values = opened.get_tensor("values")
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise ExperimentError(f"{file} is damaged: delete it and run again") from error
+        if about["identity"] != self._identity(setting):
+            return None
+        weights = about.get("weights")
+        if weights is not None and self._weights(setting) not in (None, weights):
+            return None
+        kinds = (GENERATED,) if setting.method.kind == "journey" else tuple(self.sizes)
+        return Prediction(setting, kinds, tuple(about["dampings"]), tuple(about["rules"]), values)
+
+    def _write(self, setting: Setting, parts: Sequence[tuple[str, float, Tensor]]) -> None:
+        """Keep the predictions of (rule, damping, scores ``[Q, N]``) triples."""
+        about = {
+            "identity": self._identity(setting),
+            "weights": self._weights(setting),
+            "rules": [rule for rule, _, _ in parts],
+            "dampings": [damping for _, damping, _ in parts],
+        }
+        values = torch.stack([predict_groups(m, self.experiment.subsets) for _, _, m in parts])
+        file = self._file(setting)
+        file.parent.mkdir(exist_ok=True)
+        write_atomically(file, save({"values": values}, metadata={"about": json.dumps(about)}))
+
+    def _compute(self, settings: Sequence[Setting]) -> None:
+        """The predictions of settings that share their features."""
+        first = settings[0]
+        if first.method.output_function is None:
+            for setting in settings:
+                self._write(setting, [("", float("nan"), self._plain_scores(setting.method))])
+            return
+        train, queries = self._features(first, -1)
+        solver = RidgeSolver(train, memory_budget=_MEMORY_BUDGET)
+        for setting in settings:
+            kind = setting.method.kind
+            if kind in _DAMPED:
+                # one factorisation serves every damping and method of these features
+                unit = float(solver.feature_norms().square().mean())
+                rules = {f"{factor:g}": factor * unit for factor in DAMPING_FACTORS}
+                rules["auto"] = solver.auto_damping()
+                score = _DAMPED[kind]
+                left = self._journey_features(setting) if kind == "journey" else queries
+                parts = [(rule, lam, score(solver, left, lam)) for rule, lam in rules.items()]
+                self._write(setting, parts)
+            elif kind in _SIMILAR:
+                matrix = _SIMILAR[kind](queries, train)
+                self._write(setting, [("", float("nan"), matrix)])
+            else:
+                pairs = [self._features(setting, number) for number in range(self._num_checkpoints)]
+                matrix = _CHECKPOINTED[kind](
+                    [query for _, query in pairs], [features for features, _ in pairs]
+                )
+                self._write(setting, [("", float("nan"), matrix)])
+        if first.projection == "none":
+            # as large as all gradients together, and quickly made again
+            shutil.rmtree(self._feature_folder(first, -1))
+
+    def _plain_scores(self, method: Method) -> Tensor:
+        if method.kind == "random":
+            return random_scores(len(self.queries), len(self.train), 0)
+        if method in CLIP_METHODS:
+            return raw_similarity(*self._embeddings(), method.kind.removeprefix("clip_"))
+        images = self.queries.images, self.train.images
+        return raw_similarity(*images, method.kind.removeprefix("raw_"))
+
+    def _embeddings(self) -> tuple[Tensor, Tensor]:
+        """CLIP's of the queries and of the training images."""
+        if self.clip is None:
+            raise ValueError("clip must be given for the methods that compare CLIP's embeddings")
+        experiment, folder = self.experiment, self.experiment.folder / "clip"
+        # the pictures, whatever the model is given in their place
+        pictures = {
+            kind: generated_queries(experiment, self.device)
+            if kind == GENERATED
+            else experiment.validation
+            for kind in self.sizes
+        }
+        with self.progress_bar("CLIP") as progress:
+            queries = [
+                self.clip.embed(folder / f"{kind}.safetensors", images)
+                for kind, images in pictures.items()
+            ]
+            train = self.clip.embed(folder / "train.safetensors", experiment.data, progress)
+        return torch.cat(queries), train
+
+    @property
+    def _num_checkpoints(self) -> int:
+        return len(self.experiment.checkpoint_steps) + 1
+
+    def _feature_folder(self, setting: Setting, number: int) -> Path:
+        checkpoint = number % self._num_checkpoints if setting.model == FULL else setting.model
+        return (
+            self.experiment.folder
+            / "features"
+            / (
+                f"{setting.method.output_function}-{setting.projection}-{setting.num_timesteps}"
+                f"-{checkpoint}"
+            )
+        )
+
+    def _feature_settings(self, setting: Setting, timesteps: Sequence[int]) -> FeatureSettings:
+        assert setting.method.output_function is not None
+        projection = Projection(setting.projection, DEFAULT_PROJ_DIM[setting.projection])
+        dtype = self.experiment.task.dtype(self.device)
+        return FeatureSettings(
+            setting.method.output_function, tuple(timesteps), 0, projection, dtype
+        )
+
+    def _model(self, number: int, name: str = FULL) -> Denoiser:
+        """The full model at a checkpoint, of which -1 is its end; or another one."""
+        if name == FULL:
+            name = self.experiment.checkpoint_names[number]
+        # one at a time: loading one may end the use of the one before
+        if self._loaded is None or self._loaded[0] != name:
+            self._loaded = name, self.experiment.load_model(name)
+        return self._loaded[1]
+
+    def _features(self, setting: Setting, number: int) -> tuple[FeatureStore, Tensor]:
+        """Features of the training images and of the queries at a checkpoint of the model."""
+        model = self._model(number, setting.model)
+        timesteps = select_timesteps(setting.num_timesteps, "uniform", model.process.num_timesteps)
+        settings = self._feature_settings(setting, timesteps)
+        folder = self._feature_folder(setting, number)
+        extractor = FusedExtractor(model, settings, self.device)
+        stores = []
+        for role, data in (("train", self.train), ("query", self.queries)):
+            store = FeatureStore.open(
+                folder / role,
+                {**deciding_settings(model, settings, data, extractor.method), "role": role},
+                data.ids,
+                extractor.proj_dim,
+                fitting_batch_size(extractor, data),
+            )
+            if store.missing():
+                with self.progress_bar(f"features {folder.name} {role}") as progress:
+                    fill_store(store, extractor, data, role=f"{role}/", progress=progress)
+            stores.append(store)
+        return stores[0], stores[1].load()
+
+    def _journey_features(self, setting: Setting) -> Tensor:
+        """Features of the generated queries averaged over the paths they were drawn on.
+
+        The clean image predicted at each step is given fresh noise of that step's timestep.
+        """
+        task, model = self.experiment.task, self._model(-1)
+        timesteps = task.journey_timesteps(model)
+        extractor = FusedExtractor(
+            model, self._feature_settings(setting, timesteps[:1]), self.device
+        )
+        batches = []
+        with self.progress_bar(f"journeys {setting.key}") as progress:
+            seeds = range(self.sizes[GENERATED])
+            for journey in task.journeys(model, seeds, self.device, progress):
+                ids = [f"journey/{seed}" for seed in journey.seeds]
+                features = []
+                for step, timestep in enumerate(timesteps):
+                    extractor.settings = replace(extractor.settings, timesteps=(timestep,))
+                    predicted = journey.predicted[:, step]
+                    features.append(extractor.extract(predicted, ids, journey.captions).cpu())
+                batches.append(scores.journey_query_features(torch.stack(features)))
+        return torch.cat(batches)

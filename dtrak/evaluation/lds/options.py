@@ -1,0 +1,162 @@
+"""What the commands of `dtrak.lds` accept, and the record of a run they accept it for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dtrak_kernels.projection import KINDS
+
+from ...runs.choices import check_choice
+from ...training.presets import get_preset
+
+FULL = "full"
+# of models: those scores are judged on, and those that methods are fitted on
+LDS, RETRAIN = "lds", "retrain"
+FAMILIES = (LDS, RETRAIN)
+NUM_RESAMPLES = 2000
+DEFAULT_PRESET = "digits"
+FORMAT = 1
+# what every record says, the oldest too
+_RECORDED = {"source", "num_validation", "subsets", "num_subsets", "num_model_seeds"}
+_DECIDING = {"preset", "data", "validation", "num_generated", "recipe"}
+# a picture is called after its seed in five digits: in the order of names, more would be jumbled
+_MOST_GENERATED = 10**5
+
+
+class ExperimentError(ValueError):
+    """A run folder that cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """How the loss of a query is measured.
+
+    Attributes:
+        num_timesteps: S, evenly spaced timesteps.
+        num_noise_seeds: noises per query and timestep; seeds 0, 1, …. The noise of a query does not
+            depend on the model, so that models are compared on the same noise.
+    """
+
+    num_timesteps: int = 1000
+    num_noise_seeds: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("num_timesteps", "num_noise_seeds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def parse_sizes(text: str) -> list[int]:
+    """Numbers of models, in order, from the command line.
+
+    Raises:
+        ValueError: they are not integers of at least 2.
+    """
+    try:
+        sizes = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        sizes = []
+    if not sizes or sizes[0] < 2:
+        raise ValueError(
+            f"--ensemble must be numbers of models, at least 2, separated by commas, got {text!r}"
+        )
+    return sizes
+
+
+def parse_features(timesteps: str, projection: str) -> tuple[list[int], list[str]]:
+    """Numbers of timesteps and kinds of projections, from the command line.
+
+    Raises:
+        ValueError: the numbers are not positive integers, or a kind is unknown.
+    """
+    try:
+        numbers = [int(part) for part in timesteps.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise ValueError(f"--timesteps must be positive integers, got {timesteps!r}")
+    kinds = [part.strip() for part in projection.split(",")]
+    for kind in kinds:
+        check_choice("--projection", kind, KINDS)
+    return numbers, kinds
+
+
+def check_numbers(counts: Mapping[str, int | None]) -> None:
+    """Refuse numbers of subsets, trainings and queries that no run has; None is not given.
+
+    Raises:
+        ValueError: one is below 1 (0 for the retrain family), or there are too many pictures.
+    """
+    for name, count in counts.items():
+        least = 0 if name == "num_retrain" else 1
+        if count is not None and count < least:
+            raise ValueError(f"{name} must be at least {least}, got {count}")
+    if (counts["num_generated"] or 0) > _MOST_GENERATED:
+        raise ValueError(
+            f"num_generated must be at most {_MOST_GENERATED}, as names of pictures have five "
+            f"digits, got {counts['num_generated']}"
+        )
+
+
+def recorded_preset(folder: Path) -> str | None:
+    """Name of the preset of the run in ``folder``; None where there is no run.
+
+    Raises:
+        ExperimentError: its record is damaged.
+    """
+    if not (folder / "experiment.json").is_file():
+        return None
+    return str(read_manifest(folder)["deciding"]["preset"])
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What `experiment.prepare` wrote down.
+
+    Raises:
+        ExperimentError: there is no run in ``folder``, or its record is damaged.
+    """
+    file = folder / "experiment.json"
+    if not file.is_file():
+        raise ExperimentError(f"{folder} must be a folder that prepare made, got no {file.name}")
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_text())
+        deciding = manifest["deciding"]
+        known = deciding["format"]
+        whole = manifest.keys() >= _RECORDED and deciding.keys() >= _DECIDING
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ExperimentError(f"{file} is damaged: prepare the run in another folder") from error
+    if known != FORMAT:
+        raise ExperimentError(f"{file} must be of format {FORMAT}, got {known}")
+    if not whole or ("lora" in deciding and not manifest.keys() >= {"base", "mixed_precision"}):
+        raise ExperimentError(f"{file} is damaged: prepare the run in another folder")
+    return manifest
+
+
+def locate(preset: str | None, output: str | None) -> tuple[Path, str]:
+    """The run folder, and the preset of the run in it or else the one asked for.
+
+    Raises:
+        ValueError: the folder holds a run of another preset, or there is no such preset.
+    """
+    wanted = DEFAULT_PRESET if preset is None else get_preset(preset).name
+    folder = Path(output) if output else Path("runs") / f"lds-{wanted}"
+    found = recorded_preset(folder)
+    check_preset(preset, found, folder)
+    return folder, found or wanted
+
+
+def check_preset(preset: str | None, found: str | None, folder: Path) -> None:
+    """Refuse a preset that is not that of the run in ``folder``.
+
+    Raises:
+        ValueError: it is another.
+    """
+    if preset is not None and found is not None and preset != found:
+        raise ValueError(
+            f"--preset must be {found!r}, whose run {folder} holds, or left out, got {preset!r}: "
+            "choose another --output"
+        )

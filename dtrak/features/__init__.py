@@ -1,0 +1,1 @@
+"""Per-sample gradients of a model, projected and kept."""

@@ -1,0 +1,258 @@
+"""Samples x timesteps -> features ``[N, K]``: the gradients of any `Denoiser`, into a store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dtrak_kernels import GradientSketcher, check_features
+
+from .. import __version__
+from ..data.samples import Samples
+from ..models.denoiser import Condition, Denoiser
+from ..runs.measure import TensorMeter, available_bytes
+from .noise import sample_noise
+from .outputs import evaluate_output
+from .settings import FeatureSettings
+from .store import FeatureStore
+
+
+class Extractor(Protocol):
+    """Turns what a model is given into features."""
+
+    #: how the features are made, part of the manifest
+    method: str
+    #: what is explained
+    model: Denoiser
+    device: torch.device
+    #: ``P`` and ``K``
+    grad_dim: int
+    proj_dim: int
+
+    def extract(
+        self, inputs: Tensor, ids: Sequence[str], items: Sequence[Any] | None = None
+    ) -> Tensor:
+        """Features ``[B, K]`` of inputs ``[B, ...]``, with what the model reads beside each."""
+        ...
+
+
+def extract_rows(extractor: Extractor, data: Samples, rows: slice, role: str = "") -> Tensor:
+    """Features of a slice of ``data``, ``[rows, K]``; for ``role`` see `fill_store`."""
+    ids = [role + name for name in data.ids[rows]]
+    inputs = given(extractor.model, data, rows, extractor.device)
+    return extractor.extract(inputs, ids, data.conditions_of(rows))
+
+
+def given(model: Denoiser, data: Samples, rows: slice, device: torch.device) -> Tensor:
+    """What noise is added to for a slice of ``data``, ``[rows, ...]``, made if it is not kept."""
+    batch = data.batch(rows)
+    return batch if data.is_encoded else model.inputs(batch, device)
+
+
+def noisy_rows(
+    model: Denoiser, settings: FeatureSettings, inputs: Tensor, ids: Sequence[str]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the model sees: ``(noisy, target, timesteps)``, rows ``[B·S]`` sample by sample."""
+    device, dtype = inputs.device, inputs.dtype
+    shape = tuple(inputs.shape[1:])
+    noise = sample_noise(
+        ids, settings.timesteps, shape, seed=settings.noise_seed, device=device, dtype=dtype
+    ).flatten(0, 1)
+    timesteps = torch.tensor(settings.timesteps, device=device).repeat(len(inputs))
+    clean = inputs.repeat_interleave(len(settings.timesteps), dim=0)
+    noisy = model.process.add(clean, noise, timesteps)
+    return noisy, model.process.target(clean, noise, timesteps), timesteps
+
+
+def condition_rows(
+    model: Denoiser, items: Sequence[Any] | None, rows_per_sample: int, inputs: Tensor
+) -> Condition:
+    """What the model reads beside ``inputs [B, ...]``, a row for each timestep of a sample.
+
+    Raises:
+        ValueError: a model that reads something is given nothing, or not one item for each sample.
+    """
+    if model.reads is not None and (items is None or len(items) != len(inputs)):
+        got = "none" if items is None else str(len(items))
+        raise ValueError(f"{model.reads} must be {len(inputs)}, one for each image, got {got}")
+    return {
+        name: (values.to(inputs.dtype) if values.is_floating_point() else values).repeat_interleave(
+            rows_per_sample, dim=0
+        )
+        for name, values in model.condition(items, inputs.device).items()
+    }
+
+
+def check_prediction(prediction: Tensor, ids: Sequence[str], timesteps: Tensor) -> None:
+    """Refuse a model output that is not finite.
+
+    Raises:
+        ValueError: names the first sample and timestep, ``prediction`` being ``[B·S, ...]``.
+    """
+    bad = ~torch.isfinite(prediction.flatten(1)).all(1)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        sample = row // (len(prediction) // len(ids))
+        raise ValueError(
+            f"the model's output is not finite for sample {ids[sample]!r} at timestep "
+            f"{int(timesteps[row])} ({int(bad.sum())} of {len(bad)} rows of its batch)"
+        )
+
+
+class FusedExtractor:
+    """Features through `GradientSketcher`: one forward and one backward, no gradient stored.
+
+    The parameters are those that the model says: of an adapter's model only the adapter's.
+
+    Args:
+        model: the model; moved to ``device`` (and float64 if the settings say so).
+        settings: what to compute.
+        device: where.
+    """
+
+    method = "fused"
+
+    def __init__(self, model: Denoiser, settings: FeatureSettings, device: torch.device) -> None:
+        model.to(device, settings.dtype)
+        self.model, self.settings, self.device = model, settings, device
+        self.sketcher = GradientSketcher(
+            model.module,
+            settings.projection,
+            parameters=model.parameters(),
+            rows_per_sample=len(settings.timesteps),
+        )
+        self.grad_dim, self.proj_dim = self.sketcher.grad_dim, self.sketcher.proj_dim
+
+    def extract(
+        self, inputs: Tensor, ids: Sequence[str], items: Sequence[Any] | None = None
+    ) -> Tensor:
+        """Features of a batch.
+
+        Args:
+            inputs: ``[B, ...]``, what noise is added to: pictures in [-1, 1], or their latents.
+            ids: B sample ids, which decide the noise.
+            items: B captions or labels, for a model that reads them.
+
+        Returns:
+            ``[B, K]`` on the device.
+
+        Raises:
+            ValueError: the model's output is not finite (which sample, which timestep), or there
+                are no items for a model that reads them.
+        """
+        inputs = inputs.to(self.device, self.sketcher.dtype)
+        noisy, target, timesteps = noisy_rows(self.model, self.settings, inputs, ids)
+        condition = condition_rows(self.model, items, len(self.settings.timesteps), inputs)
+        weight = self.model.process.weight(timesteps)
+
+        def outputs() -> Tensor:
+            with autocast(self.device, self.settings.dtype):
+                prediction = self.model.predict(noisy, timesteps, condition)
+            check_prediction(prediction, ids, timesteps)
+            f = evaluate_output(self.settings.output_function, prediction, target, weight)
+            # the gradient is averaged over timesteps, then projected once
+            return f * (scale / len(self.settings.timesteps))
+
+        # features are linear in f: scaling it keeps half-precision gradients out of the subnormals
+        half = self.settings.dtype == "float16"
+        # a sum over thousands of elements is large enough, and overflows if it is made larger
+        scale = 1024.0 if half and self.settings.output_function != "l1_norm" else 1.0
+        return self.sketcher.sketch(outputs, len(inputs)) / scale
+
+
+def autocast(device: torch.device, dtype: str) -> Any:
+    """Autocast for the 16-bit dtypes, nothing for the others."""
+    if dtype in ("float32", "float64"):
+        return nullcontext()
+    return torch.autocast(device.type, getattr(torch, dtype))
+
+
+def fitting_batch_size(extractor: FusedExtractor, data: Samples) -> int:
+    """The batch size that uses a modest share of the free memory, found by measuring one sample.
+
+    On a CPU the working set is kept small enough for the caches (96 MB), except for the dense
+    kinds, which regenerate their matrix once per batch and want a large one; on a GPU half the free
+    memory.
+    """
+    # the first batch makes what a projection keeps, which does not grow with the next ones
+    extract_rows(extractor, data, slice(0, 1))
+    with TensorMeter(known=extractor.model.module.state_dict().values()) as meter:
+        extract_rows(extractor, data, slice(0, 1))
+    cpu = extractor.device.type == "cpu"
+    dense = extractor.settings.projection.kind in ("rademacher", "normal")
+    budget = available_bytes(extractor.device) // 2
+    if cpu:
+        budget = min(budget, 10**9 if dense else 48 * 10**6)
+    return max(1, min(budget // max(meter.peak_bytes, 1), 256, len(data)))
+
+
+def deciding_settings(
+    model: Denoiser, settings: FeatureSettings, data: Samples, method: str
+) -> dict[str, Any]:
+    """Everything that decides the features of ``data``, for the manifest of their store."""
+    return {
+        "version": __version__,
+        "method": method,
+        **model.identity(),
+        "schedule": model.process.describe(),
+        "data": data.fingerprint,
+        **item_identity(model, data),
+        **settings.to_dict(),
+    }
+
+
+def item_identity(model: Denoiser, data: Samples) -> dict[str, str]:
+    """Hash of what the model makes of what goes with the samples, under the name of that."""
+    if model.reads is None or data.conditions is None:
+        return {}
+    found = model.identify_items(data.conditions)
+    return {} if found is None else {model.reads: found}
+
+
+def fill_store(
+    store: FeatureStore,
+    extractor: Extractor,
+    data: Samples,
+    *,
+    role: str = "",
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Compute the shards that are missing, one after the other.
+
+    Args:
+        store: whose ids are those of ``data``.
+        extractor: computes the features.
+        data: the images.
+        role: goes before the ids that decide the noise, so that a query and a training image of one
+            name share none (shared noise looks like attribution).
+        batch_size: samples per batch; by default the store's.
+        progress: called with (rows done, rows) at the start and after every batch.
+
+    Raises:
+        ValueError: the model's output is not finite, or a feature row is zero or not finite
+            (which).
+    """
+    step = batch_size or store.batch_size
+    missing = store.missing()
+    todo = sum(store.rows(shard).stop - store.rows(shard).start for shard in missing)
+    done = len(store) - todo
+    if progress is not None:
+        progress(done, len(store))
+    for shard in missing:
+        rows = store.rows(shard)
+        parts = []
+        for first in range(rows.start, rows.stop, step):
+            last = min(first + step, rows.stop)
+            features = extract_rows(extractor, data, slice(first, last), role)
+            ends = [repr(role + data.ids[row]) for row in (first, last - 1)]
+            check_features(features, f"features of samples {' to '.join(ends)}")
+            parts.append(features.cpu())
+            done += last - first
+            if progress is not None:
+                progress(done, len(store))
+        store.write(shard, torch.cat(parts))

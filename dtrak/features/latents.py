@@ -1,0 +1,130 @@
+"""What a model is given in the place of pictures, kept on disk: latents, made once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.rows import Stored
+from ..data.samples import Samples
+from ..models.denoiser import Denoiser
+from .extraction import fill_store
+from .store import FeatureStore
+
+# images an encoder takes at a time: at 512 pixels each takes about a gigabyte
+_BATCH = 4
+
+
+class _Encoder:
+    """Fills a store with what a model is given instead of features."""
+
+    method, grad_dim, proj_dim = "encoder", 0, 0
+
+    def __init__(self, model: Denoiser, device: torch.device) -> None:
+        self.model, self.device = model, device
+
+    def extract(
+        self, inputs: Tensor, ids: Sequence[str], items: Sequence[Any] | None = None
+    ) -> Tensor:
+        """The rows as they come, ``[B, size]``: `extract_rows` has encoded them."""
+        return inputs.flatten(1)
+
+
+class _PosteriorEncoder(_Encoder):
+    """The same with posteriors, of which training draws latents."""
+
+    def extract(
+        self, inputs: Tensor, ids: Sequence[str], items: Sequence[Any] | None = None
+    ) -> Tensor:
+        """Mean and deviation of pictures, and of their mirror images."""
+        mirrored = self.model.posterior(inputs.flip(-1), self.device)
+        both = [self.model.posterior(inputs, self.device), mirrored]
+        return torch.stack(both, dim=1).flatten(1)
+
+
+def open_latents(
+    folder: str | Path, model: Denoiser, data: Samples, *, flips: bool = False
+) -> FeatureStore:
+    """The store of what ``model`` is given for ``data``, to be filled by `fill_latents`.
+
+    Args:
+        folder: of the store; begun if nothing is there.
+        model: encodes.
+        data: N pictures.
+        flips: keep what training needs: mean and standard deviation of the posterior, of the
+            pictures and of their mirror images; otherwise the mode alone.
+
+    Raises:
+        ValueError: the model takes no pictures of that shape.
+        StoreError: the folder holds latents of other pictures or of another encoder, or is damaged.
+    """
+    # whatever is read beside the pictures
+    pictures = data.conditioned(None)
+    return FeatureStore.open(
+        folder,
+        {
+            "kind": "posteriors, mirrored too" if flips else "posterior modes",
+            **(model.encoding or {}),
+            "data": pictures.fingerprint,
+        },
+        data.ids,
+        (4 if flips else 1) * math.prod(model.input_shape(data.shape)),
+        _BATCH,
+    )
+
+
+def fill_latents(
+    store: FeatureStore,
+    model: Denoiser,
+    data: Samples,
+    device: torch.device,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Encode the pictures whose latents are missing in ``store``.
+
+    Args:
+        store: of `open_latents`.
+        model: as given there.
+        data: as given there.
+        device: where the encoder works.
+        progress: as in `fill_store`.
+    """
+    if not store.missing():
+        return
+    flips = store.shape[1] != math.prod(model.input_shape(data.shape))
+    if flips:
+        # posteriors are of the pictures themselves
+        pictures = data.encoded(data.pixels)
+        fill_store(store, _PosteriorEncoder(model, device), pictures, progress=progress)
+    else:
+        fill_store(store, _Encoder(model, device), data, progress=progress)
+
+
+def read_latents(store: FeatureStore, model: Denoiser, data: Samples) -> Samples:
+    """``data`` with what the model is given for it, read from ``store`` as it is needed.
+
+    Args:
+        store: of `open_latents`, filled.
+        model: as given there.
+        data: N pictures.
+    """
+    return data.encoded(Stored(store, model.input_shape(data.shape)))
+
+
+def read_posteriors(store: FeatureStore, model: Denoiser, data: Samples) -> Tensor:
+    """What `dtrak.training.lora_trainer.train_lora` draws latents from.
+
+    Returns:
+        ``[N, 2, 2, C, h, w]`` float32 on the CPU: images as they are and mirrored left to right,
+        then mean and standard deviation, in the model's units.
+
+    Raises:
+        StoreError: the store is incomplete or damaged.
+    """
+    return store.load().unflatten(1, (2, 2, *model.input_shape(data.shape)))

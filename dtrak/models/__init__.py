@@ -1,0 +1,80 @@
+"""What is explained: a kind of model is one file here, and a line in `load`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .denoiser import Denoiser as Denoiser
+from .denoiser import Drawn as Drawn
+from .denoiser import ModelError as ModelError
+from .process import DiscreteProcess as DiscreteProcess
+from .process import Process as Process
+
+_HUB_HINT = "a folder that Diffusers wrote, or a hub name such as owner/name"
+
+
+def load(name: str | Path, lora: str | Path | None = None) -> Denoiser:
+    """Load a model from what Diffusers wrote; its ``model_index.json`` says of which kind it is.
+
+    Args:
+        name: a folder with a pipeline, or with a bare UNet2DModel; or a hub name ``owner/name``, of
+            which only what is needed is downloaded, once.
+        lora: an adapter, a folder or file, for a kind that has one; only it is attributed then.
+
+    Returns:
+        The model in evaluation mode, float32, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such folder, adapter or hub name.
+        ModelError: no kind of model here serves it (its class is named), it is incomplete or
+            unreadable, or an adapter is given for a kind that has none.
+        LoraError: as in `lora.load_lora`.
+    """
+    from .stable_diffusion import StableDiffusion
+    from .unet import UNet
+    from .weights import read_json
+
+    base = find(name)
+    index = base / "model_index.json"
+    kind = read_json(index).get("_class_name") if index.is_file() else None
+    if kind in StableDiffusion.pipelines:
+        return StableDiffusion.load(base, lora)
+    if kind is not None and kind not in UNet.pipelines:
+        known = ", ".join((*UNet.pipelines, *StableDiffusion.pipelines))
+        raise ModelError(
+            f"{index} must describe one of {known}, got {kind!r}, which no kind of model here "
+            "serves: wrap its network with dtrak.models.Denoiser.of to explain it from Python"
+        )
+    if lora is not None:
+        raise ModelError(
+            f"--lora must go with a Stable Diffusion pipeline, got the model in {base}, which "
+            "takes none"
+        )
+    return UNet.load(base)
+
+
+def find(name: str | Path) -> Path:
+    """The folder of a model, downloaded if it is a hub's.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    text = str(name)
+    if isinstance(name, Path) or text.count("/") != 1 or text.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"model must be {_HUB_HINT}, got {name}")
+    from diffusers import DiffusionPipeline
+
+    from .weights import quiet
+
+    try:
+        with quiet("diffusers.pipelines.pipeline_utils"):
+            return Path(DiffusionPipeline.download(text))
+    # the hub's client raises whatever the network does
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(
+            f"model must be {_HUB_HINT}, got {text!r}, which is no folder and cannot be "
+            f"downloaded: {reason}"
+        ) from error

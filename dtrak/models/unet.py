@@ -1,0 +1,286 @@
+"""U-Nets of pixels, unconditional or of classes: a `UNet2DModel` of Diffusers, or its pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+from torch import Tensor
+
+from .denoiser import (
+    Condition,
+    Denoiser,
+    Drawn,
+    ModelError,
+    Progress,
+    check_seeds,
+    check_steps,
+)
+from .process import DiscreteProcess, linear_process
+from .weights import load_part, load_process, read_json
+
+# pictures drawn at a time
+_BATCH = 64
+
+
+class UNet(Denoiser):
+    """A U-Net of pixels and the noise schedule it was trained with.
+
+    With ``num_class_embeds`` it reads labels, the classes of its training images; every class it
+    was made for is drawn.
+
+    Args:
+        module: a `diffusers.UNet2DModel`, which predicts noise (or a sample, or a velocity).
+        process: with its training schedule.
+    """
+
+    #: pipelines that are nothing but such a U-Net
+    pipelines = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
+
+    module: UNet2DModel
+    process: DiscreteProcess
+
+    @property
+    def num_classes(self) -> int | None:
+        """Classes it can tell apart; None for an unconditional one."""
+        return self.module.config.get("num_class_embeds")
+
+    @property
+    def reads(self) -> str | None:  # type: ignore[override]
+        """See `Denoiser`."""
+        return None if self.num_classes is None else "labels"
+
+    @property
+    def channels(self) -> int:
+        """See `Denoiser`."""
+        return int(self.module.config["in_channels"])
+
+    @property
+    def size(self) -> int | tuple[int, int] | None:
+        """See `Denoiser`."""
+        size = self.module.config["sample_size"]
+        return size if size is None or isinstance(size, int) else (int(size[0]), int(size[1]))
+
+    def parameters(self) -> list[str]:
+        """All of them."""
+        return [name for name, _ in self.module.named_parameters()]
+
+    def condition(self, items: Sequence[int] | None, device: torch.device) -> Condition:
+        """See `Denoiser.condition`: the labels, for a U-Net of classes."""
+        if self.num_classes is None:
+            return {}
+        if items is None:
+            raise ValueError("labels must be given for a model that reads classes, got none")
+        for label in items:
+            if not 0 <= label < self.num_classes:
+                raise ValueError(f"labels must be in [0, {self.num_classes}), got {label}")
+        return {"class_labels": torch.tensor(list(items), dtype=torch.int64, device=device)}
+
+    def predict(
+        self, noisy: Tensor, timesteps: Tensor, condition: Condition, module: Any = None
+    ) -> Tensor:
+        """See `Denoiser.predict`."""
+        called = self.module if module is None else module
+        prediction: Tensor = called(noisy, timesteps, **condition).sample
+        return prediction
+
+    def image_shape(self, size: int | None = None) -> tuple[int, int, int]:
+        """(C, H, W) of a picture the model draws.
+
+        Raises:
+            ValueError: the model does not say the size of its pictures.
+        """
+        chosen = self.size if size is None else size
+        if chosen is None:
+            raise ValueError("the model must have a sample_size to draw from it, got None")
+        height, width = (chosen, chosen) if isinstance(chosen, int) else chosen
+        return self.channels, height, width
+
+    def drawing_timesteps(self, num_inference_steps: int) -> list[int]:
+        """See `Denoiser.drawing_timesteps`."""
+        timesteps: list[int] = self._drawing_scheduler(num_inference_steps).timesteps.tolist()
+        return timesteps
+
+    def _drawing_scheduler(self, num_inference_steps: int) -> DDIMScheduler:
+        scheduler = DDIMScheduler.from_config(self.process.scheduler.config)
+        scheduler.set_timesteps(num_inference_steps)
+        return scheduler
+
+    def draw(
+        self,
+        seeds: Sequence[int],
+        items: Sequence[Any] | None = None,
+        *,
+        num_inference_steps: int = 50,
+        guidance_scale: float | None = None,
+        size: int | None = None,
+        batch_size: int | None = None,
+        trajectories: bool = False,
+        progress: Progress | None = None,
+    ) -> Iterator[Drawn]:
+        """See `Denoiser.draw`; there is no guidance.
+
+        Trajectories are clipped to [-1, 1] where the model's schedule has ``clip_sample``, as the
+        published ones have.
+
+        Source:
+            Song et al. 2021 (arXiv:2010.02502); one generator per image as in D-TRAK's
+            gen_unconditional.py at e2a0c2e. Trajectories: Journey-TRAK (arXiv:2312.06205) as D-TRAK
+            computes it (01_gen_sampling_troj_5000_0.5.ipynb at e2a0c2e).
+        """
+        batch_size = _BATCH if batch_size is None else batch_size
+        check_steps(num_inference_steps, self.process.num_timesteps, batch_size)
+        check_seeds(seeds)
+        if guidance_scale is not None:
+            raise ValueError(
+                f"guidance_scale must be None for a U-Net of pixels, got {guidance_scale}"
+            )
+        if self.num_classes is not None and (items is None or len(items) != len(seeds)):
+            got = "none" if items is None else str(len(items))
+            raise ValueError(f"labels must be {len(seeds)}, one for each seed, got {got}")
+        condition = self.condition(items, self.device)
+        return self._draw(
+            seeds,
+            condition,
+            num_inference_steps,
+            batch_size,
+            trajectories,
+            self.image_shape(size),
+            progress,
+        )
+
+    @torch.no_grad()
+    def _draw(
+        self,
+        seeds: Sequence[int],
+        condition: Condition,
+        num_inference_steps: int,
+        batch_size: int,
+        trajectories: bool,
+        shape: tuple[int, int, int],
+        progress: Progress | None,
+    ) -> Iterator[Drawn]:
+        parameter = next(self.module.parameters())
+        scheduler = self._drawing_scheduler(num_inference_steps)
+        firsts = range(0, len(seeds), batch_size)
+        done, total = 0, len(firsts) * num_inference_steps
+        for first in firsts:
+            rows = slice(first, first + batch_size)
+            chosen = list(seeds[rows])
+            read = {name: values[rows] for name, values in condition.items()}
+            generators = [torch.Generator().manual_seed(seed) for seed in chosen]
+            sample = torch.stack([torch.randn(shape, generator=g) for g in generators])
+            sample, steps = sample.to(parameter), []
+            for timestep in scheduler.timesteps:
+                prediction = self.predict(sample, timestep, read)
+                step = scheduler.step(prediction, timestep, sample, eta=0.0)
+                sample = step.prev_sample
+                if trajectories:
+                    steps.append(step.pred_original_sample.float().cpu())
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+            for seed, image in zip(chosen, sample, strict=True):
+                if not torch.isfinite(image).all():
+                    raise ValueError(f"the model drew a non-finite image from seed {seed}")
+            yield Drawn(
+                chosen,
+                sample.float().clamp(-1, 1).cpu(),
+                torch.stack(steps, 1) if trajectories else None,
+            )
+
+    def fresh(self, seed: int) -> UNet:
+        """A freshly initialised U-Net of the same configuration, in evaluation mode."""
+        config = {k: v for k, v in self.module.config.items() if not k.startswith("_")}
+        return UNet(make_unet(seed, **config), self.process)
+
+    def save(self, folder: str | Path) -> None:
+        """Write a DDPM pipeline that `load` and Diffusers read."""
+        scheduler = self.process.scheduler
+        DDPMPipeline(unet=self.module, scheduler=scheduler).save_pretrained(folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> UNet:
+        """Load a folder that Diffusers wrote: a UNet2DModel, or a pipeline around one.
+
+        Args:
+            folder: a pipeline with ``unet/`` and ``scheduler/``, or with both in the folder itself
+                as older ones have; or a bare U-Net, which gets the linear DDPM schedule unless
+                ``scheduler_config.json`` lies beside it.
+
+        Returns:
+            The model in evaluation mode, float32, on the CPU.
+
+        Raises:
+            ModelError: its configuration, weights or schedule are missing or unreadable, it returns
+                something else than a picture, or the names or shapes of its weights do not match
+                its configuration.
+        """
+        part = next((f for f in (folder / "unet", folder) if (f / "config.json").is_file()), None)
+        if part is None:
+            raise ModelError(
+                "model must be a folder with config.json of a UNet2DModel, in itself or in unet/, "
+                f"got {folder} without one"
+            )
+        _check_config(part / "config.json")
+        return cls(load_part(UNet2DModel, part).eval(), load_process(folder))
+
+
+def _check_config(file: Path) -> None:
+    config = read_json(file)
+    kind = config.get("_class_name")
+    if kind != "UNet2DModel":
+        raise ModelError(f"{file} must describe a UNet2DModel, got {kind!r}")
+    if config.get("class_embed_type"):
+        raise ModelError(
+            f"{file} must describe a model that reads classes as numbers or not at all, got "
+            f"class_embed_type {config['class_embed_type']!r}"
+        )
+    channels = config.get("in_channels", 3), config.get("out_channels", 3)
+    if channels[0] != channels[1]:
+        raise ModelError(
+            f"{file} must have as many out_channels as in_channels, got {channels[1]} and "
+            f"{channels[0]}"
+        )
+
+
+def make_unet(seed: int, **config: Any) -> UNet2DModel:
+    """A freshly initialised U-Net in evaluation mode.
+
+    Args:
+        seed: of the initial weights; the global random state is left as it was.
+        config: arguments of `diffusers.UNet2DModel`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        # not torch.manual_seed, which would reseed CUDA devices too
+        torch.default_generator.manual_seed(seed)
+        return UNet2DModel(**config).eval()
+
+
+def digits_model(seed: int = 0) -> UNet:
+    """The U-Net for 8 x 8 digits, freshly initialised: 186,081 parameters.
+
+    The published CIFAR recipe at a laptop's scale: scale-shift time conditioning, attention at one
+    resolution, the linear schedule.
+
+    Args:
+        seed: of the initial weights; the global random state is left as it was.
+    """
+    unet = make_unet(
+        seed,
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+        attention_head_dim=8,
+        resnet_time_scale_shift="scale_shift",
+        add_attention=False,
+    )
+    return UNet(unet, linear_process())

@@ -1,0 +1,151 @@
+"""Parts of a pipeline from a folder that Diffusers wrote, and what does not fit in them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from diffusers import DDPMScheduler
+
+from .denoiser import ModelError
+from .process import DiscreteProcess, linear_process
+
+_SHOWN = 4
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ModelError: it is something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{file} must be JSON, got {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{file} must be a JSON object, got a {type(content).__name__}")
+    return content
+
+
+def load_part(kind: Any, folder: Path) -> Any:
+    """A network of Diffusers in float32, on the CPU; what does not fit its configuration is named.
+
+    Args:
+        kind: its class.
+        folder: with its configuration and weights, of half precision if there are no others.
+
+    Raises:
+        ModelError: weights are missing, unknown or of another shape, or it cannot be loaded.
+    """
+    variant = None
+    names = [file.name for file in folder.iterdir()]
+    if not any(name in names for name in _weight_names("")):
+        # a folder downloaded in half precision only
+        variant = "fp16" if any(name in names for name in _weight_names(".fp16")) else None
+    try:
+        # Diffusers' own remarks on mismatched weights: each becomes an error, or is fine
+        with quiet("diffusers.models.modeling_utils"):
+            # together the two last options report misfits instead of raising at the first
+            part, info = kind.from_pretrained(
+                folder,
+                local_files_only=True,
+                variant=variant,
+                output_loading_info=True,
+                low_cpu_mem_usage=False,
+                ignore_mismatched_sizes=True,
+            )
+    # whatever a broken configuration makes the constructor raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"the model in {folder} could not be loaded: {reason}") from error
+    refuse_misfits(info, folder)
+    return part.float()
+
+
+def _weight_names(variant: str) -> list[str]:
+    stem = f"diffusion_pytorch_model{variant}"
+    return [f"{stem}.{end}" for end in ("safetensors", "safetensors.index.json", "bin")]
+
+
+def refuse_misfits(info: dict[str, Any], folder: Path) -> None:
+    """Refuse weights that are not those of a configuration.
+
+    Args:
+        info: what ``from_pretrained`` says about loading.
+        folder: for the message.
+
+    Raises:
+        ModelError: names what is missing, unknown or of another shape.
+    """
+    misfits = [
+        *(f"{name} is missing" for name in sorted(info["missing_keys"])),
+        *(f"{name} is unknown" for name in sorted(info["unexpected_keys"])),
+        *(
+            f"{name} is {list(found)} and should be {list(expected)}"
+            for name, found, expected in sorted(info["mismatched_keys"])
+        ),
+    ]
+    if misfits:
+        more = f"; and {len(misfits) - _SHOWN} more" if len(misfits) > _SHOWN else ""
+        raise ModelError(
+            f"the checkpoint in {folder} does not match its configuration: "
+            f"{'; '.join(misfits[:_SHOWN])}{more}"
+        )
+
+
+def load_process(folder: Path) -> DiscreteProcess:
+    """The process of a pipeline's training schedule; the linear one for a bare model.
+
+    Raises:
+        ModelError: a pipeline without one, or one that cannot be used.
+    """
+    files = (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json")
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        if (folder / "model_index.json").is_file():
+            raise ModelError(f"{folder} is a pipeline and must hold {files[0].relative_to(folder)}")
+        return linear_process()
+    config = read_json(file)
+    if config.get("trained_betas") is None and "beta_start" not in config:
+        raise ModelError(
+            f"{file} must describe a schedule of betas, got {config.get('_class_name')!r}"
+        )
+    try:
+        # any scheduler's betas and prediction type, read as the training schedule they come from
+        return DiscreteProcess(DDPMScheduler.from_config(config))
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{file} could not be used: {reason}") from error
+
+
+@contextmanager
+def quiet(*names: str, progress: bool = True) -> Iterator[None]:
+    """Without the remarks of the named loggers, and without transformers' own progress bars."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with nullcontext() if progress else _no_progress():
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def _no_progress() -> Iterator[None]:
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,199 @@
+"""Counterfactual results to look at: a box plot, strips of pictures, and a section of a page."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..evaluation.counterfactual.options import NOTHING, RANDOM
+from ..evaluation.counterfactual.results import METRICS, Counterfactual, Summary
+from .canvas import LINE, SOFT, Canvas, default_style, fit
+from .html import render_columns, render_image
+from .plots import plot_boxes, render_svg, write_png
+
+CELL, GAP, MARGIN = 160, 20, 48
+PNG_QUERIES = 16
+REFERENCES = (RANDOM, NOTHING)
+NAMES = {
+    "d-trak": "D-TRAK",
+    "trak": "TRAK",
+    RANDOM: "random",
+    NOTHING: "no removal",
+    "raw-dot": "pixels, dot",
+    "raw-cosine": "pixels, cosine",
+    "latent-dot": "latents, dot",
+    "latent-cosine": "latents, cosine",
+    "clip-dot": "CLIP, dot",
+    "clip-cosine": "CLIP, cosine",
+}
+_SHORT = {"pixel_l2": "L2", "latent_l2": "latent L2", "clip_cosine": "CLIP"}
+TITLE = "The same pictures without their top training images"
+
+
+def name_method(method: str) -> str:
+    """A method as readers know it."""
+    return NAMES.get(method, method)
+
+
+def plot_distances(results: Counterfactual, metric: str) -> Any:
+    """Box plot of one metric over queries; call it within `canvas.default_style`."""
+    groups = {
+        name_method(method): results.values[metric][method].mean(1).tolist()
+        for method in results.methods
+    }
+    found = METRICS[metric]
+    label = f"{found.title} ({'larger' if found.rises else 'lower'} = more change)"
+    return plot_boxes(groups, label, [name_method(method) for method in REFERENCES])
+
+
+def write_box_plot(path: Path, results: Counterfactual) -> None:
+    """Write the box plot of the pixels' distances, and one beside it for every other metric."""
+    with default_style():
+        for metric in results.values:
+            file = path if metric == "pixel_l2" else path.with_stem(f"{path.stem}-{metric}")
+            write_png(plot_distances(results, metric), file)
+
+
+def write_strips(path: Path, results: Counterfactual) -> None:
+    """Write a picture of the first ``PNG_QUERIES`` queries: the original, then every method's."""
+    with default_style():
+        _draw(results).save(path)
+
+
+def _draw(results: Counterfactual) -> Canvas:
+    shown = range(min(PNG_QUERIES, len(results.query_ids)))
+    side = fit(results.originals[0], CELL)
+    pitch, width = side + GAP, 2 * MARGIN + (1 + len(results.methods)) * (side + GAP) + GAP
+    top, height = MARGIN + 120, side + 64
+    canvas = Canvas(max(width, 760), top + len(shown) * height + 70)
+    inner = canvas.width - 2 * MARGIN
+    canvas.write(MARGIN, MARGIN - 8, TITLE, pixels=30, width=inner, bold=True)
+    settings = results.settings
+    text = (
+        f"retrained without {settings['removed']:,} of {settings['training images']:,} images, "
+        "drawn from the same seed"
+    )
+    canvas.write(MARGIN, MARGIN + 34, text, pixels=19, width=inner, colour=SOFT)
+    starts = [MARGIN] + [MARGIN + 2 * GAP + pitch * (n + 1) for n in range(len(results.methods))]
+    heads = ["original", *(name_method(method) for method in results.methods)]
+    for x, head in zip(starts, heads, strict=True):
+        canvas.write(x, top - 34, head, pixels=18, width=side, bold=True)
+    canvas.fill(starts[0] + pitch + 0.5 * GAP, top - 34, 2, len(shown) * height + 20, LINE)
+    for row in shown:
+        y = top + row * height
+        canvas.paste(starts[0], y, results.originals[row], side)
+        canvas.write(
+            starts[0], y + side + 6, results.query_ids[row], pixels=17, width=side, colour=SOFT
+        )
+        for x, method in zip(starts[1:], results.methods, strict=True):
+            canvas.paste(x, y, results.pictures[method][row, 0], side)
+            distance = float(results.values["pixel_l2"][method][row, 0])
+            canvas.write(x, y + side + 6, f"L2 {distance:.3g}", pixels=17, width=side, colour=SOFT)
+    part = "" if len(shown) == len(results.query_ids) else f" of {len(results.query_ids)}"
+    note = f"{len(shown)}{part} queries; first retraining; L2 of pixels in [-1, 1]."
+    canvas.write(MARGIN, top + len(shown) * height + 4, note, pixels=17, width=inner, colour=SOFT)
+    return canvas
+
+
+def render_section(results: Counterfactual, num_shown: int) -> str:
+    """The results as HTML: what was done, a table and a plot per metric, strips of pictures.
+
+    Args:
+        results: to show.
+        num_shown: queries whose pictures are shown, the first.
+    """
+    settings = results.settings
+    parts = [
+        "<p>Each query was drawn again, from the same seed, by models trained from scratch without "
+        f"the {settings['removed']:,} of {settings['training images']:,} images that a method "
+        "ranks highest for it. The more a picture changes, the more those images mattered. "
+        "Random removal shows how much any removal changes."
+        + (
+            " “No removal” is a retraining with another seed, whose noise differs at every step; "
+            "removals keep the run's, and may change less."
+            if NOTHING in results.methods
+            else ""
+        )
+        + "</p>"
+    ]
+    with default_style():
+        for metric in results.values:
+            title = METRICS[metric].title
+            svg = render_svg(plot_distances(results, metric), f"Box plot: {title} by method")
+            parts.append(
+                f'<div class="pair">\n{_render_table(results, metric)}\n'
+                f'<figure class="card">{svg}</figure>\n</div>'
+            )
+    parts.append(_render_strips(results, num_shown))
+    return "\n".join(parts)
+
+
+def _render_table(results: Counterfactual, metric: str) -> str:
+    rows: list[tuple[str, ...]] = []
+    for method in results.methods:
+        summary = results.summary(metric, method)
+        beyond = results.beyond_random(metric, method)
+        rows.append(
+            (
+                name_method(method),
+                _with_interval(summary, ""),
+                f"{summary.mean:.3g}",
+                "" if beyond is None else _with_interval(beyond, "+"),
+            )
+        )
+    count = results.summary(metric, results.methods[0]).count
+    direction = "more" if METRICS[metric].rises else "less"
+    note = (
+        f"Medians over {count} queries, with 95 % percentile bootstrap intervals over queries "
+        "(not over training seeds)"
+        if results.summary(metric, results.methods[0]).interval
+        else f"Medians over {count} queries, too few for an interval"
+    )
+    columns = ["Removed by", "Median", "Mean", "Beyond random"]
+    if RANDOM not in results.methods:
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    title = f"{METRICS[metric].title} ({direction} = more change)"
+    return render_columns(title, columns, rows, f"{note}.")
+
+
+def _with_interval(summary: Summary, sign: str) -> str:
+    def shown(value: float) -> str:
+        return format(value, f"{sign}.3g").replace("-", "−")
+
+    if summary.interval is None:
+        return shown(summary.median)
+    return f"{shown(summary.median)} [{shown(summary.interval[0])}, {shown(summary.interval[1])}]"
+
+
+def _render_strips(results: Counterfactual, num_shown: int) -> str:
+    rows = []
+    for row, query in enumerate(results.query_ids[:num_shown]):
+        name = html.escape(query)
+        cells = [_cell(results.originals[row], f"original {query}", "original", name)]
+        for method in results.methods:
+            name = name_method(method)
+            values = "<br>".join(
+                f"{label} {float(results.values[metric][method][row, 0]):.3g}"
+                for metric, label in _SHORT.items()
+                if metric in results.values
+            )
+            cells.append(
+                _cell(results.pictures[method][row, 0], f"{query} without {name}", name, values)
+            )
+        rows.append(f'<section class="card changes">{"".join(cells)}</section>')
+    part = (
+        f'<p class="soft">The first {num_shown} of {len(results.query_ids)} queries.</p>'
+        if num_shown < len(results.query_ids)
+        else ""
+    )
+    return "\n".join(rows) + part
+
+
+def _cell(pixels: Tensor, alt: str, head: str, below: str) -> str:
+    return (
+        f"<figure>{render_image(pixels, alt)}<figcaption><b>{html.escape(head)}</b><br>"
+        f"{below}</figcaption></figure>"
+    )

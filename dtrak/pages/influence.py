@@ -1,0 +1,302 @@
+"""Queries beside their proponents and opponents: rows of a page, and one picture."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..data.images import to_uint8
+from .canvas import LINE, MINUS, PLUS, SOFT, Canvas, default_style, fit
+from .html import render_image, render_name
+
+TITLE = "Which training images made these pictures?"
+PNG_QUERIES = 16
+CELL, SUBJECT, GAP, MARGIN = 192, 256, 16, 48
+COLOURS = {"proponents": PLUS, "opponents": MINUS}
+HEADINGS = (
+    ("proponents", "Proponents", "presence lowered the error"),
+    ("opponents", "Opponents", "presence raised the error"),
+)
+CAVEAT = (
+    "Scores are estimates from the gradients of a trained model: nothing was retrained without "
+    "these images. A high score does not prove that an image was copied, and images that look "
+    "alike need not score high."
+)
+
+
+class Images(Protocol):
+    """Anything that gives the image [C, H, W] in [-1, 1] at a position, such as a tensor."""
+
+    def __getitem__(self, index: int, /) -> Tensor:
+        """Return the image at ``index``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Match:
+    """A training image beside a query: pixels [C, H, W] uint8, and bar length in [0, 1]."""
+
+    pixels: Tensor
+    id: str
+    label: int | None
+    score: float
+    share: float
+    caption: str | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A query, pixels [C, H, W] uint8, and its matches per heading that was asked for."""
+
+    pixels: Tensor
+    id: str
+    matches: dict[str, list[Match]]
+    caption: str | None = None
+
+
+def gather(
+    queries: Tensor,
+    train: Images,
+    proponents: tuple[Tensor, Tensor],
+    opponents: tuple[Tensor, Tensor],
+    train_ids: Sequence[str],
+    query_ids: Sequence[str],
+    train_labels: Sequence[int] | None,
+    train_captions: Sequence[str] | None = None,
+    query_captions: Sequence[str] | None = None,
+) -> list[Row]:
+    """Put every query together with the images of its matches.
+
+    Args:
+        queries: as for `report.write_report`, like everything else.
+        train: the training images.
+        proponents: positions and scores.
+        opponents: positions and scores.
+        train_ids: names of the training images.
+        query_ids: names of the queries.
+        train_labels: class indices, or None.
+        train_captions: texts, or None.
+        query_captions: texts, or None.
+
+    Returns:
+        One row per query.
+
+    Raises:
+        ValueError: as `report.write_report`.
+    """
+    if queries.ndim != 4 or queries.shape[1] not in (1, 3):
+        raise ValueError(f"queries must be [M, 1 or 3, H, W], got {list(queries.shape)}")
+    if len(query_ids) != len(queries):
+        raise ValueError(f"query_ids must be {len(queries)} long, got {len(query_ids)}")
+    if train_labels is not None and len(train_labels) != len(train_ids):
+        raise ValueError(f"train_labels must be {len(train_ids)} long, got {len(train_labels)}")
+    for name, captions, ids in (
+        ("train_captions", train_captions, train_ids),
+        ("query_captions", query_captions, query_ids),
+    ):
+        if captions is not None and len(captions) != len(ids):
+            raise ValueError(f"{name} must be {len(ids)} long, got {len(captions)}")
+    ranked = {"proponents": proponents, "opponents": opponents}
+    for name, (indices, scores) in ranked.items():
+        if indices.ndim != 2 or indices.shape != scores.shape or len(indices) != len(queries):
+            raise ValueError(
+                f"{name} must be positions and scores, both [{len(queries)}, any], "
+                f"got {list(indices.shape)} and {list(scores.shape)}"
+            )
+        if not torch.isfinite(scores).all():
+            raise ValueError(f"scores of {name} must be finite, got NaN or infinity")
+        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < len(train_ids):
+            raise ValueError(
+                f"positions of {name} must lie in [0, {len(train_ids)}), "
+                f"got {int(indices.min())} to {int(indices.max())}"
+            )
+    quantised = to_uint8(queries)
+    rows = []
+    for m, name in enumerate(query_ids):
+        strongest = max((abs(s) for _, scores in ranked.values() for s in scores[m].tolist()))
+        matches = {
+            kind: [
+                Match(
+                    pixels=to_uint8(train[index]),
+                    id=train_ids[index],
+                    label=None if train_labels is None else train_labels[index],
+                    score=score,
+                    share=abs(score) / strongest if strongest else 0.0,
+                    caption=None if train_captions is None else train_captions[index],
+                )
+                for index, score in zip(indices[m].tolist(), scores[m].tolist(), strict=True)
+                # the lowest of all-positive scores is no opponent
+                if (score > 0 if kind == "proponents" else score < 0)
+            ]
+            for kind, (indices, scores) in ranked.items()
+            if indices.shape[1]
+        }
+        caption = None if query_captions is None else query_captions[m]
+        rows.append(Row(quantised[m], name, matches, caption))
+    return rows
+
+
+def lead(query_kind: str) -> str:
+    """What the rows show, in a sentence."""
+    return (
+        f"For each {query_kind}: the training images whose presence most lowered or raised "
+        "the model's error on it."
+    )
+
+
+def _exponent(rows: Sequence[Row]) -> int:
+    """Choose one power of ten for all scores, 0 where they are readable as they are."""
+    scores = [abs(m.score) for row in rows for kind in row.matches.values() for m in kind]
+    largest = max(scores, default=0.0)
+    if largest == 0 or 0.01 <= largest < 1000:
+        return 0
+    return math.floor(math.log10(largest))
+
+
+def _format_score(score: float, exponent: int) -> str:
+    return f"{score / 10.0**exponent:+#.3g}".rstrip(".").replace("-", "−")
+
+
+def render_explanation(rows: Sequence[Row]) -> str:
+    """How to read the scores, as HTML paragraphs."""
+    exponent = _exponent(rows)
+    power = f"10<sup>{exponent}</sup>".replace("-", "−")
+    unit = f" Scores here are in units of {power}." if exponent else ""
+    return f"""<p>A <b class="plus">positive</b> score marks a proponent: with this image in the
+training set, the model's error on the picture is estimated to be lower than without it. A
+<b class="minus">negative</b> score marks an opponent: the error is estimated to be higher. The size
+has no natural unit: compare scores within one row, not between rows or runs. The thin bar is the
+size of a score against the strongest in its row.{unit}</p>
+<p class="soft">{html.escape(CAVEAT)}</p>"""
+
+
+def render_rows(rows: Sequence[Row], query_kind: str) -> str:
+    """One HTML section per row."""
+    exponent = _exponent(rows)
+    return "\n".join(_render_query(row, exponent, query_kind) for row in rows)
+
+
+def _render_query(row: Row, exponent: int, query_kind: str) -> str:
+    sides = []
+    for kind, heading, meaning in HEADINGS:
+        if kind not in row.matches:
+            continue
+        items = "\n".join(_render_match(match, exponent) for match in row.matches[kind])
+        items = items or '<li class="soft">none</li>'
+        sides.append(
+            f'<div class="side {kind}">\n<h3>{heading} <span>{meaning}</span></h3>\n'
+            f'<ol class="strip">\n{items}\n</ol>\n</div>'
+        )
+    image = render_image(row.pixels, f"{query_kind} {row.id}")
+    return (
+        f'<section class="query">\n<div class="subject">{image}'
+        f'<h2 title="{html.escape(row.id)}">{html.escape(row.id)}</h2>'
+        f"{_render_caption(row.caption)}</div>\n" + "\n".join(sides) + "\n</section>"
+    )
+
+
+def _render_caption(caption: str | None) -> str:
+    return "" if caption is None else f'<small class="soft">{html.escape(_quote(caption))}</small>'
+
+
+def _quote(caption: str) -> str:
+    return f"“{caption}”" if caption else "no caption"
+
+
+def _render_match(match: Match, exponent: int) -> str:
+    shown = _format_score(match.score, exponent)
+    label = "" if match.label is None else f'<span class="soft">label {match.label}</span>'
+    colour = "minus" if match.score < 0 else "plus"
+    return (
+        f"<li><figure>{render_image(match.pixels, f'training image {match.id}, score {shown}')}"
+        f'<figcaption><span class="bar {colour}"><i style="width:{match.share:.1%}"></i></span>'
+        f'<data class="{colour}" value="{match.score!r}">{shown}</data>'
+        f'<span class="name" title="{html.escape(match.id)}">{render_name(match.id)}</span>'
+        f"{_render_caption(match.caption)}{label}</figcaption></figure></li>"
+    )
+
+
+def write_png(path: Path, rows: Sequence[Row], query_kind: str) -> None:
+    """Write the picture of the first ``PNG_QUERIES`` rows."""
+    with default_style():
+        draw(rows, query_kind).save(path)
+
+
+def draw(rows: Sequence[Row], query_kind: str) -> Canvas:
+    """Draw at most ``PNG_QUERIES`` rows: query, proponents, a line, opponents."""
+    shown = rows[:PNG_QUERIES]
+    exponent = _exponent(rows)
+    matches = [match for row in shown for kind in row.matches.values() for match in kind]
+    cell = max((fit(match.pixels, CELL) for match in matches), default=CELL)
+    subject = max((fit(row.pixels, SUBJECT) for row in shown), default=SUBJECT)
+    widths = {
+        # room for the word "none" where there is no match at all
+        kind: max(1, *(len(row.matches[kind]) for row in shown)) * (cell + GAP) - GAP
+        for kind, _, _ in HEADINGS
+        if shown and kind in shown[0].matches
+    }
+    starts, x = {}, MARGIN + subject + 2 * GAP
+    for kind, width in widths.items():
+        starts[kind] = x
+        x += width + 3 * GAP
+    width = max(x - 3 * GAP + MARGIN, 1100)
+    top, pitch = MARGIN + 150, max(subject + 32, cell + 94) + 2 * GAP
+    canvas = Canvas(width, top + len(shown) * pitch + 96)
+    inner = width - 2 * MARGIN
+    canvas.write(MARGIN, MARGIN - 8, TITLE, pixels=34, width=inner, bold=True)
+    canvas.write(MARGIN, MARGIN + 40, lead(query_kind), pixels=21, width=inner, colour=SOFT)
+    canvas.write(MARGIN, top - 50, query_kind.capitalize(), pixels=20, width=subject, bold=True)
+    for kind, heading, meaning in HEADINGS:
+        if kind in widths:
+            colour, room = COLOURS[kind], widths[kind]
+            text = f"{heading}: {meaning}"
+            canvas.write(
+                starts[kind], top - 50, text, pixels=20, width=room, colour=colour, bold=True
+            )
+            canvas.fill(starts[kind], top - 18, room, 3, colour)
+    for number, row in enumerate(shown):
+        y = top + number * pitch
+        canvas.paste(MARGIN, y, row.pixels, fit(row.pixels, SUBJECT))
+        canvas.write(MARGIN, y + subject + 6, row.id, pixels=18, width=subject, colour=SOFT)
+        if row.caption is not None:
+            text = _quote(row.caption)
+            canvas.write(MARGIN, y + subject + 30, text, pixels=17, width=subject, colour=SOFT)
+        if len(widths) == 2:
+            canvas.fill(starts["opponents"] - 1.5 * GAP - 1, y, 2, pitch - 2 * GAP, LINE)
+        for kind in widths:
+            if not row.matches[kind]:
+                canvas.write(starts[kind], y, "none", pixels=20, width=cell, colour=SOFT)
+            for place, match in enumerate(row.matches[kind]):
+                _draw_match(canvas, starts[kind] + place * (cell + GAP), y, match, cell, exponent)
+    unit = f" Scores in units of 1e{exponent}." if exponent else ""
+    part = f" The first {len(shown)} of {len(rows)}." if len(shown) < len(rows) else ""
+    notes = (
+        f"+ lowers the error, − raises it; compare scores within a row only.{unit}{part}",
+        "Estimates from gradients: nothing was retrained without these images.",
+    )
+    for line, note in enumerate(notes):
+        y = top + len(shown) * pitch + 28 * line
+        canvas.write(MARGIN, y, note, pixels=18, width=inner, colour=SOFT)
+    return canvas
+
+
+def _draw_match(canvas: Canvas, x: int, y: int, match: Match, cell: int, exponent: int) -> None:
+    canvas.paste(x, y, match.pixels, fit(match.pixels, CELL))
+    colour = PLUS if match.score >= 0 else MINUS
+    y += cell + 6
+    canvas.fill(x, y, cell, 5, LINE)
+    canvas.fill(x, y, cell * match.share, 5, colour)
+    score = _format_score(match.score, exponent)
+    canvas.write(x, y + 11, score, pixels=20, width=cell, colour=colour, bold=True)
+    canvas.write(x, y + 37, match.id, pixels=17, width=cell, colour=SOFT)
+    if match.caption is not None:
+        canvas.write(x, y + 61, _quote(match.caption), pixels=17, width=cell, colour=SOFT)
+    elif match.label is not None:
+        canvas.write(x, y + 61, f"label {match.label}", pixels=17, width=cell, colour=SOFT)

@@ -1,0 +1,80 @@
+"""A linear datamodelling score as a section of a page: a table and plots for each kind of query.
+
+The figures are those of `table.make_table`; nothing is computed here.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..evaluation.lds.table import AUTO, select_rows
+from .canvas import default_style
+from .html import render_columns
+from .lds_plots import plot_lds
+from .lds_report import row_notes
+from .plots import render_svg
+
+_AGAINST = {
+    "methods": "by method",
+    "damping": "against damping",
+    "timesteps": "against number of timesteps",
+}
+_HEADINGS = {"validation": "Held-out images", "generated": "Generated images"}
+_COLUMNS = ("Method", "LDS", "95 % (BCa)", "In-sample λ", "Auto λ", "S", "Projection")
+
+
+def render_section(table: Mapping[str, Any]) -> str:
+    """The table as HTML.
+
+    Args:
+        table: of `table.make_table`.
+    """
+    about = table["about"]
+    parts = [
+        f"<p>How well each method's scores rank {about['models']} models, retrained on random "
+        f"subsets of {about['subset_size']:,} of {about['samples']:,} training images, by the loss "
+        "of a query: mean rank correlation, 100 is perfect and 0 is chance. The damping λ of the "
+        "main figure was chosen on other models than those it is judged on. “In-sample λ” is the "
+        "published protocol, which picks the λ that looks best on the very models it reports: it "
+        "flatters the methods that have one. “Auto λ” looks at no retrained model. Intervals are "
+        f"bootstraps with {table['num_resamples']:,} resamples of the subset models.</p>",
+        *(f"<p>{html.escape(note)}</p>" for note in row_notes(table)),
+    ]
+    for kind in dict.fromkeys(row["queries"] for row in table["rows"]):
+        rows = select_rows(table, kind)
+        heading = _HEADINGS.get(kind, kind)
+        parts.append(f"<h3>{html.escape(heading)}</h3>")
+        parts.append(render_columns(f"LDS on {heading.lower()}, %", _COLUMNS, _cells(rows)))
+        with default_style():
+            plots = "".join(
+                f'<figure class="card">'
+                f"{render_svg(figure, f'LDS {_AGAINST[name]} on {heading.lower()}')}</figure>"
+                for name, figure in plot_lds(rows).items()
+            )
+        parts.append(f'<div class="plots">{plots}</div>')
+    return "\n".join(parts)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}".replace("-", "−")
+
+
+def _interval(ends: Sequence[float]) -> str:
+    return f"[{_percent(ends[0])}, {_percent(ends[1])}]"
+
+
+def _cells(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    return [
+        (
+            row["method"],
+            _percent(row["held_out"]["lds"]),
+            _interval(row["held_out"]["bca"]),
+            _percent(row["in_sample"]["lds"]) if "in_sample" in row else "",
+            _percent(row[AUTO]["lds"]) if AUTO in row else "",
+            str(row["timesteps"] or ""),
+            "exact" if row["projection"] == "none" else row["projection"],
+        )
+        for row in rows
+    ]

@@ -1,0 +1,297 @@
+"""The page that gathers what a run and its evaluations left, and the report of a run alone."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from torch import Tensor
+
+from ..methods.scores import top_k
+from ..runs.console import progress_bar
+from ..runs.record import ResultsError, check_report
+from .html import format_seconds, render_page, render_table
+from .influence import TITLE, Images, gather, lead, render_explanation, render_rows, write_png
+
+if TYPE_CHECKING:
+    from ..data.samples import Samples
+    from ..evaluation.counterfactual.results import Counterfactual
+
+_OPPONENTS = 3
+
+
+def write_report(
+    path_html: str | os.PathLike[str],
+    path_png: str | os.PathLike[str],
+    *,
+    queries: Tensor,
+    train: Images,
+    proponents: tuple[Tensor, Tensor],
+    opponents: tuple[Tensor, Tensor],
+    train_ids: Sequence[str],
+    query_ids: Sequence[str],
+    settings: Mapping[str, Any],
+    stages: Sequence[tuple[str, float]] = (),
+    facts: Mapping[str, str] | None = None,
+    train_labels: Sequence[int] | None = None,
+    train_captions: Sequence[str] | None = None,
+    query_captions: Sequence[str] | None = None,
+    query_kind: str = "generated picture",
+) -> None:
+    """Write the attribution of M queries as one self-contained HTML page and one PNG picture.
+
+    The page holds its images and needs no network and no script; the same input gives the same
+    bytes. The picture shows the first 16 queries.
+
+    Args:
+        path_html: the page.
+        path_png: the picture.
+        queries: [M, C, H, W] in [-1, 1], C 1 or 3.
+        train: the training images; ``train[i]`` is [C, H, W] in [-1, 1].
+        proponents: positions [M, R] in ``train`` and their scores [M, R], strongest first; those
+            whose score is not positive are left out, for they are no proponents.
+        opponents: the same for the lowest scores, [M, Q] and [M, Q], lowest first; those whose
+            score is not negative are left out.
+        train_ids: names of the training images.
+        query_ids: names of the M queries.
+        settings: what decided the numbers, as name and value.
+        stages: name and wall time in seconds of each step of the run, in order.
+        facts: other figures of the run, as name and text.
+        train_labels: class indices of the training images, shown where given.
+        train_captions: their captions, shown where given.
+        query_captions: captions of the queries, shown where given.
+        query_kind: what one query is, in words.
+
+    Raises:
+        ValueError: if queries are not [M, C, H, W] with C 1 or 3, ids, positions and scores do not
+            fit them or each other, a position is no training image, or a score is not finite.
+    """
+    rows = gather(
+        queries,
+        train,
+        proponents,
+        opponents,
+        train_ids,
+        query_ids,
+        train_labels,
+        train_captions,
+        query_captions,
+    )
+    header = f'<p class="lead">{html.escape(lead(query_kind))}</p>\n{render_explanation(rows)}'
+    tables = _render_tables(settings, facts or {}, stages)
+    page = render_page(TITLE, header, f"{render_rows(rows, query_kind)}\n{tables}")
+    Path(path_html).write_text(page, encoding="utf-8")
+    write_png(Path(path_png), rows, query_kind)
+
+
+def _render_tables(
+    settings: Mapping[str, Any], facts: Mapping[str, str], stages: Sequence[tuple[str, float]]
+) -> str:
+    times = [(name, format_seconds(seconds)) for name, seconds in stages]
+    if times:
+        times.append(("Total", format_seconds(sum(seconds for _, seconds in stages))))
+    tables = [
+        render_table("Settings", list(settings.items())),
+        render_table("This run", list(facts.items())),
+        render_table("Time per stage", times, timed=True),
+    ]
+    return f'<div class="tables">\n{"".join(tables)}</div>'
+
+
+def ranked_matches(
+    train: Samples, queries: Samples, scores: Tensor, num_proponents: int
+) -> dict[str, Any]:
+    """The images, scores, names and captions that `write_report` and `influence.gather` take.
+
+    Args:
+        train: N training images.
+        queries: at least M queries, of which the first M are taken.
+        scores: ``[M, N]``, positive for proponents.
+        num_proponents: R; all N where there are fewer.
+    """
+    M, N = scores.shape
+    ranked = top_k(scores, min(num_proponents, N))
+    opposed = top_k(scores, min(_OPPONENTS, N))
+    return {
+        "queries": queries.pictures(range(M)),
+        "train": train,
+        "proponents": (ranked.proponents, ranked.proponent_scores),
+        "opponents": (opposed.opponents, opposed.opponent_scores),
+        "train_ids": train.ids,
+        "query_ids": queries.ids[:M],
+        "train_labels": train.labels,
+        "train_captions": _captions(train),
+        "query_captions": _captions(queries, M),
+    }
+
+
+def _captions(samples: Samples, count: int | None = None) -> list[str] | None:
+    """What goes with the first ``count`` samples, as text: captions, or classes that were drawn."""
+    conditions = samples.conditions
+    if conditions is None:
+        return None
+    return [c if isinstance(c, str) else f"class {c}" for c in conditions[:count]]
+
+
+def gather_report(
+    folder: str | Path,
+    *,
+    lds: str | Path | None = None,
+    counterfactual: str | Path | None = None,
+    source: str | None = None,
+    num_queries: int = 16,
+    console: Console | None = None,
+) -> str:
+    """Everything a run and its evaluations left, as one self-contained HTML page.
+
+    Args:
+        folder: a finished run of `dtrak.attribute` or a run of `dtrak.lds`, whose pictures, LDS and
+            counterfactual retraining are shown as far as they are there.
+        lds: run folder of `dtrak.lds` to show; None looks in ``folder``, beside it for
+            ``lds-<name>``, and in the package for results on the same images.
+        counterfactual: folder of `dtrak.counterfactual` to show; None looks in ``folder`` and in
+            the run of `dtrak.lds`.
+        source: where the training images lie now; None takes where the run found them.
+        num_queries: queries whose pictures are shown, the first.
+        console: where progress goes; None keeps quiet.
+
+    Returns:
+        HTML.
+
+    Raises:
+        FileNotFoundError: a folder, or what a run was about, is not there.
+        ValueError: there is nothing to show, or something is damaged; one clear line.
+    """
+    folder = Path(folder)
+    check_report(folder, num_queries)
+    # read first: what follows takes minutes where the intervals of an LDS are still to be made
+    changed = _find_counterfactual(folder, lds, counterfactual)
+    parts: list[tuple[str, str, str]] = []
+    tables = ""
+    if (folder / "manifest.json").is_file() or (folder / "scores.safetensors").is_file():
+        explained, tables = _influence_part(folder, source, num_queries)
+        parts.append(("pictures", "Pictures and their training images", explained))
+    table = _find_lds(folder, None if lds is None else Path(lds), console or Console(quiet=True))
+    if table is not None:
+        from .lds_section import render_section
+
+        parts.append(("lds", "Do scores predict retraining? (LDS)", render_section(table)))
+    if changed is not None:
+        from .counterfactual import render_section as render_counterfactual
+
+        body = render_counterfactual(changed, num_queries)
+        parts.append(("counterfactual", "Do pictures change without them?", body))
+        tables += render_table("Counterfactual retraining", list(changed.settings.items()))
+    if table is not None:
+        about = [(name, value) for name, value in table["about"].items() if _is_plain(value)]
+        tables += render_table("LDS", about)
+    if not parts:
+        raise ResultsError(
+            f"{folder} must hold a finished run of dtrak.attribute, or results of dtrak.lds or "
+            "dtrak.counterfactual, got none"
+        )
+    parts.append(("settings", "Settings", f'<div class="tables">\n{tables}</div>'))
+    links = "".join(f'<a href="#{name}">{html.escape(heading)}</a>' for name, heading, _ in parts)
+    body = "\n".join(
+        f'<section class="part" id="{name}">\n<h2>{html.escape(heading)}</h2>\n{content}\n'
+        "</section>"
+        for name, heading, content in parts
+    )
+    header = f'<p class="lead">{html.escape(str(folder))}</p>\n<nav>{links}</nav>'
+    return render_page(TITLE, header, body)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str | int | float)
+
+
+def _influence_part(folder: Path, source: str | None, num_queries: int) -> tuple[str, str]:
+    """The strips of a run of `dtrak.attribute`, and its tables of settings."""
+    from ..runs.inputs import drawing_facts
+    from ..runs.results import load_attribution
+
+    run = load_attribution(folder)
+    inputs = run.load_inputs(source)
+    scores = run.scores[:num_queries]
+    rows = gather(**ranked_matches(inputs.train, inputs.queries, scores, run.options.top_k))
+    more = (
+        f'<p class="soft">The first {len(rows)} of {len(run.scores)}.</p>'
+        if len(rows) < len(run.scores)
+        else ""
+    )
+    manifest = run.manifest
+    stages = [(stage["name"], stage["seconds"]) for stage in manifest["stages"]]
+    facts = manifest["facts"] | drawing_facts(inputs.run, inputs.queries)
+    tables = _render_tables(manifest["settings"], facts, stages)
+    # without the grid round them: more tables join
+    tables = tables.removeprefix('<div class="tables">\n').removesuffix("</div>")
+    tables += render_table("Environment", list(manifest["environment"].items()))
+    return (
+        f"<p>{html.escape(lead(run.query_kind))}</p>\n{render_explanation(rows)}\n"
+        f"{render_rows(rows, run.query_kind)}\n{more}",
+        tables,
+    )
+
+
+def _find_lds(folder: Path, given: Path | None, console: Console) -> dict[str, Any] | None:
+    """The table of a run of `dtrak.lds` on the same images; None where there is none."""
+    from ..evaluation.lds.table import load_results, make_table, packaged_results
+    from .lds_report import read_table
+
+    place = given or next(
+        (
+            path
+            for path in (folder, folder.with_name(f"lds-{folder.resolve().name}"))
+            if (path / "results.npz").is_file()
+        ),
+        None,
+    )
+    file = folder / "manifest.json"
+    data = json.loads(file.read_text())["data"] if file.is_file() else None
+    if place is None:
+        return _packaged_table(packaged_results, data)
+    if not (place / "results.npz").is_file():
+        raise FileNotFoundError(
+            f"--lds must be a run that dtrak.lds has evaluated, got no {place / 'results.npz'}"
+        )
+    results = load_results(place / "results.npz")
+    if data is not None and results.about["data"] != data:
+        if given is None:
+            return None
+        raise ValueError(f"--lds must be a run on the images of {folder}, got one on others")
+    kept = read_table(place / "report" / "table.json", results)
+    if kept is not None:
+        return kept
+    with progress_bar(console, "intervals of the LDS") as progress:
+        return make_table(results, progress=progress)
+
+
+def _packaged_table(find: Any, data: str | None) -> dict[str, Any] | None:
+    """The table that comes with the package for these images."""
+    from ..training.presets import PRESETS
+
+    for preset in PRESETS:
+        packaged = find(preset)
+        if packaged is not None and packaged[0].about["data"] == data:
+            table: dict[str, Any] = packaged[1]
+            return table
+    return None
+
+
+def _find_counterfactual(
+    folder: Path, lds: str | Path | None, given: str | Path | None
+) -> Counterfactual | None:
+    from ..evaluation.counterfactual.results import load_counterfactual
+
+    if given is not None:
+        return load_counterfactual(given)
+    places = [folder, folder / "counterfactual"]
+    if lds is not None:
+        places.append(Path(lds) / "counterfactual")
+    found = next((place for place in places if (place / "results.safetensors").is_file()), None)
+    return None if found is None else load_counterfactual(found)

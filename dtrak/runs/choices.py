@@ -1,0 +1,73 @@
+"""What options accept; importing it imports nothing heavy, so that mistakes are said at once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+# of the weights and the forward pass, as torch calls them; 16-bit ones run under autocast
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+# of the forward pass while training, as accelerate calls them
+PRECISIONS = ("no", "fp16", "bf16")
+# K by kind of the projection
+DEFAULT_PROJ_DIM = {"sjlt": 8192, "kronecker": 8192, "rademacher": 2048, "normal": 2048, "none": 0}
+# of pictures drawn from prompts
+GUIDANCE_SCALE = 7.5
+# what a trainer writes beside a model or an adapter
+TRAINING_FILE = "training.json"
+# pictures drawn from prompts, and kept, at a time
+DRAWN_TOGETHER = 8
+# DDIM steps of a picture
+NUM_INFERENCE_STEPS = 50
+# probability that a caption is replaced by the empty one, while training
+CAPTION_DROPOUT = 0.1
+
+
+def check_choice(option: str, value: str, valid: Iterable[str]) -> str:
+    """``value`` if it is one of ``valid``.
+
+    Raises:
+        ValueError: it is not; the message names the closest valid value.
+    """
+    valid = list(valid)
+    if value in valid:
+        return value
+    close = difflib.get_close_matches(value.lower().replace("-", "_"), valid, n=1, cutoff=0.3)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"{option} must be one of {', '.join(valid)}, got {value!r}{hint}")
+
+
+def check_counts(**counts: int | None) -> None:
+    """Refuse options that count something and are below 1; None is an option that is not given.
+
+    Raises:
+        ValueError: names the first.
+    """
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {count}")
+
+
+def check_model_folder(folder: str | Path) -> None:
+    """Refuse a folder of a model that is not there.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(
+            f"model must be an existing folder that Diffusers wrote, got {folder}"
+        )
+
+
+def parse_numbers(option: str, text: str) -> list[int]:
+    """Whole numbers of at least 0, separated by commas.
+
+    Raises:
+        ValueError: the text is something else.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"{option} must be numbers such as 0,3,5, got {text!r}")
+    return [int(part) for part in parts]

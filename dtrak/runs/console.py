@@ -1,0 +1,219 @@
+"""What every command shares: progress bars, warnings and errors in one line, Ctrl-C, the device."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import math
+import os
+import re
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from safetensors import SafetensorError
+
+from .interrupts import keep_quiet
+
+if TYPE_CHECKING:
+    import torch
+
+_PACKAGE = Path(__file__).parents[1]
+_NO_SPACE = (
+    "no space left on the device: free some and run the same command again; "
+    "what was finished is kept"
+)
+
+
+@contextmanager
+def progress_bar(console: Console, name: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar with the time left; yields ``progress(done, total)`` and ends full."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(f"{name:<28}", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+        bar.update(task, total=bar.tasks[0].total or 1, completed=bar.tasks[0].total or 1)
+
+
+@contextmanager
+def model_bar(
+    console: Console, label: str, total: int
+) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar over models; yields ``report(name, done, units)``, which also logs finished models."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.1f}/{task.total:.0f} models"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    parts: dict[str, float] = {}
+    started: dict[str, float] = {}
+    # a model takes minutes: its pace says more than that of the last half minute
+    with Progress(*columns, console=console, speed_estimate_period=600) as progress:
+        task = progress.add_task(label, total=total)
+
+        def report(name: str, done: int, units: int) -> None:
+            started.setdefault(name, time.monotonic())
+            parts[name] = done / units
+            progress.update(task, completed=sum(parts.values()))
+            if done == units:
+                seconds = time.monotonic() - started[name]
+                console.print(f"{label} {name}: {seconds:.0f} s", highlight=False)
+
+        yield report
+
+
+@contextmanager
+def reporting_errors(console: Console, traceback: bool = False) -> Iterator[None]:
+    """Run a command's work: own warnings and errors become one line, Ctrl-C ends with 130.
+
+    Args:
+        console: where they go.
+        traceback: let errors through, to show where they came from.
+
+    Raises:
+        typer.Exit: 2 for an error, 130 for an interruption.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with _warnings_on(console):
+            yield
+    except KeyboardInterrupt:
+        console.print("interrupted: run the same command again, it resumes where it stopped")
+        raise typer.Exit(130) from None
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if traceback:
+            raise
+        message = " ".join(str(error).split())
+        # Diffusers' writer wraps the operating system's error
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in message
+        fail(console, _NO_SPACE if full else message)
+
+
+@contextmanager
+def _warnings_on(console: Console) -> Iterator[None]:
+    """Print this package's own warnings as one line each, and once."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+        shown: set[str] = set()
+
+        def one_line(message: Any, category: type[Warning], filename: str, *rest: Any) -> None:
+            if _PACKAGE in Path(filename).parents:
+                # the same from two places says no more than once
+                if str(message) not in shown:
+                    shown.add(str(message))
+                    text = f"warning: {message}"
+                    console.print(text, style="yellow", highlight=False, markup=False)
+            else:
+                show(message, category, filename, *rest)
+
+        warnings.showwarning = one_line  # type: ignore[assignment]
+        yield
+
+
+def fail(console: Console, message: str) -> NoReturn:
+    """Print one line and end the command with 2."""
+    console.print(f"error: {message}", style="red", soft_wrap=True, highlight=False, markup=False)
+    raise typer.Exit(2)
+
+
+def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> None:
+    """Run a command as ``python -m name``; Ctrl-C ends it with 130 whenever it comes."""
+    keep_quiet()
+    try:
+        app(
+            args=list(arguments) if arguments is not None else sys.argv[1:],
+            prog_name=f"python -m {name}",
+        )
+    except SystemExit as end:
+        if end.code != 130:
+            raise
+        # Python itself would end by the signal if it came while some library was imported
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130)
+
+
+def check_device(name: str) -> None:
+    """Refuse what is no name of a device, before torch is asked what there is.
+
+    Raises:
+        ValueError: it is none, or one of a kind that is not served.
+    """
+    if name != "auto" and not re.fullmatch(r"(cpu|cuda)(:\d+)?", name):
+        reason = ": features on Apple's GPU were never checked" if name.startswith("mps") else ""
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}{reason}")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called ``name``; ``"auto"`` is the first GPU, or the CPU.
+
+    Raises:
+        ValueError: the name is unknown, or of a device that is not there.
+    """
+    check_device(name)
+    # the rest of this module is what every command needs before it needs torch
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device must name a device that is there, got {name!r} with "
+            f"{torch.cuda.device_count()} CUDA devices"
+        )
+    return device
+
+
+def parse_damping(text: str) -> float | None:
+    """λ in units of the Gram matrix, or None for ``"auto"``.
+
+    Raises:
+        ValueError: it is neither ``"auto"`` nor a finite number of at least 0.
+    """
+    if text == "auto":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise ValueError(f"--damping must be 'auto' or a finite number of at least 0, got {text!r}")
+    return value
+
+
+def check_source(option: str, value: str, names: list[str]) -> None:
+    """Refuse a misspelt name before a hub is asked for it.
+
+    Raises:
+        ValueError: it is close to one of ``names`` and no path.
+    """
+    close = difflib.get_close_matches(value, names, n=1, cutoff=0.7)
+    if close and close[0] != value and not Path(value).exists():
+        raise ValueError(f"{option} {value!r} does not exist; did you mean {close[0]!r}?")

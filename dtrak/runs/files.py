@@ -1,0 +1,54 @@
+"""Writing files that no crash or reader meets half of, and locks between processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .locks import locked
+
+# of an output folder, in it: whoever holds it writes there, and no reader minds it
+LOCK_FILE = ".lock"
+
+
+def picture_name(seed: int) -> str:
+    """Name of the file of the picture drawn from a seed, which is the picture's id too."""
+    return f"{seed:05d}.png"
+
+
+def picture_seed(name: str) -> int:
+    """The seed in the name of a picture that was drawn."""
+    return int(Path(name).stem)
+
+
+def write_atomically(file: Path, content: bytes | memoryview) -> None:
+    """Write a file so that a reader, or a crash, sees the old content or the new one."""
+    temporary = file.with_name(file.name + ".partial")
+    try:
+        with temporary.open("wb") as opened:
+            opened.write(content)
+            opened.flush()
+            os.fsync(opened.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def claim(file: Path, *, wait: bool = False, part: range | None = None) -> Iterator[bool]:
+    """Try to be the one process that works on something; yields whether it is.
+
+    The operating system lets go of the lock when the process ends, however it ends.
+
+    Args:
+        file: of the lock; made if missing, and left there.
+        wait: until no other process is at it.
+        part: consecutive numbers of at least 0, of which this process works on these alone; another
+            process may have others. Claims of one process do not exclude each other then, and all
+            end with the first.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as opened, locked(opened, part, wait) as is_ours:
+        yield is_ours

@@ -1,0 +1,194 @@
+"""A finished run of the main job, recognised by content: the same command has nothing to do.
+
+Whatever went into a run is compared: options, code, versions, model, images, and each file of the
+output folder that a later stage reads. Where anything differs, the command runs as if this were not
+here, and refuses what it refuses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from ..features.output_names import describe_output_function
+from .files import picture_name
+from .folders import alone_in
+from .options import Options
+from .run import Plan, make_plan, print_summary
+
+if TYPE_CHECKING:
+    from ..models.denoiser import Denoiser
+
+_OURS = ("dtrak", "dtrak_kernels")
+_LIBRARIES = (
+    "diffusers",
+    "matplotlib",
+    "numpy",
+    "pillow",
+    "safetensors",
+    "scikit-learn",
+    "scipy",
+    "torch",
+)
+_RESULTS = ("scores.safetensors", "report.html", "report.png")
+
+
+def record_finish(plan: Plan, model: Denoiser, queries: str) -> dict[str, Any] | None:
+    """What `reuse_finished` compares, for the manifest of a run; None for a run it leaves alone.
+
+    Args:
+        plan: of the run.
+        model: that was explained.
+        queries: fingerprint of the queries.
+    """
+    if not _is_recognised(plan.options) or model.reads is not None:
+        return None
+    size = model.size
+    return {
+        "channels": model.channels,
+        "size": list(size) if isinstance(size, tuple) else size,
+        **_describe(plan, queries),
+    }
+
+
+def reuse_finished(options: Options, console: Console) -> bool:
+    """Show the results in the output folder, if the same run made them and nothing has changed.
+
+    Args:
+        options: already checked.
+        console: for warnings on images.
+
+    Returns:
+        Whether it was so.
+
+    Raises:
+        OutputError: another command is at work in the folder.
+    """
+    plan = make_plan(options)
+    manifest = _read_manifest(plan)
+    if manifest is None:
+        return False
+    with alone_in(plan.output):
+        if not _is_unchanged(plan, manifest):
+            return False
+    train = ["train the model"] if options.model is None else []
+    draw = ["generate the queries"] if options.queries == "generated" else []
+    features = ["features of training images", "features of queries"]
+    reused = [*train, *draw, *features, "kernel inverse and scores", "report"]
+    print_summary(plan.output, reused, [], manifest["facts"])
+    return True
+
+
+def _is_recognised(options: Options) -> bool:
+    """Whether all that a run reads is cheaper to compare than to load."""
+    return options.fused and options.lora is None and options.preset is None
+
+
+def _read_manifest(plan: Plan) -> dict[str, Any] | None:
+    """The manifest of a finished run with these options; None where there is none."""
+    if not _is_recognised(plan.options):
+        return None
+    try:
+        manifest: dict[str, Any] = json.loads((plan.output / "manifest.json").read_text())
+        # a folder may be called by another name
+        same = manifest["options"] | {"output": None} == asdict(plan.options) | {"output": None}
+        whole = isinstance(manifest["finished"], dict) and isinstance(manifest["facts"], dict)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return manifest if same and whole else None
+
+
+def _is_unchanged(plan: Plan, manifest: dict[str, Any]) -> bool:
+    record = manifest["finished"]
+    try:
+        found = _describe(plan, manifest["queries"])
+        if any(record[key] != value for key, value in found.items()):
+            return False
+        return _are_images_unchanged(plan.options, manifest)
+    # the run in full says what is wrong with them
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _describe(plan: Plan, queries: str) -> dict[str, Any]:
+    """What decided a run besides its options and images, and what it left, by content."""
+    options, output = plan.options, plan.output
+    pictures: Iterable[Path] = ()
+    if options.queries == "generated":
+        pictures = [output / "generated" / picture_name(i) for i in range(options.num_queries)]
+    return {
+        "versions": {name: version(name) for name in _LIBRARIES},
+        "code": {name: _hash_code(name) for name in _OURS},
+        "device": str(plan.device),
+        **describe_output_function(options.output_function),
+        "model": _hash_folder(output / "model" if options.model is None else Path(options.model)),
+        "features": {
+            name: _hash_folder(output / "features" / name)
+            for name in ("train", f"query-{queries[:12]}")
+        },
+        "files": {
+            str(file.relative_to(output)): _hash_file(file)
+            for file in (output / "run.json", *pictures, *(output / name for name in _RESULTS))
+        },
+    }
+
+
+def _are_images_unchanged(options: Options, manifest: dict[str, Any]) -> bool:
+    """Whether images that lie outside the output folder are those of the run."""
+    sources: list[tuple[str, str, str, int | None]] = []
+    if options.data != "digits":
+        sources.append(("data", options.data, "train", None))
+        if options.queries == "validation":
+            sources.append(("queries", options.data, "validation", options.num_queries))
+    if options.queries not in ("generated", "validation"):
+        sources.append(("queries", options.queries, "train", None))
+    # the digits come with scikit-learn, whose version stands for them
+    if not sources:
+        return True
+    from ..data.images import load_data
+
+    record = manifest["finished"]
+    size = record["size"]
+    for key, source, split, limit in sources:
+        found = load_data(
+            source,
+            channels=record["channels"],
+            size=tuple(size) if isinstance(size, list) else size,
+            split=split,
+            limit=limit,
+            skip_corrupt=options.skip_corrupt,
+            resize=options.resize,
+        )
+        if found.fingerprint != manifest[key]:
+            return False
+    return True
+
+
+def _hash_code(package: str) -> str:
+    spec = find_spec(package)
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    digest = hashlib.sha256()
+    for place in spec.submodule_search_locations:
+        for file in sorted(Path(place).rglob("*.py")):
+            digest.update(f"{file.relative_to(place).as_posix()} {_hash_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _hash_folder(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file, by its place in the folder."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): _hash_file(file) for file in files}
+
+
+def _hash_file(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

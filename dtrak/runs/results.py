@@ -1,0 +1,160 @@
+"""What a finished attribution left in its folder, read back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..data.samples import Samples
+from ..models import load
+from ..models.denoiser import Denoiser
+from .inputs import load_model_and_data, load_queries
+from .options import Options
+from .record import GENERATED, ResultsError, read_record
+from .run import Run, make_plan
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What a finished run was about, loaded again.
+
+    Attributes:
+        model: that was explained, on the CPU.
+        train: N training images.
+        queries: M queries.
+        run: with the plan of its features.
+    """
+
+    model: Denoiser
+    train: Samples
+    queries: Samples
+    run: Run
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """A finished run of `dtrak.attribute`.
+
+    Attributes:
+        folder: where it lies.
+        manifest: what the run wrote about itself.
+        deciding: what decided the model and the data, as the run's folder records it.
+        scores: ``[M, N]`` float32, positive for proponents.
+        query_ids: M names, the rows.
+        train_ids: N names, the columns.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    deciding: dict[str, Any]
+    scores: Tensor
+    query_ids: list[str]
+    train_ids: list[str]
+
+    @property
+    def options(self) -> Options:
+        """What the command line asked for, on the CPU and in the folder as it lies now."""
+        options = Options(**self.manifest["options"])
+        return replace(options, output=str(self.folder), device="cpu")
+
+    @property
+    def query_kind(self) -> str:
+        """What one query is, in words."""
+        return "generated picture" if self.options.queries == GENERATED else "picture"
+
+    @property
+    def model_folder(self) -> Path:
+        """Where the model that was explained lies."""
+        given = self.options.model
+        return self.folder / "model" if given is None else Path(given)
+
+    def load_model(self) -> Denoiser:
+        """The model that was explained, on the CPU.
+
+        Raises:
+            FileNotFoundError: it is gone.
+            ValueError: it cannot be used.
+        """
+        given = self.options.model
+        return load(self.model_folder if given is None else given, self.options.lora)
+
+    def load_inputs(self, source: str | None = None) -> Inputs:
+        """The model, the training images and the queries, checked to be those of the scores.
+
+        Args:
+            source: where the training images lie now; by default where the run found them.
+
+        Raises:
+            FileNotFoundError: the model or the images are gone.
+            ResultsError: the images are not those the run saw.
+            ValueError: the model or the images cannot be used.
+        """
+        options = self.options if source is None else replace(self.options, data=source)
+        run = Run(make_plan(options), Console(quiet=True))
+        model, train = load_model_and_data(run)
+        queries = load_queries(run, model)
+        for what, found, wanted in (
+            ("training images", train.ids, self.train_ids),
+            ("queries", queries.ids, self.query_ids),
+        ):
+            if found != wanted:
+                raise ResultsError(
+                    f"the {what} must be those {self.folder} was made with, got {len(found)} "
+                    "images with other names"
+                )
+        return Inputs(model, train, queries, run)
+
+
+def load_attribution(folder: str | Path) -> Attribution:
+    """Open the output folder of `dtrak.attribute`.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ResultsError: it holds no finished run, or a damaged one.
+    """
+    folder = Path(folder)
+    manifest, deciding = read_record(folder)
+    scores, metadata = read_scores(folder / "scores.safetensors")
+    return Attribution(
+        folder,
+        manifest,
+        deciding,
+        scores,
+        json.loads(metadata["rows"]),
+        json.loads(metadata["columns"]),
+    )
+
+
+def read_scores(file: str | Path) -> tuple[Tensor, dict[str, str]]:
+    """Scores ``[M, N]`` and their metadata: names of rows and columns, settings.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ResultsError: it is damaged, or holds no scores of `dtrak.attribute`.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"scores must be an existing file, got {file}")
+    try:
+        with safe_open(file, "pt") as opened:
+            scores: Tensor = opened.get_tensor("scores")
+            metadata = dict(opened.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ResultsError(f"{file} is damaged, or holds no scores: {reason}") from error
+    missing = [name for name in ("rows", "columns") if name not in metadata]
+    if missing:
+        raise ResultsError(f"{file} must name its {' and '.join(missing)} in its metadata")
+    try:
+        shape = [len(list(json.loads(metadata[name]))) for name in ("rows", "columns")]
+    except (TypeError, ValueError) as error:
+        raise ResultsError(f"{file} must name its rows and columns as lists of JSON") from error
+    if list(scores.shape) != shape:
+        raise ResultsError(f"{file} must hold scores {shape}, got {list(scores.shape)}")
+    return scores, metadata

@@ -1,0 +1,1 @@
+"""Training models, and drawing with them."""

@@ -1,0 +1,236 @@
+"""Drawing the pictures that are missing in a folder, one per seed, by a model of any kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ..data.captions import choose_prompts, read_prompts
+from ..data.images import encode_png, to_uint8
+from ..models import load
+from ..models.denoiser import Denoiser, Drawn
+from ..runs.choices import NUM_INFERENCE_STEPS
+from ..runs.console import choose_device, progress_bar
+from ..runs.files import picture_name, write_atomically
+from ..runs.folders import claim_folder
+from .generate_options import Options, check_options
+
+SETTINGS_FILE = "generation.json"
+_TRAJECTORY = "predicted_clean"
+
+
+def trajectory_file(folder: Path, seed: int) -> Path:
+    """Where the path on which a picture came about is kept."""
+    return folder / "trajectories" / f"{seed:05d}.safetensors"
+
+
+def missing_seeds(folder: Path, seeds: Sequence[int], trajectories: bool = False) -> list[int]:
+    """Seeds whose pictures (and paths, if those are wanted) are not in ``folder``."""
+    return [
+        seed
+        for seed in seeds
+        if not (folder / picture_name(seed)).is_file()
+        or (trajectories and not trajectory_file(folder, seed).is_file())
+    ]
+
+
+def choose_items(
+    model: Denoiser,
+    seeds: Sequence[int],
+    *,
+    prompts: Sequence[str] | None = None,
+    classes: Sequence[int] | None = None,
+) -> list[Any] | None:
+    """What the pictures of ``seeds`` are drawn from: seed i takes item i, again after the last.
+
+    Args:
+        model: draws them.
+        seeds: of the pictures.
+        prompts: for a model that reads captions.
+        classes: for a model that reads labels; all of its own by default.
+
+    Raises:
+        ValueError: there are none, or they are of a kind that the model does not read.
+    """
+    if prompts is not None and model.reads != "captions":
+        raise ValueError("--prompts is for models that read captions, which this one does not")
+    if classes is not None and model.reads != "labels":
+        raise ValueError("--classes is for models that read classes, which this one does not")
+    if model.reads == "captions":
+        if not prompts:
+            raise ValueError(
+                "--prompts must say what to draw: a text, or a file with one prompt per line"
+            )
+        return choose_prompts(prompts, seeds)
+    if model.reads == "labels":
+        every = list(range(model.num_classes or 0)) if classes is None else list(classes)
+        for label in every:
+            if not 0 <= label < (model.num_classes or 0):
+                raise ValueError(f"--classes must be in [0, {model.num_classes}), got {label}")
+        return [every[seed % len(every)] for seed in seeds]
+    return None
+
+
+def draw_all(model: Denoiser, seeds: Sequence[int], **how: Any) -> Tensor:
+    """Pictures ``[M, C, H, W]`` of M seeds, in their order; ``how`` as `Denoiser.draw`."""
+    drawn = [batch.images for batch in model.draw(seeds, **how)]
+    if drawn:
+        return torch.cat(drawn)
+    height, width = model.size if isinstance(model.size, tuple) else [model.size or 0] * 2
+    return torch.empty(0, model.channels or 0, height, width)
+
+
+def fitting_steps(model: Denoiser) -> int:
+    """DDIM steps of a picture, where nothing else is said: no more than the model has timesteps."""
+    return min(NUM_INFERENCE_STEPS, model.process.num_timesteps)
+
+
+def draw_missing(
+    model: Denoiser,
+    seeds: Sequence[int],
+    folder: Path,
+    items: Sequence[Any] | None = None,
+    **how: Any,
+) -> None:
+    """Draw pictures into ``folder``, batch by batch, so that a killed run keeps what it drew.
+
+    Args:
+        model: on its device.
+        seeds: of the pictures to draw.
+        folder: made if missing.
+        items: what each is drawn from, for a model that reads anything.
+        how: as in `Denoiser.draw`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for batch in model.draw(seeds, items, **how):
+        keep(folder, batch)
+
+
+def keep(folder: Path, batch: Drawn) -> None:
+    """Write a batch of pictures, their paths first: a picture that is there is complete."""
+    for row, seed in enumerate(batch.seeds):
+        if batch.trajectories is not None:
+            save_trajectory(trajectory_file(folder, seed), batch.trajectories[row])
+        picture = encode_png(to_uint8(batch.images[row]))
+        write_atomically(folder / picture_name(seed), picture)
+
+
+def run_generation(options: Options, console: Console) -> Path:
+    """Draw the images that are missing in the output folder.
+
+    Args:
+        options: what to do.
+        console: where progress goes.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        ValueError: an option, the model or the output folder is refused; one clear line.
+        FileNotFoundError: there is no such model.
+    """
+    with ExitStack() as held:
+        return _draw(options, console, held)
+
+
+def _draw(options: Options, console: Console, held: ExitStack) -> Path:
+    check_options(options)
+    device, output = choose_device(options.device), Path(options.output)
+    model = load(options.model, options.lora)
+    if model.channels not in (1, 3):
+        raise ValueError(f"the model must draw grey or RGB images, got {model.channels} channels")
+    seeds = range(options.first_seed, options.first_seed + options.num_images)
+    prompts = None if options.prompts is None else read_prompts(options.prompts)
+    items = choose_items(model, seeds, prompts=prompts, classes=options.class_numbers)
+    drawn_from: dict[str, Any] = {}
+    if items is not None:
+        drawn_from = {str(model.reads): prompts or options.class_numbers or "all"}
+        drawn_from |= {"guidance_scale": options.guidance_scale}
+    missing = missing_seeds(output, seeds, options.trajectories)
+    claim_folder(
+        output,
+        SETTINGS_FILE,
+        {
+            **model.identity(),
+            "schedule": model.process.describe(),
+            "num_inference_steps": options.num_inference_steps,
+            **drawn_from,
+        },
+        # what is finished is only read, and commands with other seeds draw other pictures
+        held if missing else None,
+        seeds,
+    )
+    missing = missing_seeds(output, seeds, options.trajectories)
+    if not missing:
+        console.print(f"already drawn: {output}", highlight=False, soft_wrap=True)
+        return output
+    model.to(device)
+    chosen = None if items is None else [items[seed - options.first_seed] for seed in missing]
+    with progress_bar(console, f"draw {len(missing):,} images") as progress:
+        draw_missing(
+            model,
+            missing,
+            output,
+            chosen,
+            num_inference_steps=options.num_inference_steps,
+            guidance_scale=options.guidance_scale,
+            batch_size=options.batch_size,
+            trajectories=options.trajectories,
+            progress=progress,
+        )
+    console.print(f"images: {output}", highlight=False, soft_wrap=True)
+    return output
+
+
+def save_trajectory(file: Path, trajectory: Tensor) -> None:
+    """Write the path ``[S, C, H, W]`` of one image as a safetensors file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, save({_TRAJECTORY: trajectory.contiguous()}))
+
+
+def load_trajectories(folder: str | Path, seeds: Sequence[int] | None = None) -> Tensor:
+    """Read the paths of images that ``python -m dtrak.generate --trajectories`` drew.
+
+    Args:
+        folder: its output folder.
+        seeds: of the N images; None reads all, in the order of their seeds.
+
+    Returns:
+        ``[N, S, C, H, W]`` float32.
+
+    Raises:
+        FileNotFoundError: there are none, or not of this seed.
+        ValueError: a file is damaged, or has another shape than the first.
+    """
+    folder = Path(folder)
+    if seeds is None:
+        found = (folder / "trajectories").glob("*.safetensors")
+        seeds = sorted(int(file.stem) for file in found)
+    if not seeds:
+        raise FileNotFoundError(
+            f"no trajectories in {folder / 'trajectories'} (dtrak.generate --trajectories)"
+        )
+    paths: list[Tensor] = []
+    for file in (trajectory_file(folder, seed) for seed in seeds):
+        if not file.is_file():
+            raise FileNotFoundError(f"no trajectory {file} (dtrak.generate --trajectories)")
+        try:
+            with safe_open(file, "pt") as opened:
+                path = opened.get_tensor(_TRAJECTORY)
+        except SafetensorError as error:
+            raise ValueError(f"trajectory {file} is damaged: {error}") from error
+        if paths and path.shape != paths[0].shape:
+            raise ValueError(
+                f"trajectory {file} must be {list(paths[0].shape)} as the first, "
+                f"got {list(path.shape)}"
+            )
+        paths.append(path)
+    return torch.stack(paths)

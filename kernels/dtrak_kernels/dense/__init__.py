@@ -1,0 +1,1 @@
+"""Dense random matrices, Rademacher and normal."""

@@ -1,0 +1,1 @@
+"""Per-sample gradients inside a backward: made, projected and dropped."""

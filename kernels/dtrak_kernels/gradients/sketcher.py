@@ -1,0 +1,512 @@
+"""Streams the per-sample gradients of a module into features, inside one ordinary backward.
+
+    with sketcher.batch(B) as features:          # [B, K], zeros
+        f = outputs_of(model(...))               # [B · rows_per_sample]
+        f.sum().backward()
+    # features[b] = Rᵀ ∇_θ Σ_{rows of b} f
+
+A forward in the place of each layer's own keeps its input, a hook on the node that made its output
+receives the output gradient, and the layer's per-sample weight gradient is formed in slices,
+projected and dropped. Autograd computes no weight gradient: a module's parameters are frozen while
+its forward runs. Contributions are summed, so a module used twice or a weight shared by two modules
+is right without being a special case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..projection import Projection
+from .accumulator import Accumulator, make_accumulator
+from .cost import Plan, make_plan
+from .hooks import (
+    Call,
+    Layer,
+    Watched,
+    check_forward,
+    flatten_call,
+    is_discrete,
+    saving_is_hooked,
+    versions_of,
+)
+from .norms import NormingAccumulator
+from .parameters import ParameterChoice, check_places, choose_parameters, find_places
+from .rules import kept_statistics, own_rule, rule_applies
+from .weight import LayerGradient
+
+
+@dataclass
+class _Batch:
+    """State of one open batch."""
+
+    features: Tensor
+    rows: int
+    rows_per_sample: int
+    anchor: Tensor
+    # whether a backward that runs now counts
+    counts: bool = True
+    seen: set[str] = field(default_factory=set)
+    without_grad: set[str] = field(default_factory=set)
+
+
+class GradientSketcher:
+    """Projects the per-sample gradients of a batch as its backward produces them.
+
+    For every kind of projection, the features of a batch equal
+    ``project(flattened per-sample gradients, projection)`` to rounding, the parameters flattened in
+    ``named_parameters()`` order.
+
+    Linear, Embedding, convolutions (one to three dimensions, transposed or not, any stride,
+    padding, dilation and groups), GroupNorm, LayerNorm and RMSNorm have rules of their own. Any
+    other module that owns parameters is recomputed sample by sample in the backward: exact when it
+    is deterministic, treats the rows of its batch independently and returns one tensor. Everything
+    else is refused by name, never skipped.
+
+    With ``rows_per_sample=1`` every row is a sample: features of single timesteps or tokens, before
+    they are summed, whose norms (``norms=True``) normalise them.
+
+    Rows are told by their number: a first dimension of ``B · rows_per_sample`` is taken for the
+    batch. A tensor that is shared by all samples is therefore mistaken for one if its first
+    dimension happens to have that size (a table of positions as long as the batch is large):
+    give such tensors a leading dimension of their own, or leave their parameters out.
+
+    Args:
+        model: the module whose parameters are differentiated. It is not modified outside `batch`.
+        projection: the random matrix; or instead of it
+        into: where the gradients go: an `Accumulator` class, or whatever makes one of the list of
+            the parameters' shapes.
+        parameters: names, or a predicate ``(name, parameter) -> bool``; by default every parameter
+            that requires a gradient. Those without elements are left out.
+        rows_per_sample: S, consecutive rows of the forward batch that belong to one sample
+            (timesteps, tokens); their gradients are summed.
+        implementation: ``"torch"``, ``"triton"``, or ``None`` for Triton on a GPU and torch
+            elsewhere; ``"triton"`` never falls back. Kind ``"sjlt"`` with Triton makes the gradient
+            of a Linear or Conv2d weight and its sketch in one kernel; kind ``"kronecker"`` is torch
+            everywhere.
+        norms: also collect the exact norms of the per-sample gradients, see `grad_norms`. Free
+            where the gradient is formed in slices; elsewhere from the Grams of inputs and output
+            gradients, or from slices, whichever costs less.
+
+    Attributes:
+        parameter_names: names of the chosen parameters, in flattening order.
+        shapes: their shapes.
+        grad_dim: ``P``, their total number of elements.
+        proj_dim: ``K``, the width of the features.
+        into: where the gradients go: what ``into`` made, or what the projection is done by.
+
+    Raises:
+        ValueError: no parameter is chosen or one is not real, a name is unknown,
+            ``rows_per_sample`` is not positive, the model is compiled or scripted, it mixes samples
+            (batch normalisation on batch statistics), ``implementation`` is unknown, or not one of
+            ``projection`` and ``into`` is given.
+        TypeError: ``into`` did not make an `Accumulator`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        projection: Projection | None = None,
+        *,
+        into: Callable[[list[tuple[int, ...]]], Accumulator] | None = None,
+        parameters: ParameterChoice = None,
+        rows_per_sample: int = 1,
+        implementation: str | None = None,
+        norms: bool = False,
+    ) -> None:
+        for name, module in model.named_modules():
+            if hasattr(module, "_orig_mod"):
+                raise ValueError(
+                    f"model must not be compiled, got {name or 'the model itself'!r} that is: its "
+                    "modules are traced away; pass what was given to torch.compile"
+                )
+        if rows_per_sample < 1:
+            raise ValueError(f"rows_per_sample must be at least 1, got {rows_per_sample}")
+        self.model, self.projection, self.rows_per_sample = model, projection, rows_per_sample
+        chosen = choose_parameters(model, parameters)
+        self.parameter_names = list(chosen)
+        self.shapes = [tuple(parameter.shape) for parameter in chosen.values()]
+        self.grad_dim = sum(parameter.numel() for parameter in chosen.values())
+        self._parameters = list(chosen.values())
+        index = {id(parameter): i for i, parameter in enumerate(self._parameters)}
+        self._layers = [
+            Layer(name or type(model).__name__, module, owned)
+            for name, module in model.named_modules()
+            if (
+                owned := {
+                    attribute: index[id(parameter)]
+                    for attribute, parameter in module.named_parameters(
+                        recurse=False, remove_duplicate=False
+                    )
+                    if id(parameter) in index
+                }
+            )
+        ]
+        for layer in self._layers:
+            if isinstance(layer.module, torch.jit.ScriptModule):
+                raise ValueError(
+                    f"model must not be scripted, got {layer.name!r} that is: pass what was given "
+                    "to torch.jit, or leave its parameters out with parameters="
+                )
+        self._places = find_places(model, self._layers)
+        # walking the module tree takes longer than many a layer
+        self._model_parameters = list(model.parameters())
+        self._normalisations = [
+            (name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        ]
+        self._refuse_mixing()
+        self.into = self._destination(projection, into, implementation)
+        self.proj_dim = self.into.num_features
+        self._norms = NormingAccumulator(self.into, self.parameter_names) if norms else None
+        self._accumulator: Accumulator = self._norms or self.into
+        self._batch: _Batch | None = None
+        self._last_norms: Tensor | None = None
+        self._frozen = [0] * len(self._parameters)
+        self._recomputing = False
+
+    def _destination(
+        self,
+        projection: Projection | None,
+        into: Callable[[list[tuple[int, ...]]], Accumulator] | None,
+        implementation: str | None,
+    ) -> Accumulator:
+        if projection is not None and into is None:
+            return make_accumulator(self.shapes, projection, implementation)
+        if projection is not None or into is None:
+            got = "neither" if into is None else "both"
+            raise ValueError(f"one of projection and into must be given, got {got}")
+        if implementation is not None:
+            raise ValueError(
+                f"implementation must be None with into, got {implementation!r}: it has its own"
+            )
+        accumulator = into(list(self.shapes))
+        if not isinstance(accumulator, Accumulator):
+            raise TypeError(f"into must make an Accumulator, got {type(accumulator).__name__}")
+        return accumulator
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters, and so the features, live."""
+        return self._parameters[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the features: float64 for a float64 model, else float32."""
+        wide = any(parameter.dtype == torch.float64 for parameter in self._parameters)
+        return torch.float64 if wide else torch.float32
+
+    @property
+    def grad_norms(self) -> Tensor:
+        """``[B]`` norms of the per-sample gradients of the last batch, dtype of the features.
+
+        Raises:
+            RuntimeError: the sketcher was not made with ``norms=True``, or saw no batch yet.
+        """
+        if self._norms is None:
+            raise RuntimeError("grad_norms must be asked for: GradientSketcher(..., norms=True)")
+        if self._last_norms is None:
+            raise RuntimeError("grad_norms must follow a complete batch, got none")
+        return self._last_norms
+
+    def sketch(self, outputs: Callable[[], Tensor], num_samples: int) -> Tensor:
+        """Features of one batch.
+
+        Args:
+            outputs: runs the forward and returns one scalar per row, ``[B · rows_per_sample]``; the
+                gradient of their sum is what is projected, and none that it computes on the way.
+            num_samples: ``B``.
+
+        Returns:
+            ``[B, K]`` float32 (float64 for a float64 model).
+
+        Raises:
+            ValueError: ``outputs`` returned another shape.
+            RuntimeError: see `batch`.
+        """
+        with self.batch(num_samples) as features:
+            assert self._batch is not None
+            # gradients that it takes on the way are not those of its result
+            self._batch.counts = False
+            f = outputs()
+            self._batch.counts = True
+            rows = num_samples * self.rows_per_sample
+            if not isinstance(f, Tensor):
+                raise ValueError(f"outputs must return a tensor, got {type(f).__name__}")
+            if f.shape != (rows,):
+                raise ValueError(
+                    f"outputs must return one scalar per row, [{rows}], got {list(f.shape)}"
+                )
+            if rows and not f.requires_grad:
+                raise RuntimeError(
+                    "outputs must depend on the chosen parameters, got a result without gradient: "
+                    "was it computed under no_grad, or detached?"
+                )
+            if rows:
+                f.sum().backward()
+        return features
+
+    def plan(
+        self,
+        outputs: Callable[[], Any],
+        num_samples: int,
+        *,
+        memory_budget: int | None = None,
+    ) -> Plan:
+        """What `sketch` would do for such a batch: print it.
+
+        Runs the forward once, without gradients.
+
+        Args:
+            outputs: as `sketch`; what it returns is not looked at.
+            num_samples: ``B``.
+            memory_budget: bytes that kept inputs, features and workspace have to fit in; the plan
+                says what does not, and a batch that does.
+
+        Returns:
+            A `Plan`: per layer its kind, shapes, FLOP, bytes and kernel. ``str`` makes a table.
+
+        Raises:
+            ValueError: the budget or ``num_samples`` is not a positive int.
+        """
+        if not isinstance(num_samples, int) or num_samples < 1:
+            raise ValueError(f"num_samples must be an int of at least 1, got {num_samples!r}")
+        if memory_budget is not None and memory_budget < 1:
+            raise ValueError(f"memory_budget must be at least 1 byte, got {memory_budget}")
+        return make_plan(
+            [(layer.name, layer.module, layer.owned) for layer in self._layers],
+            self.parameter_names,
+            self.into,
+            outputs,
+            num_samples,
+            self.rows_per_sample,
+            num_samples * self.proj_dim * self.dtype.itemsize,
+            memory_budget,
+            keeps_inputs=self._norms is not None,
+        )
+
+    @contextmanager
+    def batch(self, num_samples: int) -> Iterator[Tensor]:
+        """Within it, forwards and backwards of the model add to the ``[B, K]`` features it yields.
+
+        Args:
+            num_samples: ``B``; every forward has ``B · rows_per_sample`` rows, sample by sample.
+
+        Yields:
+            ``[B, K]``, zeros at first, complete when the block ends.
+
+        Raises:
+            RuntimeError: a module saw another number of rows, its input was changed in place after
+                its forward, it ran without gradient, it returned something other than one tensor,
+                it was replaced or is watched by another sketcher, or a parameter was used outside
+                the module that owns it. The message names it. Or a backward made a graph.
+        """
+        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 0:
+            raise ValueError(f"num_samples must be an int of at least 0, got {num_samples!r}")
+        if self._batch is not None:
+            raise RuntimeError("a batch of this sketcher is open already")
+        self._refuse_mixing()
+        check_places(self._places)
+        for layer in self._layers:
+            if isinstance(vars(layer.module).get("forward"), Watched):
+                raise RuntimeError(
+                    f"{layer.title} is watched by an open batch of another sketcher: one at a time"
+                )
+        features = torch.zeros(num_samples, self.proj_dim, dtype=self.dtype, device=self.device)
+        batch = _Batch(
+            features,
+            num_samples * self.rows_per_sample,
+            self.rows_per_sample,
+            features.new_zeros((), requires_grad=True),
+        )
+        self._last_norms = None
+        chosen = {id(parameter) for parameter in self._parameters}
+        before = [(parameter, parameter.requires_grad) for parameter in self._model_parameters]
+        grads = [parameter.grad for parameter in self._parameters]
+        watched: dict[nn.Module, Any] = {}
+        self._frozen = [0] * len(self._parameters)
+        try:
+            self._batch = batch
+            self._accumulator.open(features)
+            for parameter, _ in before:
+                parameter.requires_grad_(id(parameter) in chosen)
+            for parameter in self._parameters:
+                parameter.grad = None
+            for layer in self._layers:
+                layer.depth = 0
+                forward = self._watch(layer, batch)
+                watched[layer.module] = vars(layer.module).get("forward")
+                vars(layer.module)["forward"] = forward
+            yield batch.features
+            for name, parameter in zip(self.parameter_names, self._parameters, strict=True):
+                # frozen wherever its module runs, it has a gradient from elsewhere
+                if parameter.grad is not None:
+                    raise RuntimeError(
+                        f"parameter {name!r} is used outside the forward of the module that owns "
+                        "it, so its per-sample gradient cannot be seen: leave it out with "
+                        "parameters="
+                    )
+            missed = sorted(batch.without_grad - batch.seen)
+            if missed:
+                raise RuntimeError(
+                    f"module {missed[0]!r} ran without gradient (under no_grad, or in a re-entrant "
+                    "checkpoint none of whose inputs needs one): its gradient would be missing"
+                )
+            self._accumulator.close(features)
+            if self._norms is not None:
+                self._last_norms = self._norms.norms()
+        finally:
+            self._batch = None
+            self._accumulator.forget()
+            for module, own in watched.items():
+                vars(module).pop("forward", None)
+                # one that the instance had, not its class
+                if own is not None:
+                    vars(module)["forward"] = own
+            for parameter, flag in before:
+                parameter.requires_grad_(flag)
+            for parameter, grad in zip(self._parameters, grads, strict=True):
+                parameter.grad = grad
+
+    def _refuse_mixing(self) -> None:
+        for name, module in self._normalisations:
+            if module.training or not module.track_running_stats:
+                raise ValueError(
+                    f"module {name or 'the model itself'!r} ({type(module).__name__}) normalises "
+                    "over the batch, so samples have no gradient of their own: put the model in "
+                    "eval mode or replace the module"
+                )
+
+    def _watch(self, layer: Layer, batch: _Batch) -> Callable[..., Any]:
+        """The module's forward, and what is kept of it for the backward.
+
+        It takes the forward's place, because hooks before and after it cost twice as much.
+        """
+        module, forward, rule = layer.module, layer.module.forward, own_rule(layer.module)
+        parameters: Any = module._parameters
+        owned = [(a, index, self._parameters[index]) for a, index in layer.owned.items()]
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if self._recomputing or self._batch is not batch:
+                return forward(*args, **kwargs)
+            for attribute, _, parameter in owned:
+                # a functional call put another in its place, whose gradient is not asked for
+                if parameters.get(attribute) is not parameter:
+                    return forward(*args, **kwargs)
+            leaves, structure = flatten_call(args, kwargs)
+            inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            versions = versions_of(layer, inputs)
+            layer.depth += 1
+            for _, index, parameter in owned:
+                self._frozen[index] += 1
+                parameter.requires_grad_(False)
+            try:
+                output = forward(*args, **kwargs)
+            finally:
+                layer.depth -= 1
+                for _, index, parameter in owned:
+                    self._frozen[index] -= 1
+                    # a parent that owns the same parameter may still be running
+                    if self._frozen[index] == 0:
+                        parameter.requires_grad_(True)
+            # a module that calls itself is recomputed as a whole, by its outermost call
+            if layer.depth or is_discrete(output):
+                return output
+            if not torch.is_grad_enabled():
+                batch.without_grad.add(layer.name)
+                return output
+            batch.seen.add(layer.name)
+            check_forward(layer, batch.rows, inputs, versions, output)
+            if batch.rows == 0:
+                return output + batch.anchor.to(output.dtype)
+            if self._norms is not None:
+                self._norms.expect(layer.owned.values())
+            if not output.requires_grad:
+                # nothing upstream needs a gradient, yet this layer's output gradient must be seen
+                output = output + batch.anchor.to(output.dtype)
+            elif output._is_view() or output.is_leaf:
+                # changed in place, a view would take another history and leave the hook behind; an
+                # input that is given back has none
+                output = output.clone()
+            kept = [x.detach() for x in inputs]
+            applied = rule if rule is not None and rule_applies(module, args, kwargs) else None
+            if applied is not None and layer.weighing is not None:
+                # what the layer multiplied, where autocast rounded its input
+                x = kept[0].to(output.dtype) if kept[0].is_floating_point() else kept[0]
+                kept = [self._accumulator.keep(layer.owned["weight"], layer.weighing, x)]
+            elif applied is not None and not saving_is_hooked():
+                kept += kept_statistics(output)
+            call = Call(layer, applied, leaves, structure, kept, output, batch.anchor)
+            # a hook of the node comes after those that the caller puts on the tensor
+            node: Any = output.grad_fn
+            node.register_prehook(partial(self._receive, call, output.output_nr))
+            return output
+
+        replacement = Watched(watched)
+        replacement.__wrapped__ = forward
+        return replacement
+
+    def _receive(self, call: Call, number: int, grads: tuple[Tensor | None, ...]) -> None:
+        output_grads = grads[number]
+        if output_grads is None:
+            return
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a backward inside a batch must not have create_graph=True: a gradient of its "
+                f"gradients with respect to {call.layer.title} would be missing"
+            )
+        batch = self._batch
+        if batch is None or batch.anchor is not call.anchor:
+            raise RuntimeError("backward must run inside the batch its forward ran in")
+        if not batch.counts:
+            return
+        device_type = output_grads.device.type
+        # the usual case; entering a context takes as long as many a layer
+        if not torch.is_autocast_enabled(device_type):
+            self._add(batch, call, output_grads)
+        else:
+            # the caller may run the backward inside autocast too, which would round the products
+            with torch.autocast(device_type, enabled=False):
+                self._add(batch, call, output_grads)
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            call.release()
+
+    def _add(self, batch: _Batch, call: Call, output_grads: Tensor) -> None:
+        layer, features = call.layer, batch.features
+        # a checkpoint makes it again by forwards that are watched
+        kept = call.get()
+        if self._norms is not None:
+            for index in set(layer.owned.values()):
+                self._norms.begin(index)
+        if call.rule is None:
+            self._recomputing = True
+            try:
+                for index, sample, grad in call.recomputed_grads(
+                    kept, output_grads, batch.rows_per_sample
+                ):
+                    self._accumulator.add_whole(
+                        index, grad[None].to(features.dtype), features, slice(sample, sample + 1)
+                    )
+            finally:
+                self._recomputing = False
+            return
+        x, *statistics = kept
+        if layer.weighing is not None:
+            self._accumulator.add_weight(
+                layer.owned["weight"],
+                LayerGradient(layer.weighing, x, output_grads, batch.rows_per_sample),
+                features,
+            )
+        whole = slice(0, len(features))
+        for attribute, grads in call.rule(
+            layer.module, x, output_grads.to(features.dtype), batch.rows_per_sample, *statistics
+        ):
+            if attribute in layer.owned:
+                self._accumulator.add_whole(layer.owned[attribute], grads, features, whole)

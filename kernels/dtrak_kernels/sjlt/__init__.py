@@ -1,0 +1,1 @@
+"""The tile-chained sparse sketch."""

@@ -1,0 +1,290 @@
+"""What a command costs before it works: help, refusals and a finished run import nothing heavy."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from finished_run import OPTIONS, make_run
+from rich.console import Console
+
+import dtrak_kernels
+from dtrak.features.output_names import OUTPUT_NAMES
+from dtrak.features.outputs import OUTPUT_FUNCTIONS
+from dtrak.runs import finished
+from dtrak.runs.choices import DEFAULT_PROJ_DIM, DTYPES
+from dtrak.runs.files import LOCK_FILE, claim
+from dtrak.runs.finished import reuse_finished
+from dtrak.runs.folders import OutputError
+from dtrak.runs.options import Options
+from dtrak.training.trainer import one_thread
+from dtrak_kernels.projection import KINDS
+
+HEAVY = {
+    "PIL", "accelerate", "datasets", "diffusers", "matplotlib", "peft", "pyarrow", "scipy",
+    "sklearn", "torch", "transformers", "triton",
+}  # fmt: skip
+# (command line, what it says): one refusal of every kind that needs neither model nor data
+REFUSALS = {
+    "attribute": [
+        ("--projection rademacer", "did you mean 'rademacher'?"),
+        ("--proj-dim 100", "proj_dim must be at least 256 for kind 'sjlt', got 100"),
+        ("--seed -1", "seed must be in [0, 2**63), got -1"),
+        ("--timesteps 0", "--timesteps must be at least 1, got 0"),
+        ("--output-function los", "did you mean 'loss'?"),
+        ("--dtype float", "--dtype must be one of float32"),
+        ("--damping much", "--damping must be 'auto' or a finite number"),
+        ("--device mps", "--device must be auto, cpu, cuda or cuda:N, got 'mps': "),
+        ("--model nowhere", "model must be an existing folder that Diffusers wrote, got nowhere"),
+        ("--preset cifar3", "did you mean 'cifar2'?"),
+        ("--top-k 0", "--top-k must be at least 1, got 0"),
+    ],
+    "train": [
+        ("--preset cifar3 --output x", "did you mean 'cifar2'?"),
+        ("--preset digits --output x --steps -3", "--steps must be at least 1, got -3"),
+        ("--preset artbench2 --output x", "see python -m dtrak.train_lora"),
+    ],
+    "train_lora": [
+        ("--output x", "--model and --data must be given where there is no --preset"),
+        ("--output x --preset digits", "--preset must be one that fine-tunes"),
+        ("--output x --preset artbench2 --rank 0", "--rank must be at least 1, got 0"),
+        ("--output x --preset artbench2 --caption a", "--resolution and --caption are the"),
+    ],
+    "generate": [
+        ("--model nowhere --output x", "model must be an existing folder that Diffusers wrote"),
+        ("--model nowhere --output x --num-images 0", "--num-images must be at least 1, got 0"),
+        ("--model nowhere --output x --device gpu", "--device must be auto, cpu, cuda or cuda:N"),
+    ],
+    "lds": [
+        ("prepare --preset cifar3", "did you mean 'cifar2'?"),
+        ("prepare --output x --num-subsets 0", "num_subsets must be at least 1, got 0"),
+        ("train --output nowhere", "nowhere must be a folder that prepare made"),
+        ("evaluate --output nowhere --projection x", "--projection must be one of rademacher"),
+        ("evaluate --output nowhere --ensemble 1", "--ensemble must be numbers of models"),
+        ("report --resamples 3", "--resamples must be at least 1000, got 3"),
+    ],
+    "counterfactual": [
+        ("--run nowhere", "a run must be an existing folder, got nowhere"),
+        ("--methods d-track", "did you mean 'd-trak'?"),
+        ("--methods clip-dot", "--clip must name a folder with a CLIP model"),
+        ("--retrainings 0", "--retrainings must be at least 1, got 0"),
+    ],
+    "ensemble": [
+        ("a b --output x", "--output must be a file *.safetensors, got x"),
+        ("a a --output x.safetensors", "runs must be two or more, each given once"),
+        ("a b --output x.safetensors", "a run must be an existing folder, got a"),
+    ],
+    "report": [
+        ("nowhere", "a run must be an existing folder, got nowhere"),
+        (". --num-queries 0", "--num-queries must be at least 1, got 0"),
+    ],
+}  # fmt: skip
+SCRIPT = """
+import contextlib, importlib, io, json, sys
+heavy, command, lines = json.loads(sys.argv[1])
+said = []
+for line in lines:
+    module = importlib.import_module(f"dtrak.{command}")
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        try:
+            module.main(line.split())
+        except SystemExit as end:
+            code = end.code
+    said.append((code, text.getvalue(), sorted(set(heavy) & set(sys.modules))))
+print(json.dumps(said))
+"""
+
+
+def python(*arguments, **options):
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, **options
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("command", REFUSALS)
+def test_help_and_refusals_import_nothing_heavy(command, tmp_path):
+    lines = ["--help", *(line for line, _ in REFUSALS[command])]
+    environment = {**os.environ, "COLUMNS": "200"}
+    given = json.dumps([sorted(HEAVY), command, lines])
+    said = json.loads(python("-c", SCRIPT, given, cwd=tmp_path, env=environment))
+    assert said[0][0] == 0
+    assert f"python -m dtrak.{command}" in said[0][1]
+    for (line, message), (code, text, imported) in zip(REFUSALS[command], said[1:], strict=True):
+        words = " ".join(text.split())
+        assert (line, code, imported) == (line, 2, []), words
+        assert words.startswith("error: "), words
+        assert message in words
+    assert said[0][2] == []
+    assert not list(tmp_path.iterdir())
+
+
+def test_importing_the_packages_imports_nothing_heavy():
+    code = (
+        "import sys, signal; before = signal.getsignal(signal.SIGINT); import dtrak, dtrak_kernels;"
+        "print({name.split('.')[0] for name in sys.modules} - sys.stdlib_module_names);"
+        "print(signal.getsignal(signal.SIGINT) is before)"
+    )
+    found, is_untouched = python("-c", code).splitlines()
+    assert not set(re.findall(r"'(\w+)'", found)) & (HEAVY | {"numpy", "typer", "rich"})
+    assert is_untouched == "True"
+
+
+def test_the_public_names_of_the_kernels_come_when_they_are_asked_for():
+    code = (
+        "import sys, dtrak_kernels as k; assert set(k.__all__) <= set(dir(k));"
+        "assert 'torch' not in sys.modules; k.Projection; assert 'torch' in sys.modules"
+    )
+    python("-c", code)
+    for name in dtrak_kernels.__all__:
+        assert getattr(dtrak_kernels, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'projekt'"):
+        dtrak_kernels.projekt  # noqa: B018
+
+
+def test_names_that_options_take_are_those_that_are_there():
+    assert tuple(OUTPUT_FUNCTIONS) == OUTPUT_NAMES
+    assert DEFAULT_PROJ_DIM.keys() == set(KINDS)
+    for name in DTYPES:
+        assert getattr(torch, name).is_floating_point
+    for name in finished._LIBRARIES:
+        assert version(name)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
+@pytest.mark.parametrize("command", ["attribute", "lds"])
+def test_control_c_while_a_command_starts(command, tmp_path):
+    """At its first own import, and once it imports torch: 130, and no traceback."""
+    for module in ("typer", "torch"):
+        # stands in for the import that takes time, and says when it does
+        place = tmp_path / f"{command}-{module}"
+        place.mkdir()
+        stub = f"import pathlib, time; pathlib.Path({str(place / 'begun')!r}).touch()\n"
+        (place / f"{module}.py").write_text(stub + "time.sleep(100)\n")
+        path = os.pathsep.join([str(place), *filter(None, [os.environ.get("PYTHONPATH")])])
+        line = ["prepare"] if command == "lds" else []
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"dtrak.{command}", *line, "--output", str(tmp_path / "run")],
+            env={**os.environ, "PYTHONPATH": path},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        deadline = time.monotonic() + 60
+        while not (place / "begun").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, text = process.communicate(timeout=60)
+        assert process.returncode == 130, text
+        assert "Traceback" not in text
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    with one_thread():
+        return make_run(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    """A finished run to spoil; gives its options."""
+    shutil.copytree(run.parent, tmp_path / "copy")
+    # the same images and the same model, where the run found them
+    return Options(**json.loads((run / "manifest.json").read_text())["options"]), tmp_path / "copy"
+
+
+def reuses(options, folder):
+    options = Options(**{**vars(options), "output": str(folder / "run")})
+    return reuse_finished(options, Console(quiet=True))
+
+
+def test_a_finished_run_is_reused_without_diffusers(run, tmp_path):
+    options = json.loads((run / "manifest.json").read_text())["options"]
+    line = ["--model", options["model"], "--data", options["data"], "--output", run, "--timesteps"]
+    line += ["2", "--num-queries", "4", "--proj-dim", "256", "--top-k", "3", "--device", "cpu"]
+    code = (
+        "import sys; from dtrak.attribute import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "print('imported:', sorted({'diffusers', 'transformers', 'sklearn', 'matplotlib', 'scipy',"
+        "'accelerate', 'peft', 'datasets', 'triton'} & set(sys.modules)))"
+    )
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    text = python("-c", code, *line)
+    assert "imported: []" in text
+    for stage in ("features of training images", "kernel inverse and scores", "report"):
+        assert re.search(rf"{stage}\W+reused", text)
+    assert {file: file.read_bytes() for file in before} == before
+
+
+def test_whatever_differs_is_done_again(copy, monkeypatch):
+    options, folder = copy
+    assert reuses(options, folder)
+    # as in a folder that was moved
+    for name, value in (("top_k", 4), ("damping", "1"), ("seed", 1), ("num_queries", 3)):
+        assert not reuses(Options(**{**vars(options), name: value}), folder), name
+    for place in (
+        "run/scores.safetensors",
+        "run/report.html",
+        "run/run.json",
+        "run/manifest.json",
+        "run/generated/00002.png",
+        "run/features/train/000000.safetensors",
+    ):
+        file = folder / place
+        kept = file.read_bytes()
+        file.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+        assert not reuses(options, folder), place
+        file.unlink()
+        assert not reuses(options, folder), place
+        file.write_bytes(kept)
+    assert reuses(options, folder)
+    for name in ("version", "_hash_code"):
+        with monkeypatch.context() as patch:
+            patch.setattr(finished, name, lambda package: "another")
+            assert not reuses(options, folder), name
+    assert reuses(options, folder)
+
+
+def test_other_images_and_another_model_are_not_those_of_the_run(run, copy):
+    options, folder = copy
+    for place in ("images/003.png", "model/unet/diffusion_pytorch_model.safetensors"):
+        file = run.parent / place
+        kept = file.read_bytes()
+        try:
+            other = run.parent / "images/004.png"
+            file.write_bytes(other.read_bytes() if file.suffix == ".png" else kept[:-1] + b"\7")
+            assert not reuses(options, folder), place
+            file.unlink()
+            assert not reuses(options, folder), place
+        finally:
+            file.write_bytes(kept)
+    assert reuses(options, folder)
+
+
+def test_a_folder_another_command_works_in_is_refused(copy):
+    options, folder = copy
+    with claim(folder / "run" / LOCK_FILE):
+        with pytest.raises(OutputError, match="another command is at work in"):
+            reuses(options, folder)
+        # of another run nothing is known yet
+        assert not reuses(Options(**{**vars(options), "top_k": 4}), folder)
+
+
+def test_a_run_that_was_never_finished_is_none(tmp_path):
+    options = Options(**{**OPTIONS, "output": str(tmp_path / "run")})
+    assert not reuse_finished(options, Console(quiet=True))
+    (tmp_path / "run").mkdir()
+    for text in ("", "[]", "{}", '{"options": {}}', '{"finished": 3, "options": {}, "facts": {}}'):
+        (tmp_path / "run" / "manifest.json").write_text(text)
+        assert not reuse_finished(options, Console(quiet=True))
+    assert not Path(tmp_path / "run" / LOCK_FILE).exists()
