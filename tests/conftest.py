@@ -71,7 +71,8 @@ def one_of_each(items, strength):
     """
     parts = {}
     for item in items:
-        values = [(name, repr(index)) for name, index in item.callspec.indices.items()]
+        # one value is one object in all its cases
+        values = [(name, id(value)) for name, value in item.callspec.params.items()]
         parts[item] = set(itertools.combinations(values, min(strength, len(values))))
     left, times, taken = set().union(*parts.values()), Counter(), []
     while left:

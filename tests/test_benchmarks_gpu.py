@@ -199,8 +199,6 @@ def test_eight_minutes_are_enough():
     assert max(*checks, sum(checks) / 4) < gpu.BUDGET / 3
 
 
-# it collects a third of all tests
-@pytest.mark.full
 def test_what_only_gpus_run_is_collected_and_nothing_else():
     kernels, dtrak = gpu.files_with_gpu_tests().values()
     assert str(ROOT / "tests" / "test_projection.py") in kernels
@@ -208,6 +206,8 @@ def test_what_only_gpus_run_is_collected_and_nothing_else():
     assert str(ROOT / "tests" / "test_readme.py") not in kernels + dtrak
 
 
+# it collects a third of all tests
+@pytest.mark.full
 def test_tests_of_kernels_need_neither_diffusers_nor_scipy(tmp_path):
     """They are collected on a machine that has torch, triton and pytest alone."""
     (tmp_path / "sitecustomize.py").write_text(
@@ -372,8 +372,6 @@ def test_ctrl_c_still_gives_the_page(tmp_path):
     assert (tmp_path / "table.txt").is_file()
 
 
-# the pieces by themselves are in the fast lane
-@pytest.mark.full
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 @pytest.mark.parametrize(
     "target, command",
@@ -393,6 +391,8 @@ def test_make_runs_the_drivers(target, command):
     assert done.stdout.strip().endswith(command)
 
 
+# the pieces by themselves are in the fast lane
+@pytest.mark.full
 def test_a_rehearsal(tmp_path):
     """A real piece, from the command line to the page."""
     if gpu.probe(tmp_path)["cuda"]:

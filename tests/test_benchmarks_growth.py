@@ -20,8 +20,6 @@ def test_the_exponent_of_a_power_law(power):
     assert growth.exponent(x, [7.5 * value**power for value in x]) == pytest.approx(power)
 
 
-# the fast lane sweeps another axis
-@pytest.mark.full
 def test_figures_are_lists_along_the_curve():
     outcomes = [
         protocol.Outcome(seconds=[0.5 * n, 1.0 * n, 2.0 * n], peak_bytes=n * n) for n in (2, 4, 8)
@@ -36,6 +34,8 @@ def test_figures_are_lists_along_the_curve():
     assert found["rounds"] == 3
 
 
+# the fast lane sweeps another axis
+@pytest.mark.full
 def test_a_sweep_reports_parameters_themselves():
     curves, xs, fixed = growth.sweep("P", CPU, smoke=True)
     sizes = [

@@ -99,8 +99,6 @@ def test_clip_latents_and_scores_of_another_run(run, finished, tmp_path, clip_fo
     assert "scores of the run's images, got columns of other names" in output
 
 
-# of SIGKILL the fast lane has the main command, of this the interrupted retraining
-@pytest.mark.full
 def test_the_published_draw_decides_queries_and_random_removals(run, tmp_path, monkeypatch):
     """In miniature: the published experiment would be 2 of 4 queries on 60 images."""
     monkeypatch.setattr(counterfactual_draw, "PUBLISHED_SEEDS", {"digits": 3})
@@ -119,7 +117,7 @@ def test_the_published_draw_decides_queries_and_random_removals(run, tmp_path, m
     assert removed.tolist() == (-scores).argsort(1)[:, :10].tolist()
 
 
-# of SIGINT the fast lane has dtrak.lds
+# of SIGKILL the fast lane has the main command, of this the interrupted retraining
 @pytest.mark.full
 def test_killed_runs_resume(run, finished, tmp_path):
     """kill -9 while a model is trained, then the same command again."""
@@ -145,6 +143,8 @@ def test_killed_runs_resume(run, finished, tmp_path):
     assert load_counterfactual(folder).pictures["d-trak"].shape == (3, 1, 1, 8, 8)
 
 
+# of SIGINT the fast lane has dtrak.lds
+@pytest.mark.full
 def test_ctrl_c_ends_without_a_traceback(finished, tmp_path):
     folder = tmp_path / "cf"
     command = [

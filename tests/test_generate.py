@@ -151,8 +151,6 @@ def test_models_that_draw_no_pictures(run, tmp_path):
     failing(run, "must draw grey or RGB images, got 4 channels", model=tmp_path / "latent")
 
 
-# of SIGKILL the fast lane has the main command, of this the interrupted drawing
-@pytest.mark.full
 def test_control_c(run, monkeypatch):
     from dtrak.training import drawing as command
 
@@ -167,6 +165,8 @@ def test_control_c(run, monkeypatch):
     assert run()[0] == 0
 
 
+# of SIGKILL the fast lane has the main command, of this the interrupted drawing
+@pytest.mark.full
 def test_a_killed_run_goes_on(run, tmp_path):
     # slow enough that the killer comes in time
     model = tmp_path / "slow"

@@ -85,6 +85,7 @@ def test_accumulate_gram_refuses(features, out, error, match):
         accumulate_gram(features, out)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
 @pytest.mark.parametrize("N, K, M", SHAPES)

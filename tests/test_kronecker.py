@@ -140,6 +140,7 @@ def _true_gradients(model, x, rows_per_sample):
     return torch.stack(rows)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("factor_dim", [4, 64])
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers(name, factor_dim):

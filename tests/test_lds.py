@@ -204,8 +204,6 @@ def test_a_retrain_family_ensembles_and_clip(run, tmp_path, clip_folder):
     assert "D-TRAK, mean of 2 models - D-TRAK, single half-data model" in text
 
 
-# slow: two processes of the whole command
-@pytest.mark.full
 def test_the_table_of_the_package_is_shown_without_a_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, ["report", "--preset", "digits"])
@@ -219,6 +217,8 @@ def test_the_table_of_the_package_is_shown_without_a_run(tmp_path, monkeypatch):
     assert CliRunner().invoke(app, ["prepare", "--num-subsets", "2"]).exit_code == 0
 
 
+# slow: two processes of the whole command
+@pytest.mark.full
 def test_several_commands_train_one_run(tmp_path):
     # two processes of this package on one folder, started together
     folder = tmp_path / "run"

@@ -58,6 +58,7 @@ def gaussian(*shape, device="cpu", seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("implementation, kind, dtype", PRODUCTS)
 @pytest.mark.parametrize("B, C, K, offset", SHAPES)
 def test_matches_oracle(B, C, K, offset, implementation, kind, dtype, device):
@@ -82,6 +83,7 @@ def test_float64_gradients_give_float64_features(kind):
     assert relative_error(features, oracle) < 1e-14
 
 
+@pytest.mark.sweep
 @each_implementation
 @pytest.mark.parametrize("offset", [0, 37, 2**32 - 100, 2**40 + 37])
 def test_identity_gives_the_reference_signs(offset, implementation, device):
@@ -328,6 +330,7 @@ def test_offsets_pass_2_to_the_31(device):
     assert torch.equal(8 * out[1].cpu(), last.float())
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e30, 1e37])
 @each_implementation
 def test_float32_accuracy_at_any_scale(scale, implementation, device):

@@ -23,8 +23,7 @@ def commands() -> list[str]:
     return [line.strip() for line in lines if line.strip()] + inline
 
 
-@pytest.mark.parametrize("line", commands())
-def test_commands_parse(line):
+def parse(line):
     """Every option exists and takes such a value, and none that is required is missing."""
     python, flag, module, *arguments = shlex.split(line)
     assert (python, flag) == ("python", "-m")
@@ -39,6 +38,11 @@ def test_commands_parse(line):
     assert not context.args
     named = context.params.get("preset")
     assert named is None or named in PRESETS
+
+
+@pytest.mark.parametrize("line", commands())
+def test_commands_parse(line):
+    parse(line)
 
 
 def test_options_named_in_the_text_exist():

@@ -83,6 +83,7 @@ def test_every_method_gives_the_50_digit_scores(N, K, method, damping):
     assert relative_error(solver.scores_sweep(queries, [damping, 3.0])[0], expected) < 1e-6
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("exponent", [*range(-40, 7, 2)])
 @pytest.mark.parametrize("method", FACTORISED)
 def test_rank_deficient_features_at_every_damping(method, exponent):

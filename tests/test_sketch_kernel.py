@@ -103,6 +103,7 @@ def check_against_the_definition(module, x, output_grads, proj_dim, rows_per_sam
     )
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("order", [None, (0, 2, 3, 1)], ids=["NCHW", "channels last"])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolutions(name, order, device):
@@ -113,6 +114,7 @@ def test_convolutions(name, order, device):
     check_against_the_definition(conv, x, grads, 700, 2 if order else 1)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "conv, proj_dim",
@@ -133,6 +135,7 @@ def test_convolutions_of_many_tiles(conv, proj_dim, dtype, device):
     check_against_the_definition(conv, x, grads, proj_dim, 2)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "shape, rows_per_sample, proj_dim",
@@ -162,6 +165,7 @@ SIZES = [
 ]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("is_rolled", [True, False], ids=["sums", "loads"])
 @pytest.mark.parametrize("shape, proj_dim", SIZES, ids=str)
 def test_every_tile_and_both_ways_of_shifting(shape, proj_dim, is_rolled, device):

@@ -181,6 +181,7 @@ def check_module(model, x, rows_per_sample=1, projection=EXACT, output=flat_outp
     assert relative_error(features, expected) < 1e-12
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("workspace", [2**21, 2000], ids=["one slice", "many slices"])
 @pytest.mark.parametrize(
     "projection",
@@ -196,6 +197,7 @@ def test_convolutions(name, projection, workspace, monkeypatch):
     check_module(Flat(conv), torch.randn(6, arguments[0], 7, 9), 2, projection)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("shape", [(6, 5), (6, 4, 5), (6, 2, 3, 5)], ids=str)
 @pytest.mark.parametrize("workspace", [2**21, 100], ids=["one slice", "many slices"])
 @pytest.mark.parametrize("projection", PROJECTIONS, ids=lambda p: p.kind)

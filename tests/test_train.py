@@ -213,8 +213,6 @@ def test_a_training_that_fails_says_so(run, tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "model_index.json").exists()
 
 
-# of SIGKILL the fast lane has the main command, of this the interrupted training
-@pytest.mark.full
 def test_control_c_and_a_damaged_state(run, tmp_path, monkeypatch):
     from dtrak.training import trainer as training
 
@@ -243,6 +241,8 @@ def test_control_c_and_a_damaged_state(run, tmp_path, monkeypatch):
     assert not state.exists()
 
 
+# of SIGKILL the fast lane has the main command, of this the interrupted training
+@pytest.mark.full
 def test_killed_runs_resume_with_the_same_bits(run, tmp_path):
     """kill -9 while it trains, then the same command again; everything published is switched on."""
     options = ["--checkpoint-every", "5", "--ema", "0.9", "--keep-checkpoints", "2"]
@@ -306,12 +306,12 @@ def test_a_killed_save_is_no_model(run, tmp_path, monkeypatch):
     assert hash_model(one.module) == hash_model(other.module)
 
 
-# slow: a launcher and two processes
-@pytest.mark.full
 def test_one_command_at_a_time_trains(run, tmp_path):
     check_training_alone(run, failing, tmp_path / "run")
 
 
+# slow: a launcher and two processes
+@pytest.mark.full
 def test_two_processes_train_what_one_trains(run, tmp_path):
     arguments = ["--preset", "digits", "--steps", "6", "--batch-size", "9", "--device", "cpu"]
     command = [

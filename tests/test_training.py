@@ -61,6 +61,7 @@ def test_default_recipe():
     }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("every", [1, 2, 3])
 @pytest.mark.parametrize("stop", range(1, 8))
 def test_resumes_bit_for_bit(tmp_path, unbroken, stop, every):
@@ -177,6 +178,7 @@ def test_a_recipe_says_every_later_field_that_is_not_the_default():
     }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("stop", [2, 3, 5])
 def test_published_recipe_resumes_bit_for_bit(tmp_path, stop, every):

@@ -157,6 +157,7 @@ def true_scores(problem, matrix_of, K):
     return scores / 2 * (weights / 2)[:, None]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("computer", [FunctionalGradientComputer, FusedGradientComputer])
 @pytest.mark.parametrize("name", PROJECTORS)
 def test_traker_end_to_end(name, computer, problem, tmp_path):
@@ -524,6 +525,7 @@ def cuda_path(monkeypatch):
         yield
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("kind", ["rademacher", "normal"])
 @pytest.mark.parametrize("B", [3, 11, 40])
 def test_their_cuda_projector_runs_on_ours(kind, B, cuda_path):
@@ -587,6 +589,7 @@ def test_the_trial_call_of_the_library():
     assert torch.equal(zeros, torch.zeros(8, 512))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("make", ["extension", "projector"])
 @pytest.mark.parametrize("P", [1, 999, 4096])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -602,6 +605,7 @@ def test_sums_of_signs_have_the_parity_of_their_number(P, dtype, make):
     assert (sums == sums[0]).all()
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("kind", ["rademacher", "normal"])
 @pytest.mark.parametrize("generator", ["philox", "fast_jl"])
 @pytest.mark.parametrize("P, K", [(5000, 512), (50_000, 1024)])
@@ -624,6 +628,7 @@ def test_norms_distances_and_products_survive(P, K, generator, kind):
     assert relative_error(other, features) > 0.5
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("kind", ["rademacher", "normal"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("generator", ["philox", "fast_jl"])

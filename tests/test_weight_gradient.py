@@ -51,6 +51,7 @@ GEOMETRIES = [
 ]
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("workspace", [2**21, 600], ids=["one slice", "many slices"])
 @pytest.mark.parametrize("rows_per_sample", [1, 3])
@@ -88,6 +89,7 @@ UNTRADED = [
 POINTWISE = [nn.Conv2d(5, 7, 1), nn.Conv1d(4, 3, 1)]
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("workspace", [2**21, 3000], ids=["one slice", "many slices"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
