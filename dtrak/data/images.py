@@ -334,7 +334,7 @@ def _decode_all(
     def decode_again(position: int) -> np.ndarray:
         name, content = later[position - len(kept)]
         try:
-            return decoder(_decode(content), name)
+            return decoder(_decode(content), name).copy()
         except DataError:
             raise
         except Exception as error:
