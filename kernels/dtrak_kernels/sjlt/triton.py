@@ -37,7 +37,7 @@ from ..gradients.weight import linear_rows
 from ..random.words import Stream
 from ..random.words_triton import philox_4x32
 from .config import Form, SketchConfig, config_on
-from .torch import ParameterSketch
+from .torch import ParameterSketch, as_matrix
 
 # largest offset of an element inside a sample that 32 bits hold
 MAX_NARROW = 2**31 - 1
@@ -193,13 +193,15 @@ def _gradient_tile(  # type: ignore[no-untyped-def]
     return acc
 
 
-@triton.jit(do_not_specialize=["low", "high", "key_low", "key_high"])
+@triton.jit(do_not_specialize=["low", "high", "key_low", "key_high", "scale"])
 def _sketch_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [R, I, H, W]
     d_ptr,  # [R, O, HO, WO]
     blocks_ptr,  # [blocks, 3] int32: start of its window, its first tile and the one after its last
     tiles_ptr,  # [tiles, 3] int32, block by block: number, row shift, column shift
     out_ptr,  # [B, K] float32
+    scales_ptr,  # [tiles, BM · BN] bf16 in the accumulator's order, in the order of tiles_ptr
+    scale,
     blocks,
     rows_per_sample,
     O,
@@ -237,6 +239,8 @@ def _sketch_kernel(  # type: ignore[no-untyped-def]
     IS_WIDE: tl.constexpr,
     IS_ROLLED: tl.constexpr,
     IS_FLIPPED: tl.constexpr,
+    IS_SCALED: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -325,6 +329,12 @@ def _sketch_kernel(  # type: ignore[no-untyped-def]
         flat = _flatten(grads, BM, BN)
         if IS_ROLLED:
             flat = _roll(flat, row_shift, column_shift, BM, BN)
+        if IS_SCALED:
+            flat *= scale
+        if HAS_SCALES:
+            # one contiguous load; the entries' places are those of the accumulator by now
+            offs = entry.to(tl.int64) * (BM * BN) + tl.arange(0, BM * BN)
+            flat *= tl.load(scales_ptr + offs).to(tl.float32)
         acc += flat
         if IS_FLIPPED:
             acc = _flip(acc, tile, low, high, key_low, key_high, BM, BN)
@@ -361,6 +371,33 @@ def _tables(sketch: ParameterSketch, device: torch.device) -> tuple[Tensor, Tens
     return blocks.int().to(device), tiles.int().to(device), overlaps
 
 
+def scales_in_blocks(sketch: ParameterSketch, scales: Tensor) -> Tensor:
+    """A factor for every entry of a parameter, laid out as the kernel meets them.
+
+    Args:
+        sketch: of the parameter.
+        scales: ``[O, I, *kernel]``, values of bfloat16.
+
+    Returns:
+        ``[tiles, BM · BN]`` bfloat16 on the device of ``scales``: tiles in the order of the
+        kernel's table, shifted, entries in the accumulator's order; zero outside the parameter.
+    """
+    (tile_rows, tile_columns), (down, across) = sketch.tile, sketch.grid
+    matrix = as_matrix(scales.to(torch.bfloat16).unsqueeze(0)).squeeze(0)
+    padded = matrix.new_zeros(down * tile_rows, across * tile_columns)
+    padded[: matrix.shape[0], : matrix.shape[1]] = matrix
+    tiles = padded.unflatten(0, (down, tile_rows)).unflatten(2, (across, tile_columns))
+    tiles = tiles.transpose(1, 2).flatten(0, 1)
+    blocks, row_shifts, column_shifts = sketch.placement
+    laid = [
+        tiles[tile].roll((int(row_shifts[tile]), int(column_shifts[tile])), (0, 1))
+        for tile in torch.argsort(blocks, stable=True).tolist()
+    ]
+    # bits of i and j, the highest first, in the order of `_flatten`
+    bits = torch.stack(laid).view(-1, tile_rows // 16, 2, 8, tile_columns // 8, 4, 2)
+    return bits.permute(0, 4, 6, 2, 1, 3, 5).flatten(1).contiguous()
+
+
 def _one_axis(x: Tensor) -> int | None:
     """Stride of rows and positions of ``[R, I, H, W]`` as a single axis, None if they are not."""
     step, length = 0, 1
@@ -389,6 +426,9 @@ def launch_sketch(
     out: Tensor,
     rows_per_sample: int = 1,
     config: SketchConfig | None = None,
+    *,
+    scale: float = 1.0,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Add the sketch of the per-sample gradients of a layer's weight to ``out``, in place.
 
@@ -403,6 +443,8 @@ def launch_sketch(
         rows_per_sample: consecutive rows of the batch that make up one sample; they are summed.
         config: launch configuration; the tuned or default one of the device if ``None``. Others
             round sums in another order, and change nothing else.
+        scale: factor on the gradients.
+        scales: a factor for every entry, of `scales_in_blocks`.
 
     Returns:
         ``out``. The same inputs on the same device give the same bits, alone or in a batch, as long
@@ -463,6 +505,8 @@ def launch_sketch(
             blocks_ptr=part,
             tiles_ptr=tiles,
             out_ptr=out,
+            scales_ptr=scales,
+            scale=scale,
             blocks=len(part),
             rows_per_sample=rows_per_sample,
             O=O,
@@ -500,6 +544,8 @@ def launch_sketch(
             IS_WIDE=is_wide,
             IS_ROLLED=config.is_rolled,
             IS_FLIPPED=True,
+            IS_SCALED=scale != 1.0,
+            HAS_SCALES=scales is not None,
             INPUT_PRECISION=config.input_precision,
             BM=BM,
             BN=BN,
