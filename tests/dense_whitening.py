@@ -162,7 +162,8 @@ def dense_map(model, f, rows, grads, kind, rank=64, damping=0.01, floor=1e-6):
         maps.append(matrix)
     if kind == "none":
         return maps, []
-    least = floor * float(torch.tensor(np.array(sizes)).median())
+    some = sorted(size for size in sizes if size > 0)
+    least = floor * some[(len(some) - 1) // 2]
     floored = [size <= least for size in sizes]
     for index, (matrix, is_floored) in enumerate(zip(maps, floored, strict=True)):
         if kind == "diagonal":

@@ -319,6 +319,8 @@ class GradientSketcher:
             num_samples * self.proj_dim * self.dtype.itemsize,
             memory_budget,
             keeps_inputs=self._norms is not None,
+            whitening=self.whitening,
+            whitened=self._whitened,
         )
 
     @contextmanager

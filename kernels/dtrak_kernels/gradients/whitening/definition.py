@@ -239,7 +239,8 @@ class Whitening:
         digest = hashlib.sha256(self._header.encode())
         for name, tensor in sorted(self._tensors.items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            flat = tensor.detach().cpu().reshape(-1).contiguous()
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def apply(self, grads: Tensor) -> Tensor:
@@ -314,7 +315,9 @@ class Whitening:
         """Write a safetensors file, whose header holds the settings."""
         from safetensors.torch import save_file
 
+        # tensors of a file must not share memory
         tensors = {name: x.detach().cpu().contiguous() for name, x in self._tensors.items()}
+        tensors = {name: x.clone() for name, x in tensors.items()}
         save_file(tensors, path, metadata={"whitening": self._header})
 
     @classmethod

@@ -22,7 +22,8 @@ from .roots import MOST_DENSE, DenseMoment, Root, SketchedMoment
 MOST_POSITIONS = 64
 # of the mean squared entry, added to each entry's where every entry has a scale
 ENTRY_DAMPING = 0.1
-# a tensor of less than this, in units of the median tensor's root mean square, is rounding
+# a tensor of less than this is rounding, in units of the root mean square of the median tensor
+# that has a gradient
 FLOOR, HALF_FLOOR = 1e-6, 1e-3
 # bytes of the vectors that factors are made of, at a time
 _CHUNK_BYTES = 2**24
@@ -234,8 +235,10 @@ def _scales(moments: SecondMoments, names: Sequence[str]) -> tuple[list[Tensor],
             raise ValueError(
                 f"gradients must be finite to fit a whitening, got {name!r} that is not"
             )
-    median = float(torch.tensor(raw, dtype=torch.float64).median())
-    floor = median * (HALF_FLOOR if moments.is_half else FLOOR)
+    some = [size for size in raw if size > 0] or [0.0]
+    floor = float(torch.tensor(some, dtype=torch.float64).median()) * (
+        HALF_FLOOR if moments.is_half else FLOOR
+    )
     scales, floored = [], []
     for index, (name, size) in enumerate(zip(names, sizes, strict=True)):
         if raw[index] <= floor:

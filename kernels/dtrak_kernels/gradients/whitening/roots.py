@@ -238,7 +238,7 @@ def _low_rank(values: Tensor, vectors: Tensor, trace: Tensor, damping: float) ->
     rest = ((trace - values.sum(1)) / max(size - rank, 1)).clamp_min(0)
     constant = _inverse_roots(rest[:, None], mean, damping)[:, 0]
     gains = _inverse_roots(values, mean, damping) - constant[:, None]
-    root = LowRankRoot(constant, vectors, gains)
+    root = LowRankRoot(constant, vectors.contiguous(), gains)
     if 2 * rank < size:
         return root
     # two thin products would cost more than one
