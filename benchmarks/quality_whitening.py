@@ -43,6 +43,7 @@ QUERIES = ("validation", "generated")
 # of the mean squared feature norm of the training set
 MULTIPLES = ("0.0001", "0.001", "0.01", "0.1", "0.3", UNIT, "3", "10")
 # images whose rows the factors see, random timesteps of each; images that scales are fitted to
+RESAMPLES = 1000
 FACTOR_IMAGES, FACTOR_STEPS, SCALE_IMAGES, BATCH = 200, 2, 50, 10
 
 
@@ -130,7 +131,9 @@ def measure(
     """A case per kind of query: λ chosen on a half of the models and judged on the other."""
     made = entry(name, num_timesteps, features, results)
     losses = {kind: results.losses[kind] for kind in QUERIES}
-    table = make_table(Results(results.about, results.subsets, losses, [made]))
+    table = make_table(
+        Results(results.about, results.subsets, losses, [made]), num_resamples=RESAMPLES
+    )
     kept = ("queries", "held_out", "chosen", "in_sample", UNIT, AUTO, "sweep")
     return [{field: row[field] for field in kept} for row in table["rows"]]
 

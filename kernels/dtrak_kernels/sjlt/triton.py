@@ -105,6 +105,36 @@ def _halves(flat):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _scale_columns(  # type: ignore[no-untyped-def]
+    flat, tile_ptr, row_shift, column_shift, left: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
+    """Columns of a flattened tile, from ``left`` on, times the scales of their entries."""
+    width: tl.constexpr = flat.shape[0] // BM
+    offs_i = (tl.arange(0, BM) - row_shift) & (BM - 1)
+    offs_j = (left + tl.arange(0, width) - column_shift) & (BN - 1)
+    scales = tl.load(tile_ptr + offs_i[:, None] * BN + offs_j[None, :])
+    return _flatten(_unflatten(flat, BM, width) * scales.to(tl.float32), BM, width)
+
+
+@triton.jit
+def _scale(flat, tile_ptr, row_shift, column_shift, BM: tl.constexpr, BN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A flattened tile times ``[BM, BN]`` scales, which are where its entries were unshifted."""
+    if BN < 128:
+        return _scale_columns(flat, tile_ptr, row_shift, column_shift, 0, BM, BN)
+    # in halves, so that what is loaded fits into registers
+    left, right = _halves(flat)
+    a, b = _halves(left)
+    c, d = _halves(right)
+    a = _scale_columns(a, tile_ptr, row_shift, column_shift, 0, BM, BN)
+    b = _scale_columns(b, tile_ptr, row_shift, column_shift, BN // 4, BM, BN)
+    left = tl.reshape(tl.trans(tl.join(a, b)), (BM * BN // 2,))
+    c = _scale_columns(c, tile_ptr, row_shift, column_shift, BN // 2, BM, BN)
+    d = _scale_columns(d, tile_ptr, row_shift, column_shift, 3 * BN // 4, BM, BN)
+    right = tl.reshape(tl.trans(tl.join(c, d)), (BM * BN // 2,))
+    return tl.reshape(tl.trans(tl.join(left, right)), (BM * BN,))
+
+
+@triton.jit
 def _add_to_window(  # type: ignore[no-untyped-def]
     flat, out_ptr, window, K, left: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):
@@ -200,7 +230,7 @@ def _sketch_kernel(  # type: ignore[no-untyped-def]
     blocks_ptr,  # [blocks, 3] int32: start of its window, its first tile and the one after its last
     tiles_ptr,  # [tiles, 3] int32, block by block: number, row shift, column shift
     out_ptr,  # [B, K] float32
-    scales_ptr,  # [tiles, BM · BN] bf16 in the accumulator's order, in the order of tiles_ptr
+    scales_ptr,  # [tiles, BM, BN] bf16, tiles by their numbers
     scale,
     blocks,
     rows_per_sample,
@@ -327,14 +357,16 @@ def _sketch_kernel(  # type: ignore[no-untyped-def]
                 BLOCK_T,
             )
         flat = _flatten(grads, BM, BN)
+        if HAS_SCALES:
+            tile_ptr = scales_ptr + tile.to(tl.int64) * (BM * BN)
+            if IS_ROLLED:
+                flat = _scale(flat, tile_ptr, 0, 0, BM, BN)
+            else:
+                flat = _scale(flat, tile_ptr, row_shift, column_shift, BM, BN)
         if IS_ROLLED:
             flat = _roll(flat, row_shift, column_shift, BM, BN)
         if IS_SCALED:
             flat *= scale
-        if HAS_SCALES:
-            # one contiguous load; the entries' places are those of the accumulator by now
-            offs = entry.to(tl.int64) * (BM * BN) + tl.arange(0, BM * BN)
-            flat *= tl.load(scales_ptr + offs).to(tl.float32)
         acc += flat
         if IS_FLIPPED:
             acc = _flip(acc, tile, low, high, key_low, key_high, BM, BN)
@@ -371,31 +403,22 @@ def _tables(sketch: ParameterSketch, device: torch.device) -> tuple[Tensor, Tens
     return blocks.int().to(device), tiles.int().to(device), overlaps
 
 
-def scales_in_blocks(sketch: ParameterSketch, scales: Tensor) -> Tensor:
-    """A factor for every entry of a parameter, laid out as the kernel meets them.
+def scales_in_tiles(sketch: ParameterSketch, scales: Tensor) -> Tensor:
+    """A factor for every entry of a parameter, laid out for the kernel's loads.
 
     Args:
         sketch: of the parameter.
         scales: ``[O, I, *kernel]``, values of bfloat16.
 
     Returns:
-        ``[tiles, BM · BN]`` bfloat16 on the device of ``scales``: tiles in the order of the
-        kernel's table, shifted, entries in the accumulator's order; zero outside the parameter.
+        ``[tiles, BM, BN]`` bfloat16 on the device of ``scales``, zero outside the parameter.
     """
     (tile_rows, tile_columns), (down, across) = sketch.tile, sketch.grid
     matrix = as_matrix(scales.to(torch.bfloat16).unsqueeze(0)).squeeze(0)
     padded = matrix.new_zeros(down * tile_rows, across * tile_columns)
     padded[: matrix.shape[0], : matrix.shape[1]] = matrix
-    tiles = padded.unflatten(0, (down, tile_rows)).unflatten(2, (across, tile_columns))
-    tiles = tiles.transpose(1, 2).flatten(0, 1)
-    blocks, row_shifts, column_shifts = sketch.placement
-    laid = [
-        tiles[tile].roll((int(row_shifts[tile]), int(column_shifts[tile])), (0, 1))
-        for tile in torch.argsort(blocks, stable=True).tolist()
-    ]
-    # bits of i and j, the highest first, in the order of `_flatten`
-    bits = torch.stack(laid).view(-1, tile_rows // 16, 2, 8, tile_columns // 8, 4, 2)
-    return bits.permute(0, 4, 6, 2, 1, 3, 5).flatten(1).contiguous()
+    tiles = padded.view(down, tile_rows, across, tile_columns).transpose(1, 2)
+    return tiles.flatten(0, 1).contiguous()
 
 
 def _one_axis(x: Tensor) -> int | None:
@@ -444,7 +467,7 @@ def launch_sketch(
         config: launch configuration; the tuned or default one of the device if ``None``. Others
             round sums in another order, and change nothing else.
         scale: factor on the gradients.
-        scales: a factor for every entry, of `scales_in_blocks`.
+        scales: a factor for every entry, of `scales_in_tiles`.
 
     Returns:
         ``out``. The same inputs on the same device give the same bits, alone or in a batch, as long

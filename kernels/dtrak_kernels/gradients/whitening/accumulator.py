@@ -241,7 +241,7 @@ class WhiteningAccumulator(Accumulator):
         if layer.x.dtype != layer.output_grads.dtype:
             layer = _one_dtype(layer, layer.output_grads.to(out.dtype))
         if parameter.has_entries:
-            launch(index, layer, out, scales=self._scales_in_blocks(index))
+            launch(index, layer, out, scales=self._scales_in_tiles(index))
         elif route.columns != LAUNCH:
             launch(index, layer, out, scale=parameter.factor)
         else:
@@ -251,13 +251,13 @@ class WhiteningAccumulator(Accumulator):
             thin = low_rank_part(layer, root)
             launch(index, thin, out, scale=parameter.factor)
 
-    def _scales_in_blocks(self, index: int) -> Tensor:
-        from ...sjlt.triton import scales_in_blocks
+    def _scales_in_tiles(self, index: int) -> Tensor:
+        from ...sjlt.triton import scales_in_tiles
 
         assert isinstance(self.accumulator, SjltAccumulator)
         if index not in self._laid:
             scale = self.parameters[index].scale
-            self._laid[index] = scales_in_blocks(self.accumulator.sketches[index], scale)
+            self._laid[index] = scales_in_tiles(self.accumulator.sketches[index], scale)
         return self._laid[index]
 
 
