@@ -60,7 +60,7 @@ LAYERS = {
         lambda: nn.Conv2d(3, 4, (3, 2), stride=(2, 1), dilation=(1, 2), padding=1),
         (3, 7, 6),
     ),
-    "conv2d, groups": (lambda: nn.Conv2d(6, 4, 3, groups=2, padding=1), (6, 4, 4)),
+    "conv2d, groups": (lambda: nn.Conv2d(6, 6, 3, groups=2, padding=1), (6, 4, 4)),
     "conv2d, depthwise": (lambda: nn.Conv2d(4, 8, 2, groups=4), (4, 4, 4)),
     "conv2d, circular": (
         lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"),
@@ -114,9 +114,19 @@ def expected_features(model, x, y, kind, f=output, rows_per_sample=2, rank=4):
     return dense_whitened(looped_gradients(model, f, (y,), rows_per_sample), maps), floored
 
 
-@pytest.mark.parametrize("workspace", [2**21, 500], ids=["one slice", "many slices"])
+# the others take the same paths
+FAST = ["linear, positions", "conv2d", "conv2d, groups", "transposed 1d", "fallback"]
+
+
+@pytest.mark.parametrize(
+    "workspace",
+    [2**21, pytest.param(500, marks=pytest.mark.full)],
+    ids=["one slice", "many slices"],
+)
 @pytest.mark.parametrize("kind", WHITENING)
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.full) for n in LAYERS]
+)
 def test_features_are_projected_whitened_gradients(name, kind, workspace, monkeypatch):
     monkeypatch.setitem(weight_module.WORKSPACE_BYTES, "cpu", workspace)
     model, x, y = problem(name)
@@ -140,6 +150,16 @@ def test_features_are_projected_whitened_gradients(name, kind, workspace, monkey
             assert relative_error(features, wanted) < 1e-9, (projection.kind, norms)
             if norms:
                 assert relative_error(sketcher.grad_norms, expected.norm(dim=1)) < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "lowrank", "kfac"])
+@pytest.mark.parametrize("name", ["conv2d, groups", "linear"])
+def test_few_rows_at_a_time(name, kind, monkeypatch):
+    """Slices that begin and end inside of groups."""
+    monkeypatch.setitem(weight_module.WORKSPACE_BYTES, "cpu", 500)
+    model, x, y = problem(name)
+    for projection in (EXACT, Projection("rademacher", 40, seed=3)):
+        check(model, x, y, kind, projection)
 
 
 def check(model, x, y, kind, projection=EXACT, f=output, rows_per_sample=2, tolerance=1e-9):
@@ -168,10 +188,14 @@ def attention_output(model, x):
     [
         (EXACT, "kfac"),
         (Projection("sjlt", 1000, seed=3), "lowrank"),
-        (Projection("kronecker", 1000, seed=3, factor_dim=6), "channels"),
         pytest.param(EXACT, "scale", marks=pytest.mark.full),
         pytest.param(EXACT, "diagonal", marks=pytest.mark.full),
         pytest.param(Projection("rademacher", 100, seed=3), "kfac", marks=pytest.mark.full),
+        pytest.param(
+            Projection("kronecker", 1000, seed=3, factor_dim=6),
+            "channels",
+            marks=pytest.mark.full,
+        ),
     ],
     ids=lambda value: getattr(value, "kind", value),
 )
