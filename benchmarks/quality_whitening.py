@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
+import plots
 import torch
+from matplotlib.figure import Figure
 from pages import ROOT, Table, read_rows, record, run
 from quality_lds import CPU, exact_gradients, trained_run
 from torch import Tensor
@@ -312,15 +315,11 @@ def price_table() -> list[str]:
 
 def draw(file: Path) -> None:
     """A panel per function, S and width: λ held out, by kind, with intervals."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-    from plots import _STYLE, BASELINE, OURS, fingerprint
-
     rows = sorted(read_rows(RESULTS), key=_order)
     panels: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         panels.setdefault(_order(row)[:4], []).append(row)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(plots._STYLE):
         figure = Figure(
             figsize=(7.5, 0.9 + 0.3 * len(rows) + 0.5 * len(panels)), layout="constrained"
         )
@@ -331,7 +330,11 @@ def draw(file: Path) -> None:
                 for case in row["cases"]:
                     low, high = (100 * end for end in case["held_out"]["bca"])
                     is_generated = case["queries"] == "generated"
-                    color, y = (BASELINE, place + 0.15) if is_generated else (OURS, place - 0.15)
+                    color, y = (
+                        (plots.BASELINE, place + 0.15)
+                        if is_generated
+                        else (plots.OURS, place - 0.15)
+                    )
                     ax.plot([low, high], [y, y], color=color, linewidth=1.5)
                     ax.plot(100 * case["held_out"]["lds"], y, "o", color=color, markersize=5)
             ax.set_yticks(range(len(found)), [row["kind"] for row in found])
@@ -348,9 +351,10 @@ def draw(file: Path) -> None:
         )
         figure.savefig(
             file,
-            format="svg",
+            format=file.suffix[1:],
             bbox_inches="tight",
-            metadata={"Date": None, "Description": f"rows {fingerprint(rows)}"},
+            metadata={"Description": f"rows {plots.fingerprint(rows)}"}
+            | ({"Date": None} if file.suffix == ".svg" else {}),
         )
 
 

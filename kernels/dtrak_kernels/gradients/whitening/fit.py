@@ -141,7 +141,7 @@ class SecondMoments(SummingAccumulator):
         shapes: of the parameters.
         names: of the parameters.
         parameters: their rotations.
-        by_entry: whether to tell entries apart.
+        by_entry: whether to tell entries apart; kept as an attribute.
 
     Attributes:
         raw: sum over samples and entries, by parameter.
@@ -158,7 +158,7 @@ class SecondMoments(SummingAccumulator):
         by_entry: bool,
     ) -> None:
         super().__init__(shapes, 0, names)
-        self._parameters, self._by_entry = parameters, by_entry
+        self._parameters, self.by_entry = parameters, by_entry
         self.raw: dict[int, Tensor] = {}
         self.rotated: dict[int, Tensor] = {}
         self.num_samples, self.is_half = 0, False
@@ -184,9 +184,9 @@ class SecondMoments(SummingAccumulator):
         shape = self.shapes[index]
         if index not in self.raw:
             self.raw[index] = torch.zeros((), dtype=torch.float64, device=grads.device)
-            self.rotated[index] = self.raw[index].new_zeros(shape if self._by_entry else ())
+            self.rotated[index] = self.raw[index].new_zeros(shape if self.by_entry else ())
         self.raw[index] += _sum_of_squares(grads)
-        if not self._by_entry:
+        if not self.by_entry:
             self.rotated[index] += _sum_of_squares(self._parameters[index].whiten(grads, first_row))
             return
         squares = grads.square().sum(0, dtype=torch.float64)
@@ -244,7 +244,7 @@ def _scales(moments: SecondMoments, names: Sequence[str]) -> tuple[list[Tensor],
         if raw[index] <= floor:
             floored.append(name)
             scales.append(zero)
-        elif not moments._by_entry:
+        elif not moments.by_entry:
             scales.append((moments.rotated[index] / (count * size)).rsqrt())
         else:
             squares = moments.rotated[index] / count
