@@ -64,13 +64,14 @@ DIVISIBLE = {"values_ptr", "partial_ptr", "grads_ptr", "out_ptr", "stride_vb", "
 
 
 SKETCH = (
-    "x_ptr:*{dtype} d_ptr:*{dtype} blocks_ptr:*i32 tiles_ptr:*i32 out_ptr:*fp32 blocks:i32 "
+    "x_ptr:*{dtype} d_ptr:*{dtype} blocks_ptr:*i32 tiles_ptr:*i32 out_ptr:*fp32 "
+    "scales_ptr:*bf16 scale:fp32 blocks:i32 "
     "rows_per_sample:i32 O:i32 C:i32 I:i32 H:i32 W:i32 KW:i32 K:i32 low:i64 high:i32 key_low:i64 "
     "key_high:i64 stride_h:i32 stride_w:i32 pad_h:i32 pad_w:i32 dilation_h:i32 dilation_w:i32 "
     "rows_per_group:i32 stride_xr:i32 stride_xc:i32 stride_xh:i32 stride_xw:i32 stride_dr:i32 "
     "stride_dc:i32 stride_dh:i32 stride_dw:i32 stride_ob:i32"
 )
-SKETCH_DIVISIBLE = {"x_ptr", "d_ptr", "out_ptr", "O", "C", "I", "K", "stride_ob"}
+SKETCH_DIVISIBLE = {"x_ptr", "d_ptr", "out_ptr", "scales_ptr", "O", "C", "I", "K", "stride_ob"}
 SKETCH_DIVISIBLE |= {"stride_xr", "stride_xh", "stride_xw", "stride_dr", "stride_dh", "stride_dw"}
 CHANNELS_LAST = {"stride_xc": 1, "stride_dc": 1}
 UNIT_STEPS = {"stride_h": 1, "stride_w": 1, "dilation_h": 1, "dilation_w": 1, "rows_per_group": 1}
@@ -79,10 +80,25 @@ ONE_AXIS = {"HO": 1, "WO": 1, "H": 1, "W": 1, "KW": 1, "pad_h": 0, "pad_w": 0, "
 ONE_AXIS |= {"stride_xh": 0, "stride_xw": 0, "stride_dh": 0, "stride_dw": 0}
 THREE_CHANNELS = {"IS_ONE_TAP": False, "I": 3, "C": 27}
 
+# a scale for every entry, as whitened gradients have
+ENTRIES = {"HAS_SCALES": True}
+
 # name: (dtype, tile, arguments and flags that differ from an ordinary 3 x 3 convolution)
 SKETCHES = {
     "3x3": ("bf16", (128, 128), CHANNELS_LAST | UNIT_STEPS),
     "3x3, no flip": ("bf16", (128, 128), CHANNELS_LAST | UNIT_STEPS | {"IS_FLIPPED": False}),
+    "3x3, scaled": ("bf16", (128, 128), CHANNELS_LAST | UNIT_STEPS | {"IS_SCALED": True}),
+    "3x3, entries": ("bf16", (128, 128), CHANNELS_LAST | UNIT_STEPS | ENTRIES),
+    "few channels, entries": (
+        "bf16",
+        (128, 32),
+        CHANNELS_LAST | UNIT_STEPS | THREE_CHANNELS | ENTRIES,
+    ),
+    "linear, float32, entries": (
+        "fp32",
+        (128, 128),
+        CHANNELS_LAST | UNIT_STEPS | ONE_AXIS | ENTRIES,
+    ),
     "strided": ("fp16", (128, 64), CHANNELS_LAST),
     "few channels": ("bf16", (128, 32), CHANNELS_LAST | UNIT_STEPS | THREE_CHANNELS),
     "few positions": ("bf16", (128, 128), CHANNELS_LAST | UNIT_STEPS | {"HO": 2, "WO": 2}),
@@ -212,6 +228,8 @@ def sketch_cases(arch):
 
 def build_sketch(dtype, tile, flags, config, target, *, ones=False):
     """The fused sketch of one form under a configuration."""
+    flags = {"IS_SCALED": False, "HAS_SCALES": False} | flags
+    flags |= {} if flags["HAS_SCALES"] else {"scales_ptr": None}
     return compile_kernel(
         sketch_kernel._sketch_kernel,
         SKETCH.format(dtype=dtype),

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ALLOWED = {
-    "kernels/dtrak_kernels": {"torch", "triton"},
+    "kernels/dtrak_kernels": {"numpy", "safetensors", "torch", "triton"},
     "dtrak": {
         "accelerate",
         "datasets",

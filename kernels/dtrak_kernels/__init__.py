@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .gradients.accumulator import Accumulator
     from .gradients.sketcher import GradientSketcher
     from .gradients.weight import LayerGradient
+    from .gradients.whitening.definition import Whitening
     from .ops import check_features, project, project_
     from .projection import KINDS, Projection
     from .ridge import RidgeSolver, TopK, top_k
@@ -26,6 +27,7 @@ _PLACES = {
     "Projection": "projection",
     "RidgeSolver": "ridge",
     "TopK": "ridge",
+    "Whitening": "gradients.whitening.definition",
     "check_features": "ops",
     "project": "ops",
     "project_": "ops",
@@ -40,6 +42,7 @@ __all__ = [
     "Projection",
     "RidgeSolver",
     "TopK",
+    "Whitening",
     "check_features",
     "project",
     "project_",

@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from ..projection import DENSE_KINDS, Projection
-from .gradients import keyed_seed, kind_of, project_any
+from .gradients import (
+    Whitenings,
+    keyed_seed,
+    kind_of,
+    project_any,
+    whiten_any,
+    whitening_of,
+)
 
 _REPLACED = ("BasicProjector", "CudaProjector")
 
@@ -76,6 +83,7 @@ class DattriProjector:
         dtype: accepted for dattri's sake.
         grass_multiplier: accepted for dattri's sake.
         implementation: see `project`.
+        whitenings: by ``ensemble_id``, what gradients are multiplied with before.
 
     Raises:
         ValueError: ``proj_type`` is none of the above, or see `Projection`.
@@ -96,6 +104,7 @@ class DattriProjector:
         dtype: torch.dtype | None = None,
         grass_multiplier: int | None = None,
         implementation: str | None = None,
+        whitenings: Whitenings = None,
     ) -> None:
         self.feature_dim = operator.index(feature_dim)
         self.proj_dim = operator.index(proj_dim)
@@ -103,7 +112,7 @@ class DattriProjector:
         self.kind = kind_of(proj_type, ("rademacher", "normal", "sjlt"))
         self.proj_type = proj_type
         self.device = device
-        self.implementation = implementation
+        self.implementation, self.whitenings = implementation, whitenings
         self.projection(0)
 
     def projection(self, ensemble_id: int) -> Projection:
@@ -127,10 +136,12 @@ class DattriProjector:
 
         Raises:
             TypeError: ``features`` is not floating.
-            ValueError: they do not have ``feature_dim`` columns.
+            ValueError: they do not have ``feature_dim`` columns, or there are whitenings but none
+                for this member and these parameters.
         """
+        whitening = whitening_of(self.whitenings, ensemble_id, "ensemble_id")
         projected = project_any(
-            features,
+            features if whitening is None else whiten_any(features, whitening),
             self.projection(ensemble_id),
             self.feature_dim,
             self.device,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..gradients.whitening.definition import Whitening
 from ..ops import project, project_
 from ..projection import Projection
 
@@ -41,6 +42,51 @@ def keyed_seed(seed: int, key: int, name: str) -> int:
     if not 0 <= key < 2**31:
         raise ValueError(f"{name} must be in [0, 2**31), got {key}")
     return (key << 32) + seed
+
+
+Whitenings = Mapping[int, Whitening] | None
+
+
+def whitening_of(whitenings: Whitenings, key: int, name: str) -> Whitening | None:
+    """The whitening of a checkpoint, None if there are none at all.
+
+    Raises:
+        ValueError: there are others, but none for ``key``.
+    """
+    if whitenings is None:
+        return None
+    if key not in whitenings:
+        raise ValueError(
+            f"whitenings must have one for {name} {key}, got those of {sorted(whitenings)}"
+        )
+    return whitenings[key]
+
+
+def whiten_any(
+    grads: Mapping[str, Tensor] | Tensor, whitening: Whitening
+) -> Mapping[str, Tensor] | Tensor:
+    """Gradients as `project_any` takes them, whitened; in their dtype and on their device.
+
+    Raises:
+        ValueError: they are of other parameters than the whitening, by name, shape or number.
+    """
+    if isinstance(grads, Tensor):
+        return whitening.apply(grads)
+    if tuple(grads) != whitening.names:
+        raise ValueError(
+            f"grads must be of the whitening's parameters {list(whitening.names)}, got "
+            f"{list(grads)}"
+        )
+    result = {}
+    for (name, part), parameter in zip(grads.items(), whitening.parameters, strict=True):
+        if tuple(part.shape[1:]) != parameter.shape:
+            raise ValueError(
+                f"grads must have {name!r} {list(parameter.shape)}, got {list(part.shape[1:])}"
+            )
+        moved = parameter.to(part.device, part.dtype)
+        flat = part if part.ndim > 2 else part.reshape(len(part), -1)
+        result[name] = moved.whiten(flat).reshape(part.shape)
+    return result
 
 
 def project_any(

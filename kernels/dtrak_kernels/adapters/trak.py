@@ -7,7 +7,7 @@
 
 or ``dtrak_kernels.trak.install()``, after which ``import fast_jl`` finds `dtrak_kernels.fast_jl`,
 and code written for TRAK's CUDA extension runs as it is. `dtrak_kernels.adapters.trak_scores` has a
-score computer.
+score computer. ``TritonProjector(..., whitenings={model_id: whitening})`` whitens either way.
 """
 
 from __future__ import annotations
@@ -26,9 +26,17 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .. import fast_jl
 from ..gradients.sketcher import GradientSketcher
+from ..gradients.whitening.definition import Whitening
 from ..ops import check_features
 from ..projection import Projection
-from .gradients import keyed_seed, kind_of, project_any
+from .gradients import (
+    Whitenings,
+    keyed_seed,
+    kind_of,
+    project_any,
+    whiten_any,
+    whitening_of,
+)
 
 # what TRAK's CudaProjector adds to the seed per checkpoint
 _MODEL_SEED = 10_000
@@ -78,6 +86,8 @@ class TritonProjector:
         num_sms: see `Projection`.
         half_inputs: see `Projection`.
         implementation: see `project`.
+        whitenings: by ``model_id``, what gradients are multiplied with before: every checkpoint
+            has its own, fitted to it.
 
     Attributes:
         proj_type: a `ProjectionType`, equal to its JSON round trip.
@@ -103,6 +113,7 @@ class TritonProjector:
         num_sms: int | str | None = None,
         half_inputs: bool = False,
         implementation: str | None = None,
+        whitenings: Whitenings = None,
     ) -> None:
         self.grad_dim = operator.index(grad_dim)
         self.proj_dim = operator.index(proj_dim)
@@ -111,7 +122,7 @@ class TritonProjector:
         self.device = device
         self.max_batch_size = max_batch_size
         self.generator, self.num_sms, self.half_inputs = generator, num_sms, half_inputs
-        self.implementation = implementation
+        self.implementation, self.whitenings = implementation, whitenings
         # a wrong value is an error here, not after the first gradients
         self.projection(0)
 
@@ -148,21 +159,23 @@ class TritonProjector:
 
         Raises:
             TypeError: the gradients are not floating.
-            ValueError: they do not have ``grad_dim`` columns, or a sample's features are all zero
-                or not finite: the message names the row.
+            ValueError: they do not have ``grad_dim`` columns, there are whitenings but none for
+                this checkpoint's parameters and weights, or a sample's features are all zero or
+                not finite: the message names the row.
         """
         projection = self.projection(model_id)
+        whitening = whitening_of(self.whitenings, model_id, "model_id")
         if isinstance(grads, DeferredGradients):
             if grads.grad_dim != self.grad_dim:
                 raise ValueError(
                     f"grads must have grad_dim = {self.grad_dim} columns, got {grads.grad_dim}"
                 )
-            features = grads.project(projection, self.implementation)
+            features = grads.project(projection, self.implementation, whitening)
             if self.proj_type != ProjectionType.sjlt:
                 features *= self.proj_dim**0.5
         else:
             features = project_any(
-                grads,
+                grads if whitening is None else whiten_any(grads, whitening),
                 projection,
                 self.grad_dim,
                 self.device,
@@ -228,16 +241,22 @@ class FusedGradientComputer:
         weights, buffers = dict(self.model.named_parameters()), dict(self.model.named_buffers())
         return self.task.get_out_to_loss_grad(self.model, weights, buffers, batch)
 
-    def sketcher(self, projection: Projection, implementation: str | None) -> GradientSketcher:
+    def sketcher(
+        self,
+        projection: Projection,
+        implementation: str | None,
+        whitening: Whitening | None = None,
+    ) -> GradientSketcher:
         """The sketcher of the current model, kept while nothing changes."""
         last = self._sketcher
-        if last is None or last.projection != projection:
+        if last is None or last.projection != projection or last.whitening is not whitening:
             chosen = None if self.grad_wrt is None else frozenset(self.grad_wrt)
             last = self._sketcher = GradientSketcher(
                 self.model,
                 projection,
                 parameters=lambda name, _: chosen is None or name in chosen,
                 implementation=implementation,
+                whitening=whitening,
             )
         return last
 
@@ -260,7 +279,12 @@ class DeferredGradients:
     def __len__(self) -> int:
         return len(self.batch[0])
 
-    def project(self, projection: Projection, implementation: str | None = None) -> Tensor:
+    def project(
+        self,
+        projection: Projection,
+        implementation: str | None = None,
+        whitening: Whitening | None = None,
+    ) -> Tensor:
         """Features ``[B, K]``, scaled as `Projection` says.
 
         Raises:
@@ -269,7 +293,7 @@ class DeferredGradients:
             ValueError: see `GradientSketcher`.
         """
         computer = self.computer
-        sketcher = computer.sketcher(projection, implementation)
+        sketcher = computer.sketcher(projection, implementation, whitening)
         model, task = computer.model, computer.task
         with torch.enable_grad():
             return sketcher.sketch(lambda: _batch_outputs(model, task, self.batch), len(self))

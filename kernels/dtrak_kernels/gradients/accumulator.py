@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from ..sjlt.torch import TABLE_ENTRIES, ParameterSketch, matrix_shape, sketch_pa
 from .weight import (
     Contraction,
     LayerGradient,
+    Slice,
     WeightModule,
     geometry,
     weight_grads,
@@ -52,12 +53,15 @@ class Accumulator(ABC):
         num_features: ``K``.
         all_samples: whether it wants all samples of a batch at once (few rows of a weight at a
             time).
+        counts_uses: whether it wants to be told by `expect` and `begin` of every use of a
+            parameter.
         title: what plans call it; the name of its class if empty.
         kernel: what plans say of a gradient that `add` receives.
         flop_per_entry: what `add` does with an entry, in multiplications and additions.
     """
 
     all_samples = False
+    counts_uses = False
     title = ""
     kernel = "sliced gradient (torch)"
     flop_per_entry = 0
@@ -96,6 +100,12 @@ class Accumulator(ABC):
     def forget(self) -> None:  # noqa: B027
         """Drop what a batch, complete or not, has left."""
 
+    def expect(self, indices: Iterable[int]) -> None:  # noqa: B027
+        """A forward used these parameters; called where ``counts_uses``."""
+
+    def begin(self, index: int) -> None:  # noqa: B027
+        """The gradient of one use of a parameter is about to come; likewise."""
+
     @abstractmethod
     def add(
         self, index: int, grads: Tensor, out: Tensor, samples: slice, first_row: int = 0
@@ -118,6 +128,19 @@ class Accumulator(ABC):
             layer: what they are made of; its input is what `keep` kept.
             out: ``[B, K]`` features.
         """
+        for part in self.slices(index, layer):
+            self.add(index, part.block, out, part.samples, part.rows.start)
+
+    def slices(
+        self, index: int, layer: LayerGradient, row_multiple: int | None = None
+    ) -> Iterator[Slice]:
+        """The per-sample gradients of a layer's weight as `add_weight` forms them.
+
+        Args:
+            index: which parameter the weight is.
+            layer: what they are made of.
+            row_multiple: instead of what `row_multiple` says.
+        """
         # layers come in the same shapes batch after batch, and many take less time than a decision
         module, x, output_grads = layer.module, layer.x, layer.output_grads
         shapes = x.shape, output_grads.shape, x.dtype, output_grads.dtype, layer.rows_per_sample
@@ -129,13 +152,13 @@ class Accumulator(ABC):
             self._contractions[key] = whole_contraction(layer)
         contraction = self._contractions[key]
         if contraction is not None:
-            samples = out.shape[0]
-            self.add(index, contraction(module, x, output_grads, samples), out, slice(0, samples))
+            samples = layer.num_samples
+            block = contraction(module, x, output_grads, samples)
+            yield Slice(slice(0, samples), slice(0, block.shape[1]), block)
             return
-        for part in weight_grads(
-            layer, all_samples=self.all_samples, row_multiple=self.row_multiple(index)
-        ):
-            self.add(index, part.block, out, part.samples, part.rows.start)
+        if row_multiple is None:
+            row_multiple = self.row_multiple(index)
+        yield from weight_grads(layer, all_samples=self.all_samples, row_multiple=row_multiple)
 
     def flatten(self, index: int, grads: Tensor, first_row: int) -> tuple[int, Tensor]:
         """Where a slice as `add` takes it begins in the flattened gradient, and its ``[b, n]``."""
@@ -277,7 +300,26 @@ class SjltAccumulator(SketchAccumulator):
         """See `Accumulator.add_weight`."""
         if self.forms_slices(layer.module, layer.output_grads):
             super().add_weight(index, layer, out)
-            return
+        else:
+            self.launch(index, layer, out)
+
+    def launch(
+        self,
+        index: int,
+        layer: LayerGradient,
+        out: Tensor,
+        scale: float = 1.0,
+        scales: Tensor | None = None,
+    ) -> None:
+        """Add the sketch of a layer's gradients by the fused kernel.
+
+        Args:
+            index: which parameter the weight is.
+            layer: what the gradients are made of.
+            out: ``[B, K]`` features.
+            scale: factor on the gradients.
+            scales: a factor for every entry, see `launch_sketch`.
+        """
         from ..sjlt.triton import launch_sketch
 
         launch_sketch(
@@ -287,6 +329,8 @@ class SjltAccumulator(SketchAccumulator):
             self.sketches[index],
             out,
             layer.rows_per_sample,
+            scale=scale,
+            scales=scales,
         )
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,11 @@ from torch.utils._pytree import tree_flatten
 from ..kronecker.torch import TwoSidedSketch
 from .accumulator import Accumulator, KroneckerAccumulator
 from .rules import find_rule
-from .weight import TRANSPOSED, WEIGHT_MODULES, Convolution, workspace_bytes
+from .weight import TRANSPOSED, WEIGHT_MODULES, Convolution, LayerGradient, workspace_bytes
+
+if TYPE_CHECKING:
+    from .whitening.accumulator import WhiteningAccumulator
+    from .whitening.definition import Whitening
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,9 @@ class Plan:
         model_flop: forward and backward with respect to activations of the listed layers, whole
             batch; without weight gradients.
         budget_bytes: what everything has to fit in, or None.
+        whitening: its kind and what its factors take, or empty.
+        whitening_flop: of ``flop``, what is whitening.
+        floored: names of parameters whose gradient is taken for rounding, and left out.
     """
 
     kind: str
@@ -70,6 +77,9 @@ class Plan:
     feature_bytes: int
     model_flop: int
     budget_bytes: int | None
+    whitening: str = ""
+    whitening_flop: int = 0
+    floored: tuple[str, ...] = ()
 
     @property
     def flop(self) -> int:
@@ -145,6 +155,12 @@ class Plan:
             f"kept inputs {_bytes(self.kept_bytes)}, features {_bytes(self.feature_bytes)}, "
             f"peak {_bytes(self.peak_bytes)}",
         ]
+        if self.whitening:
+            lines.append(
+                f"whitening: {self.whitening}, {self.whitening_flop / 1e9:.3g} GFLOP of features'"
+            )
+        if self.floored:
+            lines.append(f"rounding alone, so left out: {', '.join(self.floored)}")
         if self.unused:
             lines.append(f"not used, so zero: {', '.join(self.unused)}")
         if self.budget_bytes is not None:
@@ -175,6 +191,8 @@ def make_plan(
     feature_bytes: int,
     budget_bytes: int | None,
     keeps_inputs: bool = False,
+    whitening: Whitening | None = None,
+    whitened: WhiteningAccumulator | None = None,
 ) -> Plan:
     """Run one forward without gradients and write down what its backward would do.
 
@@ -188,14 +206,16 @@ def make_plan(
         feature_bytes: of the result.
         budget_bytes: see `Plan`.
         keeps_inputs: whether inputs are kept as they are, for exact norms.
+        whitening: what gradients are multiplied with, if anything.
+        whitened: what does that on their way to ``accumulator``.
     """
     plans: list[LayerPlan] = []
-    model_flop = 0
+    model_flop = whitening_flop = 0
     seen: set[int] = set()
 
     def record(name: str, owned: dict[str, int]) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            nonlocal model_flop
+            nonlocal model_flop, whitening_flop
             seen.update(owned.values())
             inputs = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
             if not isinstance(output, Tensor):
@@ -203,11 +223,17 @@ def make_plan(
             planner = _Planner(
                 module, owned, accumulator, num_samples, rows_per_sample, keeps_inputs
             )
-            plan, flop = planner.plan(
-                name, inputs, output, find_rule(module, args, kwargs) is not None
-            )
-            plans.append(plan)
+            has_rule = find_rule(module, args, kwargs) is not None
+            plan, flop = planner.plan(name, inputs, output, has_rule)
             model_flop += flop
+            if whitened is not None and has_rule and planner.streams:
+                layer = LayerGradient(module, inputs[0], output, rows_per_sample)
+                route = whitened.route(owned["weight"], layer)
+                whitening_flop += route.flop
+                plan = replace(
+                    plan, flop=plan.flop + route.flop, kernel=f"{plan.kernel}; whitened: {route}"
+                )
+            plans.append(plan)
 
         return hook
 
@@ -231,6 +257,9 @@ def make_plan(
         feature_bytes,
         model_flop,
         budget_bytes,
+        f"{whitening.kind}, factors {_bytes(whitening.nbytes)}" if whitening is not None else "",
+        whitening_flop,
+        whitening.floored if whitening is not None else (),
     )
 
 
@@ -278,6 +307,11 @@ class _Planner:
             name, type(self.module).__name__, shapes, positions, flop, kept, work, kernel
         )
         return plan, model_flop
+
+    @property
+    def streams(self) -> bool:
+        """Whether it has a weight whose gradient is streamed."""
+        return any(self._is_weight(attribute) for attribute in self.owned)
 
     def _is_weight(self, attribute: str) -> bool:
         return attribute == "weight" and isinstance(self.module, WEIGHT_MODULES)

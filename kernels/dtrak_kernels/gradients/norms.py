@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -65,42 +66,46 @@ def _ghost_norms(layer: LayerGradient, squares: Tensor) -> Tensor:
     return squares
 
 
-class NormingAccumulator(Accumulator):
-    """Passes gradients on to another accumulator and adds up their squares, parameter by parameter.
+class SummingAccumulator(Accumulator):
+    """For what needs the sum of all that is added to a parameter's gradient, before it is used.
 
-    A parameter that is used once contributes as its gradient streams by. One that is used several
-    times (a module called twice, a shared weight) is held until the end, ``[B, *shape]``: the norm
-    of a sum is not a sum of norms.
+    A parameter that is used once is passed to `observe` as its gradient streams by. One that is
+    used several times (a module called twice, a shared weight) is held until the end,
+    ``[B, *shape]``: the square of a sum is not a sum of squares.
 
     Args:
-        accumulator: makes the features.
+        shapes: of the parameters.
+        num_features: ``K``.
         names: of the parameters, for errors.
     """
 
-    def __init__(self, accumulator: Accumulator, names: Sequence[str]) -> None:
-        super().__init__(accumulator.shapes, accumulator.num_features)
-        self.all_samples = accumulator.all_samples
-        self.accumulator, self._names = accumulator, names
+    counts_uses = True
+
+    def __init__(
+        self, shapes: Sequence[Sequence[int]], num_features: int, names: Sequence[str]
+    ) -> None:
+        super().__init__(shapes, num_features)
+        self._names = names
         self._uses: Counter[int] = Counter()
         self._streamed: set[int] = set()
         self._held: dict[int, Tensor] = {}
-        self._squares = torch.zeros(0)
+
+    @abstractmethod
+    def observe(self, index: int, grads: Tensor, samples: slice, first_row: int = 0) -> None:
+        """Per-sample gradients of a slice of a parameter that is used once.
+
+        Args:
+            index: which parameter.
+            grads: ``[b, o, I, *kernel]`` or, of a vector, ``[b, n]``.
+            samples: which samples of the batch.
+            first_row: first row of the parameter's matrix.
+        """
 
     def forget(self) -> None:
         """See `Accumulator.forget`."""
         self._uses.clear()
         self._streamed.clear()
         self._held.clear()
-        self.accumulator.forget()
-
-    def open(self, out: Tensor) -> None:
-        """See `Accumulator.open`."""
-        self._squares = out.new_zeros(len(out))
-        self.accumulator.open(out)
-
-    def close(self, out: Tensor) -> None:
-        """See `Accumulator.close`."""
-        self.accumulator.close(out)
 
     def expect(self, indices: Iterable[int]) -> None:
         """A forward used these parameters, some of them perhaps twice."""
@@ -122,6 +127,51 @@ class NormingAccumulator(Accumulator):
         if self._uses[index] == 1:
             self._streamed.add(index)
 
+    def take(
+        self, index: int, grads: Tensor, out: Tensor, samples: slice, first_row: int = 0
+    ) -> None:
+        """Observe, or hold, what `Accumulator.add` was given."""
+        if index in self._streamed:
+            self.observe(index, grads, samples, first_row)
+            return
+        if index not in self._held:
+            shape = matrix_shape(self.shapes[index]) or (grads.shape[1],)
+            self._held[index] = out.new_zeros(len(out), *shape)
+        held = self._held[index][samples]
+        if grads.ndim > 2:
+            grads = grads.flatten(2)
+            held = held[:, first_row : first_row + grads.shape[1]]
+        held += grads
+
+
+class NormingAccumulator(SummingAccumulator):
+    """Passes gradients on to another accumulator and adds up their squares, parameter by parameter.
+
+    Args:
+        accumulator: makes the features.
+        names: of the parameters, for errors.
+    """
+
+    def __init__(self, accumulator: Accumulator, names: Sequence[str]) -> None:
+        super().__init__(accumulator.shapes, accumulator.num_features, names)
+        self.all_samples = accumulator.all_samples
+        self.accumulator = accumulator
+        self._squares = torch.zeros(0)
+
+    def forget(self) -> None:
+        """See `Accumulator.forget`."""
+        super().forget()
+        self.accumulator.forget()
+
+    def open(self, out: Tensor) -> None:
+        """See `Accumulator.open`."""
+        self._squares = out.new_zeros(len(out))
+        self.accumulator.open(out)
+
+    def close(self, out: Tensor) -> None:
+        """See `Accumulator.close`."""
+        self.accumulator.close(out)
+
     def norms(self) -> Tensor:
         """``[B]`` norms of the whole gradients."""
         held = (grads.flatten(1).square().sum(1) for grads in self._held.values())
@@ -135,12 +185,16 @@ class NormingAccumulator(Accumulator):
         """See `Accumulator.forms_slices`."""
         return self.accumulator.forms_slices(module, output_grads)
 
+    def observe(self, index: int, grads: Tensor, samples: slice, first_row: int = 0) -> None:
+        """See `SummingAccumulator.observe`."""
+        self._squares[samples] += grads.flatten(1).square().sum(1)
+
     def add(
         self, index: int, grads: Tensor, out: Tensor, samples: slice, first_row: int = 0
     ) -> None:
         """See `Accumulator.add`."""
         self.accumulator.add(index, grads, out, samples, first_row)
-        self._observe(index, grads, samples, first_row)
+        self.take(index, grads, out, samples, first_row)
 
     def add_weight(self, index: int, layer: LayerGradient, out: Tensor) -> None:
         """See `Accumulator.add_weight`."""
@@ -153,17 +207,4 @@ class NormingAccumulator(Accumulator):
             self._squares += weight_norms(layer)
             return
         for part in weight_grads(layer, all_samples=False):
-            self._observe(index, part.block, part.samples, part.rows.start)
-
-    def _observe(self, index: int, grads: Tensor, samples: slice, first_row: int) -> None:
-        if index in self._streamed:
-            self._squares[samples] += grads.flatten(1).square().sum(1)
-            return
-        if index not in self._held:
-            shape = matrix_shape(self.shapes[index]) or (grads.shape[1],)
-            self._held[index] = self._squares.new_zeros(len(self._squares), *shape)
-        held = self._held[index][samples]
-        if grads.ndim > 2:
-            grads = grads.flatten(2)
-            held = held[:, first_row : first_row + grads.shape[1]]
-        held += grads
+            self.take(index, part.block, out, part.samples, part.rows.start)

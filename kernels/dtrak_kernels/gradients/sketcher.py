@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,10 @@ from .norms import NormingAccumulator
 from .parameters import ParameterChoice, check_places, choose_parameters, find_places
 from .rules import kept_statistics, own_rule, rule_applies
 from .weight import LayerGradient
+
+if TYPE_CHECKING:
+    from .whitening.accumulator import WhiteningAccumulator
+    from .whitening.definition import Whitening
 
 
 @dataclass
@@ -93,6 +97,8 @@ class GradientSketcher:
         norms: also collect the exact norms of the per-sample gradients, see `grad_norms`. Free
             where the gradient is formed in slices; elsewhere from the Grams of inputs and output
             gradients, or from slices, whichever costs less.
+        whitening: a linear map W of the gradients, fitted to this model and these parameters: the
+            features are those of W·g, and so are the norms.
 
     Attributes:
         parameter_names: names of the chosen parameters, in flattening order.
@@ -100,12 +106,14 @@ class GradientSketcher:
         grad_dim: ``P``, their total number of elements.
         proj_dim: ``K``, the width of the features.
         into: where the gradients go: what ``into`` made, or what the projection is done by.
+        whitening: the map of the gradients, if any.
 
     Raises:
         ValueError: no parameter is chosen or one is not real, a name is unknown,
             ``rows_per_sample`` is not positive, the model is compiled or scripted, it mixes samples
-            (batch normalisation on batch statistics), ``implementation`` is unknown, or not one of
-            ``projection`` and ``into`` is given.
+            (batch normalisation on batch statistics), ``implementation`` is unknown, not one of
+            ``projection`` and ``into`` is given, or ``whitening`` is of something else, or of whole
+            patches for kind ``"kronecker"``.
         TypeError: ``into`` did not make an `Accumulator`.
     """
 
@@ -119,6 +127,7 @@ class GradientSketcher:
         rows_per_sample: int = 1,
         implementation: str | None = None,
         norms: bool = False,
+        whitening: Whitening | None = None,
     ) -> None:
         for name, module in model.named_modules():
             if hasattr(module, "_orig_mod"):
@@ -167,10 +176,25 @@ class GradientSketcher:
         self.proj_dim = self.into.num_features
         self._norms = NormingAccumulator(self.into, self.parameter_names) if norms else None
         self._accumulator: Accumulator = self._norms or self.into
+        self.whitening = whitening
+        self._whitened: WhiteningAccumulator | None = None
+        if whitening is not None:
+            self._whiten(whitening)
         self._batch: _Batch | None = None
         self._last_norms: Tensor | None = None
         self._frozen = [0] * len(self._parameters)
         self._recomputing = False
+
+    def _whiten(self, whitening: Whitening) -> None:
+        """Put the whitening before where gradients go."""
+        from .whitening.accumulator import WhiteningAccumulator
+
+        whitening.check_model(self.model, self.parameter_names, self.shapes)
+        if whitening.kind == "none":
+            return
+        parameters = whitening.to(self.device, self.dtype).parameters
+        self._whitened = WhiteningAccumulator(self._accumulator, parameters, self.parameter_names)
+        self._accumulator = self._whitened
 
     def _destination(
         self,
@@ -191,6 +215,11 @@ class GradientSketcher:
         if not isinstance(accumulator, Accumulator):
             raise TypeError(f"into must make an Accumulator, got {type(accumulator).__name__}")
         return accumulator
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The modules that own chosen parameters."""
+        return self._layers
 
     @property
     def device(self) -> torch.device:
@@ -290,6 +319,8 @@ class GradientSketcher:
             num_samples * self.proj_dim * self.dtype.itemsize,
             memory_budget,
             keeps_inputs=self._norms is not None,
+            whitening=self.whitening,
+            whitened=self._whitened,
         )
 
     @contextmanager
@@ -426,8 +457,8 @@ class GradientSketcher:
             check_forward(layer, batch.rows, inputs, versions, output)
             if batch.rows == 0:
                 return output + batch.anchor.to(output.dtype)
-            if self._norms is not None:
-                self._norms.expect(layer.owned.values())
+            if self._accumulator.counts_uses:
+                self._accumulator.expect(layer.owned.values())
             if not output.requires_grad:
                 # nothing upstream needs a gradient, yet this layer's output gradient must be seen
                 output = output + batch.anchor.to(output.dtype)
@@ -482,9 +513,9 @@ class GradientSketcher:
         layer, features = call.layer, batch.features
         # a checkpoint makes it again by forwards that are watched
         kept = call.get()
-        if self._norms is not None:
+        if self._accumulator.counts_uses:
             for index in set(layer.owned.values()):
-                self._norms.begin(index)
+                self._accumulator.begin(index)
         if call.rule is None:
             self._recomputing = True
             try:

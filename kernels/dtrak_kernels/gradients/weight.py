@@ -128,9 +128,14 @@ def conv_patches(x: Tensor, conv: Convolution, out_size: tuple[int, ...]) -> Ten
     # a transposed convolution may have more output than its input reaches
     if is_pointwise(conv) and x.shape[2:] == out_size:
         return x.flatten(2).transpose(1, 2).unflatten(2, (conv.groups, -1))
-    windows = _windows(pad_input(x, conv), out_size, conv, conv.stride, conv.groups)
+    windows = patch_windows(x, conv, out_size)
     columns = conv.weight.shape[1] * conv.weight[0, 0].numel()
     return windows.reshape(len(x), -1, conv.groups, columns)
+
+
+def patch_windows(x: Tensor, conv: Convolution, out_size: tuple[int, ...]) -> Tensor:
+    """The patches of `conv_patches`, not copied: ``[R, *positions, groups, *kernel, I/groups]``."""
+    return _windows(pad_input(x, conv), out_size, conv, conv.stride, conv.groups)
 
 
 def _windows(

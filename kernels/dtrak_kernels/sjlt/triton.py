@@ -37,7 +37,7 @@ from ..gradients.weight import linear_rows
 from ..random.words import Stream
 from ..random.words_triton import philox_4x32
 from .config import Form, SketchConfig, config_on
-from .torch import ParameterSketch
+from .torch import ParameterSketch, as_matrix
 
 # largest offset of an element inside a sample that 32 bits hold
 MAX_NARROW = 2**31 - 1
@@ -102,6 +102,36 @@ def _flip(  # type: ignore[no-untyped-def]
 def _halves(flat):  # type: ignore[no-untyped-def]
     """The left and the right half of the columns of a flattened tile."""
     return tl.split(tl.trans(tl.reshape(flat, (2, flat.shape[0] // 2))))
+
+
+@triton.jit
+def _scale_columns(  # type: ignore[no-untyped-def]
+    flat, tile_ptr, row_shift, column_shift, left: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
+    """Columns of a flattened tile, from ``left`` on, times the scales of their entries."""
+    width: tl.constexpr = flat.shape[0] // BM
+    offs_i = (tl.arange(0, BM) - row_shift) & (BM - 1)
+    offs_j = (left + tl.arange(0, width) - column_shift) & (BN - 1)
+    scales = tl.load(tile_ptr + offs_i[:, None] * BN + offs_j[None, :])
+    return _flatten(_unflatten(flat, BM, width) * scales.to(tl.float32), BM, width)
+
+
+@triton.jit
+def _scale(flat, tile_ptr, row_shift, column_shift, BM: tl.constexpr, BN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A flattened tile times ``[BM, BN]`` scales, which are where its entries were unshifted."""
+    if BN < 128:
+        return _scale_columns(flat, tile_ptr, row_shift, column_shift, 0, BM, BN)
+    # in halves, so that what is loaded fits into registers
+    left, right = _halves(flat)
+    a, b = _halves(left)
+    c, d = _halves(right)
+    a = _scale_columns(a, tile_ptr, row_shift, column_shift, 0, BM, BN)
+    b = _scale_columns(b, tile_ptr, row_shift, column_shift, BN // 4, BM, BN)
+    left = tl.reshape(tl.trans(tl.join(a, b)), (BM * BN // 2,))
+    c = _scale_columns(c, tile_ptr, row_shift, column_shift, BN // 2, BM, BN)
+    d = _scale_columns(d, tile_ptr, row_shift, column_shift, 3 * BN // 4, BM, BN)
+    right = tl.reshape(tl.trans(tl.join(c, d)), (BM * BN // 2,))
+    return tl.reshape(tl.trans(tl.join(left, right)), (BM * BN,))
 
 
 @triton.jit
@@ -193,13 +223,15 @@ def _gradient_tile(  # type: ignore[no-untyped-def]
     return acc
 
 
-@triton.jit(do_not_specialize=["low", "high", "key_low", "key_high"])
+@triton.jit(do_not_specialize=["low", "high", "key_low", "key_high", "scale"])
 def _sketch_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [R, I, H, W]
     d_ptr,  # [R, O, HO, WO]
     blocks_ptr,  # [blocks, 3] int32: start of its window, its first tile and the one after its last
     tiles_ptr,  # [tiles, 3] int32, block by block: number, row shift, column shift
     out_ptr,  # [B, K] float32
+    scales_ptr,  # [tiles, BM, BN] bf16, tiles by their numbers
+    scale,
     blocks,
     rows_per_sample,
     O,
@@ -237,6 +269,8 @@ def _sketch_kernel(  # type: ignore[no-untyped-def]
     IS_WIDE: tl.constexpr,
     IS_ROLLED: tl.constexpr,
     IS_FLIPPED: tl.constexpr,
+    IS_SCALED: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -323,8 +357,16 @@ def _sketch_kernel(  # type: ignore[no-untyped-def]
                 BLOCK_T,
             )
         flat = _flatten(grads, BM, BN)
+        if HAS_SCALES:
+            tile_ptr = scales_ptr + tile.to(tl.int64) * (BM * BN)
+            if IS_ROLLED:
+                flat = _scale(flat, tile_ptr, 0, 0, BM, BN)
+            else:
+                flat = _scale(flat, tile_ptr, row_shift, column_shift, BM, BN)
         if IS_ROLLED:
             flat = _roll(flat, row_shift, column_shift, BM, BN)
+        if IS_SCALED:
+            flat *= scale
         acc += flat
         if IS_FLIPPED:
             acc = _flip(acc, tile, low, high, key_low, key_high, BM, BN)
@@ -361,6 +403,24 @@ def _tables(sketch: ParameterSketch, device: torch.device) -> tuple[Tensor, Tens
     return blocks.int().to(device), tiles.int().to(device), overlaps
 
 
+def scales_in_tiles(sketch: ParameterSketch, scales: Tensor) -> Tensor:
+    """A factor for every entry of a parameter, laid out for the kernel's loads.
+
+    Args:
+        sketch: of the parameter.
+        scales: ``[O, I, *kernel]``, values of bfloat16.
+
+    Returns:
+        ``[tiles, BM, BN]`` bfloat16 on the device of ``scales``, zero outside the parameter.
+    """
+    (tile_rows, tile_columns), (down, across) = sketch.tile, sketch.grid
+    matrix = as_matrix(scales.to(torch.bfloat16).unsqueeze(0)).squeeze(0)
+    padded = matrix.new_zeros(down * tile_rows, across * tile_columns)
+    padded[: matrix.shape[0], : matrix.shape[1]] = matrix
+    tiles = padded.view(down, tile_rows, across, tile_columns).transpose(1, 2)
+    return tiles.flatten(0, 1).contiguous()
+
+
 def _one_axis(x: Tensor) -> int | None:
     """Stride of rows and positions of ``[R, I, H, W]`` as a single axis, None if they are not."""
     step, length = 0, 1
@@ -389,6 +449,9 @@ def launch_sketch(
     out: Tensor,
     rows_per_sample: int = 1,
     config: SketchConfig | None = None,
+    *,
+    scale: float = 1.0,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Add the sketch of the per-sample gradients of a layer's weight to ``out``, in place.
 
@@ -403,6 +466,8 @@ def launch_sketch(
         rows_per_sample: consecutive rows of the batch that make up one sample; they are summed.
         config: launch configuration; the tuned or default one of the device if ``None``. Others
             round sums in another order, and change nothing else.
+        scale: factor on the gradients.
+        scales: a factor for every entry, of `scales_in_tiles`.
 
     Returns:
         ``out``. The same inputs on the same device give the same bits, alone or in a batch, as long
@@ -463,6 +528,8 @@ def launch_sketch(
             blocks_ptr=part,
             tiles_ptr=tiles,
             out_ptr=out,
+            scales_ptr=scales,
+            scale=scale,
             blocks=len(part),
             rows_per_sample=rows_per_sample,
             O=O,
@@ -500,6 +567,8 @@ def launch_sketch(
             IS_WIDE=is_wide,
             IS_ROLLED=config.is_rolled,
             IS_FLIPPED=True,
+            IS_SCALED=scale != 1.0,
+            HAS_SCALES=scales is not None,
             INPUT_PRECISION=config.input_precision,
             BM=BM,
             BN=BN,

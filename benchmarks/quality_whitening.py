@@ -1,0 +1,386 @@
+"""What whitening does to the LDS on the digits benchmark, by function, S, kind and width.
+
+``python benchmarks/quality_whitening.py --record`` appends a row per combination that
+benchmarks/results/whitening.jsonl lacks, ``--docs`` rewrites the tables of docs/whitening.md,
+``--check`` only says whether they are up to date. The digits' full model, its queries, the exact
+gradients (0.8 GB per function and S) and the fitted whitenings are kept in ``--folder``, and used
+again from there.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import plots
+import torch
+from matplotlib.figure import Figure
+from pages import ROOT, Table, read_rows, record, run
+from quality_lds import CPU, exact_gradients, trained_run
+from torch import Tensor
+
+from dtrak.diffusion import DiffusionModel
+from dtrak.features import FeatureSettings, Samples, noisy_rows, predict
+from dtrak.lds_experiment import Experiment
+from dtrak.lds_statistics import predict_groups
+from dtrak.lds_table import AUTO, UNIT, Entry, Results, dense_ranks, make_table, packaged_results
+from dtrak.lds_tasks import TRAIN
+from dtrak.outputs import evaluate_output, select_timesteps
+from dtrak.presets import get_preset
+from dtrak.scores import trak
+from dtrak_kernels import Projection, Whitening, project
+from dtrak_kernels.ridge import RidgeSolver
+
+RESULTS = ROOT / "benchmarks" / "results" / "whitening.jsonl"
+FOLDER = Path("runs") / "digits-whitening"
+
+FUNCTIONS = {"mean_squared_l2_norm": "D-TRAK", "loss": "TRAK", "mean": "mean"}
+KINDS = ("none", "scale", "diagonal", "channels", "lowrank", "kfac")
+# what is measured first comes first
+STEPS = (10, 100, 20, 50)
+WIDTHS = (8192, 2048, 32768, 65536)
+QUERIES = ("validation", "generated")
+# of the mean squared feature norm of the training set
+MULTIPLES = ("0.0001", "0.001", "0.01", "0.1", "0.3", UNIT, "3", "10")
+# images whose rows the factors see, random timesteps of each; images that scales are fitted to
+RESAMPLES = 1000
+FACTOR_IMAGES, FACTOR_STEPS, SCALE_IMAGES, BATCH = 200, 2, 50, 10
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches of training images, made anew each time they are gone through.
+
+    Attributes:
+        model: what is differentiated.
+        data: the training images.
+        function: of the output.
+        num_timesteps: of every image.
+        num_images: evenly spaced in the training set.
+        is_random: random timesteps and a row a sample; otherwise uniform ones, averaged.
+    """
+
+    model: DiffusionModel
+    data: Samples
+    function: str
+    num_timesteps: int
+    num_images: int
+    is_random: bool
+
+    def __iter__(self) -> Iterator[tuple[Callable[[], Tensor], int]]:
+        total = self.model.num_train_timesteps
+        steps = select_timesteps(self.num_timesteps, "uniform", total)
+        rows = torch.arange(self.num_images) * len(self.data.ids) // self.num_images
+        generator = torch.Generator().manual_seed(0)
+        for part in rows.split(BATCH):
+            if self.is_random:
+                steps = torch.randint(total, (self.num_timesteps,), generator=generator).tolist()
+            count = len(part) * (len(steps) if self.is_random else 1)
+            yield self._outputs(part, tuple(steps)), count
+
+    def _outputs(self, rows: Tensor, timesteps: tuple[int, ...]) -> Callable[[], Tensor]:
+        settings = FeatureSettings(self.function, timesteps, 0, Projection("none"))
+        ids = [f"train/{self.data.ids[int(row)]}" for row in rows]
+        noisy, target, steps = noisy_rows(self.model, settings, self.data.images[rows], ids)
+
+        def outputs() -> Tensor:
+            prediction = predict(self.model.unet, noisy, steps, None)
+            f = evaluate_output(self.function, prediction, target, self.model.scheduler, steps)
+            return f / len(timesteps)
+
+        return outputs
+
+
+def fitted(experiment: Experiment, function: str, num_timesteps: int, kind: str) -> Whitening:
+    """The whitening of a kind, kept in the folder once it is fitted."""
+    folder = experiment.folder / "whitenings"
+    file = folder / f"{function}-{num_timesteps}-{kind}.safetensors"
+    if file.is_file():
+        return Whitening.load(file, kind=kind, function=function)
+    begin = time.perf_counter()
+    model, data = experiment.load_model(), experiment.task.samples(TRAIN, experiment.data, CPU)
+    whitening = Whitening.fit(
+        model.unet,
+        Batches(model, data, function, num_timesteps, SCALE_IMAGES, is_random=False),
+        kind=kind,
+        rows_per_sample=num_timesteps,
+        factor_batches=Batches(model, data, function, FACTOR_STEPS, FACTOR_IMAGES, is_random=True),
+        function=function,
+    )
+    sys.stdout.write(f"fitted {file.stem}: {time.perf_counter() - begin:.1f} s\n")
+    folder.mkdir(exist_ok=True)
+    whitening.save(file)
+    return whitening
+
+
+def entry(name: str, num_timesteps: int, features: Mapping[str, Tensor], results: Results) -> Entry:
+    """What features predict for the models of ``results``, by every λ."""
+    solver = RidgeSolver(features[TRAIN])
+    unit = float(features[TRAIN].double().square().sum(1).mean())
+    dampings = [float(multiple) * unit for multiple in MULTIPLES] + [solver.auto_damping()]
+    queries = torch.cat([features[kind] for kind in QUERIES])
+    predictions = [predict_groups(trak(solver, queries, λ), results.subsets) for λ in dampings]
+    ranks = dense_ranks(torch.stack(predictions))
+    rules = (*MULTIPLES, AUTO)
+    return Entry(name, num_timesteps, "", QUERIES, rules, tuple(dampings), ranks)
+
+
+def measure(
+    name: str, num_timesteps: int, features: Mapping[str, Tensor], results: Results
+) -> list[dict[str, Any]]:
+    """A case per kind of query: λ chosen on a half of the models and judged on the other."""
+    made = entry(name, num_timesteps, features, results)
+    losses = {kind: results.losses[kind] for kind in QUERIES}
+    table = make_table(
+        Results(results.about, results.subsets, losses, [made]), num_resamples=RESAMPLES
+    )
+    kept = ("queries", "held_out", "chosen", "in_sample", UNIT, AUTO, "sweep")
+    return [{field: row[field] for field in kept} for row in table["rows"]]
+
+
+def combinations() -> Iterator[tuple[str, int, str, str, int]]:
+    """Function, S, kind, projection and K of every row, in the order they are measured."""
+    for num_timesteps in STEPS:
+        for function in FUNCTIONS:
+            for kind in KINDS:
+                yield function, num_timesteps, kind, "none", 0
+                for width in WIDTHS:
+                    yield function, num_timesteps, kind, "sjlt", width
+
+
+def key_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells rows apart."""
+    return tuple(row[f] for f in ("function", "timesteps", "kind", "projection", "proj_dim"))
+
+
+def measure_and_record(is_recorded: bool, smoke: bool, folder: Path) -> None:
+    """Append what is missing; without ``--record`` only print it."""
+    packaged = packaged_results("digits")
+    assert packaged is not None
+    results, _ = packaged
+    if smoke:
+        rehearse(results)
+        return
+    torch.set_num_threads(1)
+    experiment, queries = trained_run(folder, get_preset("digits"), results.about["queries"])
+    if not torch.equal(experiment.subsets[: len(results.subsets)], results.subsets):
+        sys.exit(f"subsets of {folder} must be those of the packaged results, got others")
+    done = {key_of(row) for row in read_rows(RESULTS)}
+    loaded: dict[Any, Any] = {}
+    for key in combinations():
+        if key in done:
+            continue
+        function, num_timesteps, kind, projection, width = key
+        if loaded.get("gradients") != key[:2]:
+            loaded = {"gradients": key[:2]}
+            loaded["rows"], loaded["shapes"] = exact_gradients(
+                experiment, queries, function, num_timesteps
+            )
+        if loaded.get("kind") != kind:
+            whitening = fitted(experiment, function, num_timesteps, kind)
+            loaded |= {"kind": kind, "floored": list(whitening.floored)}
+            loaded["features"] = {
+                name: torch.cat([whitening.apply(part) for part in rows.split(100)])
+                for name, rows in loaded["rows"].items()
+            }
+        features = loaded["features"]
+        if projection != "none":
+            sketch = Projection(projection, width, 0)
+            features = {
+                name: project(rows, sketch, shapes=loaded["shapes"])
+                for name, rows in features.items()
+            }
+        cases = measure(FUNCTIONS[function], num_timesteps, features, results)
+        row = {
+            "case": "whitening",
+            "function": function,
+            "timesteps": num_timesteps,
+            "kind": kind,
+            "projection": projection,
+            "proj_dim": width,
+            "models": len(results.subsets),
+            "floored": loaded["floored"],
+            "factor_rows": FACTOR_IMAGES * FACTOR_STEPS,
+            "scale_images": SCALE_IMAGES,
+            "cases": cases,
+        }
+        if is_recorded:
+            record(RESULTS, row)
+        held = " / ".join(f"{100 * case['held_out']['lds']:.1f}" for case in cases)
+        unit = " / ".join(f"{100 * case[UNIT]['lds']:.1f}" for case in cases)
+        auto = " / ".join(f"{100 * case[AUTO]['lds']:.1f}" for case in cases)
+        sys.stdout.write(f"{' '.join(map(str, key))}: {held}, λ 1x {unit}, auto {auto}\n")
+        sys.stdout.flush()
+
+
+def rehearse(results: Results) -> None:
+    """Random features of the benchmark's sizes: everything but the model."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {TRAIN: results.subsets.shape[1]}
+    sizes |= {kind: results.losses[kind].shape[1] for kind in QUERIES}
+    features = {name: torch.randn(n, 256, generator=generator) for name, n in sizes.items()}
+    for case in measure("random", 10, features, results):
+        sys.stdout.write(f"random, {case['queries']}: {case['held_out']}\n")
+
+
+def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Of a row in tables and pictures."""
+    return (
+        list(FUNCTIONS).index(row["function"]),
+        row["timesteps"],
+        row["projection"] != "none",
+        row["proj_dim"],
+        KINDS.index(row["kind"]),
+    )
+
+
+def _width(row: Mapping[str, Any]) -> str:
+    return "exact" if row["projection"] == "none" else f"{row['proj_dim']:,}"
+
+
+def _both(cases: list[dict[str, Any]], text: Callable[[dict[str, Any]], str]) -> str:
+    by_kind = {case["queries"]: text(case) for case in cases}
+    return " / ".join(by_kind[kind] for kind in QUERIES)
+
+
+def _interval(case: dict[str, Any]) -> str:
+    low, high = case["held_out"]["bca"]
+    return f"{100 * case['held_out']['lds']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def table() -> list[str]:
+    """Lines of the page's table."""
+    rows = sorted(read_rows(RESULTS), key=_order)
+    lines = [
+        "| function | S | K | kind | λ held out (95 %) | λ = 1x | λ auto |",
+        "|---|--:|--:|---|--:|--:|--:|",
+    ]
+    for row in rows:
+        unit, auto = (
+            _both(row["cases"], lambda case, rule=rule: f"{100 * case[rule]['lds']:.1f}")
+            for rule in (UNIT, AUTO)
+        )
+        lines.append(
+            f"| {FUNCTIONS[row['function']]} | {row['timesteps']} | {_width(row)} "
+            f"| `{row['kind']}` | {_both(row['cases'], _interval)} | {unit} | {auto} |"
+        )
+    last = rows[-1]
+    return [
+        *lines,
+        "",
+        f"Rank correlation (LDS) on the digits, in %, validation / generated queries: "
+        f"{last['models']} retrained models. λ is chosen on one half of them and judged on the "
+        "other, both ways averaged, with bootstrap intervals (BCa); 1x is the mean squared feature "
+        "norm of the training set and auto is chosen from training features, both judged on all "
+        f"models. Factors from {last['factor_rows']} rows, scales from {last['scale_images']} "
+        f"images. torch {last['torch']}, {len(rows)} rows.",
+    ]
+
+
+def price_table() -> list[str]:
+    """Lines of the table of prices: of every model the newest race."""
+    newest: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in read_rows(PRICES):
+        found = newest.setdefault(row["group"], {})
+        if found and next(iter(found.values()))["run"] != row["run"]:
+            found.clear()
+        found[row["provider"]] = row
+    lines = [
+        "| batch | " + " | ".join(f"`{kind}`" for kind in KINDS[1:]) + " |",
+        "|---|" + "--:|" * 5,
+    ]
+    last: dict[str, Any] = {}
+    for group, rows in newest.items():
+        last = list(rows.values())[-1]
+        sizes, cpu = last["sizes"], last["cpu"]
+        name = f"{group}, P = {sizes['P']:,}, B = {sizes['B']}, S = {sizes['S']}"
+        ratios = (f"{cpu[kind] / cpu['none']:.2f}x" for kind in KINDS[1:])
+        lines.append(f"| {name} | {' | '.join(ratios)} |")
+        walls = (f"{rows[kind]['ratio']:.2f}x" if kind in rows else "" for kind in KINDS[1:])
+        lines.append(f"| the same by the clock | {' | '.join(walls)} |")
+        sizes_of = (f"{last['factor_bytes'][kind] / 1e6:.3g} MB" for kind in KINDS[1:])
+        lines.append(f"| factors and scales | {' | '.join(sizes_of)} |")
+    return [
+        *lines,
+        "",
+        "Processor time of a batch of `sjlt` features over that of the same batch unwhitened, "
+        "medians of rounds that take turns, every result checked against the map of exact "
+        "gradients. The machine was shared and busy: figures below 1 say how large the error is. "
+        f"{last['device']}, torch {last['torch']}.",
+    ]
+
+
+def draw(file: Path) -> None:
+    """A panel per function, S and width: λ held out, by kind, with intervals."""
+    rows = sorted(read_rows(RESULTS), key=_order)
+    panels: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        panels.setdefault(_order(row)[:4], []).append(row)
+    with mpl.rc_context(plots._STYLE):
+        figure = Figure(
+            figsize=(7.5, 0.9 + 0.3 * len(rows) + 0.5 * len(panels)), layout="constrained"
+        )
+        heights = [len(found) + 1 for found in panels.values()]
+        axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True, height_ratios=heights)
+        for ax, found in zip(axes[:, 0], panels.values(), strict=True):
+            for place, row in enumerate(found):
+                for case in row["cases"]:
+                    low, high = (100 * end for end in case["held_out"]["bca"])
+                    is_generated = case["queries"] == "generated"
+                    color, y = (
+                        (plots.BASELINE, place + 0.15)
+                        if is_generated
+                        else (plots.OURS, place - 0.15)
+                    )
+                    ax.plot([low, high], [y, y], color=color, linewidth=1.5)
+                    ax.plot(100 * case["held_out"]["lds"], y, "o", color=color, markersize=5)
+            ax.set_yticks(range(len(found)), [row["kind"] for row in found])
+            ax.set_ylim(len(found) - 0.4, -0.6)
+            ax.grid(axis="x", linewidth=0.3)
+            first = found[0]
+            ax.set_title(
+                f"{FUNCTIONS[first['function']]}, S = {first['timesteps']}, K = {_width(first)}",
+                fontsize=9,
+                loc="left",
+            )
+        axes[-1, 0].set_xlabel(
+            "LDS in %, λ held out, 95 % interval; blue: validation, black: generated", fontsize=8
+        )
+        figure.savefig(
+            file,
+            format=file.suffix[1:],
+            bbox_inches="tight",
+            metadata={"Description": f"rows {plots.fingerprint(rows)}"}
+            | ({"Date": None} if file.suffix == ".svg" else {}),
+        )
+
+
+PAGE = ROOT / "docs" / "whitening.md"
+PRICES = ROOT / "benchmarks" / "results" / "whitening_price.jsonl"
+
+
+@dataclass(frozen=True)
+class Page(Table):
+    """The table, the prices, and the picture of the rows."""
+
+    def bring_up_to_date(self, *, only_check: bool) -> None:
+        """See `Table.bring_up_to_date`."""
+        super().bring_up_to_date(only_check=only_check)
+        Table(PAGE, "whitening-price", price_table).bring_up_to_date(only_check=only_check)
+        if not only_check:
+            draw(PAGE.with_suffix(".svg"))
+
+
+TABLE = Page(PAGE, "whitening", table)
+
+
+def main() -> None:
+    """Measure, or rewrite or check the page."""
+    run(TABLE, __doc__, measure_and_record, folder=FOLDER)
+
+
+if __name__ == "__main__":
+    main()
