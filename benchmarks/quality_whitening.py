@@ -17,13 +17,7 @@ from typing import Any
 import matplotlib as mpl
 import plots
 import torch
-from matplotlib.figure import Figure
-from pages import ROOT, Table, read_rows, record, run
-from quality_lds import CPU, exact_gradients, trained_run
-from torch import Tensor
-
 from dtrak.diffusion import DiffusionModel
-from dtrak.features import FeatureSettings, Samples, noisy_rows, predict
 from dtrak.lds_experiment import Experiment
 from dtrak.lds_statistics import predict_groups
 from dtrak.lds_table import AUTO, UNIT, Entry, Results, dense_ranks, make_table, packaged_results
@@ -31,6 +25,12 @@ from dtrak.lds_tasks import TRAIN
 from dtrak.outputs import evaluate_output, select_timesteps
 from dtrak.presets import get_preset
 from dtrak.scores import trak
+from matplotlib.figure import Figure
+from pages import ROOT, Table, read_rows, record, run
+from quality_lds import CPU, exact_gradients, trained_run
+from torch import Tensor
+
+from dtrak.features import FeatureSettings, Samples, noisy_rows, predict
 from dtrak_kernels import Projection, Whitening, project
 from dtrak_kernels.ridge import RidgeSolver
 

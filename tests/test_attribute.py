@@ -233,7 +233,7 @@ def test_compare_prints_agreement_times_and_memory(run):
         ("--timesteps", "many", "--timesteps must be a number, or indices such as 0,100,500"),
         ("--output-function", "nowhere:f", "must lie in a module that imports"),
         ("--output-function", "math:cosine", "math has no 'cosine'"),
-        ("--lora", "nowhere", "must describe a StableDiffusionPipeline"),
+        ("--lora", "nowhere", "--lora must go with a Stable Diffusion pipeline"),
         ("--caption", "a digit", "--caption is for text-to-image models"),
         ("--proj-dim", "0", "proj_dim must be at least 1, got 0"),
         ("--proj-dim", "-5", "proj_dim must be at least 1, got -5"),
@@ -348,7 +348,7 @@ def test_one_command_at_a_time_works_in_a_folder(run, tmp_path, monkeypatch):
             failing(run, message, "--compare")
         # a finished run is still read, and nothing is written for that
         found = load_attribution(folder).load_inputs()
-        assert found.queries.pictures.ids == ["00000.png", "00001.png", "00002.png"]
+        assert found.queries.ids == ["00000.png", "00001.png", "00002.png"]
         assert contents(folder) == before
     # the lock of a command that ended keeps nobody away
     assert run()[0] == 0
@@ -361,8 +361,8 @@ def test_another_model_is_refused_before_the_data_is_read(run, done, tmp_path, m
         next(unet.parameters()).add_(0.1)
     UNet(unet, linear_process()).save(tmp_path / "other")
     monkeypatch.setattr(inputs, "load_data", lambda *_, **__: pytest.fail("data was read"))
-    failing(run, "holds another run: model.hash is", model=tmp_path / "other")
-    failing(run, "holds another run: model.hash is", model=None, data="digits")
+    failing(run, "holds another run: model.model is", model=tmp_path / "other")
+    failing(run, "holds another run: model.model is", model=None, data="digits")
     (tmp_path / "run" / "run.json").write_text("3")
     failing(run, "run.json is damaged: delete")
     (tmp_path / "run" / "run.json").write_bytes(before[tmp_path / "run" / "run.json"])
@@ -476,7 +476,7 @@ def test_no_space_left(run, tmp_path, monkeypatch):
 def test_control_c_says_how_to_resume(run, tmp_path, monkeypatch):
     from dtrak.features import extraction as features
 
-    def interrupt(self, images, ids):
+    def interrupt(self, images, ids, items):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

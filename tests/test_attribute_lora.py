@@ -66,7 +66,7 @@ def features_apart(folder, role, images, ids, captions):
     """Features from parts that know nothing of a run."""
     model = load_tiny(folder)
     settings = FeatureSettings("mean_squared_l2_norm", (0, 500), 0, Projection("sjlt", 512))
-    latents = model.encode(images, CPU)[:, 0]
+    latents = model.posterior(images, CPU)[:, 0]
     names = [f"{role}/{name}" for name in ids]
     return FusedExtractor(model, settings, CPU).extract(latents, names, captions).double()
 
@@ -115,7 +115,7 @@ def test_a_second_run_reuses_everything_and_other_prompts_join(run, tmp_path, mo
     assert run("--prompts", "a wave")[0] == 0
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.png")}
     with monkeypatch.context() as patch:
-        patch.setattr("dtrak.models.stable_diffusion.StableDiffusion.encode", None)
+        patch.setattr("dtrak.models.stable_diffusion.StableDiffusion.posterior", None)
         patch.setattr("dtrak.features.extraction.FusedExtractor.extract", _count_one)
         code, output = run("--prompts", "a wave")
     assert code == 0, output

@@ -103,7 +103,7 @@ def test_what_dtrak_train_writes_is_understood(tmp_path):
         folder=tmp_path,
     )  # fmt: skip
     data = load_data("digits", channels=1, size=8)
-    inputs = SimpleNamespace(train=SimpleNamespace(pictures=data), model=load(tmp_path))
+    inputs = SimpleNamespace(train=data, queries=data.select([0]), model=load(tmp_path))
     training = find_training(run, inputs, None)
     assert training.recipe == replace(PRESETS["digits"].recipe, steps=2)
     assert training.mixed_precision == "no"

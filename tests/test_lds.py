@@ -17,7 +17,8 @@ from sklearn.linear_model import RidgeCV
 from tiny_lds import CPU, NAME, PRESET, register
 from typer.testing import CliRunner
 
-from dtrak.cli import lds, lds_stages
+import dtrak
+from dtrak.cli import lds_stages
 from dtrak.cli.lds import app
 from dtrak.evaluation.lds import methods as lds_methods
 from dtrak.evaluation.lds.experiment import load_experiment, prepare, train_one
@@ -350,7 +351,7 @@ def test_another_preset_than_the_runs_is_refused(run, tmp_path):
     assert (code, "2 of 2 models are trained" in text) == (0, True)
     # results say whose they are, also by themselves
     (folder / "experiment.json").unlink()
-    shutil.copy(Path(lds.__file__).parent / "lds_results" / "digits.npz", folder / "results.npz")
+    shutil.copy(Path(dtrak.__file__).parent / "lds_results" / "digits.npz", folder / "results.npz")
     code, text = run("report")
     assert (code, "--preset must be 'digits', whose run" in text) == (2, True)
 

@@ -8,6 +8,7 @@ import torch
 from tiny import tiny_model
 from tiny_lds import CPU, PRESET
 
+from dtrak.data.samples import join
 from dtrak.evaluation.lds.tasks import (
     ExperimentError,
     PixelTask,
@@ -123,6 +124,6 @@ def test_pixel_journeys_pass_through_the_pictures_drawn():
 def test_queries_of_several_kinds_are_joined_in_order():
     task = make_task()
     validation, train_set = PRESET.load_data("validation"), task.data
-    joined = task.join({"validation": validation, "generated": train_set})
+    joined = join([validation, train_set], "queries")
     assert joined.ids == validation.ids + train_set.ids
     assert torch.equal(joined.images[: len(validation)], validation.images)

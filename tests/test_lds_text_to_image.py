@@ -184,7 +184,7 @@ def test_folders_are_as_diffusers_writes_and_reads_them(folder, base, experiment
     pipeline.load_lora_weights(place)
     arguments = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 16, 12)
     with torch.no_grad():
-        assert torch.equal(pipeline.unet(*arguments).sample, model.unet(*arguments).sample)
+        assert torch.equal(pipeline.unet(*arguments).sample, model.module(*arguments).sample)
     record = json.loads((place / "training.json").read_text())
     assert record["facts"]["trained weights"] == hash_lora(model.module)
     assert record["settings"]["data"] == {
@@ -524,6 +524,6 @@ def test_a_retrain_family_of_loras_its_ensemble_and_clip(folder, base, tmp_path,
         kept = FeatureStore(place, json.loads((place / "manifest.json").read_text())).load()
         extractor = FusedExtractor(experiment.load_model(name), settings, CPU)
         ids = [f"train/{image}" for image in train.ids]
-        found.append(extractor.extract(train.images, ids, train.captions))
+        found.append(extractor.extract(train.batch(slice(None)), ids, train.conditions))
         assert relative_error(kept, found[-1]) < 1e-4
     assert relative_error(found[0], found[1]) > 1e-3

@@ -53,11 +53,11 @@ def test_published_parameter_counts(name, parameters, dropouts):
 
 def test_counts_without_what_the_published_scripts_set():
     with torch.device("meta"):
-        plain = replace(get_preset("cifar2"), unet=get_preset("cifar2").module.copy())
-        plain.module["resnet_time_scale_shift"] = "default"
+        plain = replace(get_preset("cifar2"), unet=get_preset("cifar2").unet.copy())
+        plain.unet["resnet_time_scale_shift"] = "default"
         count = sum(p.numel() for p in plain.make_model().module.parameters())
         assert count == 35_746_307
-        plain.module.update(get_preset("celeba").module, resnet_time_scale_shift="default")
+        plain.unet.update(get_preset("celeba").unet, resnet_time_scale_shift="default")
         assert sum(p.numel() for p in plain.make_model().module.parameters()) == 113_673_219
 
 

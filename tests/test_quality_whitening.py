@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
 from dtrak.lds_statistics import halves, lds
 from dtrak.lds_table import Results
 from dtrak.lds_tasks import TRAIN
 from dtrak.scores import trak
+
 from dtrak_kernels.ridge import RidgeSolver
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

@@ -231,7 +231,7 @@ def test_the_whole_report_has_all_there_is(finished):
     shown = [e["src"] for e in own.all("img")]
     assert [e["src"] for e in page.all("img")][: len(shown)] == shown
     assert [e["value"] for e in page.all("data")] == [e["value"] for e in own.all("data")]
-    assert np.array_equal(decoded(page.all("img")[0]), quantised(data.queries.pictures.images[0]))
+    assert np.array_equal(decoded(page.all("img")[0]), quantised(data.queries[0]))
     cells = [e["text"] for e in page.all("th") + page.all("td")]
     for text in ("Random", "D-TRAK", "proj_dim", "256", "training images", "subset_size", "torch"):
         assert text in cells, text

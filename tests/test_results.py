@@ -29,9 +29,9 @@ def test_everything_comes_back(finished, copy):
     assert run.query_kind == "generated picture"
     inputs = run.load_inputs()
     images = load_data(finished.parent / "images", channels=1)
-    assert torch.equal(inputs.train.pictures.images, images.images)
+    assert torch.equal(inputs.train.images, images.images)
     drawn = load_data(finished / "generated", channels=1)
-    assert torch.equal(inputs.queries.pictures.images, drawn.images)
+    assert torch.equal(inputs.queries.images, drawn.images)
     model = load(finished.parent / "model")
     assert hash_model(inputs.model.module) == hash_model(model.module)
     assert inputs.run.plan.settings.timesteps == (0, 500)
@@ -41,7 +41,7 @@ def test_everything_comes_back(finished, copy):
 def test_the_training_images_may_have_moved_but_not_changed(copy, finished, tmp_path):
     shutil.copytree(finished.parent / "images", tmp_path / "elsewhere")
     run = load_attribution(copy)
-    assert len(run.load_inputs(str(tmp_path / "elsewhere")).train.pictures) == 60
+    assert len(run.load_inputs(str(tmp_path / "elsewhere")).train) == 60
     make_images(tmp_path / "fewer", 50)
     with pytest.raises(ValueError, match=r"data\.rows is 60 there and 50 here"):
         run.load_inputs(str(tmp_path / "fewer"))

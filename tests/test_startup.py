@@ -16,7 +16,6 @@ import torch
 from finished_run import OPTIONS, make_run
 from rich.console import Console
 
-import dtrak_kernels
 from dtrak.features.output_names import OUTPUT_NAMES
 from dtrak.features.outputs import OUTPUT_FUNCTIONS
 from dtrak.runs import finished
@@ -138,18 +137,6 @@ def test_importing_the_packages_imports_nothing_heavy():
     found, is_untouched = python("-c", code).splitlines()
     assert not set(re.findall(r"'(\w+)'", found)) & (HEAVY | {"numpy", "typer", "rich"})
     assert is_untouched == "True"
-
-
-def test_the_public_names_of_the_kernels_come_when_they_are_asked_for():
-    code = (
-        "import sys, dtrak_kernels as k; assert set(k.__all__) <= set(dir(k));"
-        "assert 'torch' not in sys.modules; k.Projection; assert 'torch' in sys.modules"
-    )
-    python("-c", code)
-    for name in dtrak_kernels.__all__:
-        assert getattr(dtrak_kernels, name).__name__ == name
-    with pytest.raises(AttributeError, match="no attribute 'projekt'"):
-        dtrak_kernels.projekt  # noqa: B018
 
 
 def test_names_that_options_take_are_those_that_are_there():

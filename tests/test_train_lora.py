@@ -65,7 +65,7 @@ def test_writes_a_lora_that_diffusers_and_dtrak_read(run, folder, tmp_path):
     pipeline.load_lora_weights(tmp_path / "lora")
     arguments = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 16, 12)
     with torch.no_grad():
-        assert torch.equal(pipeline.unet(*arguments).sample, model.unet(*arguments).sample)
+        assert torch.equal(pipeline.unet(*arguments).sample, model.module(*arguments).sample)
     half, last = (
         hash_lora(load(folder, tmp_path / "lora" / f"checkpoint-{step}").module) for step in (2, 4)
     )
@@ -102,7 +102,7 @@ def test_an_interrupted_training_resumes_with_the_same_bits(run, folder, tmp_pat
     assert (tmp_path / "lora" / "training.pt").is_file()
     # the latents are kept: the VAE is not asked again
     with monkeypatch.context() as patch:
-        patch.setattr("dtrak.models.stable_diffusion.StableDiffusion.encode", None)
+        patch.setattr("dtrak.models.stable_diffusion.StableDiffusion.posterior", None)
         assert run("--checkpoint-every", "2")[0] == 0
     hashes = {hash_lora(load(folder, tmp_path / name).module) for name in ("whole", "lora")}
     assert len(hashes) == 1
@@ -112,7 +112,7 @@ def test_without_some_images_and_shared_latents(run, pictures, tmp_path, monkeyp
     shared = ["--latents", tmp_path / "latents"]
     assert run(*shared, output=tmp_path / "whole")[0] == 0
     (tmp_path / "ids.txt").write_text("baroque/feast.png\n")
-    monkeypatch.setattr("dtrak.models.stable_diffusion.StableDiffusion.encode", None)
+    monkeypatch.setattr("dtrak.models.stable_diffusion.StableDiffusion.posterior", None)
     code, output = run(*shared, "--without", tmp_path / "ids.txt")
     assert code == 0, output
     assert "4 images" in output

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ..runs.choices import NUM_INFERENCE_STEPS
 from ..runs.console import reporting_errors, run_app
 from ..training.generate_options import Options, check_options
 
@@ -29,7 +30,9 @@ def generate_images(
     output: Annotated[str, typer.Option(help="Folder of the pictures.")],
     num_images: Annotated[int, typer.Option(help="How many to draw.")] = 16,
     first_seed: Annotated[int, typer.Option(help="Picture i is drawn from this seed + i.")] = 0,
-    num_inference_steps: Annotated[int, typer.Option(help="DDIM steps (η = 0).")] = 50,
+    num_inference_steps: Annotated[
+        int, typer.Option(help="DDIM steps (η = 0).")
+    ] = NUM_INFERENCE_STEPS,
     lora: Annotated[
         str | None, typer.Option(help="LoRA folder or file of a text-to-image model.")
     ] = None,

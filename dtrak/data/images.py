@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..runs.files import write_atomically
+from ..runs.files import picture_name, write_atomically
 from .rows import KEPT_BYTES, Decoded, from_uint8
 from .samples import Samples, hash_pixels
 from .sources import (
@@ -189,7 +189,7 @@ def save_images(images: Tensor, folder: str | os.PathLike[str], prefix: str = ""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for index, pixels in enumerate(to_uint8(images)):
-        path = folder / f"{prefix}{index:05d}.png"
+        path = folder / f"{prefix}{picture_name(index)}"
         write_atomically(path, encode_png(pixels))
         paths.append(path)
     return paths

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from ..runs.choices import NUM_INFERENCE_STEPS
 from .hashing import hash_model
 from .process import Process
 
@@ -165,7 +166,7 @@ class Denoiser:
         seeds: Sequence[int],
         items: Sequence[Any] | None = None,
         *,
-        num_inference_steps: int = 50,
+        num_inference_steps: int = NUM_INFERENCE_STEPS,
         guidance_scale: float | None = None,
         size: int | None = None,
         batch_size: int | None = None,

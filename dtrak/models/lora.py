@@ -14,11 +14,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from ..runs.choices import LORA_TARGETS
 from .hashing import hash_tensors
 from .weights import quiet
 
-# query, key, value and output projections of every attention, self and cross
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 ADAPTER = "dtrak"
 LORA_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 

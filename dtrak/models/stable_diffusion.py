@@ -19,7 +19,13 @@ from diffusers import (
 )
 from torch import Tensor
 
-from ..runs.choices import DRAWN_TOGETHER, GUIDANCE_SCALE, TRAINING_FILE
+from ..runs.choices import (
+    DRAWN_TOGETHER,
+    GUIDANCE_SCALE,
+    LORA_TARGETS,
+    NUM_INFERENCE_STEPS,
+    TRAINING_FILE,
+)
 from .denoiser import (
     Condition,
     Denoiser,
@@ -31,7 +37,6 @@ from .denoiser import (
 )
 from .hashing import hash_captions, hash_model
 from .lora import (
-    LORA_TARGETS,
     LoraError,
     add_lora,
     hash_base,
@@ -272,7 +277,7 @@ class StableDiffusion(Denoiser):
         seeds: Sequence[int],
         items: Sequence[Any] | None = None,
         *,
-        num_inference_steps: int = 50,
+        num_inference_steps: int = NUM_INFERENCE_STEPS,
         guidance_scale: float | None = None,
         size: int | tuple[int, int] | None = None,
         batch_size: int | None = None,

@@ -10,6 +10,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from torch import Tensor
 
+from ..runs.choices import NUM_INFERENCE_STEPS
 from .denoiser import (
     Condition,
     Denoiser,
@@ -114,7 +115,7 @@ class UNet(Denoiser):
         seeds: Sequence[int],
         items: Sequence[Any] | None = None,
         *,
-        num_inference_steps: int = 50,
+        num_inference_steps: int = NUM_INFERENCE_STEPS,
         guidance_scale: float | None = None,
         size: int | None = None,
         batch_size: int | None = None,

@@ -18,6 +18,8 @@ GUIDANCE_SCALE = 7.5
 TRAINING_FILE = "training.json"
 # pictures drawn from prompts, and kept, at a time
 DRAWN_TOGETHER = 8
+# layers that a LoRA is put into: query, key, value and output projections of every attention
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 # DDIM steps of a picture
 NUM_INFERENCE_STEPS = 50
 # probability that a caption is replaced by the empty one, while training

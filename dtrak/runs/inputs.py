@@ -55,13 +55,13 @@ def load_model_and_data(run: Run) -> tuple[Denoiser, Samples]:
         raise ValueError(
             f"--model must name the base pipeline, got none with --lora {options.lora}"
         )
+    model = digits_model() if options.model is None else load(options.model, options.lora)
+    _check_options(run, model)
     if options.model is None and (options.data != "digits" or options.preset):
         raise ValueError(
             "--model must name a Diffusers folder for --data other than 'digits', which has a "
             "small model that is trained on the spot"
         )
-    model = digits_model() if options.model is None else load(options.model, options.lora)
-    _check_options(run, model)
     recipe = Recipe()
     deciding = {
         "model": {"recipe": recipe.to_dict()} if options.model is None else model.identity(),

@@ -22,7 +22,7 @@ from ..features.latents import fill_latents, open_latents, read_posteriors
 from ..models import load
 from ..models.denoiser import Denoiser
 from ..models.lora import LORA_FILES
-from ..runs.choices import TRAINING_FILE
+from ..runs.choices import LORA_TARGETS, TRAINING_FILE
 from ..runs.console import progress_bar
 from ..runs.files import write_atomically
 from ..runs.folders import check_folder, claim_folder
@@ -122,12 +122,13 @@ def _train(options: Options, console: Console, held: ExitStack) -> Path:
     console.quiet = not accelerator.is_main_process
     rank = options.rank or (RANK if lora is None else lora.rank)
     base = options.model or (lora.base_model if lora is not None else "")
-    targets = () if lora is None else lora.target_modules
+    targets = LORA_TARGETS if lora is None else lora.target_modules
     model = load(base).put_adapter(rank, seed=recipe.seed, targets=targets)
     about: dict[str, Any] = {
         "preset": options.preset,
         "base": base,
         "rank": rank,
+        "targets": targets,
         "caption_dropout": options.caption_dropout,
         "mixed_precision": options.mixed_precision,
     }

@@ -39,6 +39,7 @@ def describe_training(
     base: str,
     fingerprint: str,
     rank: int,
+    targets: Sequence[str],
     caption_dropout: float,
     mixed_precision: str,
 ) -> dict[str, Any]:
@@ -52,6 +53,7 @@ def describe_training(
         base: folder or hub name of the frozen pipeline.
         fingerprint: of the data set the images are of.
         rank: of the adapter.
+        targets: ends of the names of the layers that have one.
         caption_dropout: as `train_lora`.
         mixed_precision: as `accelerate.Accelerator` calls it.
 
@@ -68,6 +70,7 @@ def describe_training(
             preset=preset,
             base=base,
             rank=rank,
+            targets=targets,
             caption_dropout=caption_dropout,
             mixed_precision=mixed_precision,
         ),
@@ -81,6 +84,7 @@ def describe_model(
     preset: str | None,
     base: str,
     rank: int,
+    targets: Sequence[str],
     caption_dropout: float,
     mixed_precision: str,
 ) -> dict[str, Any]:
@@ -90,6 +94,7 @@ def describe_model(
         "base": base,
         "recipe": recipe.to_dict(),
         "rank": rank,
+        "target_modules": list(targets),
         "caption_dropout": caption_dropout,
         "model": model.identity(),
         "schedule": model.process.describe(),

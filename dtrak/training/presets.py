@@ -17,7 +17,7 @@ import numpy as np
 
 from ..data.layouts import ARTBENCH_CLASSES, CIFAR10_CLASSES
 from ..data.sources import DataError, Record, missing_path, open_records
-from ..runs.choices import check_choice
+from ..runs.choices import LORA_TARGETS, NUM_INFERENCE_STEPS, check_choice
 from .recipe import Recipe
 
 # presets are read by every command's --help: what loads or makes something imports it itself
@@ -67,7 +67,7 @@ class LoraRecipe:
 
     base_model: str = "lambdalabs/miniSD-diffusers"
     rank: int = 128
-    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    target_modules: tuple[str, ...] = LORA_TARGETS
     alpha: int = 128
     init_std: float = 1 / 128
     dropout: float = 0.1
@@ -115,7 +115,7 @@ class Preset:
     validation: Draw
     channels: int = 3
     size: int = 32
-    num_inference_steps: int = 50
+    num_inference_steps: int = NUM_INFERENCE_STEPS
     num_generated: int = 1000
     subset_fraction: float = 0.5
     num_subsets: int = 64

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...methods.baselines import random_scores
 from ...runs.choices import check_choice
+from ...runs.files import picture_name
 from ...training.presets import get_preset
 from .options import (
     DEFAULT_QUERIES,
@@ -148,7 +149,7 @@ def _obstacle(preset: str | None, query_ids: Sequence[str], num_train: int) -> s
     if preset not in PUBLISHED_SEEDS:
         given = f"preset {preset!r}" if preset else "a run whose preset is not known (--preset)"
         return f"must be for one of {', '.join(PUBLISHED_SEEDS)}, got {given}"
-    names = [f"{seed:05d}.png" for seed in range(PUBLISHED_POOL)]
+    names = [picture_name(seed) for seed in range(PUBLISHED_POOL)]
     if list(query_ids[:PUBLISHED_POOL]) != names:
         return (
             f"needs the {PUBLISHED_POOL:,} pictures of seeds 0 to {PUBLISHED_POOL - 1} as queries "

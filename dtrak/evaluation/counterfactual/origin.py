@@ -220,4 +220,5 @@ def _find_lds_training(experiment: Experiment, queries: Samples) -> Training:
         preset.size,
         preset.num_inference_steps,
         task.precision,
+        task.lora.target_modules,
     )

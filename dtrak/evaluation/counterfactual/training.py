@@ -21,7 +21,12 @@ from ...models import load
 from ...models.denoiser import Denoiser
 from ...models.lora import lora_weights
 from ...models.unet import digits_model
-from ...runs.choices import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, TRAINING_FILE
+from ...runs.choices import (
+    GUIDANCE_SCALE,
+    LORA_TARGETS,
+    NUM_INFERENCE_STEPS,
+    TRAINING_FILE,
+)
 from ...runs.console import progress_bar
 from ...runs.files import picture_seed
 from ...runs.results import Attribution, Inputs
@@ -152,6 +157,7 @@ class LoraTraining:
         num_inference_steps: DDIM steps of a picture.
         drawn_in: precision of drawing, a key of `choices.DTYPES`: that of the run's own pictures,
             or the precision would change them too.
+        targets: ends of the names of the layers that have a LoRA.
     """
 
     recipe: Recipe
@@ -166,6 +172,7 @@ class LoraTraining:
     size: int | None = None
     num_inference_steps: int = NUM_INFERENCE_STEPS
     drawn_in: str = "float32"
+    targets: tuple[str, ...] = LORA_TARGETS
 
     def prepare(self, folder: Path, device: torch.device, console: Console) -> None:
         """Encode the training images once for all trainings."""
@@ -189,7 +196,7 @@ class LoraTraining:
         Raises:
             ValueError: as `lora_trainer.train_lora`.
         """
-        model = load(self.base).put_adapter(self.rank, seed=seeds[0])
+        model = load(self.base).put_adapter(self.rank, seed=seeds[0], targets=self.targets)
         store = open_latents(folder / "latents", model, self.data, flips=True)
         posteriors = read_posteriors(store, model, self.data)[kept]
         model.to(device)
@@ -225,6 +232,7 @@ class LoraTraining:
             "num_inference_steps": self.num_inference_steps,
             "mixed_precision": self.mixed_precision,
             "rank": self.rank,
+            "target_modules": list(self.targets),
             "caption_dropout": self.caption_dropout,
             "guidance_scale": self.guidance_scale,
             "size": self.size,
@@ -315,6 +323,7 @@ def _find_lora_training(run: Attribution, inputs: Inputs, preset: str | None) ->
                 "others"
             )
         recipe, rank = _read_recipe(note["recipe"]), note["rank"]
+        targets = tuple(note["target_modules"])
         dropout, precision = note["caption_dropout"], note["mixed_precision"]
     else:
         found = get_preset(preset)
@@ -323,7 +332,7 @@ def _find_lora_training(run: Attribution, inputs: Inputs, preset: str | None) ->
                 f"the recipe must be that of the LoRA of {run.folder}, got preset {preset!r}, "
                 "which fine-tunes nothing"
             )
-        recipe, rank = found.recipe, found.lora.rank
+        recipe, rank, targets = found.recipe, found.lora.rank, found.lora.target_modules
         dropout, precision = found.lora.caption_dropout, found.lora.mixed_precision
     ranks = {min(weight.shape[:2]) for weight in lora_weights(model.module).values()}
     if ranks != {rank}:
@@ -343,6 +352,7 @@ def _find_lora_training(run: Attribution, inputs: Inputs, preset: str | None) ->
         precision,
         GUIDANCE_SCALE if options.guidance_scale is None else options.guidance_scale,
         options.resolution,
+        targets=targets,
     )
 
 

@@ -342,7 +342,7 @@ class Predictor:
             return random_scores(len(self.queries), len(self.train), 0)
         if method in CLIP_METHODS:
             return raw_similarity(*self._embeddings(), method.kind.removeprefix("clip_"))
-        images = self.queries.images, self.train.images
+        images = self.queries.batch(slice(None)), self.train.batch(slice(None))
         return raw_similarity(*images, method.kind.removeprefix("raw_"))
 
     def _embeddings(self) -> tuple[Tensor, Tensor]:

@@ -246,6 +246,7 @@ class TextToImageTask:
             base=self.base,
             fingerprint=self.data.conditioned(self.captions[TRAIN]).fingerprint,
             rank=self.lora.rank,
+            targets=self.lora.target_modules,
             caption_dropout=self.lora.caption_dropout,
             mixed_precision=self.mixed_precision,
         )
