@@ -98,7 +98,7 @@ def test_end_to_end(run, folder, pictures, tmp_path):
     assert relative_error(scores, wanted) < 1e-4
 
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
-    identity = load_tiny(folder).identity
+    identity = load_tiny(folder).identity()
     assert {key: manifest[key] for key in identity} == identity
     store = json.loads((tmp_path / "run" / "features" / "train" / "manifest.json").read_text())
     assert {"lora", "vae", "captions", "text_encoder", "model"} <= store["deciding"].keys()

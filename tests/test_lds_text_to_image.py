@@ -188,7 +188,7 @@ def test_folders_are_as_diffusers_writes_and_reads_them(folder, base, experiment
     record = json.loads((place / "training.json").read_text())
     assert record["facts"]["trained weights"] == hash_lora(model.module)
     assert record["settings"]["data"] == {
-        "fingerprint": pictures("train").fingerprint,
+        "fingerprint": pictures("train").conditioned(experiment.task.captions["train"]).fingerprint,
         "rows": 4,
     }
     assert record["settings"]["recipe"]["seed"] == 0

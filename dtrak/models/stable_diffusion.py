@@ -261,16 +261,10 @@ class StableDiffusion(Denoiser):
 
     def drawing_timesteps(self, num_inference_steps: int) -> list[int]:
         """See `Denoiser.drawing_timesteps`."""
-        scheduler = self._drawing_scheduler()
+        scheduler = _drawing_scheduler(self.process)
         scheduler.set_timesteps(num_inference_steps)
         timesteps: list[int] = scheduler.timesteps.tolist()
         return timesteps
-
-    def _drawing_scheduler(self) -> DDIMScheduler:
-        """What pictures are drawn with; nothing is clipped."""
-        # what Diffusers' pipeline sets anyway, with a page of advice
-        config = self.process.scheduler.config
-        return DDIMScheduler.from_config(config, clip_sample=False, steps_offset=1)
 
     def draw(
         self,
@@ -366,7 +360,7 @@ class StableDiffusion(Denoiser):
         Args:
             predicted: gets the clean latents predicted at every step; None to look at none.
         """
-        pipeline, scheduler = self.pipeline, self._drawing_scheduler()
+        pipeline, scheduler = self.pipeline, _drawing_scheduler(self.process)
         pipeline.unet, pipeline.scheduler = self.module, scheduler
         pipeline.set_progress_bar_config(disable=True)
         self.vae.to(self.device)
@@ -447,7 +441,7 @@ class StableDiffusion(Denoiser):
             pipeline = DiffusionPipeline.from_pretrained(
                 base,
                 local_files_only=True,
-                scheduler=process.scheduler,
+                scheduler=_drawing_scheduler(process),
                 safety_checker=None,
                 feature_extractor=None,
                 requires_safety_checker=False,
@@ -462,6 +456,13 @@ class StableDiffusion(Denoiser):
             model.load_adapter(lora)
             _check_origin(model, Path(lora), base)
         return model
+
+
+def _drawing_scheduler(process: DiscreteProcess) -> DDIMScheduler:
+    """What pictures are drawn with; nothing is clipped."""
+    # what Diffusers' pipeline sets anyway, with a page of advice
+    config = process.scheduler.config
+    return DDIMScheduler.from_config(config, clip_sample=False, steps_offset=1)
 
 
 def _check_pipeline(base: Path) -> None:
