@@ -1,4 +1,7 @@
-"""Lanes: without a CUDA device Triton kernels are interpreted, and `gpu` tests are skipped."""
+"""Lanes: without a CUDA device Triton kernels are interpreted, and `gpu` tests are skipped.
+
+`compiled` tests run where kernels are compiled: on a GPU, and in the emulator (`emulator.plugin`).
+"""
 
 import os
 import sys
@@ -29,9 +32,12 @@ def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device")
+    skip_interpreted = pytest.mark.skip(reason="interpreted here; test_emulated.py runs it")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+        elif "compiled" in item.keywords and "DTRAK_EMULATED" not in os.environ:
+            item.add_marker(skip_interpreted)
 
 
 @pytest.fixture

@@ -36,9 +36,9 @@ CONFIGS = [
     DenseConfig(block_b=16, block_k=128, num_stages=3, splits=5),
 ]
 
-# the interpreter's bfloat16 tl.dot is silently wrong, and only signs meet bfloat16: silicon only
+# the interpreter's bfloat16 tl.dot is silently wrong, and only signs meet bfloat16
 PRODUCTS = [
-    pytest.param(*case, marks=pytest.mark.gpu)
+    pytest.param(*case, marks=pytest.mark.compiled)
     if case == ("triton", "rademacher", torch.bfloat16)
     else case
     for case in itertools.product(IMPLEMENTATIONS, KINDS, DTYPES)

@@ -24,7 +24,7 @@ DTYPES = [
     torch.float32,
     torch.float16,
     # the interpreter's bfloat16 products are silently wrong
-    pytest.param(torch.bfloat16, marks=pytest.mark.gpu),
+    pytest.param(torch.bfloat16, marks=pytest.mark.compiled),
 ]
 
 
