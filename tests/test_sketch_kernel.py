@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import lru_cache
 
 import pytest
 import torch
@@ -92,9 +93,14 @@ def launch(module, x, output_grads, proj_dim, rows_per_sample=1, config=None):
     return features
 
 
+@lru_cache(maxsize=32)
+def definition(shape, proj_dim):
+    """The matrix of a weight, which takes longer than what it judges."""
+    return sjlt_matrix([(OFFSET,), shape], proj_dim, SEED)[OFFSET:]
+
+
 def check_against_the_definition(module, x, output_grads, proj_dim, rows_per_sample, config=None):
-    shapes = [(OFFSET,), tuple(module.weight.shape)]
-    matrix = sjlt_matrix(shapes, proj_dim, SEED)[OFFSET:]
+    matrix = definition(tuple(module.weight.shape), proj_dim)
     eager = torch_path(module, x, output_grads, sketch_of(module, proj_dim), rows_per_sample)
     assert_as_good_as(
         launch(module, x, output_grads, proj_dim, rows_per_sample, config),

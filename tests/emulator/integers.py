@@ -33,7 +33,9 @@ def _quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     floor = a // safe
     if a.dtype.kind == "i":
         floor = floor + ((floor < 0) & (floor * safe != a))
-    return np.where(b == 0, a.dtype.type(-1 if a.dtype.kind == "i" else np.iinfo(a.dtype).max), floor)
+    return np.where(
+        b == 0, a.dtype.type(-1 if a.dtype.kind == "i" else np.iinfo(a.dtype).max), floor
+    )
 
 
 def _remainder(a: np.ndarray, b: np.ndarray) -> np.ndarray:

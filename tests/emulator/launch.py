@@ -67,7 +67,11 @@ def compile_ptx(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -
     ir.load_dialects(context)
     backend.load_dialects(context)
     module: Any = source.make_ir(
-        target, parsed, backend.get_codegen_implementation(parsed), backend.get_module_map(), context
+        target,
+        parsed,
+        backend.get_codegen_implementation(parsed),
+        backend.get_module_map(),
+        context,
     )
     metadata: dict[str, Any] = {"target": target, **parsed.__dict__}
     for name, stage in stages.items():

@@ -243,10 +243,15 @@ def _layout(descriptor: int, rows: int, is_transposed: bool) -> tuple[np.ndarray
     """Byte offsets ``[rows, 16]`` of an operand before the swizzle, and the swizzle's bits.
 
     Transposed: rows are contiguous. Strides are those of the descriptor: `leading` from atom to
-    atom along the contiguous dimension, `other` along the other one.
+    atom along the contiguous dimension, `other` along the other one; the two change places where
+    rows are contiguous and nothing is swizzled.
     """
     leading, other = (descriptor >> 16 & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
     mode = descriptor >> 62
+    if descriptor >> 49 & 7:
+        raise EmulationError("a descriptor with a base offset")
+    if mode == 0 and is_transposed:
+        leading, other = other, leading
     # bytes of a row of an atom
     span = {0: 16, 1: 128, 2: 64, 3: 32}[mode]
     across = span // 2

@@ -238,9 +238,7 @@ class SharedMemory:
             if ((read >= now) & (read != stamps)).any():
                 raise RaceError("write to shared memory that another warp read, with no barrier")
 
-    def load(
-        self, places: np.ndarray, count: int, dtype: np.dtype, who: Access
-    ) -> np.ndarray:
+    def load(self, places: np.ndarray, count: int, dtype: np.dtype, who: Access) -> np.ndarray:
         """Rows of ``count`` elements at places (a block's start plus an offset)."""
         nbytes = count * dtype.itemsize
         self.note_read(self.cells(places, nbytes), who.stamps[:, None], who.now)

@@ -126,9 +126,7 @@ def _statement(program: Program, text: str, line: int) -> None:
     found = _GUARDED.match(text)
     assert found is not None
     operands = split_operands(found[4])
-    program.instructions.append(
-        Instruction(found[3], operands, found[2], found[1] == "!", line)
-    )
+    program.instructions.append(Instruction(found[3], operands, found[2], found[1] == "!", line))
 
 
 def parse(text: str) -> Program:

@@ -324,5 +324,3 @@ def _store_matrices(decoder: Decoder, instruction: Instruction) -> Step:
         group.machine.shared.store(places, rows, group.who(taking))
 
     return store
-
-

@@ -1,0 +1,77 @@
+"""Kernel tests on compiled code, which an emulator executes; processes of their own.
+
+In this one kernels are interpreted, and an interpreted kernel cannot be compiled.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+CARDS = ("sm_80", "sm_90")
+# a form each of the kernels: its smallest bfloat16 case, and what the emulator must reject
+TELLING = {
+    "test_sketch_kernel.py": (
+        "bfloat16 and (three or groups or (test_linear and 1000) or (tap and not same))"
+    ),
+    "test_projection.py": "triton and matches_oracle and 333 and (bfloat16 or (normal and float16))",
+    "test_gram.py": "triton and matches and bfloat16 and 71",
+    "test_emulator_mutations.py": "not full",
+}
+FULL = (
+    "test_sketch_kernel.py",
+    "test_projection.py",
+    "test_gram.py",
+    "test_emulator_mutations.py",
+    "test_emulated_main_job.py",
+)
+
+
+def emulate(files, cards, folder, *options):
+    """One row per test that ran in the child process, which must have gone well."""
+    report = folder / "report.jsonl"
+    paths = [str(HERE), str(HERE.parent), str(HERE.parent / "kernels")]
+    hidden = ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS")
+    environment = {k: v for k, v in os.environ.items() if k not in hidden}
+    environment["PYTHONPATH"] = os.pathsep.join([*paths, environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "pytest", "-p", "emulator.plugin", "-p", "no:cacheprovider"]
+    command += ["--emulate", ",".join(cards), "--emulate-report", str(report), "-q", *options]
+    done = subprocess.run(
+        [*command, *(str(HERE / file) for file in files)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+    )
+    rows = [json.loads(line) for line in report.read_text().splitlines()] if report.exists() else []
+    failed = [f"{row['test']}\n{row.get('why', '')}" for row in rows if row["outcome"] == "failed"]
+    assert done.returncode == 0, "\n\n".join(failed) or done.stdout[-3000:] + done.stderr[-3000:]
+    return [row for row in rows if row["outcome"] == "passed"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU here")
+def test_a_telling_case_of_every_form(tmp_path):
+    chosen = " or ".join(f"({file[:-3]} and {words})" for file, words in TELLING.items())
+    rows = emulate(TELLING, CARDS, tmp_path, "-k", chosen)
+    for card in CARDS:
+        launches = [row["launches"] for row in rows if card in row["test"]]
+        assert len(launches) >= 8, rows
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU here")
+@pytest.mark.parametrize("file", FULL)
+@pytest.mark.parametrize("card", CARDS)
+def test_kernels_are_right_on_emulated_cards(card, file, tmp_path):
+    rows = emulate([file], [card], tmp_path)
+    assert any("bfloat16" in row["test"] for row in rows) or "bfloat16" not in (
+        (HERE / file).read_text()
+    )
+    assert rows

@@ -1,0 +1,59 @@
+"""The main job on a tiny model with every kernel it launches emulated; its own process."""
+
+import pytest
+import torch
+from finished_run import OPTIONS, make_images
+from numerics import relative_error
+from rich.console import Console
+from safetensors.torch import load_file
+from test_sketcher import small_unet
+
+from dtrak.attribution import run_attribution
+from dtrak.diffusion import DiffusionModel, linear_schedule
+from dtrak.runs import Options
+from dtrak_kernels import ops
+from dtrak_kernels.gradients import accumulator
+
+pytestmark = [pytest.mark.compiled, pytest.mark.full]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("job")
+    DiffusionModel(small_unet().float(), linear_schedule()).save(folder / "model")
+    return {"model": str(folder / "model"), "data": str(make_images(folder / "images", 6))}
+
+
+def run(folder, inputs, **options):
+    """Features by folder and file, and the scores."""
+    changes = {"proj_dim": 512, "num_queries": 2, "damping": "0.5", "output": str(folder)}
+    with torch.random.fork_rng(devices=[]):
+        run_attribution(Options(**{**OPTIONS, **inputs, **changes, **options}), Console(quiet=True))
+    return {
+        str(path.relative_to(folder)): tensor
+        for path in sorted(folder.rglob("*.safetensors"))
+        for tensor in load_file(path).values()
+    }
+
+
+@pytest.mark.parametrize("projection", ["sjlt", "rademacher", "normal"])
+def test_features_are_those_of_the_torch_path(
+    projection, inputs, tmp_path, monkeypatch, emulated_card
+):
+    expected = run(tmp_path / "torch", inputs, projection=projection)
+    before = emulated_card.launches
+    for module in (ops, accumulator):
+        chosen = module.choose_implementation
+        monkeypatch.setattr(
+            module,
+            "choose_implementation",
+            lambda grads, implementation, chosen=chosen: chosen(
+                grads, "triton" if implementation is None else implementation
+            ),
+        )
+    actual = run(tmp_path / "emulated", inputs, projection=projection)
+    assert emulated_card.launches > before + 20
+    assert list(actual) == list(expected)
+    assert sum(name.startswith("features") for name in actual) >= 2
+    for name, tensor in expected.items():
+        assert relative_error(actual[name], tensor) < (1e-3 if "scores" in name else 1e-5), name
