@@ -14,22 +14,21 @@ import torch
 
 HERE = Path(__file__).parent
 CARDS = ("sm_80", "sm_90")
-# a form each of the kernels: its smallest bfloat16 case, and what the emulator must reject
+# of every form of the kernels a bfloat16 case, and mistakes that the emulator must reject
 TELLING = {
-    "test_sketch_kernel.py": (
-        "bfloat16 and (three or groups or (test_linear and 1000) or (tap and not same))"
-    ),
-    "test_projection.py": "triton and matches_oracle and 333 and (bfloat16 or (normal and float16))",
-    "test_gram.py": "triton and matches and bfloat16 and 71",
+    "test_sketch_kernel.py": "bfloat16 and (three or groups or (linear and 1000) or tap and not same)",
+    "test_projection.py": "triton and oracle and 333 and (rademacher-dtype or normal-dtype9)",
+    "test_gram.py": "triton and formed_gram and bfloat16 and 71",
     "test_emulator_mutations.py": "not full",
 }
-FULL = (
-    "test_sketch_kernel.py",
-    "test_projection.py",
-    "test_gram.py",
-    "test_emulator_mutations.py",
-    "test_emulated_main_job.py",
-)
+# the cases that launch kernels
+FULL = {
+    "test_sketch_kernel.py": "not overlap",
+    "test_projection.py": "triton or tiling or anywhere",
+    "test_gram.py": "triton or tiling or groups or bit_for_bit",
+    "test_emulator_mutations.py": "",
+    "test_emulated_main_job.py": "",
+}
 
 
 def emulate(files, cards, folder, *options):
@@ -70,8 +69,5 @@ def test_a_telling_case_of_every_form(tmp_path):
 @pytest.mark.parametrize("file", FULL)
 @pytest.mark.parametrize("card", CARDS)
 def test_kernels_are_right_on_emulated_cards(card, file, tmp_path):
-    rows = emulate([file], [card], tmp_path)
-    assert any("bfloat16" in row["test"] for row in rows) or "bfloat16" not in (
-        (HERE / file).read_text()
-    )
-    assert rows
+    rows = emulate([file], [card], tmp_path, "-k", FULL[file])
+    assert sum(row.get("launches", 0) > 0 for row in rows) > len(rows) // 2, rows

@@ -26,7 +26,7 @@ def inputs(tmp_path_factory):
 
 def run(folder, inputs, **options):
     """Features by folder and file, and the scores."""
-    changes = {"proj_dim": 512, "num_queries": 2, "damping": "0.5", "output": str(folder)}
+    changes = {"num_queries": 2, "damping": "0.5", "output": str(folder)}
     with torch.random.fork_rng(devices=[]):
         run_attribution(Options(**{**OPTIONS, **inputs, **changes, **options}), Console(quiet=True))
     return {
@@ -36,11 +36,12 @@ def run(folder, inputs, **options):
     }
 
 
-@pytest.mark.parametrize("projection", ["sjlt", "rademacher", "normal"])
+@pytest.mark.parametrize("projection, size", [("sjlt", 4096), ("rademacher", 512), ("normal", 64)])
 def test_features_are_those_of_the_torch_path(
-    projection, inputs, tmp_path, monkeypatch, emulated_card
+    projection, size, inputs, tmp_path, monkeypatch, emulated_card
 ):
-    expected = run(tmp_path / "torch", inputs, projection=projection)
+    options = {"projection": projection, "proj_dim": size}
+    expected = run(tmp_path / "torch", inputs, **options)
     before = emulated_card.launches
     for module in (ops, accumulator):
         chosen = module.choose_implementation
@@ -51,7 +52,7 @@ def test_features_are_those_of_the_torch_path(
                 grads, "triton" if implementation is None else implementation
             ),
         )
-    actual = run(tmp_path / "emulated", inputs, projection=projection)
+    actual = run(tmp_path / "emulated", inputs, **options)
     assert emulated_card.launches > before + 20
     assert list(actual) == list(expected)
     assert sum(name.startswith("features") for name in actual) >= 2

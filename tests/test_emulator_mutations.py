@@ -79,33 +79,16 @@ REASONS = {
 }
 # the kernels in which a mistake has its consequence; the others lack the instruction, or read
 # zeros that other guards already make
-CASES = [
-    *(
-        (m, "sketch")
-        for m in REASONS
-        if m not in ("a load is not guarded", "a store is not guarded", "a copy is not guarded")
-    ),
-    *(
-        (m, "projection")
-        for m in (
-            "a barrier is left out",
-            "a copy's wait is left out",
-            "a proxy fence is left out",
-            "a store is not guarded",
-            "a copy is not guarded",
-        )
-    ),
-    *(
-        (m, "gram")
-        for m in (
-            "a barrier is left out",
-            "a copy's wait is left out",
-            "a load is not guarded",
-            "a store is not guarded",
-            "a copy's target is shifted",
-        )
-    ),
-]
+WHERE = {
+    "a barrier is left out": ("sketch", "projection", "gram"),
+    "a copy's wait is left out": ("sketch", "projection", "gram"),
+    "a proxy fence is left out": ("sketch", "projection"),
+    "a load is not guarded": ("gram",),
+    "a store is not guarded": ("projection", "gram"),
+    "a copy is not guarded": ("projection",),
+    "a copy's target is shifted": ("sketch", "gram"),
+}
+CASES = [(mistake, kernel) for mistake in REASONS for kernel in WHERE.get(mistake, ("sketch",))]
 ONLY_SM_80 = {"a matrix load is shifted"}
 ONLY_SM_90 = {
     "a product's wait is left out",

@@ -44,11 +44,9 @@ def run(
     return Machine(code, memory, places, shared, (blocks, 1, 1)).run()
 
 
-def per_lane(
-    body: str, *inputs: np.ndarray, result: np.dtype | type, threads: int = 0
-) -> np.ndarray:
+def per_lane(body: str, *inputs: np.ndarray, result: str | type) -> np.ndarray:
     """``%out`` of each lane after a body that reads the lane's ``%in0``, ``%in1``, ..."""
-    threads = threads or -(-len(inputs[0]) // 32) * 32
+    threads = -(-len(inputs[0]) // 32) * 32
     dtype = np.dtype(result)
     padded = [np.resize(array, threads) for array in inputs]
     out = np.zeros(threads, UNSIGNED[8 * dtype.itemsize])

@@ -9,7 +9,7 @@ import numpy as np
 
 from .decode import SHARED_BASE, Decoder, Registers, Step, Value, step, unknown
 from .errors import DivergenceError, EmulationError
-from .memory import IN_FLIGHT
+from .memory import IN_FLIGHT, Access
 from .ptx import Instruction, members
 from .types import SIGNED, UNSIGNED, bits_of
 
@@ -257,16 +257,16 @@ def _fragment(group: Group, mask: Value | None, what: str) -> None:
 
 def _matrix_rows(
     group: Group, address: np.ndarray, count: int, what: str
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, Access]:
     """Places of ``count`` matrices' rows of 16 bytes, lanes 8 i to 8 i + 7 have those of the i-th.
 
-    ``[B · W · 8 · count]`` in the order of lanes, and the stamps of their warps.
+    ``[B · W · 8 · count]`` in the order of lanes, and who they are.
     """
     shared = group.machine.shared
     taking = np.broadcast_to(np.arange(group.threads) % 32 < 8 * count, group.shape)
     offsets = group.lanes(address, taking)
     shared.check(offsets, 16, what)
-    return offsets + group.lanes(group.start, taking), group.who(taking).stamps
+    return offsets + group.lanes(group.start, taking), group.who(taking)
 
 
 def _count(instruction: Instruction) -> tuple[int, bool]:
@@ -290,8 +290,8 @@ def _load_matrices(decoder: Decoder, instruction: Instruction) -> Step:
     def load(group: Group) -> None:
         _fragment(group, guard, "ldmatrix")
         shared, blocks = group.machine.shared, group.shape[0]
-        places, stamps = _matrix_rows(group, address(group.registers), count, "read")
-        shared.note_read(shared.cells(places, 16), stamps[:, None], group.now)
+        places, who = _matrix_rows(group, address(group.registers), count, "read")
+        shared.note_read(shared.cells(places, 16), who.stamps[:, None], who.now)
         rows = shared.data.view(np.uint16).reshape(-1, 8)[places // 16]
         tiles = rows.reshape(blocks, group.threads // 32, count, 8, 8)
         if is_transposed:
@@ -314,13 +314,12 @@ def _store_matrices(decoder: Decoder, instruction: Instruction) -> Step:
         _fragment(group, guard, "stmatrix")
         registers: Registers = group.registers  # type: ignore[assignment]
         blocks, warps = group.shape[0], group.threads // 32
-        places, stamps = _matrix_rows(group, address(registers), count, "write")
+        places, who = _matrix_rows(group, address(registers), count, "write")
         words = np.stack([np.broadcast_to(value(registers), group.shape) for value in values], 1)
         tiles = words.reshape(blocks, count, warps, 8, 4).view(np.uint16)
         if is_transposed:
             tiles = tiles.swapaxes(-1, -2)
         rows = np.ascontiguousarray(tiles.swapaxes(1, 2)).reshape(-1, 8)
-        taking = np.broadcast_to(np.arange(group.threads) % 32 < 8 * count, group.shape)
-        group.machine.shared.store(places, rows, group.who(taking))
+        group.machine.shared.store(places, rows, who)
 
     return store
