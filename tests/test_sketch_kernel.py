@@ -331,8 +331,16 @@ def test_refuses_what_it_cannot_run(device, monkeypatch):
         project(x, PROJECTION, shapes=[(5,)], implementation="triton")
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(torch.bfloat16, marks=pytest.mark.compiled),
+        pytest.param(torch.float16, marks=pytest.mark.gpu),
+        # no tensor core: minutes of scalar products
+        pytest.param(torch.float32, marks=pytest.mark.gpu),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("size", [4, 16], ids=["4x4", "16x16"])
 def test_layers_of_a_real_network(size, dtype, device):
     conv = nn.Conv2d(384, 256, 3, padding=1)

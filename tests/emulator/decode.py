@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -74,6 +75,7 @@ def check_modifiers(instruction: Instruction, allowed: Collection[str]) -> list[
     return words
 
 
+@cache
 def _is_type(word: str) -> bool:
     return bool(re.fullmatch(r"[busf](8|16|32|64)|pred|bf16|bf16x2|f16x2|tf32", word))
 

@@ -59,7 +59,7 @@ class Program:
 
     def width(self, register: str) -> int:
         """Bits of a register, 1 of a predicate."""
-        kind = self.registers.get(register) or self.registers.get(re.sub(r"\d+$", "", register))
+        kind = self.registers.get(register) or self.registers.get(register.rstrip("0123456789"))
         if kind is None:
             raise EmulationError(f"no register is called {register!r}")
         return 1 if kind == "pred" else int(kind.lstrip("bfsu"))
