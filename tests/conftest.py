@@ -1,6 +1,7 @@
 """Lanes: without a CUDA device Triton kernels are interpreted, and `gpu` tests are skipped.
 
-`compiled` tests run where kernels are compiled: on a GPU, and in the emulator (`emulator.plugin`).
+`compiled` tests run where kernels are compiled: on a GPU, and in the emulator (`emulator.plugin`);
+`emulated` tests in the emulator only.
 """
 
 import os
@@ -29,15 +30,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
+    on_gpu, emulated = torch.cuda.is_available(), "DTRAK_EMULATED" in os.environ
     skip = pytest.mark.skip(reason="no CUDA device")
-    skip_interpreted = pytest.mark.skip(reason="interpreted here; test_emulated.py runs it")
+    skip_here = pytest.mark.skip(reason="test_emulated.py runs it in a process of its own")
     for item in items:
-        if "gpu" in item.keywords:
+        if "gpu" in item.keywords and not on_gpu:
             item.add_marker(skip)
-        elif "compiled" in item.keywords and "DTRAK_EMULATED" not in os.environ:
-            item.add_marker(skip_interpreted)
+        elif not emulated and (
+            "emulated" in item.keywords or ("compiled" in item.keywords and not on_gpu)
+        ):
+            item.add_marker(skip_here)
 
 
 @pytest.fixture

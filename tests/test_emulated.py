@@ -29,6 +29,7 @@ FULL = {
     "test_projection.py": "triton or tiling or anywhere",
     "test_gram.py": "triton or tiling or groups or bit_for_bit",
     "test_emulator_mutations.py": "mutations",
+    "test_emulator_traffic.py": "roll",
     "test_emulated_main_job.py": "job",
 }
 

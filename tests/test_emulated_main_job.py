@@ -14,7 +14,7 @@ from dtrak.runs import Options
 from dtrak_kernels import ops
 from dtrak_kernels.gradients import accumulator
 
-pytestmark = [pytest.mark.compiled, pytest.mark.full]
+pytestmark = [pytest.mark.emulated, pytest.mark.full]
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from .decode import Code, decode
 from .machine import Machine
 from .memory import GlobalMemory
 from .ptx import parse
+from .traffic import Traffic
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -89,6 +90,7 @@ class Variant:
 
     Attributes:
         runs: times blocks that each run of instructions, (first, last), was executed.
+        traffic: what was moved, where that is counted.
     """
 
     compiled: Compiled
@@ -97,6 +99,7 @@ class Variant:
     launches: int = 0
     blocks: int = 0
     runs: Counter[tuple[int, int]] = field(default_factory=Counter)
+    traffic: Traffic = field(default_factory=Traffic)
 
     def executed(self) -> Counter[str]:
         """Instructions by opcode, each counted once per block."""
@@ -114,10 +117,19 @@ class Emulated:
         kernel: of Triton.
         arch: CUDA compute capability times ten.
         edit: changes the PTX before it is run, as tests of the emulator do.
+        counts: count what is moved, which takes time.
     """
 
-    def __init__(self, kernel: Any, arch: int, edit: Callable[[str], str] | None = None) -> None:
+    def __init__(
+        self,
+        kernel: Any,
+        arch: int,
+        edit: Callable[[str], str] | None = None,
+        *,
+        counts: bool = False,
+    ) -> None:
         self.kernel, self.target, self.edit = kernel, GPUTarget("cuda", arch, 32), edit
+        self.counts = counts
         self.variants: dict[object, Variant] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -152,7 +164,8 @@ class Emulated:
         x, y, z = (*sizes, 1, 1)[:3]
         tensors = [a for a in bound.values() if isinstance(a, torch.Tensor)]
         memory = GlobalMemory(storages(tensors), variant.code.global_grain)
-        machine = Machine(variant.code, memory, values, variant.compiled.shared, (x, y, z))
+        traffic = variant.traffic if self.counts else None
+        machine = Machine(variant.code, memory, values, variant.compiled.shared, (x, y, z), traffic)
         variant.runs.update(machine.run())
         variant.launches += 1
         variant.blocks += x * y * z

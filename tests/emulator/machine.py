@@ -18,6 +18,7 @@ from .memory import SEVERAL, Access, GlobalMemory, SharedMemory
 
 if TYPE_CHECKING:
     from .decode import Code
+    from .traffic import Traffic
 
 # threads in lock step: enough to hide Python's part, few enough for the processor's caches
 MAX_LANES = 8192
@@ -178,6 +179,7 @@ class Machine:
         arguments: parameters as integers, pointers as addresses; missing ones are 0.
         shared_bytes: of a block.
         grid: blocks along x, y and z.
+        traffic: counts what is moved, if it is asked for.
     """
 
     def __init__(
@@ -187,8 +189,9 @@ class Machine:
         arguments: list[int],
         shared_bytes: int,
         grid: tuple[int, int, int],
+        traffic: Traffic | None = None,
     ) -> None:
-        self.code, self.memory, self.grid = code, memory, grid
+        self.code, self.memory, self.grid, self.traffic = code, memory, grid, traffic
         self.at_once = max(1, MAX_LANES // code.program.threads)
         self.constants = code.launch_constants(arguments, grid)
         self.shared_bytes = shared_bytes

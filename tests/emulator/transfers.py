@@ -56,6 +56,25 @@ def _mask(group: Group, guard: Value | None) -> np.ndarray | None:
     return None if mask.all() else np.broadcast_to(mask, group.shape)
 
 
+def _everywhere(group: Group, mask: np.ndarray | None) -> np.ndarray:
+    return np.broadcast_to(True, group.shape) if mask is None else mask
+
+
+def _count_traffic(
+    group: Group,
+    instruction: Instruction,
+    space: str,
+    address: np.ndarray,
+    mask: np.ndarray | None,
+    nbytes: int,
+) -> None:
+    """Notes an access where that is asked for."""
+    if (traffic := group.machine.traffic) is not None:
+        add = traffic.add_shared if space == "shared" else traffic.add_global
+        whole = np.broadcast_to(address, group.shape)
+        add(instruction.line, whole, _everywhere(group, mask), nbytes)
+
+
 def _extended(values: np.ndarray, kind: str, width: int) -> np.ndarray:
     """Loaded numbers as wide as their register."""
     if values.dtype.itemsize * 8 == width:
@@ -86,11 +105,13 @@ def _load(decoder: Decoder, instruction: Instruction) -> Step:
     def load(group: Group) -> None:
         registers, mask = group.registers, _mask(group, guard)
         if mask is not None and not mask.any():
-            for _, slot in slots:
+            for place, slot in slots:
                 if registers[slot] is None:
-                    registers[slot] = np.zeros((1, 1), UNSIGNED[widths[_]])
+                    registers[slot] = np.zeros((1, 1), UNSIGNED[widths[place]])
             return
-        shape, rows = fetch(group, address(registers), mask, count, dtype)
+        places = address(registers)
+        shape, rows = fetch(group, places, mask, count, dtype)
+        _count_traffic(group, instruction, space, places, mask, count * dtype.itemsize)
         for place, slot in slots:
             values = _extended(np.ascontiguousarray(rows[:, place]), kind, widths[place])
             if mask is None:
@@ -162,8 +183,10 @@ def _store(decoder: Decoder, instruction: Instruction) -> Step:
         if mask is not None and not mask.any():
             return
         rows = np.stack([group.lanes(value(registers), mask) for value in values], axis=1)
-        places = group.lanes(address(registers), mask)
+        addresses = address(registers)
+        places = group.lanes(addresses, mask)
         who = group.who(mask)
+        _count_traffic(group, instruction, space, addresses, mask, size)
         if space == "global":
             group.machine.memory.store(places, rows, who)
             return
@@ -235,11 +258,12 @@ def _start_copy(decoder: Decoder, instruction: Instruction) -> Step:
         if live.any():
             everyone = np.broadcast_to(taken(registers) != 0, group.shape)
             chosen = everyone if mask is None else everyone & mask
-            rows[live] = _fetch_global(
-                group, np.broadcast_to(source(registers), group.shape), chosen, words, UNSIGNED[32]
-            )[1]
+            sources = np.broadcast_to(source(registers), group.shape)
+            rows[live] = _fetch_global(group, sources, chosen, words, UNSIGNED[32])[1]
+            _count_traffic(group, instruction, "global", sources, chosen, nbytes)
         offsets = group.lanes(target(registers), mask)
         shared.check(offsets, nbytes, "write")
+        _count_traffic(group, instruction, "shared", target(registers), mask, nbytes)
         places, who = offsets + group.lanes(group.start, mask), group.who(mask)
         shared.store(places, rows, who)
         cells = shared.cells(places, nbytes)
@@ -256,7 +280,7 @@ def _fragment(group: Group, mask: Value | None, what: str) -> None:
 
 
 def _matrix_rows(
-    group: Group, address: np.ndarray, count: int, what: str
+    group: Group, instruction: Instruction, address: np.ndarray, count: int, what: str
 ) -> tuple[np.ndarray, Access]:
     """Places of ``count`` matrices' rows of 16 bytes, lanes 8 i to 8 i + 7 have those of the i-th.
 
@@ -266,6 +290,7 @@ def _matrix_rows(
     taking = np.broadcast_to(np.arange(group.threads) % 32 < 8 * count, group.shape)
     offsets = group.lanes(address, taking)
     shared.check(offsets, 16, what)
+    _count_traffic(group, instruction, "shared", address, taking, 16)
     return offsets + group.lanes(group.start, taking), group.who(taking)
 
 
@@ -290,7 +315,7 @@ def _load_matrices(decoder: Decoder, instruction: Instruction) -> Step:
     def load(group: Group) -> None:
         _fragment(group, guard, "ldmatrix")
         shared, blocks = group.machine.shared, group.shape[0]
-        places, who = _matrix_rows(group, address(group.registers), count, "read")
+        places, who = _matrix_rows(group, instruction, address(group.registers), count, "read")
         shared.note_read(shared.cells(places, 16), who.stamps[:, None], who.now)
         rows = shared.data.view(np.uint16).reshape(-1, 8)[places // 16]
         tiles = rows.reshape(blocks, group.threads // 32, count, 8, 8)
@@ -314,7 +339,7 @@ def _store_matrices(decoder: Decoder, instruction: Instruction) -> Step:
         _fragment(group, guard, "stmatrix")
         registers: Registers = group.registers  # type: ignore[assignment]
         blocks, warps = group.shape[0], group.threads // 32
-        places, who = _matrix_rows(group, address(registers), count, "write")
+        places, who = _matrix_rows(group, instruction, address(registers), count, "write")
         words = np.stack([np.broadcast_to(value(registers), group.shape) for value in values], 1)
         tiles = words.reshape(blocks, count, warps, 8, 4).view(np.uint16)
         if is_transposed:
