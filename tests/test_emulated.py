@@ -46,7 +46,8 @@ def emulate(cases, cards, folder, *options):
     environment["PYTHONPATH"] = os.pathsep.join([*paths, environment.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "pytest", "-p", "emulator.plugin", "-p", "no:cacheprovider"]
     command += ["--emulate", ",".join(cards), "--emulate-report", str(report), "-q", "-k", chosen]
-    command += options
+    # the caller's limit holds for all of them
+    command += ["--timeout", "0", *options]
     done = subprocess.run(
         [*command, *(str(HERE / file) for file in cases)],
         env=environment,

@@ -1,5 +1,7 @@
 """What the emulator rejects, each in a few lines of PTX, next to the same lines done right."""
 
+import warnings
+
 import numpy as np
 import pytest
 from emulator.errors import (
@@ -9,6 +11,7 @@ from emulator.errors import (
     MisalignedError,
     OutOfBoundsError,
     RaceError,
+    SerializedWarning,
     UnfinishedError,
     UninitializedError,
 )
@@ -264,7 +267,15 @@ def test_what_a_product_reads_is_left_alone():
     # after its own wait a warp must wait for the others of its group
     product_rejected(whole + DONE + store, RaceError, "another warp read")
     accepted(group(whole + DONE + "bar.sync 0;" + store), **GROUP)
-    product_rejected(whole + "mov.b32 %r90, 1;", UnfinishedError, "may still read was written")
+
+
+def test_registers_that_a_product_reads_are_seen_by_ptxas():
+    whole = FILL + READY + PRODUCT + COMMIT + "mov.b32 %r90, 1;"
+    with pytest.warns(SerializedWarning, match="may still read is written"):
+        accepted(group(whole), **GROUP)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        accepted(group(whole.replace("mov.b32 %r90", DONE + "mov.b32 %r90")), **GROUP)
 
 
 def test_a_product_reads_what_is_there():

@@ -33,5 +33,9 @@ class ConflictError(EmulationError):
     """Lanes of one instruction write different values to one address."""
 
 
+class SerializedWarning(UserWarning):
+    """PTX that ptxas makes right at the price of speed, with its remark C7515."""
+
+
 class DivergenceError(EmulationError):
     """Threads of a block part ways: a barrier behind the branch would be reached by some only."""

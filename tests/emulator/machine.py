@@ -7,13 +7,20 @@ once. Threads of a block may not part ways; blocks may, and go on as two groups.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .errors import DivergenceError, EmulationError, UnfinishedError, UninitializedError
+from .errors import (
+    DivergenceError,
+    EmulationError,
+    SerializedWarning,
+    UnfinishedError,
+    UninitializedError,
+)
 from .memory import SEVERAL, Access, GlobalMemory, SharedMemory
 
 if TYPE_CHECKING:
@@ -254,12 +261,14 @@ class Machine:
             return
         reads, writes = self.code.reads[pc], self.code.writes[pc]
         if not group.results.isdisjoint(reads | writes):
-            error = UnfinishedError("a register of a wgmma was used before its wait")
-        elif not group.operands.isdisjoint(writes):
-            error = UnfinishedError("a register that a wgmma may still read was written")
-        else:
-            return
-        raise error
+            raise UnfinishedError("a register of a wgmma was used before its wait")
+        if not group.operands.isdisjoint(writes):
+            warnings.warn(
+                f"{self.code.program.name}: a register that a wgmma may still read is written: "
+                "ptxas makes its products wait for one another",
+                SerializedWarning,
+                stacklevel=2,
+            )
 
     def _located(self, error: EmulationError, group: Group, pc: int) -> EmulationError:
         program = self.code.program
