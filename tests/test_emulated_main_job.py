@@ -21,12 +21,16 @@ pytestmark = [pytest.mark.emulated, pytest.mark.full]
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("job")
     DiffusionModel(small_unet().float(), linear_schedule()).save(folder / "model")
-    return {"model": str(folder / "model"), "data": str(make_images(folder / "images", 6))}
+    return {
+        "model": str(folder / "model"),
+        "data": str(make_images(folder / "images", 6)),
+        "queries": str(make_images(folder / "queries", 2)),
+    }
 
 
 def run(folder, inputs, **options):
     """Features by folder and file, and the scores."""
-    changes = {"num_queries": 2, "damping": "0.5", "output": str(folder)}
+    changes = {"damping": "0.5", "output": str(folder)}
     with torch.random.fork_rng(devices=[]):
         run_attribution(Options(**{**OPTIONS, **inputs, **changes, **options}), Console(quiet=True))
     return {
