@@ -66,8 +66,7 @@ def emulate(cases, cards, folder, *options):
 def test_a_telling_case_of_every_form(tmp_path):
     rows = emulate(TELLING, CARDS, tmp_path)
     for card in CARDS:
-        launches = [row["launches"] for row in rows if card in row["test"]]
-        assert len(launches) >= 8, rows
+        assert sum(row["launches"] > 0 for row in rows if card in row["test"]) >= 9, rows
 
 
 @pytest.mark.full
@@ -77,6 +76,5 @@ def test_a_telling_case_of_every_form(tmp_path):
 def test_kernels_are_right_on_emulated_cards(card, tmp_path, request):
     lane = ["--full"] if request.config.getoption("--full", default=False) else []
     rows = emulate(FULL, [card], tmp_path, *lane)
-    for file in FULL:
-        launches = [row["launches"] for row in rows if file in row["test"]]
-        assert sum(count > 0 for count in launches) > len(launches) / 2, (file, launches)
+    assert {file for file in FULL if any(file in row["test"] for row in rows)} == set(FULL)
+    assert sum(row["launches"] > 0 for row in rows) >= 150, len(rows)
