@@ -1,7 +1,7 @@
 """Runs compiled PTX of Triton kernels on a CPU, and rejects what a GPU would silently get wrong.
 
     ptx         text to instructions
-    decode      instructions to steps; families in integers, floats, moves, control, transfers, matrix
+    decode      instructions to steps: integers, floats, moves, control, transfers, matrix
     machine     blocks side by side, their branches, barriers and asynchronous work
     memory      global and shared memory, and who touched what
     traffic     counts of what is moved
