@@ -2,7 +2,8 @@
 
 The fast lane has a case or more for every code path. The others are `full`: slow and statistical
 proofs, and of a `sweep` what shows no value of a parameter that another case does not show. Without
-a CUDA device Triton kernels are interpreted.
+a CUDA device Triton kernels are interpreted. `compiled` cases run where kernels are compiled: on a
+GPU, and in the emulator (`emulator.plugin`); `emulated` cases in the emulator only.
 """
 
 import itertools
@@ -109,6 +110,13 @@ def pytest_collection_modifyitems(config, items):
         need_gpu = []
     for item in need_gpu:
         item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    if "DTRAK_EMULATED" not in os.environ:
+        elsewhere = pytest.mark.skip(reason="test_emulated.py runs it in a process of its own")
+        for item in items:
+            # a fixture is called compiled as well
+            compiled = item.get_closest_marker("compiled") and not torch.cuda.is_available()
+            if compiled or item.get_closest_marker("emulated"):
+                item.add_marker(elsewhere)
     left_out = (len(others), len(need_gpu))
     config.stash[LEFT_OUT].append(left_out)
     if hasattr(config, "workeroutput"):

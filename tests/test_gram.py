@@ -20,7 +20,7 @@ DTYPES = [
     torch.float32,
     torch.float16,
     # wrong in the interpreter
-    pytest.param(torch.bfloat16, marks=pytest.mark.gpu),
+    pytest.param(torch.bfloat16, marks=pytest.mark.compiled),
 ]
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import lru_cache
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ DTYPES = [
     torch.float32,
     torch.float16,
     # the interpreter's bfloat16 products are silently wrong
-    pytest.param(torch.bfloat16, marks=pytest.mark.gpu),
+    pytest.param(torch.bfloat16, marks=pytest.mark.compiled),
 ]
 
 
@@ -92,9 +93,14 @@ def launch(module, x, output_grads, proj_dim, rows_per_sample=1, config=None):
     return features
 
 
+@lru_cache(maxsize=32)
+def definition(shape, proj_dim):
+    """The matrix of a weight, which takes longer than what it judges."""
+    return sjlt_matrix([(OFFSET,), shape], proj_dim, SEED)[OFFSET:]
+
+
 def check_against_the_definition(module, x, output_grads, proj_dim, rows_per_sample, config=None):
-    shapes = [(OFFSET,), tuple(module.weight.shape)]
-    matrix = sjlt_matrix(shapes, proj_dim, SEED)[OFFSET:]
+    matrix = definition(tuple(module.weight.shape), proj_dim)
     eager = torch_path(module, x, output_grads, sketch_of(module, proj_dim), rows_per_sample)
     assert_as_good_as(
         launch(module, x, output_grads, proj_dim, rows_per_sample, config),
@@ -329,8 +335,16 @@ def test_refuses_what_it_cannot_run(device, monkeypatch):
         project(x, PROJECTION, shapes=[(5,)], implementation="triton")
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(torch.bfloat16, marks=pytest.mark.compiled),
+        pytest.param(torch.float16, marks=pytest.mark.gpu),
+        # no tensor core: minutes of scalar products
+        pytest.param(torch.float32, marks=pytest.mark.gpu),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("size", [4, 16], ids=["4x4", "16x16"])
 def test_layers_of_a_real_network(size, dtype, device):
     conv = nn.Conv2d(384, 256, 3, padding=1)
