@@ -21,6 +21,7 @@ TELLING = {
     ),
     "test_projection.py": "triton and oracle and 333 and (rademacher-dtype or normal-dtype9)",
     "test_gram.py": "triton and formed_gram and bfloat16 and 71",
+    "test_whitening_kernel.py": "entries and (groups or many) and rolled",
     "test_emulator_mutations.py": "not full",
 }
 # the cases that launch kernels, in two processes of about the same length; both cards in one share
@@ -30,6 +31,7 @@ FULL = {
         "test_sketch_kernel.py": "not overlap and not unet",
         "test_projection.py": "triton or tiling or anywhere",
         "test_gram.py": "triton or tiling or groups or bit_for_bit",
+        "test_whitening_kernel.py": "entries or second_launch or without or (gradients and conv2d)",
     },
     "mistakes and the main job": {
         "test_emulator_mutations.py": "mutations",

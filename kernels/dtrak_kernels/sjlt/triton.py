@@ -120,18 +120,21 @@ def _scale_columns(  # type: ignore[no-untyped-def]
 def _scale(flat, tile_ptr, row_shift, column_shift, BM: tl.constexpr, BN: tl.constexpr):  # type: ignore[no-untyped-def]
     """A flattened tile times ``[BM, BN]`` scales, which are where its entries were unshifted."""
     if BN < 128:
-        return _scale_columns(flat, tile_ptr, row_shift, column_shift, 0, BM, BN)
-    # in halves, so that what is loaded fits into registers
-    left, right = _halves(flat)
-    a, b = _halves(left)
-    c, d = _halves(right)
-    a = _scale_columns(a, tile_ptr, row_shift, column_shift, 0, BM, BN)
-    b = _scale_columns(b, tile_ptr, row_shift, column_shift, BN // 4, BM, BN)
-    left = tl.reshape(tl.trans(tl.join(a, b)), (BM * BN // 2,))
-    c = _scale_columns(c, tile_ptr, row_shift, column_shift, BN // 2, BM, BN)
-    d = _scale_columns(d, tile_ptr, row_shift, column_shift, 3 * BN // 4, BM, BN)
-    right = tl.reshape(tl.trans(tl.join(c, d)), (BM * BN // 2,))
-    return tl.reshape(tl.trans(tl.join(left, right)), (BM * BN,))
+        scaled = _scale_columns(flat, tile_ptr, row_shift, column_shift, 0, BM, BN)
+    else:
+        # in halves, so that what is loaded fits into registers
+        left, right = _halves(flat)
+        a, b = _halves(left)
+        c, d = _halves(right)
+        a = _scale_columns(a, tile_ptr, row_shift, column_shift, 0, BM, BN)
+        b = _scale_columns(b, tile_ptr, row_shift, column_shift, BN // 4, BM, BN)
+        left = tl.reshape(tl.trans(tl.join(a, b)), (BM * BN // 2,))
+        c = _scale_columns(c, tile_ptr, row_shift, column_shift, BN // 2, BM, BN)
+        d = _scale_columns(d, tile_ptr, row_shift, column_shift, 3 * BN // 4, BM, BN)
+        right = tl.reshape(tl.trans(tl.join(c, d)), (BM * BN // 2,))
+        scaled = tl.reshape(tl.trans(tl.join(left, right)), (BM * BN,))
+    # one way out: the compiler goes on after a return inside an if
+    return scaled
 
 
 @triton.jit
