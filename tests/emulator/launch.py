@@ -173,7 +173,7 @@ class Emulated:
     def _specialize(
         self, bound: dict[str, Any]
     ) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list], list[int]]:
-        """Types, constants and known multiples of 16, as Triton tells them, and the numbers' bits."""
+        """Types, constants and known multiples of 16, as Triton tells them, and what is passed."""
         signature: dict[str, str] = {}
         constants: dict[str, Any] = {}
         attributes: dict[tuple[int], list] = {}

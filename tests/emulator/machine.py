@@ -183,7 +183,7 @@ class Machine:
     Args:
         code: the program, decoded.
         memory: what its pointers may point to.
-        arguments: parameters as integers, pointers as addresses, floats as bits; missing ones are 0.
+        arguments: parameters as integers, pointers as addresses, floats as bits; missing: 0.
         shared_bytes: of a block.
         grid: blocks along x, y and z.
         traffic: counts what is moved, if it is asked for.
