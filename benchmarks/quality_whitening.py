@@ -17,20 +17,31 @@ from typing import Any
 import matplotlib as mpl
 import plots
 import torch
-from dtrak.diffusion import DiffusionModel
-from dtrak.lds_experiment import Experiment
-from dtrak.lds_statistics import predict_groups
-from dtrak.lds_table import AUTO, UNIT, Entry, Results, dense_ranks, make_table, packaged_results
-from dtrak.lds_tasks import TRAIN
-from dtrak.outputs import evaluate_output, select_timesteps
-from dtrak.presets import get_preset
-from dtrak.scores import trak
 from matplotlib.figure import Figure
 from pages import ROOT, Table, read_rows, record, run
 from quality_lds import CPU, exact_gradients, trained_run
 from torch import Tensor
 
-from dtrak.features import FeatureSettings, Samples, noisy_rows, predict
+from dtrak.data.samples import Samples
+from dtrak.evaluation.lds.experiment import Experiment
+from dtrak.evaluation.lds.statistics import predict_groups
+from dtrak.evaluation.lds.table import (
+    AUTO,
+    UNIT,
+    Entry,
+    Results,
+    dense_ranks,
+    make_table,
+    packaged_results,
+)
+from dtrak.evaluation.lds.tasks import TRAIN
+from dtrak.features.extraction import noisy_rows
+from dtrak.features.outputs import evaluate_output
+from dtrak.features.settings import FeatureSettings
+from dtrak.features.timesteps import select_timesteps
+from dtrak.methods.scores import trak
+from dtrak.models.denoiser import Denoiser
+from dtrak.training.presets import get_preset
 from dtrak_kernels import Projection, Whitening, project
 from dtrak_kernels.ridge import RidgeSolver
 
@@ -63,7 +74,7 @@ class Batches:
         is_random: random timesteps and a row a sample; otherwise uniform ones, averaged.
     """
 
-    model: DiffusionModel
+    model: Denoiser
     data: Samples
     function: str
     num_timesteps: int
@@ -71,7 +82,7 @@ class Batches:
     is_random: bool
 
     def __iter__(self) -> Iterator[tuple[Callable[[], Tensor], int]]:
-        total = self.model.num_train_timesteps
+        total = self.model.process.num_timesteps
         steps = select_timesteps(self.num_timesteps, "uniform", total)
         rows = torch.arange(self.num_images) * len(self.data.ids) // self.num_images
         generator = torch.Generator().manual_seed(0)
@@ -84,11 +95,12 @@ class Batches:
     def _outputs(self, rows: Tensor, timesteps: tuple[int, ...]) -> Callable[[], Tensor]:
         settings = FeatureSettings(self.function, timesteps, 0, Projection("none"))
         ids = [f"train/{self.data.ids[int(row)]}" for row in rows]
-        noisy, target, steps = noisy_rows(self.model, settings, self.data.images[rows], ids)
+        noisy, target, steps = noisy_rows(self.model, settings, self.data.batch(rows.tolist()), ids)
 
         def outputs() -> Tensor:
-            prediction = predict(self.model.unet, noisy, steps, None)
-            f = evaluate_output(self.function, prediction, target, self.model.scheduler, steps)
+            prediction = self.model.predict(noisy, steps, {})
+            weight = self.model.process.weight(steps)
+            f = evaluate_output(self.function, prediction, target, weight)
             return f / len(timesteps)
 
         return outputs
@@ -103,7 +115,7 @@ def fitted(experiment: Experiment, function: str, num_timesteps: int, kind: str)
     begin = time.perf_counter()
     model, data = experiment.load_model(), experiment.task.samples(TRAIN, experiment.data, CPU)
     whitening = Whitening.fit(
-        model.unet,
+        model.module,
         Batches(model, data, function, num_timesteps, SCALE_IMAGES, is_random=False),
         kind=kind,
         rows_per_sample=num_timesteps,

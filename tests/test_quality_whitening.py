@@ -3,15 +3,15 @@
 import importlib
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from dtrak.lds_statistics import halves, lds
-from dtrak.lds_table import Results
-from dtrak.lds_tasks import TRAIN
-from dtrak.scores import trak
 
+from dtrak.data.samples import Samples
+from dtrak.evaluation.lds.statistics import halves, lds
+from dtrak.evaluation.lds.table import Results
+from dtrak.evaluation.lds.tasks import TRAIN
+from dtrak.methods.scores import trak
 from dtrak_kernels.ridge import RidgeSolver
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -60,7 +60,7 @@ def test_whitened_batches_are_made_anew():
     from tiny import tiny_model
 
     ids = [f"{i}" for i in range(40)]
-    data = SimpleNamespace(ids=ids, images=torch.rand(40, 1, 8, 8))
+    data = Samples(torch.rand(40, 1, 8, 8), ids, None, "made")
     for is_random, count in ((False, 10), (True, 30)):
         batches = quality.Batches(tiny_model(), data, "loss", 3, 20, is_random)
         first, again = ([(f().detach(), n) for f, n in batches] for _ in range(2))
