@@ -277,9 +277,9 @@ def test_unet_features(device):
 def test_the_sketcher_launches_the_kernel(device, monkeypatch):
     calls = []
 
-    def launch_and_count(module, *rest):
+    def launch_and_count(module, *rest, **named):
         calls.append(type(module).__name__)
-        return launch_sketch(module, *rest)
+        return launch_sketch(module, *rest, **named)
 
     monkeypatch.setattr(sketch_kernel, "launch_sketch", launch_and_count)
     torch.manual_seed(2)
@@ -295,7 +295,7 @@ def test_the_sketcher_launches_the_kernel(device, monkeypatch):
 
 def test_the_device_chooses(device, monkeypatch):
     calls = []
-    monkeypatch.setattr(sketch_kernel, "launch_sketch", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(sketch_kernel, "launch_sketch", lambda *arguments, **_: calls.append(arguments))
     model = nn.Linear(5, 4).to(device)
     x = torch.randn(2, 5, device=device)
     for implementation, expected in ((None, device.type == "cuda"), ("torch", False)):
