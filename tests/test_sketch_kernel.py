@@ -295,7 +295,9 @@ def test_the_sketcher_launches_the_kernel(device, monkeypatch):
 
 def test_the_device_chooses(device, monkeypatch):
     calls = []
-    monkeypatch.setattr(sketch_kernel, "launch_sketch", lambda *arguments, **_: calls.append(arguments))
+    monkeypatch.setattr(
+        sketch_kernel, "launch_sketch", lambda *arguments, **_: calls.append(arguments)
+    )
     model = nn.Linear(5, 4).to(device)
     x = torch.randn(2, 5, device=device)
     for implementation, expected in ((None, device.type == "cuda"), ("torch", False)):
