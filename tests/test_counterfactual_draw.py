@@ -1,5 +1,7 @@
 """The draws of queries and of random removals, against scikit-learn and what was published."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -109,3 +111,17 @@ def test_presets_of_published_draws_exist():
 
     for name in PUBLISHED_SEEDS:
         assert PRESETS[name].num_generated == PUBLISHED_POOL
+
+
+def test_images_are_read_only_for_methods_that_compare_them():
+    from types import SimpleNamespace
+
+    from dtrak.cli.counterfactual_experiment import _Scorer
+
+    # has no images to read
+    origin = SimpleNamespace(
+        data=range(5), queries=range(2), gradient_scores=lambda *_: torch.ones(2, 5)
+    )
+    scorer = _Scorer(origin, Path("x"), torch.device("cpu"), None, None, None, Draw(seed=3))
+    assert scorer.scores("random").shape == (2, 5)
+    assert scorer.scores("d-trak").shape == (2, 5)

@@ -22,11 +22,12 @@ from dtrak.features.extraction import FusedExtractor, deciding_settings, extract
 from dtrak.features.noise import sample_noise
 from dtrak.features.published import PublishedExtractor
 from dtrak.features.settings import FeatureSettings
-from dtrak.models import Denoiser, ModelError, load
+from dtrak.models import Denoiser, Drawn, ModelError, load
 from dtrak.models.process import DiscreteProcess, linear_process
 from dtrak.models.unet import UNet
+from dtrak.runs.inputs import _labels
 from dtrak.runs.results import load_attribution
-from dtrak.training.drawing import draw_all
+from dtrak.training.drawing import draw_all, draw_missing, keep
 from dtrak.training.recipe import Recipe
 from dtrak.training.trainer import train
 from dtrak_kernels import Projection, RidgeSolver, project
@@ -347,3 +348,69 @@ def test_the_page_on_models_runs():
     assert where["scores"].shape == (3, 100)
     for line in re.findall(r"^python -m .*$", PAGE, re.MULTILINE):
         parse(line)
+
+
+def test_each_round_of_classes_has_pictures_of_its_own(places, tmp_path):
+    where = ("--model", places / "model", "--data", places / "digits.parquet", *COMMON)
+    for classes, items in (("0,0,1", [0, 0, 1]), ("0,1", [0, 1, 0])):
+        run(*where, "--output", tmp_path, "--num-queries", 3, "--classes", classes)
+        queries = load_attribution(tmp_path).load_inputs().queries
+        assert queries.conditions == items
+        expected = draw_all(load(places / "model"), range(3), items=items)
+        assert (queries.images - expected).abs().max() <= 0.51 / 127.5
+
+
+def test_a_refused_drawing_claims_no_folder(places, tmp_path):
+    from typer.testing import CliRunner
+
+    output = tmp_path / "drawn"
+    where = ["--model", places / "model", "--output", output, "--device", "cpu"]
+    for wrong in (["--guidance-scale", 2], ["--num-inference-steps", 5000]):
+        done = CliRunner().invoke(generate, [str(a) for a in (*where, *wrong)])
+        assert done.exit_code == 2, done.output
+        assert not output.exists()
+
+
+def test_the_label_that_is_wrong_is_named():
+    data = Samples(torch.zeros(3, 1, 8, 8), list("abc"), [-1, 0, 1], "s")
+    with pytest.raises(ValueError, match=r"must be in \[0, 3\).* got -1"):
+        _labels(class_model(), data, "s")
+
+
+def test_the_published_way_gives_a_model_of_your_own_its_timesteps_in_rows():
+    settings = FeatureSettings("loss", (10, 600), 0, Projection("rademacher", 16), "float64")
+    model = Denoiser.of(Mlp(), linear_process(), predict)
+    data = Samples(torch.randn(3, 5), list("abc"), None, "vectors")
+    grads = PublishedExtractor(model, settings, CPU).gradients(data.images, data.ids)
+    exact = FeatureSettings("loss", (10, 600), 0, Projection("none"), "float64")
+    expected = extract_rows(FusedExtractor(model, exact, CPU), data, slice(0, 3))
+    assert relative_error(grads, expected) < 1e-6
+
+
+class Halved(UNet):
+    """A U-Net that is given something else than pixels."""
+
+    @property
+    def encoding(self):
+        return {"halved": True}
+
+    def inputs(self, pixels, device):
+        return pixels.to(device) / 2
+
+
+def test_a_model_of_something_else_than_pixels_is_trained_on_that():
+    images, recipe = torch.rand(6, 1, 8, 8), Recipe(steps=2, batch_size=4, flip=True)
+    plain = train(tiny_model(), images / 2, recipe)
+    halved = train(Halved(tiny_model().module, tiny_model().process), images, recipe)
+    assert halved.identity() == plain.identity()
+    with pytest.raises(ValueError, match=r"must be pictures .* to be mirrored"):
+        train(Denoiser.of(Mlp(), linear_process(), predict), torch.randn(6, 5), recipe)
+
+
+def test_what_is_no_picture_is_not_kept_as_one(tmp_path):
+    with pytest.raises(ValueError, match=r"must draw pictures .* got \[2, 5\]"):
+        keep(tmp_path, Drawn([0, 1], torch.zeros(2, 5), None))
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ModelError, match="must know how to draw"):
+        draw_missing(Denoiser.of(Mlp(), linear_process(), predict), [0], tmp_path / "new")
+    assert not (tmp_path / "new").exists()

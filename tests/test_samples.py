@@ -196,3 +196,16 @@ def test_a_hundred_thousand_small_pictures_take_less_than_a_gigabyte(tmp_path):
     count, megabytes = map(int, done.stdout.split())
     assert count == 100_000
     assert megabytes < 1000
+
+
+def test_samples_that_differ_in_kind_are_not_joined():
+    data = as_samples(torch.rand(2, 5))
+    for other in (data.conditioned([0, 1]), data.encoded(InMemory(torch.rand(2, 5)))):
+        with pytest.raises(ValueError, match="to be joined, or none"):
+            join([other, data], "both")
+
+
+def test_a_condition_that_has_no_fingerprint_is_named():
+    data = as_samples(torch.rand(2, 5)).conditioned([torch.zeros(1), torch.ones(1)])
+    with pytest.raises(ValueError, match=r"conditions must be JSON values .* a Tensor .* '0'"):
+        _ = data.fingerprint

@@ -64,16 +64,17 @@ class _Scorer:
     def scores(self, method: str) -> Tensor:
         """``[M, N]``, positive for proponents."""
         name, _, file = method.partition("=")
-        train, queries = self.origin.data.images, self.origin.queries.images
         if file:
             return self._read(file)
         if name == RANDOM:
-            return self.draw.random_scores(len(queries), len(train))
+            return self.draw.random_scores(len(self.origin.queries), len(self.origin.data))
         if name in GRADIENT_METHODS:
             return self.origin.gradient_scores(
                 GRADIENT_METHODS[name], self.folder / "scores" / name, self.device, self.console
             )
         kind, similarity = name.split("-")
+        # all of them in memory, which only what compares pictures needs
+        train, queries = self.origin.data.images, self.origin.queries.images
         if kind == "clip":
             assert self.clip is not None
             train, queries = clip_embeddings(train, self.clip), clip_embeddings(queries, self.clip)

@@ -199,8 +199,18 @@ def as_samples(data: Samples | Tensor) -> Samples:
 
 
 def join(parts: Sequence[Samples], source: str) -> Samples:
-    """Samples of one shape one after the other, without labels."""
+    """Samples of one shape one after the other, without labels.
+
+    Raises:
+        ValueError: some have conditions, or other inputs than their pixels, and others none.
+    """
     conditions = [part.conditions for part in parts]
+    for name, has in (
+        ("conditions", [part.conditions is not None for part in parts]),
+        ("inputs of their own", [part.is_encoded for part in parts]),
+    ):
+        if any(has) and not all(has):
+            raise ValueError(f"samples must all have {name} to be joined, or none, got {has}")
     whole = Samples(
         Joined([part.pixels for part in parts]),
         [name for part in parts for name in part.ids],
@@ -215,7 +225,7 @@ def join(parts: Sequence[Samples], source: str) -> Samples:
 
 def hash_pixels(image: Tensor) -> bytes:
     """SHA-256 of the float32 values of one sample."""
-    values = image.contiguous().numpy().astype("<f4", copy=False)
+    values = image.detach().cpu().contiguous().numpy().astype("<f4", copy=False)
     return hashlib.sha256(values.tobytes()).digest()
 
 
@@ -224,5 +234,11 @@ def _fingerprint(name: str, pixels: bytes, condition: Any) -> str:
     # the length in front keeps ("ab", "c") and ("a", "bc") apart
     digest = hashlib.sha256(len(encoded).to_bytes(8, "little") + encoded + pixels)
     if condition is not None:
-        digest.update(json.dumps(condition).encode())
+        try:
+            digest.update(json.dumps(condition).encode())
+        except TypeError as error:
+            raise ValueError(
+                f"conditions must be JSON values (str, int, float, list) to be fingerprinted, got "
+                f"a {type(condition).__name__} for sample {name!r}"
+            ) from error
     return digest.hexdigest()

@@ -133,7 +133,7 @@ class PublishedExtractor:
                 return functional_call(self.model.module, parameters, args, kwargs)
 
             one = {name: values[None] for name, values in condition.items()}
-            prediction = self.model.predict(noisy[None], timestep, one, module)
+            prediction = self.model.predict(noisy[None], timestep[None], one, module)
             weight = self.model.process.weight(timestep[None])
             f = evaluate_output(self.settings.output_function, prediction, target[None], weight)
             return f.sum(), prediction

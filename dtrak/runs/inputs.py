@@ -169,11 +169,12 @@ def _labels(model: Denoiser, data: Samples, source: str) -> list[int]:
             f"'{source}' must have labels for a model that reads classes, got none: a parquet file "
             "or data set with a column 'label'"
         )
-    most = max(data.labels)
-    if model.num_classes is not None and not 0 <= min(data.labels) <= most < model.num_classes:
+    count = model.num_classes
+    wrong = [label for label in data.labels if count is not None and not 0 <= label < count]
+    if wrong:
         raise ValueError(
-            f"labels of '{source}' must be in [0, {model.num_classes}), the classes of the model, "
-            f"got {most}"
+            f"labels of '{source}' must be in [0, {count}), the classes of the model, got "
+            f"{max(wrong)}"
         )
     return data.labels
 
@@ -263,7 +264,9 @@ def _draw_queries(run: Run, model: Denoiser) -> Samples:
     folder = output / "generated"
     if items is not None:
         # pictures of other prompts or classes live side by side
-        every = prompts or [f"class {label}" for label in dict.fromkeys(items)]
+        classes = options.class_numbers or range(model.num_classes or 0)
+        # the whole round of them, repeats too: it says which seed takes which
+        every = prompts or [f"class {label}" for label in classes]
         how = [] if model.reads != "captions" else [str(guidance_of(run)), *_size(run)]
         folder = output / f"generated-{_hash([*every, *how])[:8]}"
     # picture i depends on its seed i alone, so pictures are added to those drawn before

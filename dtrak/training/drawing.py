@@ -108,14 +108,25 @@ def draw_missing(
         folder: made if missing.
         items: what each is drawn from, for a model that reads anything.
         how: as in `Denoiser.draw`.
+
+    Raises:
+        ValueError, ModelError: as `Denoiser.draw`, or as `keep`.
     """
+    batches = model.draw(seeds, items, **how)
     folder.mkdir(parents=True, exist_ok=True)
-    for batch in model.draw(seeds, items, **how):
+    for batch in batches:
         keep(folder, batch)
 
 
 def keep(folder: Path, batch: Drawn) -> None:
-    """Write a batch of pictures, their paths first: a picture that is there is complete."""
+    """Write a batch of pictures, their paths first: a picture that is there is complete.
+
+    Raises:
+        ValueError: what was drawn are no grey or RGB pictures.
+    """
+    shape = list(batch.images.shape)
+    if len(shape) != 4 or shape[1] not in (1, 3):
+        raise ValueError(f"the model must draw pictures [B, 1 or 3, H, W] to be kept, got {shape}")
     for row, seed in enumerate(batch.seeds):
         if batch.trajectories is not None:
             save_trajectory(trajectory_file(folder, seed), batch.trajectories[row])
@@ -154,6 +165,14 @@ def _draw(options: Options, console: Console, held: ExitStack) -> Path:
     if items is not None:
         drawn_from = {str(model.reads): prompts or options.class_numbers or "all"}
         drawn_from |= {"guidance_scale": options.guidance_scale}
+    how: dict[str, Any] = {
+        "num_inference_steps": options.num_inference_steps,
+        "guidance_scale": options.guidance_scale,
+        "batch_size": options.batch_size,
+        "trajectories": options.trajectories,
+    }
+    # nothing is drawn yet: what is refused must not claim the folder
+    model.draw(seeds, items, **how)
     missing = missing_seeds(output, seeds, options.trajectories)
     claim_folder(
         output,
@@ -175,17 +194,7 @@ def _draw(options: Options, console: Console, held: ExitStack) -> Path:
     model.to(device)
     chosen = None if items is None else [items[seed - options.first_seed] for seed in missing]
     with progress_bar(console, f"draw {len(missing):,} images") as progress:
-        draw_missing(
-            model,
-            missing,
-            output,
-            chosen,
-            num_inference_steps=options.num_inference_steps,
-            guidance_scale=options.guidance_scale,
-            batch_size=options.batch_size,
-            trajectories=options.trajectories,
-            progress=progress,
-        )
+        draw_missing(model, missing, output, chosen, progress=progress, **how)
     console.print(f"images: {output}", highlight=False, soft_wrap=True)
     return output
 

@@ -124,7 +124,7 @@ def train_lora(
 
     Args:
         model: with a fresh adapter, on its device unless there is an ``accelerator``.
-        posteriors: ``[N, 2, 2, C, h, w]`` float32: see `dtrak.data.latents.read_posteriors`.
+        posteriors: ``[N, 2, 2, C, h, w]`` float32: see `dtrak.features.latents.read_posteriors`.
         captions: N texts.
         recipe: how; without an average of weights.
         caption_dropout: probability that a caption is replaced by the empty one, which is what

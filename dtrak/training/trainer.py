@@ -141,6 +141,7 @@ def _identity(model: Denoiser, data: Samples, recipe: Recipe, precision: str) ->
             "initial weights": hash_model(model.module),
             "noise schedule": json.dumps(model.process.describe()),
         }
+        | ({} if model.encoding is None else {"encoding": json.dumps(model.encoding)})
         | ({} if precision == "no" else {"mixed precision": precision})
     )
 
@@ -322,6 +323,9 @@ class _ModelTrainer(Trainer):
             )
             rows_mirrored = mirrored.to(batch.device)[:, None, None, None]
             batch = torch.where(rows_mirrored, batch.flip(-1), batch)
+        if not data.is_encoded:
+            # as features do: a model of latents is trained on them
+            batch = self.model.inputs(batch, self.device)
         generator = keyed_generator(recipe.seed, "noise", step)
         timesteps = torch.randint(process.num_timesteps, (len(batch),), generator=generator)
         noise = torch.randn(batch.shape, generator=generator)
@@ -436,6 +440,10 @@ def train(
         raise ValueError("images must hold at least one image to train on, got 0")
     if isinstance(data.inputs, InMemory) and not torch.isfinite(data.inputs.tensor).all():
         raise ValueError("images must be finite, got NaN or infinity")
+    if recipe.flip and len(data.shape) != 3:
+        raise ValueError(
+            f"samples must be pictures [C, H, W] to be mirrored (flip), got {list(data.shape)}"
+        )
     if model.reads is not None and data.conditions is None:
         raise ValueError(f"data must have {model.reads} for a model that reads them, got none")
     steps = recipe.num_steps(len(data))

@@ -194,7 +194,7 @@ def prepare(
             apart from the retrain family or than fit in memory, more than 100,000 pictures to draw,
             or fewer validation images than asked for; or a model or a precision is given for a
             preset that fine-tunes nothing.
-        FileNotFoundError, ModelError: the base, as `stable_diffusion.load_text_to_image`, before
+        FileNotFoundError, ModelError: the base, as `dtrak.models.load`, before
             any data is read.
     """
     found = None if _is_new(folder) else read_manifest(folder)

@@ -270,7 +270,7 @@ class TextToImageTask:
         """As `Task.draw`: guided by prompts, in small groups.
 
         Raises:
-            ValueError: as `stable_diffusion.generate_from_prompts`.
+            ValueError: as `Denoiser.draw`.
         """
         for batch in self._drawn(model, seeds, device, progress=progress):
             yield batch.seeds, batch.images
