@@ -7,6 +7,7 @@ from tiny_stable_diffusion import load_tiny, write_pictures
 
 from dtrak.data.captions import load_captions
 from dtrak.data.images import load_data
+from dtrak.data.rows import InMemory
 from dtrak.data.samples import Samples
 from dtrak.features.extraction import (
     FeatureSettings,
@@ -17,6 +18,7 @@ from dtrak.features.extraction import (
 )
 from dtrak.features.latents import fill_latents, open_latents, read_latents, read_posteriors
 from dtrak.features.store import StoreError
+from dtrak.models import load
 from dtrak.runs.folders import describe_differences
 from dtrak_kernels import Projection, project
 
@@ -78,6 +80,17 @@ def test_a_second_run_encodes_nothing(model, pictures, captions, latents, tmp_pa
     assert torch.equal(
         read_latents(store, model, pictures).batch(range(5)), latents.batch(range(5))
     )
+
+
+def test_latents_are_of_the_pictures_whatever_is_kept_of_them(model, pictures, latents, tmp_path):
+    store = open_latents(tmp_path / "again", model, pictures)
+    fill_latents(store, model, pictures.encoded(InMemory(torch.zeros(len(pictures), 2))), CPU)
+    assert torch.equal(read_latents(store, model, pictures).batch([0, 2]), latents.batch([0, 2]))
+
+
+def test_loading_says_nothing(folder, capfd):
+    load(folder)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_posteriors_of_mirror_images(model, pictures, tmp_path):

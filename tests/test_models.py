@@ -414,3 +414,19 @@ def test_what_is_no_picture_is_not_kept_as_one(tmp_path):
     with pytest.raises(ModelError, match="must know how to draw"):
         draw_missing(Denoiser.of(Mlp(), linear_process(), predict), [0], tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_features_of_one_function_are_not_those_of_another():
+    """The functions around a module decide features, and so are part of what a store is of."""
+
+    def doubled(module, noisy, timesteps, condition):
+        return 2 * predict(module, noisy, timesteps, condition)
+
+    def found(*functions):
+        torch.manual_seed(0)
+        return Denoiser.of(Mlp(), linear_process(), *functions).identity()
+
+    same, others = found(predict), (found(doubled), found(predict, shift), found(abs))
+    assert same == found(predict)
+    assert len({one["functions"] for one in (same, *others)}) == 4
+    assert {one["model"] for one in others} == {same["model"]}

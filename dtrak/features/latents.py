@@ -31,8 +31,8 @@ class _Encoder:
     def extract(
         self, inputs: Tensor, ids: Sequence[str], items: Sequence[Any] | None = None
     ) -> Tensor:
-        """The rows as they come, ``[B, size]``: `extract_rows` has encoded them."""
-        return inputs.flatten(1)
+        """What the model is given for pictures, ``[B, size]``."""
+        return self.model.inputs(inputs, self.device).flatten(1)
 
 
 class _PosteriorEncoder(_Encoder):
@@ -98,12 +98,9 @@ def fill_latents(
     if not store.missing():
         return
     flips = store.shape[1] != math.prod(model.input_shape(data.shape))
-    if flips:
-        # posteriors are of the pictures themselves
-        pictures = data.encoded(data.pixels)
-        fill_store(store, _PosteriorEncoder(model, device), pictures, progress=progress)
-    else:
-        fill_store(store, _Encoder(model, device), data, progress=progress)
+    encoder = (_PosteriorEncoder if flips else _Encoder)(model, device)
+    # of the pictures themselves, whatever else there is of them
+    fill_store(store, encoder, data.encoded(data.pixels), progress=progress)
 
 
 def read_latents(store: FeatureStore, model: Denoiser, data: Samples) -> Samples:

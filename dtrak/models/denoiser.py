@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -80,6 +82,9 @@ class Denoiser:
                 may be another one with the same parameters.
             condition: called with (what goes with each of B samples, device), returns tensors
                 ``[B, ...]`` by name; None for a model that sees samples and timesteps alone.
+
+        The source of both functions is part of `identity`: features made with another one are not
+        used again. What they refer to is not.
         """
         return _Own(module, process, predict, condition)
 
@@ -270,6 +275,11 @@ class _Own(Denoiser):
         super().__init__(module, process)
         self._predict, self._condition = predict, condition
 
+    def identity(self) -> dict[str, str]:
+        functions = [f for f in (self._predict, self._condition) if f is not None]
+        text = "\n".join(_source(function) for function in functions)
+        return super().identity() | {"functions": hashlib.sha256(text.encode()).hexdigest()}
+
     def condition(self, items: Sequence[Any] | None, device: torch.device) -> Condition:
         if self._condition is None:
             return {}
@@ -281,6 +291,14 @@ class _Own(Denoiser):
         self, noisy: Tensor, timesteps: Tensor, condition: Condition, module: Any = None
     ) -> Tensor:
         return self._predict(self.module if module is None else module, noisy, timesteps, condition)
+
+
+def _source(function: Callable[..., Any]) -> str:
+    """Text of a function, or its name where there is none."""
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return f"{type(function).__qualname__} {getattr(function, '__qualname__', '')}"
 
 
 def check_seeds(seeds: Sequence[int]) -> None:

@@ -437,7 +437,7 @@ class StableDiffusion(Denoiser):
             **_load_text(base),
         }
         process = load_process(base)
-        with quiet("transformers", "diffusers"):
+        with quiet("transformers", "diffusers", progress=False):
             pipeline = DiffusionPipeline.from_pretrained(
                 base,
                 local_files_only=True,

@@ -125,7 +125,7 @@ def load_process(folder: Path) -> DiscreteProcess:
 
 @contextmanager
 def quiet(*names: str, progress: bool = True) -> Iterator[None]:
-    """Without the remarks of the named loggers, and without transformers' own progress bars."""
+    """Without the remarks of the named loggers, and without the libraries' own progress bars."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -140,12 +140,15 @@ def quiet(*names: str, progress: bool = True) -> Iterator[None]:
 
 @contextmanager
 def _no_progress() -> Iterator[None]:
+    from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    libraries = (diffusers_logging, transformers_logging)
+    shown = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in libraries:
+        library.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
+        for library in shown:
+            library.enable_progress_bar()
