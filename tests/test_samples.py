@@ -128,7 +128,7 @@ def test_what_is_encoded_follows_its_samples():
     assert both.ids == ["d", "a", *"abcd"]
     assert both.conditions == ["z", "w", *"wxyz"]
     assert torch.equal(both.batch([1, 5]).flatten(1), latents[[0, 3]])
-    assert join([base, base.conditioned(None)], "x").conditions is None
+    assert join([base.conditioned(None)] * 2, "x").conditions is None
     with pytest.raises(ValueError, match="inputs must be 4 rows, got 3"):
         base.encoded(InMemory(latents[:3]))
 
