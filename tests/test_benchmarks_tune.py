@@ -312,7 +312,7 @@ def test_no_candidate_ends_the_search(tmp_path, monkeypatch, capfd):
     script = tmp_path / "worker.py"
     script.write_text(BAD_SEARCH.format(benchmarks=str(Path(tune.__file__).parent)))
     monkeypatch.setattr(tune, "WORKER", [sys.executable, str(script), "--worker"])
-    monkeypatch.setattr(tune, "PATIENCE", 15.0)
+    monkeypatch.setattr(tune, "PATIENCE", 30.0)
     ends, wait = [], tune.watch
 
     def watch(process, journal):
