@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -430,3 +432,15 @@ def test_features_of_one_function_are_not_those_of_another():
     assert same == found(predict)
     assert len({one["functions"] for one in (same, *others)}) == 4
     assert {one["model"] for one in others} == {same["model"]}
+
+
+def test_loading_a_unet_imports_no_other_kind(places):
+    """Theirs takes seconds, and has remarks to make."""
+    script = (
+        "import sys; from dtrak.models import load; load(sys.argv[1]); "
+        "sys.exit('dtrak.models.stable_diffusion' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(places / "model")], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

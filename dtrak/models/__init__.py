@@ -1,7 +1,8 @@
-"""What is explained: a kind of model is one file here, and a line in `load`."""
+"""What is explained: a kind of model is one file here, and the pipelines it reads in `_KINDS`."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 from .denoiser import Denoiser as Denoiser
@@ -10,6 +11,15 @@ from .denoiser import ModelError as ModelError
 from .process import DiscreteProcess as DiscreteProcess
 from .process import Process as Process
 
+# the class of a kind by the pipelines it reads; its file is imported when one of them is loaded
+_KINDS = {
+    "DDPMPipeline": "unet:UNet",
+    "DDIMPipeline": "unet:UNet",
+    "PNDMPipeline": "unet:UNet",
+    "StableDiffusionPipeline": "stable_diffusion:StableDiffusion",
+}
+# what a folder without an index is read as: it may hold a bare network
+_BARE = "DDPMPipeline"
 _HUB_HINT = "a folder that Diffusers wrote, or a hub name such as owner/name"
 
 
@@ -30,27 +40,20 @@ def load(name: str | Path, lora: str | Path | None = None) -> Denoiser:
             unreadable, or an adapter is given for a kind that has none.
         LoraError: as in `lora.load_lora`.
     """
-    from .stable_diffusion import StableDiffusion
-    from .unet import UNet
     from .weights import read_json
 
     base = find(name)
     index = base / "model_index.json"
-    kind = read_json(index).get("_class_name") if index.is_file() else None
-    if kind in StableDiffusion.pipelines:
-        return StableDiffusion.load(base, lora)
-    if kind is not None and kind not in UNet.pipelines:
-        known = ", ".join((*UNet.pipelines, *StableDiffusion.pipelines))
+    pipeline = read_json(index).get("_class_name") if index.is_file() else _BARE
+    if pipeline not in _KINDS:
         raise ModelError(
-            f"{index} must describe one of {known}, got {kind!r}, which no kind of model here "
-            "serves: wrap its network with dtrak.models.Denoiser.of to explain it from Python"
+            f"{index} must describe one of {', '.join(_KINDS)}, got {pipeline!r}, which no kind of "
+            "model here serves: wrap its network with dtrak.models.Denoiser.of to explain it from "
+            "Python"
         )
-    if lora is not None:
-        raise ModelError(
-            f"--lora must go with a Stable Diffusion pipeline, got the model in {base}, which "
-            "takes none"
-        )
-    return UNet.load(base)
+    file, _, kind = _KINDS[pipeline].partition(":")
+    loaded: Denoiser = getattr(import_module(f".{file}", __name__), kind).load(base, lora)
+    return loaded
 
 
 def find(name: str | Path) -> Path:

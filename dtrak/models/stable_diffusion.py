@@ -7,14 +7,13 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
-    StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from torch import Tensor
@@ -49,6 +48,10 @@ from .lora import (
 from .process import DiscreteProcess
 from .weights import load_part, load_process, quiet, read_json, refuse_misfits
 
+if TYPE_CHECKING:
+    # its import has remarks to make, which `load` leaves out
+    from diffusers import StableDiffusionPipeline
+
 _TEXT_BATCH = 64
 # embeddings kept; at 77 tokens of 768 numbers each takes 0.24 MB
 _MAX_EMBEDDINGS = 4096
@@ -73,7 +76,6 @@ class StableDiffusion(Denoiser):
         tokenizer: its `transformers.CLIPTokenizer`.
     """
 
-    pipelines = ("StableDiffusionPipeline",)
     reads = "captions"
 
     module: UNet2DConditionModel

@@ -38,9 +38,6 @@ class UNet(Denoiser):
         process: with its training schedule.
     """
 
-    #: pipelines that are nothing but such a U-Net
-    pipelines = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
-
     module: UNet2DModel
     process: DiscreteProcess
 
@@ -204,22 +201,28 @@ class UNet(Denoiser):
         DDPMPipeline(unet=self.module, scheduler=scheduler).save_pretrained(folder)
 
     @classmethod
-    def load(cls, folder: Path) -> UNet:
+    def load(cls, folder: Path, lora: str | Path | None = None) -> UNet:
         """Load a folder that Diffusers wrote: a UNet2DModel, or a pipeline around one.
 
         Args:
             folder: a pipeline with ``unet/`` and ``scheduler/``, or with both in the folder itself
                 as older ones have; or a bare U-Net, which gets the linear DDPM schedule unless
                 ``scheduler_config.json`` lies beside it.
+            lora: refused.
 
         Returns:
             The model in evaluation mode, float32, on the CPU.
 
         Raises:
             ModelError: its configuration, weights or schedule are missing or unreadable, it returns
-                something else than a picture, or the names or shapes of its weights do not match
-                its configuration.
+                something else than a picture, the names or shapes of its weights do not match
+                its configuration, or an adapter is given.
         """
+        if lora is not None:
+            raise ModelError(
+                f"--lora must go with a Stable Diffusion pipeline, got the model in {folder}, "
+                "which takes none"
+            )
         part = next((f for f in (folder / "unet", folder) if (f / "config.json").is_file()), None)
         if part is None:
             raise ModelError(
