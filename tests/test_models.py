@@ -444,3 +444,15 @@ def test_loading_a_unet_imports_no_other_kind(places):
         [sys.executable, "-c", script, str(places / "model")], capture_output=True, text=True
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_default_that_is_spelled_out_is_the_same_drawing(places, tmp_path):
+    from typer.testing import CliRunner
+
+    where = ["--model", places / "model", "--output", tmp_path / "drawn", "--device", "cpu"]
+    every = ",".join(map(str, range(load(places / "model").num_classes)))
+    for more in ((), ("--classes", every)):
+        words = [*where, "--num-images", 2, "--num-inference-steps", 2, *more]
+        done = CliRunner().invoke(generate, [str(a) for a in words])
+        assert done.exit_code == 0, done.output
+    assert "already drawn" in done.output

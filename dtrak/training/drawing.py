@@ -17,7 +17,7 @@ from ..data.captions import choose_prompts, read_prompts
 from ..data.images import encode_png, to_uint8
 from ..models import load
 from ..models.denoiser import Denoiser, Drawn
-from ..runs.choices import NUM_INFERENCE_STEPS
+from ..runs.choices import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
 from ..runs.console import choose_device, progress_bar
 from ..runs.files import picture_name, write_atomically
 from ..runs.folders import claim_folder
@@ -163,8 +163,12 @@ def _draw(options: Options, console: Console, held: ExitStack) -> Path:
     items = choose_items(model, seeds, prompts=prompts, classes=options.class_numbers)
     drawn_from: dict[str, Any] = {}
     if items is not None:
-        drawn_from = {str(model.reads): prompts or options.class_numbers or "all"}
-        drawn_from |= {"guidance_scale": options.guidance_scale}
+        # what is drawn, not what was typed: a default that is spelled out asks for the same
+        every = prompts or options.class_numbers or list(range(model.num_classes or 0))
+        drawn_from = {str(model.reads): every}
+    if model.reads == "captions":
+        guidance = options.guidance_scale
+        drawn_from["guidance_scale"] = GUIDANCE_SCALE if guidance is None else guidance
     how: dict[str, Any] = {
         "num_inference_steps": options.num_inference_steps,
         "guidance_scale": options.guidance_scale,
