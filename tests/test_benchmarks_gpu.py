@@ -146,7 +146,7 @@ def test_pieces_find_the_repository_and_no_network(tmp_path):
         "import os, dtrak_kernels, protocol, numerics; "
         "assert os.environ['HF_HUB_OFFLINE'] == '1'; print(dtrak_kernels.__file__)"
     )
-    outcome = run(piece("imports", code), tmp_path)
+    outcome = run(piece("imports", code, limit=90.0), tmp_path)
     assert outcome.status == "passed", (tmp_path / "imports.log").read_text()
 
 

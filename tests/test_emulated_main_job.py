@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.emulated, pytest.mark.full]
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("job")
-    UNet(small_unet().float(), linear_process().scheduler).save(folder / "model")
+    UNet(small_unet().float(), linear_process()).save(folder / "model")
     return {
         "model": str(folder / "model"),
         "data": str(make_images(folder / "images", 6)),

@@ -14,9 +14,12 @@ from dtrak.data.images import DataError, digits_split
 from dtrak.data.layouts import ARTBENCH_CLASSES, CIFAR10_CLASSES
 from dtrak.data.sources import Record
 from dtrak.models.hashing import hash_model
-from dtrak.training.presets import PRESETS, Draw, LoraRecipe, get_preset
+from dtrak.training import presets
+from dtrak.training.presets import Draw, LoraRecipe, get_preset
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
+# before tests of this process register theirs
+PRESETS = dict(presets.PRESETS)
 NAMES = ["digits", "cifar2", "cifar10", "celeba", "artbench2", "artbench5"]
 
 
