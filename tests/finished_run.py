@@ -8,17 +8,25 @@ from rich.console import Console
 from dtrak.cli.attribution import run_attribution
 from dtrak.data.images import encode_png, load_data, to_uint8
 from dtrak.models.unet import digits_model
+from dtrak.runs.record import list_queries
 from dtrak.runs.run import Options
 from dtrak.training.trainer import Recipe, train
 
 RECIPE = Recipe(steps=6, batch_size=16, learning_rate=1e-3, seed=5)
 OPTIONS = {
     "model": None, "data": "digits", "queries": "generated", "num_queries": 4,
-    "output_function": "mean_squared_l2_norm", "timesteps": "2", "timestep_strategy": None,
+    "output_function": None, "timesteps": "2", "timestep_strategy": None,
     "noise_seed": 0, "projection": "sjlt", "proj_dim": 256, "seed": 0, "damping": "auto",
     "top_k": 3, "batch_size": None, "device": "cpu", "dtype": "float32", "output": None,
     "fused": True, "skip_corrupt": False, "resize": False,
 }  # fmt: skip
+
+
+def results(run):
+    """Where the scores of the set of queries lie that a run explained last."""
+    return max(
+        list_queries(run).values(), key=lambda place: (place / "manifest.json").stat().st_mtime_ns
+    )
 
 
 def make_images(folder, count=60):

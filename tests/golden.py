@@ -140,13 +140,14 @@ def read_lora(folder: Path) -> dict[str, torch.Tensor]:
 
 def read_features(run: Path, kind: str) -> dict[str, torch.Tensor]:
     """Of the training images (train) or the queries (query), however they are cut into shards."""
-    (folder,) = (run / "features").glob(f"{kind}*")
+    (folder,) = (run / "features").glob(f"*/{kind}*")
     shards = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
     return {"features": torch.cat([tensor for shard in shards for tensor in shard.values()])}
 
 
-def read_scores(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "scores.safetensors")
+def read_scores(run: Path, queries: str = "") -> dict[str, torch.Tensor]:
+    (folder,) = (run / "queries").glob(f"{queries}*")
+    return load_file(folder / "scores.safetensors")
 
 
 def read_drawn(run: Path) -> dict[str, torch.Tensor]:
@@ -243,7 +244,7 @@ def measure_digits(folder: Path) -> dict[str, Artefact]:
     run("attribute", *sjlt, "--queries", "generated", "--num-queries", 2)
     artefacts |= {
         "digits: pictures": Artefact(read_drawn(main), GREY_LEVEL),
-        "digits: scores of pictures": Artefact(read_scores(main), GREY_LEVEL),
+        "digits: scores of pictures": Artefact(read_scores(main, "generated"), GREY_LEVEL),
     }
     images = write_pictures(folder / "images", 6, 8)
     for kind in ("kronecker", "normal"):
@@ -297,7 +298,7 @@ def measure_lora(folder: Path) -> dict[str, Artefact]:
     run("attribute", *fixed, "--prompts", "wave 1", "--num-queries", 2)
     return artefacts | {
         "LoRA: pictures": Artefact(read_drawn(main), GREY_LEVEL),
-        "LoRA: scores of pictures": Artefact(read_scores(main), GREY_LEVEL),
+        "LoRA: scores of pictures": Artefact(read_scores(main, "generated"), GREY_LEVEL),
     }
 
 

@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
+from finished_run import results
 from numerics import relative_error
 from PIL import Image
 from safetensors import safe_open
@@ -85,8 +86,12 @@ def done(shared, model_folder, images_folder, tmp_path):
 
 
 def read_scores(folder):
-    with safe_open(folder / "scores.safetensors", "pt") as file:
+    with safe_open(results(folder) / "scores.safetensors", "pt") as file:
         return file.get_tensor("scores"), dict(file.metadata())
+
+
+def read_file(file):
+    return load_file(file)["scores"]
 
 
 def test_end_to_end(run, tmp_path, model_folder, images_folder):
@@ -112,7 +117,7 @@ def test_end_to_end(run, tmp_path, model_folder, images_folder):
     expected = psi @ torch.linalg.inv(phi.T @ phi + 0.5 * torch.eye(512).double()) @ phi.T
     assert relative_error(scores, expected) < 1e-4
 
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = json.loads((results(folder) / "manifest.json").read_text())
     assert [stage["name"] for stage in manifest["stages"]] == [
         "generate the queries",
         "features of training images",
@@ -123,8 +128,8 @@ def test_end_to_end(run, tmp_path, model_folder, images_folder):
     for fact in ("parameters", "largest tensor", "features"):
         assert fact in manifest["facts"]
         assert fact in output
-    assert "<html" in (folder / "report.html").read_text()
-    assert Image.open(folder / "report.png").size[0] > 1000
+    assert "<html" in (results(folder) / "report.html").read_text()
+    assert Image.open(results(folder) / "report.png").size[0] > 1000
     # the pictures are drawn from their seeds
     assert len(list((folder / "generated").glob("*.png"))) == 3
     assert not list(folder.rglob("*.partial"))
@@ -152,15 +157,15 @@ def test_killed_runs_resume_with_the_same_bits(run, tmp_path, model_folder, imag
         "--data", str(images_folder), "--output", str(broken), "--batch-size", "4", *SMALL,
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    first = broken / "features" / "train" / "000000.safetensors"
+    first = broken / "features" / "mean_squared_l2_norm" / "train" / "000000.safetensors"
     deadline = time.monotonic() + 240
     while not first.is_file() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert first.is_file()
-    assert not (broken / "scores.safetensors").exists()
-    assert not (broken / "features" / "train" / "000002.safetensors").exists()
+    assert not (broken / "queries").exists()
+    assert not first.with_name("000002.safetensors").exists()
     kept = first.stat().st_mtime_ns
 
     # shards keep the size they were begun with
@@ -171,7 +176,7 @@ def test_killed_runs_resume_with_the_same_bits(run, tmp_path, model_folder, imag
     assert code == 0, output
     assert torch.equal(read_scores(broken)[0], read_scores(tmp_path / "whole")[0])
     for shard in range(3):
-        name = f"features/train/{shard:06d}.safetensors"
+        name = f"features/mean_squared_l2_norm/train/{shard:06d}.safetensors"
         assert (broken / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
@@ -190,7 +195,11 @@ def test_listed_timesteps_and_a_function_of_ones_own(run, tmp_path, monkeypatch,
     settings = json.loads(read_scores(tmp_path / "own")[1]["settings"])
     assert settings["timesteps"] == "0,500 explicit"
     assert settings["output function"] == "own_output:square"
-    failing(run, 'output_function is "mean_squared_l2_norm" there', *queries, *own[2:])
+    # beside the other's, whose features are not touched
+    assert run(*queries, *own[2:])[0] == 0
+    scores = [read_file(file) for file in (tmp_path / "run").rglob("scores.safetensors")]
+    assert len(scores) == 2
+    assert torch.equal(*scores)
 
 
 def test_no_fused_agrees_with_fused(run, tmp_path, images_folder):
@@ -240,9 +249,21 @@ def test_compare_prints_agreement_times_and_memory(run):
         ("--proj-dim", "100", "proj_dim must be at least 256 for kind 'sjlt', got 100"),
         ("--seed", "-1", "seed must be in [0, 2**63), got -1"),
         ("--noise-seed", "-1", "--noise-seed must be in [0, 2**63), got -1"),
-        ("--damping", "much", "--damping must be 'auto' or a finite number of at least 0"),
-        ("--damping", "-1", "--damping must be 'auto' or a finite number of at least 0"),
-        ("--damping", "nan", "--damping must be 'auto' or a finite number of at least 0"),
+        (
+            "--damping",
+            "much",
+            "--damping must be 'auto', a finite number of at least 0, or one such as 1x",
+        ),
+        (
+            "--damping",
+            "-1",
+            "--damping must be 'auto', a finite number of at least 0, or one such as 1x",
+        ),
+        (
+            "--damping",
+            "nan",
+            "--damping must be 'auto', a finite number of at least 0, or one such as 1x",
+        ),
         ("--top-k", "0", "--top-k must be at least 1, got 0"),
         ("--batch-size", "0", "--batch-size must be at least 1, got 0"),
         ("--num-queries", "0", "--num-queries must be at least 1, got 0"),
@@ -262,7 +283,7 @@ def test_bad_values_give_one_clear_line(option, value, message, run, tmp_path):
     assert output.startswith("error: ") or "error: " in output
     assert message in output, output
     assert "Traceback" not in output
-    assert not (tmp_path / "run" / "scores.safetensors").exists()
+    assert not (tmp_path / "run" / "queries").exists()
 
 
 def test_unknown_options_name_the_closest(run):
@@ -371,15 +392,14 @@ def test_another_model_is_refused_before_the_data_is_read(run, done, tmp_path, m
 
 def test_folders_of_another_run(run, done, tmp_path, images_folder):
     failing(run, "projection.seed is 0 there and 7 here", "--seed", "7")
-    failing(run, 'output_function is "mean_squared_l2_norm" there', "--output-function", "loss")
     other = tmp_path / "other"
     other.mkdir()
     (other / "a.png").write_bytes((images_folder / "000.png").read_bytes())
     failing(run, "holds another run: data.fingerprint is", data=other)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday.jpg").touch()
-    failing(run, "not empty and holds no run of dtrak", output=tmp_path / "photos")
-    failing(run, "--output must be a folder", output=images_folder / "000.png")
+    failing(run, "is not empty and holds no run.json", output=tmp_path / "photos")
+    failing(run, "--output must be a folder", output=other / "a.png")
     # nothing was lost by asking
     assert run()[0] == 0
 

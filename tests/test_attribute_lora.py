@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from finished_run import results
 from numerics import relative_error
 from safetensors import safe_open
 from tiny_stable_diffusion import PICTURES, build_pipeline, load_tiny, write_pictures
@@ -58,7 +59,7 @@ def run(folder, lora, pictures, tmp_path):
 
 
 def read_scores(folder):
-    with safe_open(folder / "scores.safetensors", "pt") as file:
+    with safe_open(results(folder) / "scores.safetensors", "pt") as file:
         return file.get_tensor("scores"), dict(file.metadata())
 
 
@@ -97,14 +98,15 @@ def test_end_to_end(run, folder, pictures, tmp_path):
     wanted = psi @ torch.linalg.inv(phi.T @ phi + 0.5 * torch.eye(512).double()) @ phi.T
     assert relative_error(scores, wanted) < 1e-4
 
-    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    manifest = json.loads((results(tmp_path / "run") / "manifest.json").read_text())
     identity = load_tiny(folder).identity()
     assert {key: manifest[key] for key in identity} == identity
-    store = json.loads((tmp_path / "run" / "features" / "train" / "manifest.json").read_text())
+    features = tmp_path / "run" / "features" / "mean_squared_l2_norm"
+    store = json.loads((features / "train" / "manifest.json").read_text())
     assert {"lora", "vae", "captions", "text_encoder", "model"} <= store["deciding"].keys()
     assert manifest["captions"] == store["deciding"]["captions"]
     assert manifest["facts"]["parameters"] == "1,968"
-    page = (tmp_path / "run" / "report.html").read_text()
+    page = (results(tmp_path / "run") / "report.html").read_text()
     # below each picture, and among the facts of the run
     assert page.count("“a wave”") == 3 + 1
     assert "“monk by the sea”" in page
@@ -113,7 +115,7 @@ def test_end_to_end(run, folder, pictures, tmp_path):
 
 def test_a_second_run_reuses_everything_and_other_prompts_join(run, tmp_path, monkeypatch):
     assert run("--prompts", "a wave")[0] == 0
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.png")}
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("generated-*/*.png")}
     with monkeypatch.context() as patch:
         patch.setattr("dtrak.models.stable_diffusion.StableDiffusion.posterior", None)
         patch.setattr("dtrak.features.extraction.FusedExtractor.extract", _count_one)

@@ -12,7 +12,6 @@ from dtrak.runs.console import (
     check_source,
     choose_device,
     fail,
-    parse_damping,
     progress_bar,
     reporting_errors,
 )
@@ -86,14 +85,6 @@ def test_devices():
             choose_device(name)
     with pytest.raises(ValueError, match="must name a device that is there, got 'cuda:99'"):
         choose_device("cuda:99")
-
-
-def test_damping():
-    assert parse_damping("auto") is None
-    assert parse_damping("1e-3") == 1e-3
-    for text in ("much", "-1", "nan", "inf", ""):
-        with pytest.raises(ValueError, match=f"a finite number of at least 0, got '{text}'"):
-            parse_damping(text)
 
 
 def test_misspelt_names(tmp_path, monkeypatch):

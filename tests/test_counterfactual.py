@@ -48,7 +48,7 @@ def test_end_to_end(run, finished, tmp_path):
 
     # what was removed is what the scores rank highest, for these queries
     removed = load_file(tmp_path / "cf" / "removed.safetensors")
-    scores = load_file(finished / "scores.safetensors")["scores"]
+    scores = load_file(results_of(finished) / "scores.safetensors")["scores"]
     for place, row in enumerate(rows):
         highest = sorted(range(60), key=lambda i, r=row: -scores[r, i])[:10]
         assert removed["d-trak"][place].tolist() == highest

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from finished_run import OPTIONS, RECIPE
+from finished_run import OPTIONS, RECIPE, results
 from numerics import relative_error
 from rich.console import Console
 from tiny_lds import trained
@@ -153,7 +153,7 @@ def changed(finished, tmp_path):
 
     def change(**options):
         shutil.copytree(finished.parent, tmp_path / "copy")
-        file = tmp_path / "copy" / "run" / "manifest.json"
+        file = results(tmp_path / "copy" / "run") / "manifest.json"
         manifest = json.loads(file.read_text())
         places = {"model": tmp_path / "copy" / "model", "data": tmp_path / "copy" / "images"}
         manifest["options"] |= {name: str(place) for name, place in places.items()} | options

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from finished_run import OPTIONS, RECIPE
+from finished_run import OPTIONS, RECIPE, results
 from rich.console import Console
 from tiny_stable_diffusion import build_pipeline, write_pictures
 from typer.testing import CliRunner
@@ -46,7 +46,7 @@ def changed(finished, tmp_path):
 
     def change(**options):
         shutil.copytree(finished.parent, tmp_path / "copy")
-        file = tmp_path / "copy" / "run" / "manifest.json"
+        file = results(tmp_path / "copy" / "run") / "manifest.json"
         manifest = json.loads(file.read_text())
         places = {"model": tmp_path / "copy" / "model", "data": tmp_path / "copy" / "images"}
         manifest["options"] |= {name: str(place) for name, place in places.items()} | options
@@ -231,7 +231,7 @@ def edit(painted, tmp_path, **changes):
     note = json.loads(file.read_text())
     note["settings"] |= changes
     file.write_text(json.dumps(note))
-    file = tmp_path / "run" / "manifest.json"
+    file = results(tmp_path / "run") / "manifest.json"
     manifest = json.loads(file.read_text())
     manifest["options"]["lora"] = str(tmp_path / "lora")
     file.write_text(json.dumps(manifest))

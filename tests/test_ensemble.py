@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from finished_run import OPTIONS, RECIPE, make_model, make_run
+from finished_run import OPTIONS, RECIPE, make_model, make_run, results
 from numerics import relative_error
 from rich.console import Console
 from safetensors.torch import load_file
@@ -37,11 +37,11 @@ def test_the_file_holds_the_float64_mean_of_the_runs(runs, tmp_path):
     result = CliRunner().invoke(app, [*map(str, runs), "--output", str(file)])
     assert result.exit_code == 0, result.output
     assert "mean scores of 2 models, 3 pictures by 60" in " ".join(result.output.split())
-    each = [load_file(run / "scores.safetensors")["scores"].double() for run in runs]
+    each = [load_file(results(run) / "scores.safetensors")["scores"].double() for run in runs]
     assert relative_error(each[0], each[1]) > 1e-2
     scores, metadata = read_scores(file)
     assert relative_error(scores, (each[0] + each[1]) / 2) < 1e-6
-    own = read_scores(runs[0] / "scores.safetensors")[1]
+    own = read_scores(results(runs[0]) / "scores.safetensors")[1]
     assert (metadata["rows"], metadata["columns"]) == (own["rows"], own["columns"])
     settings = json.loads(metadata["settings"])
     assert settings["output function"] == "mean_squared_l2_norm"
@@ -61,8 +61,8 @@ def test_the_file_holds_the_float64_mean_of_the_runs(runs, tmp_path):
 def test_runs_that_do_not_fit_are_refused(runs, tmp_path, change, message):
     other = tmp_path / "other"
     shutil.copytree(runs[1], other)
-    manifest = json.loads((other / "manifest.json").read_text())
-    (other / "manifest.json").write_text(json.dumps(manifest | change))
+    manifest = json.loads((results(other) / "manifest.json").read_text())
+    (results(other) / "manifest.json").write_text(json.dumps(manifest | change))
     for pair in ((runs[0], other), (other, runs[0])):
         with pytest.raises(ResultsError, match=message if pair[1] == other else "must "):
             average_runs(pair, tmp_path / "mean.safetensors")
@@ -88,6 +88,6 @@ def test_every_run_counts_once(runs, tmp_path):
     third = tmp_path / "copy"
     shutil.copytree(runs[0], third)
     found = average_runs([*runs, third], tmp_path / "mean.safetensors").double()
-    each = [load_file(run / "scores.safetensors")["scores"].double() for run in runs]
+    each = [load_file(results(run) / "scores.safetensors")["scores"].double() for run in runs]
     assert relative_error(found, (2 * each[0] + each[1]) / 3) < 1e-6
     assert torch.isfinite(found).all()

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from finished_run import results
 from numerics import relative_error
 from test_reproduce import parse
 from tiny import tiny_model
@@ -177,7 +178,7 @@ def test_from_labelled_data_to_a_report(places, tmp_path):
     (drawn,) = output.glob("generated-*")
     expected = draw_all(load(model), range(5), items=[0, 1, 2, 0, 1])
     assert (load_data(drawn).images - expected).abs().max() <= 0.51 / 127.5
-    deciding = json.loads((output / "run.json").read_text())
+    deciding = json.loads((output / "run.json").read_text())["settings"]
     assert {"labels", "data", "model", "schedule"} <= set(deciding)
     # the scores are those of dense algebra on gradients of an oracle
     attribution = load_attribution(output)
@@ -193,7 +194,7 @@ def test_from_labelled_data_to_a_report(places, tmp_path):
     damping = float(attribution.manifest["settings"]["damping"].split()[0])
     scores = RidgeSolver(phi).scores(psi, damping=damping)
     assert relative_error(attribution.scores, scores) < 1e-3
-    assert "class 2" in (output / "report.html").read_text()
+    assert "class 2" in (results(output) / "report.html").read_text()
     # the same again has nothing to do; other classes are other pictures beside them
     assert "reused" in run(*where, "--queries", "generated", "--num-queries", 5)
     run(*where, "--queries", "generated", "--num-queries", 2, "--classes", "2,1")
@@ -356,7 +357,7 @@ def test_each_round_of_classes_has_pictures_of_its_own(places, tmp_path):
     where = ("--model", places / "model", "--data", places / "digits.parquet", *COMMON)
     for classes, items in (("0,0,1", [0, 0, 1]), ("0,1", [0, 1, 0])):
         run(*where, "--output", tmp_path, "--num-queries", 3, "--classes", classes)
-        queries = load_attribution(tmp_path).load_inputs().queries
+        queries = load_attribution(tmp_path, results(tmp_path).name).load_inputs().queries
         assert queries.conditions == items
         expected = draw_all(load(places / "model"), range(3), items=items)
         assert (queries.images - expected).abs().max() <= 0.51 / 127.5

@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from finished_run import OPTIONS
+from finished_run import OPTIONS, results
 from page import HOSTILE, Page, case, decoded, quantised, write
 from rich.console import Console
 from test_counterfactual_results import example
@@ -227,7 +227,7 @@ def test_the_whole_report_has_all_there_is(finished):
     run = load_attribution(finished)
     data = run.load_inputs()
     # the strips are those the main job wrote
-    own = Page((finished / "report.html").read_text(encoding="utf-8"))
+    own = Page((results(finished) / "report.html").read_text(encoding="utf-8"))
     shown = [e["src"] for e in own.all("img")]
     assert [e["src"] for e in page.all("img")][: len(shown)] == shown
     assert [e["value"] for e in page.all("data")] == [e["value"] for e in own.all("data")]
@@ -250,7 +250,7 @@ def test_text_to_image_runs_show_captions_prompts_and_guidance(tmp_path):
     places = {name: str(place) for name, place in places.items()}
     options = Options(**{**OPTIONS, **places, "num_queries": 3, "guidance_scale": 3.5})
     run_attribution(options, Console(quiet=True))
-    own = Page((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
+    own = Page((results(tmp_path / "run") / "report.html").read_text(encoding="utf-8"))
     page, _ = headings(gather_report(tmp_path / "run"))
     shown = [e["text"] for e in page.all("small")]
     assert shown == [e["text"] for e in own.all("small")]
@@ -261,9 +261,9 @@ def test_text_to_image_runs_show_captions_prompts_and_guidance(tmp_path):
         for text in ("guidance scale of the pictures", "3.5", "“a wave”, “a <b>fog</b>”"):
             assert text in cells, text
     # a run of a version that did not say so
-    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    manifest = json.loads((results(tmp_path / "run") / "manifest.json").read_text())
     manifest["facts"] = {}
-    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
+    (results(tmp_path / "run") / "manifest.json").write_text(json.dumps(manifest))
     cells = [e["text"] for e in Page(gather_report(tmp_path / "run")).all("td")]
     assert "3.5" in cells
 
@@ -355,7 +355,10 @@ def test_misuse_is_one_clear_line(finished, arguments, message):
 def test_truncated_files_are_one_clear_line(finished, tmp_path, name, keep):
     shutil.copytree(finished, tmp_path / "run")
     shutil.copytree(finished.parent / "lds-run", tmp_path / "run" / "lds")
-    file = tmp_path / "run" / name
+    place = (
+        results(tmp_path / "run") if name.startswith(("scores", "manifest")) else tmp_path / "run"
+    )
+    file, before = place / name, (results(tmp_path / "run") / "report.html").read_bytes()
     file.write_bytes(file.read_bytes()[:keep])
     code, output = command(tmp_path / "run", "--lds", tmp_path / "run" / "lds")
     assert code == 2, output
@@ -363,4 +366,4 @@ def test_truncated_files_are_one_clear_line(finished, tmp_path, name, keep):
     assert output.count("error: ") == 1
     assert file.name in output
     assert "damaged" in output
-    assert not (tmp_path / "run" / "results.html").exists()
+    assert (results(tmp_path / "run") / "report.html").read_bytes() == before

@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
-from finished_run import OPTIONS, make_run
+from finished_run import OPTIONS, make_run, results
 from rich.console import Console
 
 from dtrak.features.output_names import OUTPUT_NAMES
@@ -40,7 +41,7 @@ REFUSALS = {
         ("--timesteps 0", "--timesteps must be at least 1, got 0"),
         ("--output-function los", "did you mean 'loss'?"),
         ("--dtype float", "--dtype must be one of float32"),
-        ("--damping much", "--damping must be 'auto' or a finite number"),
+        ("--damping much", "--damping must be 'auto', a finite number"),
         ("--device mps", "--device must be auto, cpu, cuda or cuda:N, got 'mps': "),
         ("--model nowhere", "model must be an existing folder that Diffusers wrote, got nowhere"),
         ("--preset cifar3", "did you mean 'cifar2'?"),
@@ -186,16 +187,18 @@ def copy(run, tmp_path):
     """A finished run to spoil; gives its options."""
     shutil.copytree(run.parent, tmp_path / "copy")
     # the same images and the same model, where the run found them
-    return Options(**json.loads((run / "manifest.json").read_text())["options"]), tmp_path / "copy"
+    return Options(
+        **json.loads((results(run) / "manifest.json").read_text())["options"]
+    ), tmp_path / "copy"
 
 
 def reuses(options, folder):
-    options = Options(**{**vars(options), "output": str(folder / "run")})
+    options = Options(**{**asdict(options), "output": str(folder / "run")})
     return reuse_finished(options, Console(quiet=True))
 
 
 def test_a_finished_run_is_reused_without_diffusers(run, tmp_path):
-    options = json.loads((run / "manifest.json").read_text())["options"]
+    options = json.loads((results(run) / "manifest.json").read_text())["options"]
     line = ["--model", options["model"], "--data", options["data"], "--output", run, "--timesteps"]
     line += ["2", "--num-queries", "4", "--proj-dim", "256", "--top-k", "3", "--device", "cpu"]
     code = (
@@ -218,14 +221,14 @@ def test_whatever_differs_is_done_again(copy, monkeypatch):
     assert reuses(options, folder)
     # as in a folder that was moved
     for name, value in (("top_k", 4), ("damping", "1"), ("seed", 1), ("num_queries", 3)):
-        assert not reuses(Options(**{**vars(options), name: value}), folder), name
+        assert not reuses(Options(**{**asdict(options), name: value}), folder), name
     for place in (
-        "run/scores.safetensors",
-        "run/report.html",
+        f"{results(folder / 'run').relative_to(folder)}/scores.safetensors",
+        f"{results(folder / 'run').relative_to(folder)}/report.html",
+        f"{results(folder / 'run').relative_to(folder)}/manifest.json",
         "run/run.json",
-        "run/manifest.json",
         "run/generated/00002.png",
-        "run/features/train/000000.safetensors",
+        "run/features/mean_squared_l2_norm/train/000000.safetensors",
     ):
         file = folder / place
         kept = file.read_bytes()
@@ -264,14 +267,15 @@ def test_a_folder_another_command_works_in_is_refused(copy):
         with pytest.raises(OutputError, match="another command is at work in"):
             reuses(options, folder)
         # of another run nothing is known yet
-        assert not reuses(Options(**{**vars(options), "top_k": 4}), folder)
+        assert not reuses(Options(**{**asdict(options), "top_k": 4}), folder)
 
 
 def test_a_run_that_was_never_finished_is_none(tmp_path):
     options = Options(**{**OPTIONS, "output": str(tmp_path / "run")})
     assert not reuse_finished(options, Console(quiet=True))
-    (tmp_path / "run").mkdir()
+    queries = tmp_path / "run" / "queries" / "generated-0"
+    queries.mkdir(parents=True)
     for text in ("", "[]", "{}", '{"options": {}}', '{"finished": 3, "options": {}, "facts": {}}'):
-        (tmp_path / "run" / "manifest.json").write_text(text)
+        (queries / "manifest.json").write_text(text)
         assert not reuse_finished(options, Console(quiet=True))
     assert not Path(tmp_path / "run" / LOCK_FILE).exists()

@@ -1,115 +1,44 @@
-"""The main job: features of training images and queries, the kernel inverse, scores, a report."""
+"""The main job: a model, its data and queries, explained; a report, and a record of it all."""
 
 from __future__ import annotations
 
 import json
-import math
 import platform
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save
-from torch import Tensor
-
-from dtrak_kernels.ridge import RidgeSolver
 
 from .. import __version__
+from ..attribution import Attribution
 from ..data.samples import Samples
-from ..features.extraction import (
-    Extractor,
-    FusedExtractor,
-    deciding_settings,
-    extract_rows,
-    fill_store,
-    fitting_batch_size,
-    item_identity,
-)
-from ..features.store import FeatureStore
+from ..features.extraction import FusedExtractor, fitting_batch_size, item_identity
+from ..methods.evidence import Drawing, Evidence
+from ..models import load
 from ..models.denoiser import Denoiser
-from ..pages.report import ranked_matches, write_report
+from ..pages.index import write_index
+from ..pages.report import Explained, gather_report, write_picture
 from ..runs.files import write_atomically
 from ..runs.finished import record_finish
 from ..runs.inputs import drawing_facts, load_model_and_data, load_queries
-from ..runs.measure import TensorMeter, available_bytes, format_bytes
+from ..runs.measure import format_bytes
 from ..runs.options import Options
+from ..runs.record import (
+    GENERATED,
+    MANIFEST,
+    PICTURE,
+    REPORT,
+    RUN_FILE,
+    SCORES,
+    ResultsError,
+    read_json,
+    results_folder,
+)
 from ..runs.run import Run, make_plan, print_summary
-
-
-def _make_extractor(run: Run, model: Denoiser) -> Extractor:
-    plan = run.plan
-    if plan.options.fused:
-        return FusedExtractor(model, plan.settings, plan.device)
-    from ..features.published import PublishedExtractor
-
-    return PublishedExtractor(model, plan.settings, plan.device)
-
-
-def _batch_size(run: Run, extractor: Extractor, data: Samples) -> int:
-    if run.plan.options.batch_size is not None:
-        return run.plan.options.batch_size
-    if isinstance(extractor, FusedExtractor):
-        return fitting_batch_size(extractor, data)
-    from ..features.published import PUBLISHED_BATCH_SIZE
-
-    # gradients, their copy and their sum live at once
-    fitting = available_bytes(run.plan.device) // 2 // (3 * 4 * extractor.grad_dim)
-    return max(1, min(PUBLISHED_BATCH_SIZE, fitting))
-
-
-def _compute_features(
-    run: Run, model: Denoiser, extractor: Extractor, data: Samples, role: str
-) -> FeatureStore:
-    plan = run.plan
-    label = {"train": "features of training images", "query": "features of queries"}[role]
-    # sets of queries live side by side, each under the first digits of its fingerprint
-    name = role if role == "train" else f"{role}-{data.fingerprint[:12]}"
-    folder = plan.output / ("features" if plan.options.fused else "features-published") / name
-    known = (folder / "manifest.json").is_file()
-    store = FeatureStore.open(
-        folder,
-        {**deciding_settings(model, plan.settings, data, extractor.method), "role": role},
-        data.ids,
-        extractor.proj_dim,
-        1 if known else _batch_size(run, extractor, data),
-    )
-    if not store.missing():
-        run.reused.append(label)
-    else:
-        with run.stage(label) as progress:
-            fill_store(
-                store,
-                extractor,
-                data,
-                role=f"{role}/",
-                batch_size=plan.options.batch_size,
-                progress=progress,
-            )
-    return store
-
-
-def _measure_tensors(extractor: Extractor, data: Samples, batch_size: int) -> dict[str, int]:
-    """What one batch of the feature stage holds, in bytes."""
-    if not isinstance(extractor, FusedExtractor):
-        return {}
-    with TensorMeter(known=extractor.model.module.state_dict().values()) as meter:
-        extract_rows(extractor, data, slice(0, batch_size))
-    return {"largest tensor": meter.largest_bytes, "live tensors at the peak": meter.peak_bytes}
-
-
-def _environment(device: torch.device) -> dict[str, str]:
-    return {
-        "dtrak": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.machine(),
-    }
 
 
 def run_attribution(options: Options, console: Console) -> Path:
@@ -120,126 +49,149 @@ def run_attribution(options: Options, console: Console) -> Path:
         console: where progress goes.
 
     Returns:
-        The output folder.
+        The folder of the results, in the output folder.
 
     Raises:
         ValueError: an option, the model, the data or the output folder is refused; one clear line.
         FileNotFoundError: a path does not exist.
     """
     with ExitStack() as held:
-        return _attribute(Run(make_plan(options), console, held))
+        run = Run(make_plan(options), console, held)
+        model, data = load_model_and_data(run)
+        queries, drawing = load_queries(run, model)
+        return _explain(run, model, data, queries, drawing)
 
 
-def _attribute(run: Run) -> Path:
-    model, data = load_model_and_data(run)
+def _explain(
+    run: Run, model: Denoiser, data: Samples, queries: Samples, drawing: Drawing | None
+) -> Path:
     plan, options = run.plan, run.plan.options
-    queries = load_queries(run, model)
-    extractor = _make_extractor(run, model)
-    train_store = _compute_features(run, model, extractor, data, "train")
-    query_store = _compute_features(run, model, extractor, queries, "query")
-    tensors = _measure_tensors(extractor, data, train_store.batch_size)
-    with run.stage("kernel inverse and scores"):
-        features = (
-            train_store.load()
-            if 4 * math.prod(train_store.shape) < available_bytes(torch.device("cpu")) // 4
-            else train_store
-        )
-        solver = RidgeSolver(features)
-        damping = solver.auto_damping() if plan.damping is None else plan.damping
-        scores = solver.scores(query_store.load(), damping=damping).float()
-    settings = {
+    evidence = Evidence(
+        model,
+        data,
+        queries,
+        options,
+        plan.device,
+        run,
+        folder=plan.output,
+        drawing=drawing,
+        checkpoints=_checkpoints(options),
+        clip=options.clip,
+    )
+    scores, settings = evidence.scores()
+    found = Attribution(scores, data, queries, settings, evidence.facts)
+    results = results_folder(plan.output, options.queries, queries.fingerprint, options.variant)
+    results.mkdir(parents=True, exist_ok=True)
+    places = {
         "data": data.source,
         "model": options.model or "trained on the spot",
         **({} if options.lora is None else {"LoRA": options.lora}),
         "queries": options.queries,
-        "method": extractor.method,
-        "output function": plan.settings.output_function,
-        "timesteps": str(options.when),
-        "noise seed": options.noise_seed,
-        "projection": options.projection,
-        "proj_dim": extractor.proj_dim,
-        "projection seed": options.seed,
-        "damping": f"{damping:.6g}" + (" (auto)" if plan.damping is None else ""),
-        "dtype": options.dtype,
     }
-    facts = {
-        "parameters": f"{extractor.grad_dim:,}",
-        "features": (f"{len(train_store):,} + {len(query_store):,} rows of {extractor.proj_dim:,}"),
-        "batch size": str(train_store.batch_size),
-        **{name: format_bytes(size) for name, size in tensors.items()},
-        "gradients never stored": format_bytes(4 * extractor.grad_dim * len(data)),
+    facts = {"pictures": str(len(queries)), **evidence.facts, **drawing_facts(run, queries)}
+    with run.stage("report", f" {results.name}"):
+        found.write_scores(results / SCORES)
+        explained = Explained(
+            data,
+            queries,
+            scores,
+            options.top_k,
+            "generated picture" if options.queries == GENERATED else "picture",
+            places | found.shown_settings,
+            facts,
+            [(stage.name, stage.seconds) for stage in run.clock.stages],
+            _environment(plan.device),
+        )
+        page = gather_report(plan.output, explained=explained, num_queries=len(queries))
+        write_atomically(results / REPORT, page.encode())
+        write_picture(results / PICTURE, explained)
+    manifest = {
+        "settings": places | settings,
+        "options": asdict(options),
+        "facts": facts,
+        "stages": [asdict(stage) for stage in run.clock.stages],
+        "reused": run.reused,
+        "environment": _environment(plan.device),
+        **model.identity(),
+        "data": data.fingerprint,
+        "queries": queries.fingerprint,
+        **item_identity(model, data),
+        "finished": record_finish(plan, results, model, queries.fingerprint),
     }
-    if not options.fused:
-        del facts["gradients never stored"]
-    facts |= drawing_facts(run, queries)
-    with run.stage("report"):
-        _write_results(run, data, queries, scores, settings, facts)
-    _write_manifest(run, model, data, queries, settings, facts)
-    print_summary(plan.output, run.reused, run.clock.stages, facts)
-    return plan.output
+    write_atomically(results / MANIFEST, json.dumps(manifest, indent=1).encode())
+    write_index(plan.output)
+    print_summary(results, run.reused, run.clock.stages, facts)
+    return results
 
 
-def _write_results(
-    run: Run,
-    data: Samples,
-    queries: Samples,
-    scores: Tensor,
-    settings: dict[str, Any],
-    facts: dict[str, str],
-) -> None:
-    plan, output = run.plan, run.plan.output
-    write_atomically(
-        output / "scores.safetensors",
-        save(
-            {"scores": scores.contiguous()},
-            metadata={
-                "rows": json.dumps(queries.ids),
-                "columns": json.dumps(data.ids),
-                "settings": json.dumps(settings),
-                "sign": "positive = proponent: its presence lowers the model's loss on the query",
-            },
-        ),
-    )
-    stages = [(stage.name, stage.seconds) for stage in run.clock.stages]
-    write_report(
-        output / "report.html",
-        output / "report.png",
-        **ranked_matches(data, queries, scores, plan.options.top_k),
-        settings=settings,
-        stages=stages,
-        facts=facts,
-        query_kind="generated picture" if plan.options.queries == "generated" else "picture",
-    )
+def _environment(device: torch.device) -> dict[str, str]:
+    cuda = device.type == "cuda"
+    return {
+        "dtrak": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
+    }
 
 
-def _write_manifest(
-    run: Run,
-    model: Denoiser,
-    data: Samples,
-    queries: Samples,
-    settings: dict[str, Any],
-    facts: dict[str, str],
-) -> None:
-    plan = run.plan
-    write_atomically(
-        plan.output / "manifest.json",
-        json.dumps(
-            {
-                "settings": settings,
-                "options": asdict(plan.options),
-                "facts": facts,
-                "stages": [asdict(stage) for stage in run.clock.stages],
-                "environment": _environment(plan.device),
-                **model.identity(),
-                "data": data.fingerprint,
-                "queries": queries.fingerprint,
-                **item_identity(model, data),
-                "finished": record_finish(plan, model, queries.fingerprint),
-                "files": ["scores.safetensors", "report.html", "report.png"],
-            },
-            indent=1,
-        ).encode(),
-    )
+def _checkpoints(options: Options) -> list[Callable[[], Denoiser]]:
+    """The models in the folder of checkpoints, in the order of their names' numbers.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds no models.
+    """
+    if options.checkpoints is None:
+        return []
+    folder = Path(options.checkpoints)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--checkpoints must be an existing folder, got {folder}")
+    found = [place for place in folder.iterdir() if place.is_dir() and any(place.glob("*.json"))]
+    if not found:
+        raise ValueError(
+            f"--checkpoints must be a folder of folders that Diffusers wrote, got none in {folder}"
+        )
+    ordered = sorted(found, key=lambda place: (len(place.name), place.name))
+    if options.lora is not None:
+        base = options.model
+        assert base is not None
+        return [lambda place=place: load(base, place) for place in ordered]  # type: ignore[misc]
+    return [lambda place=place: load(place) for place in ordered]  # type: ignore[misc]
+
+
+# what a run is about: other ones are another run
+_OF_THE_RUN = ("model", "lora", "data", "preset", "caption", "output")
+
+
+def options_of_run(options: Options, typed: set[str]) -> Options:
+    """The options of a finished run, with those that were typed in their place.
+
+    Args:
+        options: with ``run``.
+        typed: names of the options that were.
+
+    Raises:
+        FileNotFoundError: there is no such run.
+        ValueError: it is none of `dtrak.attribute`, or the model or the data of another one was
+            typed.
+    """
+    assert options.run is not None
+    folder = Path(options.run)
+    for name in _OF_THE_RUN:
+        if name in typed:
+            raise ValueError(f"--run takes the run's own --{name}, got another one")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--run must be an existing folder, got {folder}")
+    record = read_json(folder / RUN_FILE)
+    try:
+        kept = Options(**record["options"])
+    except (KeyError, TypeError) as error:
+        raise ResultsError(
+            f"--run must be a run of dtrak.attribute that says how it is run again, got {folder}: "
+            "give --model, --data and --output"
+        ) from error
+    chosen = {name: getattr(options, name) for name in typed - {"run", "traceback"}}
+    return replace(kept, **chosen, output=options.run)
 
 
 def run_comparison(options: Options, console: Console) -> Path:
@@ -253,10 +205,13 @@ def _compare(run: Run) -> Path:
 
     options = run.plan.options
     model, data = load_model_and_data(run)
+    settings = run.plan.settings
+    if settings is None:
+        raise ValueError(f"--compare is for methods that take gradients, got {options.method}")
     count = min(options.batch_size or PUBLISHED_BATCH_SIZE, len(data))
     samples = data.select(range(count))
-    published = PublishedExtractor(model, run.plan.settings, run.plan.device)
-    fused = FusedExtractor(model, run.plan.settings, run.plan.device)
+    published = PublishedExtractor(model, settings, run.plan.device)
+    fused = FusedExtractor(model, settings, run.plan.device)
     with run.stage(f"both ways on {len(samples)} images"):
         result: Comparison = compare(fused, published, samples, fitting_batch_size(fused, samples))
     table = Table(header_style="bold")

@@ -1,78 +1,79 @@
 """One page to look at: each query beside its proponents and opponents, and how far to trust them.
 
-``python -m dtrak.report runs/digits`` gathers what a run and its evaluations left into one
-self-contained HTML file.
+``python -m dtrak.report runs/digits`` writes the page of a set of queries anew, with whatever LDS
+and counterfactual retraining have been done since.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from rich.console import Console
 
-from ..runs.console import reporting_errors, run_app
 from ..runs.files import write_atomically
-from ..runs.record import check_report
+from ..runs.record import REPORT, RUN_FILE, check_report, find_queries
+from ..runs.stated import argument, option
+from .options import make_app
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+@dataclass(frozen=True)
+class Options:
+    """What `dtrak.report` was asked for."""
+
+    run: str = argument(help="Folder of dtrak.attribute or dtrak.lds.")
+    queries: str | None = option(
+        None, help="Which of the run's sets of queries. Default: the only one."
+    )
+    lds: str | None = option(
+        None,
+        help="Run folder of dtrak.lds to show too. Default: the run itself, or lds-<name> beside "
+        "it on the same images.",
+    )
+    counterfactual: str | None = option(
+        None, help="Folder of dtrak.counterfactual to show too. Default: counterfactual in the run."
+    )
+    data: str | None = option(
+        None, help="Where the training images lie now. Default: as in the run."
+    )
+    num_queries: int = option(16, help="Queries whose pictures are shown.")
+    output: str | None = option(
+        None, help="The HTML file. Default: report.html beside the scores of the queries."
+    )
 
 
-@app.command()
-def report(
-    run: Annotated[str, typer.Argument(help="Folder of dtrak.attribute or dtrak.lds.")],
-    lds: Annotated[
-        str | None,
-        typer.Option(
-            help="Run folder of dtrak.lds to show too. Default: the run itself, or lds-<name> "
-            "beside it on the same images."
-        ),
-    ] = None,
-    counterfactual: Annotated[
-        str | None,
-        typer.Option(
-            help="Folder of dtrak.counterfactual to show too. Default: counterfactual in the run."
-        ),
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Where the training images lie now. Default: as in the run.")
-    ] = None,
-    num_queries: Annotated[int, typer.Option(help="Queries whose pictures are shown.")] = 16,
-    output: Annotated[
-        str | None, typer.Option(help="The HTML file. Default: results.html in the run.")
-    ] = None,
-    traceback: Annotated[
-        bool, typer.Option("--traceback", help="Show where an error came from.")
-    ] = False,
-) -> None:
+def report(options: Options, console: Console) -> None:
     """Gather pictures, LDS and counterfactual retraining of a run into one HTML file."""
-    console = Console(stderr=True)
-    with reporting_errors(console, traceback):
-        file = Path(output) if output else Path(run) / "results.html"
-        if output and (file.is_dir() or not file.parent.is_dir()):
+    run = Path(options.run)
+    if options.output is not None:
+        file = Path(options.output)
+        if file.is_dir() or not file.parent.is_dir():
             raise ValueError(f"--output must be a file in an existing folder, got {file}")
-        check_report(Path(run), num_queries)
-        # as in dtrak.train
-        from ..pages.report import gather_report
+    check_report(run, options.num_queries)
+    is_attributed = (run / RUN_FILE).is_file()
+    if options.output is None:
+        place = find_queries(run, options.queries) if is_attributed else run
+        file = place / REPORT
+    # light until here, so that mistakes are said at once
+    from ..pages.index import write_index
+    from ..pages.report import gather_report
 
-        page = gather_report(
-            run,
-            lds=lds,
-            counterfactual=counterfactual,
-            source=data,
-            num_queries=num_queries,
-            console=console,
-        )
-        write_atomically(file, page.encode())
-        Console().print(f"report: {file}", soft_wrap=True)
+    page = gather_report(
+        run,
+        queries=options.queries,
+        lds=options.lds,
+        counterfactual=options.counterfactual,
+        source=options.data,
+        num_queries=options.num_queries,
+        console=console,
+    )
+    write_atomically(file, page.encode())
+    Console().print(f"report: {file}", soft_wrap=True, highlight=False)
+    if is_attributed and options.output is None:
+        Console().print(f"index: {write_index(run)}", soft_wrap=True, highlight=False)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of ``python -m dtrak.report``."""
-    run_app(app, "dtrak.report", arguments)
-
+app, main = make_app("dtrak.report", Options, report)
 
 if __name__ == "__main__":
     main()

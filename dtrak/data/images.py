@@ -360,6 +360,8 @@ def _decode(content: Any) -> Image.Image:
         raise ValueError("it holds no bytes")
     if isinstance(content, np.ndarray):
         return Image.fromarray(content)
+    if isinstance(content, Image.Image):
+        return ImageOps.exif_transpose(content)
     with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
         image.load()
         return ImageOps.exif_transpose(image)

@@ -20,7 +20,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMN = "label"
 KINDS = (
-    "'digits', a folder of images, a .parquet file, "
+    "'digits', a folder of images, one image, a .parquet file, "
     "a folder written by datasets' save_to_disk, or a hub name"
 )
 # the held-out part goes by several names; the first that is there counts
@@ -37,14 +37,14 @@ class Record(NamedTuple):
     Attributes:
         id: a name that stays the same when the data is moved.
         label: its class, or None.
-        content: its encoded bytes, its path, or its pixels [H, W] or [H, W, 3] uint8.
-        reread: gives its encoded bytes again, where they are too many to keep; or None.
+        content: its encoded bytes, its path, its pixels [H, W] or [H, W, 3] uint8, or a PIL image.
+        reread: gives its content again, where they are too many to keep; or None.
     """
 
     id: str
     label: int | None
-    content: bytes | Path | np.ndarray | None
-    reread: Callable[[], bytes] | None = None
+    content: Any
+    reread: Callable[[], Any] | None = None
 
 
 def digits_split(seed: int = 42) -> tuple[list[int], list[int]]:
@@ -108,8 +108,13 @@ def open_records(
     if path.is_dir():
         return _open_folder(path, name, split, classes, stems)
     if path.is_file():
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            _refuse_split(name, split, "an image")
+            return iter([Record(path.name, None, path)])
         if path.suffix.lower() != ".parquet":
-            raise DataError(f"'{name}' is a file but not a .parquet file; data must be {KINDS}")
+            raise DataError(
+                f"'{name}' is a file but neither an image nor a .parquet file; data must be {KINDS}"
+            )
         _refuse_split(name, split, "a parquet file")
         return _parquet_records(path, classes)
     if _looks_like_a_path(name):
@@ -352,10 +357,10 @@ def _saved_records(folder: Path, split: str, classes: Sequence[str] | None) -> I
             raise ValueError(
                 f"split of '{folder}' must be one of {', '.join(loaded)}, got '{split}'"
             )
-        yield from _dataset_records(loaded[part], f"{folder.name}/{part}", classes)
+        yield from dataset_records(loaded[part], f"{folder.name}/{part}", classes)
     else:
         _refuse_split(str(folder), split, "a single saved data set")
-        yield from _dataset_records(loaded, folder.name, classes)
+        yield from dataset_records(loaded, folder.name, classes)
 
 
 def _hub_records(name: str, split: str, classes: Sequence[str] | None) -> Iterator[Record]:
@@ -377,7 +382,7 @@ def _hub_records(name: str, split: str, classes: Sequence[str] | None) -> Iterat
                     f"datasets.load_dataset('{name}', split='{part}') failed "
                     f"({type(error).__name__}: {first_line(error)}); data must be {KINDS}"
                 ) from error
-    yield from _dataset_records(loaded, f"{name}/{part}", classes)
+    yield from dataset_records(loaded, f"{name}/{part}", classes)
 
 
 @contextmanager
@@ -406,7 +411,7 @@ def _offline_without_a_hub(name: str) -> Iterator[None]:
             module.HF_HUB_OFFLINE = value
 
 
-def _dataset_records(dataset: Any, name: str, classes: Sequence[str] | None) -> Iterator[Record]:
+def dataset_records(dataset: Any, name: str, classes: Sequence[str] | None) -> Iterator[Record]:
     """Walk a ``datasets.Dataset`` with its images left encoded, for our own decoding."""
     import datasets
 

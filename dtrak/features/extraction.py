@@ -18,7 +18,7 @@ from ..runs.measure import TensorMeter, available_bytes
 from .noise import sample_noise
 from .outputs import evaluate_output
 from .settings import FeatureSettings
-from .store import FeatureStore
+from .store import Store
 
 
 class Extractor(Protocol):
@@ -214,7 +214,7 @@ def item_identity(model: Denoiser, data: Samples) -> dict[str, str]:
 
 
 def fill_store(
-    store: FeatureStore,
+    store: Store,
     extractor: Extractor,
     data: Samples,
     *,

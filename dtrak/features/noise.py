@@ -17,10 +17,12 @@ from torch import Tensor
 from dtrak_kernels.projection import MAX_SEED
 from dtrak_kernels.random.words import Stream, box_muller, philox_words
 
-# a counter holds the timestep above the index of a group of four elements
+from .timesteps import MAX_TIMESTEPS
+
+# a counter of 32 bits holds the timestep above the index of a group of four elements
 _GROUP_BITS = 20
 _MAX_ELEMENTS = 4 * 2**_GROUP_BITS
-MAX_TIMESTEPS = 2 ** (32 - _GROUP_BITS)
+assert MAX_TIMESTEPS == 2 ** (32 - _GROUP_BITS)
 
 
 def _id_words(ids: Sequence[str]) -> Tensor:

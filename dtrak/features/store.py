@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,78 @@ _ROWS_PER_SHARD = 64
 
 class StoreError(ValueError):
     """A feature store that does not fit what is asked, or is damaged; the message says which."""
+
+
+class Store(Protocol):
+    """Features ``[N, K]``, filled shard by shard and read in contiguous slices."""
+
+    ids: list[str]
+    shape: tuple[int, int]
+    batch_size: int
+
+    def missing(self) -> list[int]:
+        """Shards that are still to be computed."""
+        ...
+
+    def rows(self, shard: int) -> slice:
+        """Rows of a shard."""
+        ...
+
+    def write(self, shard: int, features: Tensor) -> None:
+        """Keep one shard, ``[rows of the shard, K]``."""
+        ...
+
+    def load(self) -> Tensor:
+        """All features, ``[N, K]``."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice) -> Tensor: ...
+
+
+class StoreInMemory:
+    """A `Store` that is gone with the process; its shards are those of one on disk.
+
+    Args:
+        ids: N sample ids.
+        num_features: ``K``.
+        batch_size: samples per batch.
+    """
+
+    def __init__(self, ids: Sequence[str], num_features: int, batch_size: int) -> None:
+        self.ids, self.batch_size = list(ids), batch_size
+        self.shape = (len(self.ids), num_features)
+        self._step = _shard_rows(batch_size)
+        self._features = torch.empty(self.shape)
+        self._done: set[int] = set()
+
+    def missing(self) -> list[int]:
+        """See `Store.missing`."""
+        return [n for n in range(-(-len(self) // self._step)) if n not in self._done]
+
+    def rows(self, shard: int) -> slice:
+        """See `Store.rows`."""
+        return slice(shard * self._step, min((shard + 1) * self._step, len(self)))
+
+    def write(self, shard: int, features: Tensor) -> None:
+        """See `Store.write`."""
+        # double precision stays what it is, as on disk
+        if features.dtype != self._features.dtype:
+            self._features = self._features.to(features.dtype)
+        self._features[self.rows(shard)] = features
+        self._done.add(shard)
+
+    def load(self) -> Tensor:
+        """See `Store.load`."""
+        return self._features
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Features of a contiguous slice of rows, ``[rows, K]``."""
+        return self._features[rows]
 
 
 class FeatureStore:
@@ -84,12 +156,11 @@ class FeatureStore:
                     "another --output, or delete that folder"
                 )
             return cls(folder, manifest)
-        rows = batch_size * -(-_ROWS_PER_SHARD // batch_size)
         manifest = {
             "format": _FORMAT,
             "deciding": wanted,
             "num_features": num_features,
-            "rows_per_shard": rows,
+            "rows_per_shard": _shard_rows(batch_size),
             "batch_size": batch_size,
             "ids": list(ids),
         }
@@ -155,3 +226,8 @@ class FeatureStore:
     def load(self) -> Tensor:
         """All features, ``[N, K]``."""
         return self[:]
+
+
+def _shard_rows(batch_size: int) -> int:
+    """Rows of a shard: whole batches."""
+    return batch_size * -(-_ROWS_PER_SHARD // batch_size)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from ..runs.choices import check_choice
 
+# that the noise can tell apart
+MAX_TIMESTEPS = 4096
 TIMESTEP_STRATEGIES = ("uniform", "cumulative", "explicit")
 
 
@@ -56,7 +58,16 @@ class Timesteps:
         return cls(numbers[0], strategy)
 
     def resolve(self, num_timesteps: int) -> tuple[int, ...]:
-        """The indices, for a model with so many timesteps; raises as `select_timesteps`."""
+        """The indices, for a model with so many timesteps.
+
+        Raises:
+            ValueError: as `select_timesteps`, or they are more than the noise can tell apart.
+        """
+        if num_timesteps > MAX_TIMESTEPS:
+            raise ValueError(
+                f"the model must have at most {MAX_TIMESTEPS} training timesteps, got "
+                f"{num_timesteps}"
+            )
         return tuple(select_timesteps(self.chosen, self.strategy, num_timesteps))
 
     def __str__(self) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..data.images import to_uint8
+from ..data.samples import Samples, as_samples
 from ..runs.choices import check_choice
 from .scores import gradient_cosine, gradient_dot
 
@@ -136,7 +137,7 @@ def load_clip(folder: str | Path, device: torch.device | str = "cpu") -> Clip:
 
 @torch.no_grad()
 def clip_embeddings(
-    images: Tensor,
+    images: Samples | Tensor,
     model: Clip,
     *,
     batch_size: int = 64,
@@ -148,7 +149,7 @@ def clip_embeddings(
     grey ones are repeated into three channels.
 
     Args:
-        images: ``[N, C, H, W]`` in [-1, 1], C 1 or 3.
+        images: N pictures, or ``[N, C, H, W]`` in [-1, 1]; C 1 or 3.
         model: see `load_clip`.
         batch_size: images at a time.
         progress: called with (images done, images) after every batch.
@@ -163,14 +164,15 @@ def clip_embeddings(
     Source:
         Radford et al. 2021 (arXiv:2103.00020); the "CLIP similarity" of D-TRAK (arXiv:2311.00500).
     """
-    if images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(f"images must be [N, 1 or 3, H, W], got {list(images.shape)}")
+    images = as_samples(images.float() if isinstance(images, Tensor) else images)
+    if len(images.shape) != 3 or images.shape[0] not in (1, 3):
+        raise ValueError(f"images must be [N, 1 or 3, H, W], got {[len(images), *images.shape]}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     device = next(model.model.parameters()).device
     parts = [torch.empty(0, int(model.model.config.projection_dim))]
     for first in range(0, len(images), batch_size):
-        pixels = to_uint8(images[first : first + batch_size])
+        pixels = to_uint8(images.pictures(slice(first, first + batch_size)))
         arrays = [image.expand(3, -1, -1).movedim(0, -1).numpy() for image in pixels]
         inputs = model.processor(
             images=arrays, return_tensors="pt", input_data_format="channels_last"

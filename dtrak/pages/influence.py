@@ -7,12 +7,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..data.images import to_uint8
+from ..methods.scores import top_k
 from .canvas import LINE, MINUS, PLUS, SOFT, Canvas, default_style, fit
 from .html import render_image, render_name
 
@@ -223,14 +224,15 @@ def _render_match(match: Match, exponent: int) -> str:
     )
 
 
-def write_png(path: Path, rows: Sequence[Row], query_kind: str) -> None:
-    """Write the picture of the first ``PNG_QUERIES`` rows."""
+def write_png(path: Path, rows: Sequence[Row], query_kind: str, total: int | None = None) -> None:
+    """Write the picture of the first ``PNG_QUERIES`` rows, of ``total`` if there are more."""
     with default_style():
-        draw(rows, query_kind).save(path)
+        draw(rows, query_kind, total).save(path)
 
 
-def draw(rows: Sequence[Row], query_kind: str) -> Canvas:
+def draw(rows: Sequence[Row], query_kind: str, total: int | None = None) -> Canvas:
     """Draw at most ``PNG_QUERIES`` rows: query, proponents, a line, opponents."""
+    total = len(rows) if total is None else total
     shown = rows[:PNG_QUERIES]
     exponent = _exponent(rows)
     matches = [match for row in shown for kind in row.matches.values() for match in kind]
@@ -276,7 +278,7 @@ def draw(rows: Sequence[Row], query_kind: str) -> Canvas:
             for place, match in enumerate(row.matches[kind]):
                 _draw_match(canvas, starts[kind] + place * (cell + GAP), y, match, cell, exponent)
     unit = f" Scores in units of 1e{exponent}." if exponent else ""
-    part = f" The first {len(shown)} of {len(rows)}." if len(shown) < len(rows) else ""
+    part = f" The first {len(shown)} of {total}." if len(shown) < total else ""
     notes = (
         f"+ lowers the error, − raises it; compare scores within a row only.{unit}{part}",
         "Estimates from gradients: nothing was retrained without these images.",
@@ -300,3 +302,51 @@ def _draw_match(canvas: Canvas, x: int, y: int, match: Match, cell: int, exponen
         canvas.write(x, y + 61, _quote(match.caption), pixels=17, width=cell, colour=SOFT)
     elif match.label is not None:
         canvas.write(x, y + 61, f"label {match.label}", pixels=17, width=cell, colour=SOFT)
+
+
+def render_strips(train: Any, queries: Any, scores: Tensor, num_proponents: int) -> str:
+    """Queries and their proponents as a table of pictures, for a notebook.
+
+    Args:
+        train: N `Samples`.
+        queries: at least M `Samples`.
+        scores: ``[M, N]``.
+        num_proponents: of each query.
+
+    Raises:
+        ValueError: as `gather`.
+    """
+    M = len(scores)
+    ranked = top_k(scores, num_proponents)
+    none = torch.empty(M, 0, dtype=torch.int64), torch.empty(M, 0)
+    rows = gather(
+        queries.pictures(range(M)),
+        train,
+        (ranked.proponents, ranked.proponent_scores),
+        none,
+        train.ids,
+        queries.ids[:M],
+        train.labels,
+    )
+    exponent = _exponent(rows)
+    lines = []
+    for row in rows:
+        cells = [_render_cell(row.pixels, row.id, "")]
+        for match in row.matches["proponents"]:
+            cells.append(_render_cell(match.pixels, match.id, _format_score(match.score, exponent)))
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    unit = f" Scores in units of 1e{exponent}." if exponent else ""
+    return (
+        "<table><caption>Each query, and the training images whose presence most lowered the "
+        f"model's error on it.{unit}</caption>{''.join(lines)}</table>"
+    )
+
+
+def _render_cell(pixels: Tensor, name: str, score: str) -> str:
+    image = render_image(pixels, name).replace(
+        "<img", '<img style="width:72px;image-rendering:pixelated"', 1
+    )
+    return (
+        f'<td style="text-align:center">{image}<br><small>{html.escape(name)}<br>'
+        f"{score}</small></td>"
+    )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import html
-import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,18 @@ from torch import Tensor
 
 from ..methods.scores import top_k
 from ..runs.console import progress_bar
-from ..runs.record import ResultsError, check_report
+from ..runs.record import RUN_FILE, ResultsError, check_report, list_queries
 from .html import format_seconds, render_page, render_table
-from .influence import TITLE, Images, gather, lead, render_explanation, render_rows, write_png
+from .influence import (
+    PNG_QUERIES,
+    TITLE,
+    Images,
+    gather,
+    lead,
+    render_explanation,
+    render_rows,
+    write_png,
+)
 
 if TYPE_CHECKING:
     from ..data.samples import Samples
@@ -138,20 +147,50 @@ def _captions(samples: Samples, count: int | None = None) -> list[str] | None:
     return [c if isinstance(c, str) else f"class {c}" for c in conditions[:count]]
 
 
+@dataclass(frozen=True, eq=False)
+class Explained:
+    """A set of queries with scores, and everything a page says about it.
+
+    Attributes:
+        train: N training images.
+        queries: M queries, or more.
+        scores: ``[M, N]``, positive for proponents.
+        top_k: proponents shown per query.
+        query_kind: what one query is, in words.
+        settings: what decided the numbers, as name and value.
+        facts: other figures, as name and text.
+        stages: name and wall time in seconds of each step.
+        environment: versions, as name and text.
+    """
+
+    train: Samples
+    queries: Samples
+    scores: Tensor
+    top_k: int
+    query_kind: str
+    settings: Mapping[str, Any]
+    facts: Mapping[str, str]
+    stages: Sequence[tuple[str, float]]
+    environment: Mapping[str, str]
+
+
 def gather_report(
     folder: str | Path,
     *,
+    queries: str | None = None,
     lds: str | Path | None = None,
     counterfactual: str | Path | None = None,
     source: str | None = None,
     num_queries: int = 16,
     console: Console | None = None,
+    explained: Explained | None = None,
 ) -> str:
     """Everything a run and its evaluations left, as one self-contained HTML page.
 
     Args:
         folder: a finished run of `dtrak.attribute` or a run of `dtrak.lds`, whose pictures, LDS and
             counterfactual retraining are shown as far as they are there.
+        queries: which of the run's sets of queries, as `record.find_queries`.
         lds: run folder of `dtrak.lds` to show; None looks in ``folder``, beside it for
             ``lds-<name>``, and in the package for results on the same images.
         counterfactual: folder of `dtrak.counterfactual` to show; None looks in ``folder`` and in
@@ -159,6 +198,7 @@ def gather_report(
         source: where the training images lie now; None takes where the run found them.
         num_queries: queries whose pictures are shown, the first.
         console: where progress goes; None keeps quiet.
+        explained: what the run has just found out; None reads what it left.
 
     Returns:
         HTML.
@@ -172,11 +212,14 @@ def gather_report(
     # read first: what follows takes minutes where the intervals of an LDS are still to be made
     changed = _find_counterfactual(folder, lds, counterfactual)
     parts: list[tuple[str, str, str]] = []
-    tables = ""
-    if (folder / "manifest.json").is_file() or (folder / "scores.safetensors").is_file():
-        explained, tables = _influence_part(folder, source, num_queries)
-        parts.append(("pictures", "Pictures and their training images", explained))
-    table = _find_lds(folder, None if lds is None else Path(lds), console or Console(quiet=True))
+    tables, data = "", None
+    if explained is None and (list_queries(folder) or (folder / RUN_FILE).is_file()):
+        explained = _read_explained(folder, queries, source)
+    if explained is not None:
+        data = explained.train.fingerprint
+        shown, tables = _influence_part(explained, num_queries)
+        parts.append(("pictures", "Pictures and their training images", shown))
+    table = _find_lds(folder, None if lds is None else Path(lds), data, console)
     if table is not None:
         from .lds_section import render_section
 
@@ -206,39 +249,62 @@ def gather_report(
     return render_page(TITLE, header, body)
 
 
+def write_picture(file: Path, explained: Explained) -> None:
+    """The first queries beside their training images, as one PNG."""
+    shown = explained.scores[:PNG_QUERIES]
+    rows = gather(**ranked_matches(explained.train, explained.queries, shown, explained.top_k))
+    write_png(file, rows, explained.query_kind, len(explained.scores))
+
+
 def _is_plain(value: Any) -> bool:
     return isinstance(value, str | int | float)
 
 
-def _influence_part(folder: Path, source: str | None, num_queries: int) -> tuple[str, str]:
-    """The strips of a run of `dtrak.attribute`, and its tables of settings."""
+def _read_explained(folder: Path, queries: str | None, source: str | None) -> Explained:
+    """What a run of `dtrak.attribute` left of a set of queries."""
     from ..runs.inputs import drawing_facts
     from ..runs.results import load_attribution
 
-    run = load_attribution(folder)
-    inputs = run.load_inputs(source)
-    scores = run.scores[:num_queries]
-    rows = gather(**ranked_matches(inputs.train, inputs.queries, scores, run.options.top_k))
+    run = load_attribution(folder, queries)
+    inputs, manifest = run.load_inputs(source), run.manifest
+    return Explained(
+        inputs.train,
+        inputs.queries,
+        run.scores,
+        run.options.top_k,
+        run.query_kind,
+        manifest["settings"],
+        manifest["facts"] | drawing_facts(inputs.run, inputs.queries),
+        [(stage["name"], stage["seconds"]) for stage in manifest["stages"]],
+        manifest["environment"],
+    )
+
+
+def _influence_part(explained: Explained, num_queries: int) -> tuple[str, str]:
+    """The strips of a set of queries, and its tables of settings."""
+    scores = explained.scores[:num_queries]
+    matches = ranked_matches(explained.train, explained.queries, scores, explained.top_k)
+    rows = gather(**matches)
     more = (
-        f'<p class="soft">The first {len(rows)} of {len(run.scores)}.</p>'
-        if len(rows) < len(run.scores)
+        f'<p class="soft">The first {len(rows)} of {len(explained.scores)}.</p>'
+        if len(rows) < len(explained.scores)
         else ""
     )
-    manifest = run.manifest
-    stages = [(stage["name"], stage["seconds"]) for stage in manifest["stages"]]
-    facts = manifest["facts"] | drawing_facts(inputs.run, inputs.queries)
-    tables = _render_tables(manifest["settings"], facts, stages)
+    tables = _render_tables(explained.settings, explained.facts, explained.stages)
     # without the grid round them: more tables join
     tables = tables.removeprefix('<div class="tables">\n').removesuffix("</div>")
-    tables += render_table("Environment", list(manifest["environment"].items()))
+    tables += render_table("Environment", list(explained.environment.items()))
+    kind = explained.query_kind
     return (
-        f"<p>{html.escape(lead(run.query_kind))}</p>\n{render_explanation(rows)}\n"
-        f"{render_rows(rows, run.query_kind)}\n{more}",
+        f"<p>{html.escape(lead(kind))}</p>\n{render_explanation(rows)}\n"
+        f"{render_rows(rows, kind)}\n{more}",
         tables,
     )
 
 
-def _find_lds(folder: Path, given: Path | None, console: Console) -> dict[str, Any] | None:
+def _find_lds(
+    folder: Path, given: Path | None, data: str | None, console: Console | None
+) -> dict[str, Any] | None:
     """The table of a run of `dtrak.lds` on the same images; None where there is none."""
     from ..evaluation.lds.table import load_results, make_table, packaged_results
     from .lds_report import read_table
@@ -251,8 +317,6 @@ def _find_lds(folder: Path, given: Path | None, console: Console) -> dict[str, A
         ),
         None,
     )
-    file = folder / "manifest.json"
-    data = json.loads(file.read_text())["data"] if file.is_file() else None
     if place is None:
         return _packaged_table(packaged_results, data)
     if not (place / "results.npz").is_file():
@@ -267,7 +331,7 @@ def _find_lds(folder: Path, given: Path | None, console: Console) -> dict[str, A
     kept = read_table(place / "report" / "table.json", results)
     if kept is not None:
         return kept
-    with progress_bar(console, "intervals of the LDS") as progress:
+    with progress_bar(console or Console(quiet=True), "intervals of the LDS") as progress:
         return make_table(results, progress=progress)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import errno
-import math
 import os
 import re
 import signal
@@ -189,23 +188,6 @@ def choose_device(name: str) -> torch.device:
             f"{torch.cuda.device_count()} CUDA devices"
         )
     return device
-
-
-def parse_damping(text: str) -> float | None:
-    """λ in units of the Gram matrix, or None for ``"auto"``.
-
-    Raises:
-        ValueError: it is neither ``"auto"`` nor a finite number of at least 0.
-    """
-    if text == "auto":
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise ValueError(f"--damping must be 'auto' or a finite number of at least 0, got {text!r}")
-    return value
 
 
 def check_source(option: str, value: str, names: list[str]) -> None:

@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ..features.output_names import describe_output_function
+from ..methods import FEATURES, NOTHING
 from .files import picture_name
 from .folders import alone_in
 from .options import Options
+from .record import MANIFEST, PICTURE, REPORT, RUN_FILE, SCORES, list_queries
 from .run import Plan, make_plan, print_summary
 
 if TYPE_CHECKING:
@@ -38,14 +40,17 @@ _LIBRARIES = (
     "scipy",
     "torch",
 )
-_RESULTS = ("scores.safetensors", "report.html", "report.png")
+_RESULTS = (SCORES, REPORT, PICTURE)
 
 
-def record_finish(plan: Plan, model: Denoiser, queries: str) -> dict[str, Any] | None:
+def record_finish(
+    plan: Plan, results: Path, model: Denoiser, queries: str
+) -> dict[str, Any] | None:
     """What `reuse_finished` compares, for the manifest of a run; None for a run it leaves alone.
 
     Args:
         plan: of the run.
+        results: folder of what it left.
         model: that was explained.
         queries: fingerprint of the queries.
     """
@@ -55,7 +60,7 @@ def record_finish(plan: Plan, model: Denoiser, queries: str) -> dict[str, Any] |
     return {
         "channels": model.channels,
         "size": list(size) if isinstance(size, tuple) else size,
-        **_describe(plan, queries),
+        **_describe(plan, results, queries),
     }
 
 
@@ -73,31 +78,31 @@ def reuse_finished(options: Options, console: Console) -> bool:
         OutputError: another command is at work in the folder.
     """
     plan = make_plan(options)
-    manifest = _read_manifest(plan)
-    if manifest is None:
-        return False
-    with alone_in(plan.output):
-        if not _is_unchanged(plan, manifest):
-            return False
-    train = ["train the model"] if options.model is None else []
-    draw = ["generate the queries"] if options.queries == "generated" else []
-    features = ["features of training images", "features of queries"]
-    reused = [*train, *draw, *features, "kernel inverse and scores", "report"]
-    print_summary(plan.output, reused, [], manifest["facts"])
-    return True
+    for results in list_queries(plan.output).values():
+        manifest = _read_manifest(plan, results)
+        if manifest is None:
+            continue
+        with alone_in(plan.output):
+            if not _is_unchanged(plan, results, manifest):
+                return False
+        once = {stage["name"]: stage["seconds"] for stage in manifest["stages"]}
+        print_summary(results, manifest["reused"] | once, [], manifest["facts"])
+        return True
+    return False
 
 
 def _is_recognised(options: Options) -> bool:
     """Whether all that a run reads is cheaper to compare than to load."""
-    return options.fused and options.lora is None and options.preset is None
+    alone = options.lora is None and options.preset is None
+    return alone and options.fused and options.what.needs in (FEATURES, NOTHING)
 
 
-def _read_manifest(plan: Plan) -> dict[str, Any] | None:
-    """The manifest of a finished run with these options; None where there is none."""
+def _read_manifest(plan: Plan, results: Path) -> dict[str, Any] | None:
+    """The manifest of results of a finished run with these options; None for any others."""
     if not _is_recognised(plan.options):
         return None
     try:
-        manifest: dict[str, Any] = json.loads((plan.output / "manifest.json").read_text())
+        manifest: dict[str, Any] = json.loads((results / MANIFEST).read_text())
         # a folder may be called by another name
         same = manifest["options"] | {"output": None} == asdict(plan.options) | {"output": None}
         whole = isinstance(manifest["finished"], dict) and isinstance(manifest["facts"], dict)
@@ -106,10 +111,10 @@ def _read_manifest(plan: Plan) -> dict[str, Any] | None:
     return manifest if same and whole else None
 
 
-def _is_unchanged(plan: Plan, manifest: dict[str, Any]) -> bool:
+def _is_unchanged(plan: Plan, results: Path, manifest: dict[str, Any]) -> bool:
     record = manifest["finished"]
     try:
-        found = _describe(plan, manifest["queries"])
+        found = _describe(plan, results, manifest["queries"])
         if any(record[key] != value for key, value in found.items()):
             return False
         return _are_images_unchanged(plan.options, manifest)
@@ -118,7 +123,7 @@ def _is_unchanged(plan: Plan, manifest: dict[str, Any]) -> bool:
         return False
 
 
-def _describe(plan: Plan, queries: str) -> dict[str, Any]:
+def _describe(plan: Plan, results: Path, queries: str) -> dict[str, Any]:
     """What decided a run besides its options and images, and what it left, by content."""
     options, output = plan.options, plan.output
     pictures: Iterable[Path] = ()
@@ -128,15 +133,16 @@ def _describe(plan: Plan, queries: str) -> dict[str, Any]:
         "versions": {name: version(name) for name in _LIBRARIES},
         "code": {name: _hash_code(name) for name in _OURS},
         "device": str(plan.device),
-        **describe_output_function(options.output_function),
+        **({} if options.function is None else describe_output_function(options.function)),
         "model": _hash_folder(output / "model" if options.model is None else Path(options.model)),
         "features": {
-            name: _hash_folder(output / "features" / name)
+            name: _hash_folder(options.feature_folder(output) / name)
             for name in ("train", f"query-{queries[:12]}")
+            if options.function is not None
         },
         "files": {
             str(file.relative_to(output)): _hash_file(file)
-            for file in (output / "run.json", *pictures, *(output / name for name in _RESULTS))
+            for file in (output / RUN_FILE, *pictures, *(results / name for name in _RESULTS))
         },
     }
 

@@ -48,6 +48,7 @@ def claim_folder(
     settings: dict[str, Any],
     held: ExitStack | None = None,
     part: range | None = None,
+    also: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Make an output folder ours, or refuse it when it belongs to another run.
 
@@ -57,6 +58,7 @@ def claim_folder(
         settings: what decides this one, JSON-serialisable; kept under the key ``settings``.
         held: keeps other commands from writing there until it is closed; None keeps nobody away.
         part: of the work in the folder that is kept from others, as in `files.claim`; None for all.
+        also: what is written beside the settings and decides nothing.
 
     Returns:
         What the file holds, after it was written if it was missing.
@@ -74,7 +76,7 @@ def claim_folder(
         return found
     folder.mkdir(parents=True, exist_ok=True)
     # as it will be read back: tuples are lists then
-    content: dict[str, Any] = json.loads(json.dumps({"settings": settings}))
+    content: dict[str, Any] = json.loads(json.dumps({"settings": settings, **(also or {})}))
     write_atomically(folder / file_name, json.dumps(content, indent=1).encode())
     return content
 

@@ -18,6 +18,7 @@ from ..data.captions import (
 from ..data.images import DataError, load_data
 from ..data.samples import Samples
 from ..features.latents import fill_latents, open_latents, read_latents
+from ..methods.evidence import Drawing
 from ..models import load
 from ..models.denoiser import Denoiser
 from ..models.unet import digits_model
@@ -132,7 +133,7 @@ def _train_digits(run: Run, model: Denoiser, data: Samples, recipe: Recipe) -> D
     output = run.plan.output
     folder = output / "model"
     if (folder / "model_index.json").is_file():
-        run.reused.append(_TRAINING)
+        run.reuse(_TRAINING)
         return load(folder)
     if folder.exists():
         raise OutputError(
@@ -194,15 +195,18 @@ def _encode(run: Run, model: Denoiser, data: Samples, role: str) -> Samples:
     name = role if role == "train" else f"{role}-{data.conditioned(None).fingerprint[:12]}"
     store = open_latents(run.plan.output / "latents" / name, model, data)
     if not store.missing():
-        run.reused.append(label)
+        run.reuse(label, name)
     else:
-        with run.stage(label) as progress:
+        with run.stage(label, name) as progress:
             fill_latents(store, model, data, run.plan.device, progress=progress)
     return read_latents(store, model, data)
 
 
-def load_queries(run: Run, model: Denoiser) -> Samples:
+def load_queries(run: Run, model: Denoiser) -> tuple[Samples, Drawing | None]:
     """The images to explain: drawn by the model, held out, or in a folder.
+
+    Returns:
+        The queries, and how they were drawn where the model drew them.
 
     Raises:
         ValueError: there are none of that kind, or they do not fit the model; one clear line.
@@ -210,7 +214,8 @@ def load_queries(run: Run, model: Denoiser) -> Samples:
     """
     options = run.plan.options
     if options.queries == "generated":
-        return _encode(run, model, _draw_queries(run, model), "query")
+        pictures, drawing = _draw_queries(run, model)
+        return _encode(run, model, pictures, "query"), drawing
     if options.queries == "validation":
         source = options.data
         pictures = _load_validation(run, model)
@@ -219,7 +224,7 @@ def load_queries(run: Run, model: Denoiser) -> Samples:
         source = options.queries
         pictures = load_data(source, **_image_options(run, model))
     items = _query_items(run, model, source, pictures)
-    return _encode(run, model, pictures.conditioned(items), "query")
+    return _encode(run, model, pictures.conditioned(items), "query"), None
 
 
 def _load_validation(run: Run, model: Denoiser) -> Samples:
@@ -255,7 +260,7 @@ def _query_items(run: Run, model: Denoiser, source: str, pictures: Samples) -> l
     return load_captions(source, pictures)
 
 
-def _draw_queries(run: Run, model: Denoiser) -> Samples:
+def _draw_queries(run: Run, model: Denoiser) -> tuple[Samples, Drawing]:
     """Pictures by seed, with what they were drawn from."""
     options, output = run.plan.options, run.plan.output
     seeds = range(options.num_queries)
@@ -269,29 +274,26 @@ def _draw_queries(run: Run, model: Denoiser) -> Samples:
         every = prompts or [f"class {label}" for label in classes]
         how = [] if model.reads != "captions" else [str(guidance_of(run)), *_size(run)]
         folder = output / f"generated-{_hash([*every, *how])[:8]}"
+    how_drawn = {
+        "num_inference_steps": fitting_steps(model),
+        "guidance_scale": None if prompts is None else guidance_of(run),
+        "size": options.resolution,
+    }
     # picture i depends on its seed i alone, so pictures are added to those drawn before
     missing = missing_seeds(folder, seeds)
     if not missing:
-        run.reused.append(_GENERATION)
+        run.reuse(_GENERATION, folder.name)
     else:
         folder.mkdir(exist_ok=True)
         if prompts is not None and items is not None:
             write_captions(folder, {picture_name(seed): items[seed] for seed in seeds})
-        with run.stage(_GENERATION) as progress:
+        with run.stage(_GENERATION, folder.name) as progress:
             model.to(run.plan.device)
-            draw_missing(
-                model,
-                missing,
-                folder,
-                None if items is None else [items[seed] for seed in missing],
-                num_inference_steps=fitting_steps(model),
-                guidance_scale=None if prompts is None else guidance_of(run),
-                size=options.resolution,
-                progress=progress,
-            )
+            chosen = None if items is None else [items[seed] for seed in missing]
+            draw_missing(model, missing, folder, chosen, progress=progress, **how_drawn)
     # the query is the picture as saved, 8 bits a channel
     pictures = load_data(folder, channels=model.channels, limit=options.num_queries)
-    return pictures.conditioned(items)
+    return pictures.conditioned(items), Drawing(seeds, items, how_drawn)
 
 
 def _prompts(run: Run, model: Denoiser) -> list[str] | None:

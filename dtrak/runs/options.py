@@ -1,57 +1,159 @@
-"""What `dtrak.attribute` was asked for, and whether that can be."""
+"""What `dtrak.explain` and `dtrak.attribute` can be asked for, and whether that can be."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from dtrak_kernels.projection import KINDS, Projection
 
-from ..features.output_names import check_output_function
-from ..features.timesteps import Timesteps
+from ..features.output_names import OUTPUT_NAMES, check_output_function
+from ..features.settings import FeatureSettings
+from ..features.timesteps import TIMESTEP_STRATEGIES, Timesteps
+from ..methods import CLIP, DEFAULT, METHODS, Method, get_method
+from ..methods.damping import Damping
 from ..training.presets import PRESETS
 from .choices import (
     DEFAULT_PROJ_DIM,
     DTYPES,
+    GUIDANCE_SCALE,
     check_choice,
     check_counts,
     check_model_folder,
     parse_numbers,
 )
-from .console import check_device, parse_damping
+from .console import check_device
+from .stated import option
+
+_FEATURES, _DRAWING, _READING = "Features and scores", "Pictures that are drawn", "Reading images"
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the command line asked for; see `dtrak.attribute.attribute`."""
+class ExplainOptions:
+    """How a model is explained, whatever it is: the options of `dtrak.explain`.
 
-    model: str | None
-    data: str
-    queries: str
-    num_queries: int
-    output_function: str
-    timesteps: int | str
-    timestep_strategy: str | None
-    noise_seed: int
-    projection: str
-    proj_dim: int | None
-    seed: int
-    damping: str
-    top_k: int
-    batch_size: int | None
-    device: str
-    dtype: str
-    output: str | None
-    fused: bool
-    skip_corrupt: bool
-    resize: bool
-    preset: str | None = None
-    lora: str | None = None
-    caption: str | None = None
-    prompts: str | None = None
-    guidance_scale: float | None = None
-    resolution: int | None = None
-    classes: str | None = None
+    Raises:
+        ValueError: one is out of range or unknown; one clear line.
+    """
+
+    method: str = option(
+        DEFAULT, panel=_FEATURES, help=f"Attribution method: {', '.join(METHODS)}."
+    )
+    output_function: str | None = option(
+        None,
+        panel=_FEATURES,
+        help=f"What is differentiated: {', '.join(OUTPUT_NAMES)}; or your own, "
+        "package.module:function, called with (prediction [R, D], target [R, D], weight [R]), "
+        "which returns [R]. Default: the method's.",
+    )
+    timesteps: str = option(
+        "10",
+        panel=_FEATURES,
+        help="S, timesteps a feature averages over; or their indices, such as 0,100,500.",
+    )
+    timestep_strategy: str | None = option(
+        None,
+        panel=_FEATURES,
+        help=f"{', '.join(TIMESTEP_STRATEGIES)}: spread over all, the S least noisy, or those that "
+        "--timesteps lists. Default: explicit for a list, else uniform.",
+    )
+    noise_seed: int = option(
+        0, panel=_FEATURES, help="Seed of the noise, with sample id and timestep."
+    )
+    projection: str = option("sjlt", panel=_FEATURES, help=f"Random matrix: {', '.join(KINDS)}.")
+    proj_dim: int | None = option(
+        None,
+        panel=_FEATURES,
+        help="K, features per image. Default: 8192 for sjlt, 2048 for the dense kinds.",
+    )
+    seed: int = option(0, panel=_FEATURES, help="Seed of the random matrix.")
+    damping: str = option(
+        "auto",
+        panel=_FEATURES,
+        help="λ in units of the Gram matrix ΦᵀΦ; or in mean squared feature norms, such as 1x; or "
+        "'auto' (leave-one-out likelihood of the training features).",
+    )
+    batch_size: int | None = option(
+        None, panel=_FEATURES, help="Images per batch. Default: chosen to fit memory."
+    )
+    device: str = option("auto", panel=_FEATURES, help="auto, cpu, cuda or cuda:N.")
+    dtype: str = option(
+        "float32", panel=_FEATURES, help=f"Precision of the model: {', '.join(DTYPES)}."
+    )
+    fused: bool = option(
+        True,
+        panel=_FEATURES,
+        flags=("--fused/--no-fused",),
+        help="Stream gradients, or the published way: vmap(grad), gradients in memory, TRAK's "
+        "projector.",
+    )
+
+    def __post_init__(self) -> None:
+        # from Python: numbers, and lists of them
+        object.__setattr__(self, "timesteps", _as_text(self.timesteps))
+        object.__setattr__(self, "damping", _as_text(self.damping))
+        method = get_method(self.method)
+        if self.output_function is not None:
+            check_output_function(self.output_function)
+            if method.output_function is None:
+                raise ValueError(
+                    f"--output-function is for methods that take gradients, got {method.name}"
+                )
+        _ = self.when, self.damped
+        check_choice("--projection", self.projection, KINDS)
+        check_choice("--dtype", self.dtype, DTYPES)
+        check_counts(batch_size=self.batch_size)
+        if not 0 <= self.noise_seed < 2**63:
+            raise ValueError(f"--noise-seed must be in [0, 2**63), got {self.noise_seed}")
+        Projection(self.projection, self.num_features, self.seed)
+        check_device(self.device)
+
+    @property
+    def what(self) -> Method:
+        """The method asked for."""
+        return get_method(self.method)
+
+    @property
+    def function(self) -> str | None:
+        """The output function whose gradients are taken; None for a method that takes none."""
+        return self.output_function or self.what.output_function
+
+    @property
+    def variant(self) -> str:
+        """How scores are made, as a name for files: the method, and what differs from its own."""
+        other = "" if self.function == self.what.output_function else f"-of-{self.function}"
+        way = "" if self.fused or self.function is None else "-published"
+        return f"{self.what.name}{other}{way}".replace(":", "-")
+
+    def feature_settings(self, num_timesteps: int | None = None) -> FeatureSettings:
+        """The settings of features.
+
+        Args:
+            num_timesteps: ``T`` of the model; None leaves the timesteps open.
+
+        Raises:
+            ValueError: the method takes no gradients, or raises as `Timesteps.resolve`.
+        """
+        if self.function is None:
+            raise ValueError(f"--method must be one that takes gradients, got {self.what.name}")
+        return FeatureSettings(
+            check_output_function(self.function),
+            () if num_timesteps is None else self.when.resolve(num_timesteps),
+            self.noise_seed,
+            Projection(self.projection, self.num_features, self.seed),
+            self.dtype,
+        )
+
+    def feature_folder(self, run: Path, part: str = "") -> Path:
+        """Where features lie in the folder of a run: those of each output function by themselves.
+
+        Args:
+            run: the folder.
+            part: which model, where it is not the run's own.
+        """
+        room = "features" if self.fused else "features-published"
+        return run / room / str(self.function).replace(":", "-") / part
 
     @cached_property
     def when(self) -> Timesteps:
@@ -59,9 +161,9 @@ class Options:
         return Timesteps.parse(self.timesteps, self.timestep_strategy)
 
     @cached_property
-    def class_numbers(self) -> list[int] | None:
-        """The classes asked for, None for all; raises as `choices.parse_numbers`."""
-        return None if self.classes is None else parse_numbers("--classes", self.classes)
+    def damped(self) -> Damping:
+        """The damping asked for; raises as `Damping.parse`."""
+        return Damping.parse(self.damping)
 
     @property
     def num_features(self) -> int:
@@ -70,30 +172,115 @@ class Options:
         return default if self.proj_dim is None else self.proj_dim
 
 
+@dataclass(frozen=True)
+class Options(ExplainOptions):
+    """What the command line of `dtrak.attribute` asked for; raises as `ExplainOptions`."""
+
+    model: str | None = option(
+        None,
+        help="Folder of a Diffusers pipeline, or its hub name. Default: train the digits model, or "
+        "reuse the one in the output folder.",
+    )
+    lora: str | None = option(
+        None, help="LoRA folder or file of a text-to-image model: its parameters are attributed."
+    )
+    data: str = option(
+        "digits",
+        help="Training images: 'digits', a folder of images, a parquet file, a datasets folder or "
+        "a hub name; for a text-to-image model with captions: metadata.jsonl of {file_name, "
+        "text}, or a column 'text'.",
+    )
+    queries: str = option(
+        "generated",
+        help="Images to explain: 'generated', 'validation', a folder of images or one image.",
+    )
+    num_queries: int = option(16, help="How many to generate, or to take from validation.")
+    preset: str | None = option(
+        None,
+        help="Take the training, validation images and prompts of a published experiment, whose "
+        f"data set lies at --data: {', '.join(PRESETS)}.",
+    )
+    output: str | None = option(
+        None, help="Output folder. Default: runs/<name of the data or model>."
+    )
+    run: str | None = option(
+        None,
+        help="Explain other queries with a finished run: model, data and options are its own, and "
+        "its features are used again.",
+    )
+    top_k: int = option(5, help="Proponents shown per query.")
+    checkpoints: str | None = option(
+        None,
+        help="Folder whose folders are the model's checkpoints (dtrak.train --keep-checkpoints), "
+        "for the methods that need them.",
+    )
+    clip: str | None = option(None, help="Folder of a CLIP model, for the methods that need one.")
+    compare: bool = option(
+        False, help="Run both ways on one batch and print agreement, times and memory."
+    )
+    caption: str | None = option(
+        None,
+        panel=_READING,
+        help="Captions of the training images instead of those that lie with them, such as 'a "
+        "{label} painting'; and of queries without any.",
+    )
+    skip_corrupt: bool = option(False, panel=_READING, help="Leave out images that do not decode.")
+    resize: bool = option(
+        False, panel=_READING, help="Resize and centre-crop images to the model's size."
+    )
+    resolution: int | None = option(
+        None,
+        panel=_READING,
+        help="Image side of a text-to-image model, in pixels. Default: the model's.",
+    )
+    prompts: str | None = option(
+        None,
+        panel=_DRAWING,
+        help="What a text-to-image model draws: a text, or a file with one per line, of which "
+        "picture i takes line i, from the first again after the last.",
+    )
+    classes: str | None = option(
+        None,
+        panel=_DRAWING,
+        help="Classes of the queries of a model that reads classes, such as 0,3: query i takes "
+        "class i of them, from the first again after the last. Default: all of its classes.",
+    )
+    guidance_scale: float | None = option(
+        None,
+        panel=_DRAWING,
+        help="Classifier-free guidance of the pictures drawn (gradients have none). Default: "
+        f"{GUIDANCE_SCALE}.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.class_numbers
+        if self.preset is not None:
+            check_choice("--preset", self.preset, PRESETS)
+        if self.what.needs == CLIP and self.clip is None:
+            raise ValueError(
+                f"--clip must name a folder with a CLIP model for --method {self.method}"
+            )
+        check_counts(num_queries=self.num_queries, top_k=self.top_k, resolution=self.resolution)
+
+    @cached_property
+    def class_numbers(self) -> list[int] | None:
+        """The classes asked for, None for all; raises as `choices.parse_numbers`."""
+        return None if self.classes is None else parse_numbers("--classes", self.classes)
+
+
+def _as_text(value: object) -> str:
+    if isinstance(value, list | tuple | range):
+        return ",".join(map(str, value))
+    return str(value)
+
+
 def check_options(options: Options) -> None:
-    """Validate every option that needs neither model nor data.
+    """Refuse a model that is not there, before anything heavy is imported.
 
     Raises:
         FileNotFoundError: there is no folder of the model.
-        ValueError: an option is out of range or unknown; one clear line.
     """
-    check_output_function(options.output_function)
-    _ = options.when, options.class_numbers
-    check_choice("--projection", options.projection, KINDS)
-    check_choice("--dtype", options.dtype, DTYPES)
-    if options.preset is not None:
-        check_choice("--preset", options.preset, PRESETS)
-    check_counts(
-        num_queries=options.num_queries,
-        top_k=options.top_k,
-        batch_size=options.batch_size,
-        resolution=options.resolution,
-    )
-    if not 0 <= options.noise_seed < 2**63:
-        raise ValueError(f"--noise-seed must be in [0, 2**63), got {options.noise_seed}")
-    Projection(options.projection, options.num_features, options.seed)
-    check_device(options.device)
-    parse_damping(options.damping)
-    # without a LoRA it cannot be a hub name
+    # a pipeline of latents may be a hub name
     if options.lora is None and options.model is not None:
         check_model_folder(options.model)

@@ -16,7 +16,7 @@ from ..models import load
 from ..models.denoiser import Denoiser
 from .inputs import load_model_and_data, load_queries
 from .options import Options
-from .record import GENERATED, ResultsError, read_record
+from .record import GENERATED, SCORES, ResultsError, find_queries, read_record
 from .run import Run, make_plan
 
 
@@ -39,10 +39,11 @@ class Inputs:
 
 @dataclass(frozen=True, eq=False)
 class Attribution:
-    """A finished run of `dtrak.attribute`.
+    """A set of queries of a finished run of `dtrak.attribute`.
 
     Attributes:
         folder: where it lies.
+        results: where the scores of these queries lie.
         manifest: what the run wrote about itself.
         deciding: what decided the model and the data, as the run's folder records it.
         scores: ``[M, N]`` float32, positive for proponents.
@@ -51,6 +52,7 @@ class Attribution:
     """
 
     folder: Path
+    results: Path
     manifest: dict[str, Any]
     deciding: dict[str, Any]
     scores: Tensor
@@ -98,7 +100,7 @@ class Attribution:
         options = self.options if source is None else replace(self.options, data=source)
         run = Run(make_plan(options), Console(quiet=True))
         model, train = load_model_and_data(run)
-        queries = load_queries(run, model)
+        queries, _ = load_queries(run, model)
         for what, found, wanted in (
             ("training images", train.ids, self.train_ids),
             ("queries", queries.ids, self.query_ids),
@@ -111,18 +113,25 @@ class Attribution:
         return Inputs(model, train, queries, run)
 
 
-def load_attribution(folder: str | Path) -> Attribution:
+def load_attribution(folder: str | Path, queries: str | None = None) -> Attribution:
     """Open the output folder of `dtrak.attribute`.
+
+    Args:
+        folder: of the run.
+        queries: which of its sets of queries, as `record.find_queries`.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ResultsError: it holds no finished run, or a damaged one.
+        ResultsError: it holds no finished run, a damaged one, or several sets of queries of which
+            none is named.
     """
     folder = Path(folder)
-    manifest, deciding = read_record(folder)
-    scores, metadata = read_scores(folder / "scores.safetensors")
+    manifest, deciding = read_record(folder, queries)
+    results = find_queries(folder, queries)
+    scores, metadata = read_scores(results / SCORES)
     return Attribution(
         folder,
+        results,
         manifest,
         deciding,
         scores,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +12,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dtrak_kernels import Projection
-
-from ..features.noise import MAX_TIMESTEPS
-from ..features.output_names import check_output_function
 from ..features.settings import FeatureSettings
-from .console import choose_device, parse_damping, progress_bar
-from .files import write_atomically
-from .folders import OutputError, alone_in, describe_differences, is_unclaimed
-from .measure import Stage, StageClock, format_bytes
+from ..methods.damping import Damping
+from .console import choose_device
+from .folders import OutputError, alone_in, check_folder, claim_folder
+from .measure import Stage, format_bytes
 from .options import Options, check_options
+from .record import REPORT, RUN_FILE, SCORES
+from .stages import Stages
 
 if TYPE_CHECKING:
     from ..models.denoiser import Denoiser
@@ -30,85 +27,67 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """The options after validation.
+    """The options of a run, and where it computes and writes.
 
     Attributes:
         options: as given.
         device: where to compute.
-        settings: of the features; their timesteps wait for the model.
-        damping: λ in units of the Gram matrix, or None to choose it.
         output: the output folder.
+        settings: of the features, where the method takes any; their timesteps wait for the model.
     """
 
     options: Options
     device: torch.device
-    settings: FeatureSettings
-    damping: float | None
     output: Path
+    settings: FeatureSettings | None
+
+    @property
+    def damping(self) -> Damping:
+        """Of the scores."""
+        return self.options.damped
 
 
 def make_plan(options: Options) -> Plan:
-    """Validate every option that needs neither model nor data.
+    """Where a run computes and writes.
 
     Raises:
         FileNotFoundError: there is no folder of the model.
-        ValueError: an option is out of range or unknown; one clear line.
+        ValueError: the device is not there.
     """
     check_options(options)
-    settings = FeatureSettings(
-        check_output_function(options.output_function),
-        (),
-        options.noise_seed,
-        Projection(options.projection, options.num_features, options.seed),
-        options.dtype,
-    )
     stem = Path(options.lora or options.model or options.preset or options.data).stem or "run"
     output = Path(options.output) if options.output else Path("runs") / stem
-    device = choose_device(options.device)
-    return Plan(options, device, settings, parse_damping(options.damping), output)
+    settings = None if options.function is None else options.feature_settings()
+    return Plan(options, choose_device(options.device), output, settings)
 
 
-class Run:
-    """One run: its folder, its console, the stages timed so far and those that were reused.
+class Run(Stages):
+    """One run: its plan and its folder, with the stages timed so far and those that were reused.
 
     Attributes:
         plan: what to do; `choose_timesteps` completes it.
-        console: where progress goes.
-        clock: seconds and memory of the stages.
-        reused: names of the stages that needed no work.
 
     Args:
         plan: as above.
-        console: as above.
+        console: where progress goes.
         held: where the run keeps its output folder locked against other commands, until it is
             closed; None for a reader of a finished run, which keeps nobody away.
     """
 
     def __init__(self, plan: Plan, console: Console, held: ExitStack | None = None) -> None:
-        self.plan, self.console = plan, console
+        super().__init__(plan.device, console)
+        self.plan, self.folder = plan, plan.output
         self._held, self._is_locked = held, False
-        self.clock = StageClock(plan.device)
-        self.reused: list[str] = []
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[Callable[[int, int], None]]:
-        """A timed stage with a progress bar; yields ``progress(done, total)``."""
-        with self.clock.stage(name), progress_bar(self.console, name) as progress:
-            yield progress
 
     def choose_timesteps(self, model: Denoiser) -> None:
         """Fix the timesteps for a model, whose process bounds them.
 
         Raises:
-            ValueError: they are out of its range, or it has more than the noise can tell apart.
+            ValueError: as `Timesteps.resolve`.
         """
-        T = model.process.num_timesteps
-        if T > MAX_TIMESTEPS:
-            raise ValueError(
-                f"the model must have at most {MAX_TIMESTEPS} training timesteps, got {T}"
-            )
-        settings = replace(self.plan.settings, timesteps=self.plan.options.when.resolve(T))
-        self.plan = replace(self.plan, settings=settings)
+        if self.plan.settings is not None:
+            settings = self.plan.options.feature_settings(model.process.num_timesteps)
+            self.plan = replace(self.plan, settings=settings)
 
     def lock(self) -> None:
         """Keep other commands away from the output folder, which is made if missing.
@@ -122,11 +101,11 @@ class Run:
 
     def lock_existing(self) -> None:
         """As `lock`, where there is a run already: before anything is read for another one."""
-        if (self.plan.output / "run.json").is_file():
+        if (self.plan.output / RUN_FILE).is_file():
             self.lock()
 
     def claim_output(self, deciding: dict[str, Any]) -> None:
-        """Make the output folder ours.
+        """Make the output folder ours, and keep in it how it is to be run again.
 
         Args:
             deciding: what decides whose it is.
@@ -137,11 +116,16 @@ class Run:
         """
         self.check_output(deciding)
         self.lock()
-        # another command may have made it its own in between
-        if not self.check_output(deciding):
-            self.plan.output.mkdir(parents=True, exist_ok=True)
-            content = json.dumps(deciding, indent=1).encode()
-            write_atomically(self.plan.output / "run.json", content)
+        claim_folder(self.plan.output, RUN_FILE, deciding, also={"options": self._again()})
+
+    def _again(self) -> dict[str, Any]:
+        """The options, with paths that hold wherever they are read from."""
+        options = asdict(self.plan.options)
+        for name in ("model", "lora", "data", "queries", "caption", "checkpoints", "clip"):
+            place = options[name]
+            if place is not None and Path(place).exists():
+                options[name] = str(Path(place).resolve())
+        return {**options, "output": None, "compare": False}
 
     def check_output(self, deciding: dict[str, Any], *, partly: bool = False) -> bool:
         """Refuse an output folder that cannot be ours; nothing is written.
@@ -156,9 +140,7 @@ class Run:
         Raises:
             OutputError: as `claim_output`.
         """
-        folder, file = self.plan.output, self.plan.output / "run.json"
-        if folder.exists() and not folder.is_dir():
-            raise OutputError(f"--output must be a folder, got the file {folder}")
+        folder = self.plan.output
         for name in ("data", "queries"):
             given = Path(getattr(self.plan.options, name))
             if given.is_dir() and folder.resolve().is_relative_to(given.resolve()):
@@ -166,37 +148,20 @@ class Run:
                     f"--output must not lie in the folder of --{name}, whose images it would join: "
                     f"got {folder} in {given}"
                 )
-        if file.is_file():
-            try:
-                found = dict(json.loads(file.read_text()))
-            except (ValueError, TypeError) as error:
-                raise OutputError(
-                    f"{file} is damaged: delete {folder} or choose another --output"
-                ) from error
-            if partly:
-                found = {key: value for key, value in found.items() if key in deciding}
-            differing = describe_differences(found, deciding)
-            if differing:
-                raise OutputError(
-                    f"{folder} holds another run: {differing}. Choose another --output, or "
-                    "delete it"
-                )
-            return True
-        if not is_unclaimed(folder):
-            raise OutputError(
-                f"{folder} is not empty and holds no run of dtrak: choose another --output"
-            )
-        return False
+        return check_folder(folder, RUN_FILE, deciding, partly=partly) is not None
 
 
 def print_summary(
-    output: Path, reused: Sequence[str], stages: Sequence[Stage], facts: Mapping[str, str]
+    results: Path,
+    reused: Mapping[str, float | None],
+    stages: Sequence[Stage],
+    facts: Mapping[str, str],
 ) -> None:
     """Show what a run cost, its figures and where its results are.
 
     Args:
-        output: its folder.
-        reused: names of the stages that needed no work.
+        results: folder of its scores and report.
+        reused: the stages that needed no work, with what they once took, where that is known.
         stages: the others.
         facts: figures, as name and text.
     """
@@ -204,8 +169,9 @@ def print_summary(
     table.add_column("stage")
     table.add_column("seconds", justify="right")
     table.add_column("peak memory", justify="right")
-    for name in reused:
-        table.add_row(name, "reused", "", style="dim")
+    for name, seconds in reused.items():
+        once = "reused" if seconds is None else f"reused ({seconds:.1f})"
+        table.add_row(name, once, "", style="dim")
     for stage in stages:
         peak = format_bytes(stage.peak_bytes) if stage.peak_bytes else "not known"
         table.add_row(stage.name, f"{stage.seconds:.1f}", peak)
@@ -217,4 +183,5 @@ def print_summary(
     for name, value in facts.items():
         grid.add_row(name, value)
     console.print(grid)
-    console.print(f"scores: {output / 'scores.safetensors'}\nreport: {output / 'report.html'}")
+    for name, file in (("scores", SCORES), ("report", REPORT)):
+        console.print(f"{name}: {results / file}", highlight=False, soft_wrap=True)

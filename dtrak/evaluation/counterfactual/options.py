@@ -8,7 +8,7 @@ from typing import Any
 
 from ...runs.choices import check_choice, check_counts
 from ...runs.console import check_device
-from ...runs.record import read_record
+from ...runs.record import list_queries, read_record
 from ...training.presets import get_preset
 
 # methods that need no scores: any images, and none
@@ -76,7 +76,7 @@ def check_options(
     check_output(output)
     # one of dtrak.lds is checked when it is loaded
     if not (run / "experiment.json").is_file():
-        read_record(run)
+        read_record(run, next(iter(list_queries(run)), None))
 
 
 def check_methods(methods: Sequence[str], clip: Any, vae: Any) -> None:

@@ -24,11 +24,15 @@ from ...features.extraction import (
 from ...features.settings import FeatureSettings
 from ...features.store import FeatureStore
 from ...features.timesteps import select_timesteps
+from ...methods import DEFAULT, FEATURES
+from ...methods.damping import Damping
+from ...methods.scores import trak
 from ...models.denoiser import Denoiser
 from ...runs.choices import DEFAULT_PROJ_DIM
 from ...runs.console import progress_bar
 from ...runs.files import claim
-from ...runs.results import GENERATED, load_attribution
+from ...runs.record import GENERATED, list_queries
+from ...runs.results import load_attribution
 from ..lds.experiment import Experiment, generated_queries
 from ..lds.experiment import load_experiment as load_lds
 from ..lds.tasks import GENERATED as LDS_GENERATED
@@ -52,7 +56,7 @@ class Origin:
         training: how it was trained.
         preset: whose experiment it is, as far as is known.
         settings: of gradient features, whatever their output function.
-        damping: λ of its scores, in units of the Gram matrix; None chooses it.
+        damping: λ of its scores.
         scores: ``[M, N]`` by output function, where the run has any that fit the settings.
     """
 
@@ -63,7 +67,7 @@ class Origin:
     training: Training
     settings: FeatureSettings
     preset: str | None = None
-    damping: float | None = None
+    damping: Damping = Damping(None)  # noqa: RUF009
     scores: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -99,8 +103,7 @@ class Origin:
         with claim(folder / "features.lock", wait=True):
             stores = self._fill_stores(output_function, folder, device, console)
         solver = RidgeSolver(stores[0])
-        damping = solver.auto_damping() if self.damping is None else self.damping
-        return solver.scores(stores[1].load(), damping=damping).float()
+        return solver.scores(stores[1].load(), self.damping.resolve(solver)).float()
 
     def _fill_stores(
         self, output_function: str, folder: Path, device: torch.device, console: Console
@@ -139,6 +142,7 @@ def open_origin(
     preset: str | None = None,
     source: str | None = None,
     timesteps: int | None = None,
+    queries: str | None = None,
 ) -> Origin:
     """Open a run of `dtrak.attribute`, or of `dtrak.lds` with its full model.
 
@@ -147,6 +151,7 @@ def open_origin(
         preset: that trained the model; None takes what the run, or the model's folder, says.
         source: where the training images lie now; None takes where the run found them.
         timesteps: S of gradient features; None takes the run's, or 10 for one of `dtrak.lds`.
+        queries: which of the run's sets of queries; None for the only one that was generated.
 
     Raises:
         FileNotFoundError: there is no such folder, or its data or model are gone.
@@ -156,15 +161,23 @@ def open_origin(
     folder = Path(folder)
     if (folder / "experiment.json").is_file():
         return _open_lds(folder, timesteps)
-    run = load_attribution(folder)
+    if queries is None and any(name.startswith(GENERATED) for name in list_queries(folder)):
+        # what others there are cannot be drawn again
+        queries = GENERATED
+    run = load_attribution(folder, queries)
     if run.options.queries != GENERATED:
         raise CounterfactualError(
             f"the queries of {folder} must be generated to be drawn again, got "
             f"{run.options.queries!r}"
         )
     inputs = run.load_inputs(source)
-    settings = inputs.run.plan.settings
-    scores = {settings.output_function: run.scores}
+    options = run.options
+    settings = inputs.run.plan.settings or replace(options, method=DEFAULT).feature_settings(
+        inputs.model.process.num_timesteps
+    )
+    # of other formulas on the same gradients there are none here
+    is_ridge = options.what.score is trak and options.what.needs == FEATURES
+    scores = {settings.output_function: run.scores} if is_ridge else {}
     if timesteps is not None:
         chosen = select_timesteps(timesteps, "uniform", inputs.model.process.num_timesteps)
         if tuple(chosen) != settings.timesteps:

@@ -1,0 +1,173 @@
+"""`explain`: a model, its training data and some queries give an attribution."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from .attribution import Attribution
+from .data.given import images
+from .data.images import from_uint8, to_uint8
+from .data.samples import Samples
+from .methods.evidence import Drawing, Evidence, Retrained
+from .models import load, wrap
+from .models.denoiser import Denoiser
+from .runs.console import choose_device
+from .runs.files import picture_name
+from .runs.folders import claim_folder
+from .runs.options import ExplainOptions
+from .runs.record import RUN_FILE
+from .runs.stages import Stages
+from .training.drawing import choose_items, draw_all, fitting_steps
+
+
+def explain(
+    model: Any,
+    data: Any,
+    queries: Any,
+    *,
+    store: str | Path | None = None,
+    checkpoints: Sequence[Any] = (),
+    clip: str | Path | None = None,
+    retrained: Retrained | None = None,
+    prompts: Sequence[str] | None = None,
+    classes: Sequence[int] | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> Attribution:
+    """Which training images made this model draw these pictures.
+
+    Args:
+        model: what `dtrak.load` or `Denoiser.of` gives, a folder that `dtrak.load` takes, or a
+            Diffusers pipeline.
+        data: the N training images: what `dtrak.images` gives or takes.
+        queries: the M images to explain, likewise; or a number, of pictures that the model draws
+            from the seeds 0, 1, ….
+        store: folder in which features are kept, so that a call that was killed goes on and other
+            queries cost only themselves; None touches no disk.
+        checkpoints: the model at several points of its training, for the methods that need them.
+        clip: folder of a CLIP model, likewise.
+        retrained: models trained on parts of the data, likewise.
+        prompts: of the pictures drawn, for a model that reads captions.
+        classes: of the pictures drawn, for a model that reads classes; all by default.
+        progress: show progress bars, on stderr.
+        options: as the command line of `dtrak.attribute` has them: ``method``,
+            ``output_function``, ``timesteps``, ``damping`` and so on; `ExplainOptions` lists them.
+
+    Returns:
+        The scores ``[M, N]``, with the images.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        TypeError: there is no such option.
+        ValueError: an option, the model, the images or the store is refused; one clear line.
+    """
+    how = ExplainOptions(**options)
+    device = choose_device(how.device)
+    stages = Stages(device, Console(stderr=True, quiet=not progress))
+    denoiser = as_denoiser(model)
+    train = _fit(denoiser, data, "data")
+    with ExitStack() as held:
+        folder = None if store is None else Path(store)
+        if folder is not None:
+            settings = {
+                "data": {"fingerprint": train.fingerprint, "rows": len(train)},
+                "model": denoiser.identity(),
+                "schedule": denoiser.process.describe(),
+            }
+            claim_folder(folder, RUN_FILE, settings, held)
+            stages.folder = folder
+        drawing = None
+        if isinstance(queries, int):
+            drawing = _drawing(denoiser, queries, prompts, classes)
+            explained = _draw(denoiser, drawing, stages)
+        else:
+            explained = _fit(denoiser, queries, "queries")
+        evidence = Evidence(
+            denoiser,
+            train,
+            explained,
+            how,
+            device,
+            stages,
+            folder=folder,
+            drawing=drawing,
+            checkpoints=[as_denoiser(checkpoint) for checkpoint in checkpoints],
+            clip=clip,
+            retrained=retrained,
+        )
+        scores, settings = evidence.scores()
+    return Attribution(scores.cpu(), train, explained, settings, evidence.facts)
+
+
+def as_denoiser(model: Any) -> Denoiser:
+    """A model as `explain` takes it: itself, what lies in a folder, or a pipeline in memory."""
+    if isinstance(model, Denoiser):
+        return model
+    return load(model) if isinstance(model, str | Path) else wrap(model)
+
+
+def _fit(model: Denoiser, given: Any, name: str) -> Samples:
+    """Samples with what the model reads beside each."""
+    found = (
+        given
+        if isinstance(given, Samples)
+        else images(given, channels=model.channels, size=model.size)
+    )
+    if model.reads is None:
+        return found.conditioned(None)
+    if model.reads == "labels":
+        found = found if found.conditions is not None else found.conditioned(found.labels)
+    if found.conditions is None:
+        raise ValueError(
+            f"{name} must have {model.reads}, which the model reads beside each image, got none: "
+            f"dtrak.images(…, {model.reads}=[…])"
+        )
+    return found
+
+
+def _drawing(
+    model: Denoiser,
+    count: int,
+    prompts: Sequence[str] | None,
+    classes: Sequence[int] | None,
+) -> Drawing:
+    if count < 1:
+        raise ValueError(f"queries must be at least 1, got {count}")
+    seeds = range(count)
+    items = choose_items(model, seeds, prompts=prompts, classes=classes)
+    return Drawing(seeds, items, {"num_inference_steps": fitting_steps(model)})
+
+
+def _draw(model: Denoiser, drawing: Drawing, stages: Stages) -> Samples:
+    """The pictures as they would be saved, 8 bits a channel."""
+    model.to(stages.clock.device)
+    with stages.stage("generate the queries") as progress:
+        drawn = draw_all(
+            model, drawing.seeds, items=drawing.items, progress=progress, **drawing.how
+        )
+    names = [picture_name(seed) for seed in drawing.seeds]
+    pictures = from_uint8(to_uint8(drawn))
+    return Samples(pictures, names, None, "drawn by the model", drawing.items)
+
+
+def _signature() -> inspect.Signature:
+    """With every option by its name, for whoever asks in a notebook."""
+    plain = inspect.signature(explain)
+    named = [
+        inspect.Parameter(
+            one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=one.type
+        )
+        for one in fields(ExplainOptions)
+    ]
+    kept = [p for p in plain.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    return plain.replace(parameters=[*kept, *named])
+
+
+explain.__signature__ = _signature()  # type: ignore[attr-defined]

@@ -1,0 +1,369 @@
+"""What a method scores by: features, checkpoints, journeys, images; made when it asks for them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dtrak_kernels.ridge import RidgeSolver
+
+from ..data.samples import Samples
+from ..features.extraction import (
+    Extractor,
+    FusedExtractor,
+    deciding_settings,
+    extract_rows,
+    fill_store,
+    fitting_batch_size,
+)
+from ..features.settings import FeatureSettings
+from ..features.store import FeatureStore, Store, StoreInMemory
+from ..models.denoiser import Denoiser, Drawn
+from ..runs.measure import TensorMeter, available_bytes, format_bytes
+from ..runs.options import ExplainOptions
+from ..runs.stages import Stages
+from . import CHECKPOINTS, CLIP, FEATURES, MODELS, TRAJECTORY
+from .damping import damping_unit
+from .scores import journey_query_features
+
+TRAIN, QUERY = "train", "query"
+_LABELS = {TRAIN: "features of training images", QUERY: "features of queries"}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How the queries were drawn, for a method that follows the path they came about on.
+
+    Attributes:
+        seeds: of the M queries.
+        items: what each was drawn from, for a model that reads anything.
+        how: as in `Denoiser.draw`.
+    """
+
+    seeds: Sequence[int]
+    items: Sequence[Any] | None
+    how: dict[str, Any]
+
+    def again(self, model: Denoiser, **more: Any) -> Iterator[Drawn]:
+        """Draw them once more, with the clean samples predicted on the way."""
+        return model.draw(self.seeds, self.items, trajectories=True, **{**self.how, **more})
+
+
+@dataclass(frozen=True, eq=False)
+class Retrained:
+    """What models trained on parts of the data do.
+
+    Attributes:
+        subsets: ``[R, N]`` bool, which samples each of R models was trained on.
+        losses: ``[R, M]`` loss of every query under every model.
+    """
+
+    subsets: Tensor
+    losses: Tensor
+
+
+class Evidence:
+    """Everything a method may ask for about one model, its training data and some queries.
+
+    Letters: M queries, N training samples, K features.
+
+    Args:
+        model: that is explained.
+        train: N samples it was trained on, with what it reads beside each.
+        queries: M samples, likewise.
+        how: the options.
+        device: where features are computed.
+        stages: where the work is timed and shown.
+        folder: where features are kept and found again; None keeps them in memory.
+        drawing: how the queries were drawn, where this model drew them.
+        checkpoints: the model at several points of its training, each loaded when it is its turn.
+        clip: folder of a CLIP model.
+        retrained: models trained on parts of the data.
+
+    Attributes:
+        facts: figures of the work done, as name and text.
+    """
+
+    def __init__(
+        self,
+        model: Denoiser,
+        train: Samples,
+        queries: Samples,
+        how: ExplainOptions,
+        device: torch.device,
+        stages: Stages,
+        *,
+        folder: Path | None = None,
+        drawing: Drawing | None = None,
+        checkpoints: Sequence[Any] = (),
+        clip: str | Path | None = None,
+        retrained: Retrained | None = None,
+    ) -> None:
+        self.model, self.train, self.queries, self.how = model, train, queries, how
+        self.device, self.stages, self.folder = device, stages, folder
+        self.drawing, self.checkpoints, self.clip = drawing, checkpoints, clip
+        self.retrained = retrained
+        self.facts: dict[str, str] = {}
+        self._extractor: Extractor | None = None
+
+    def check(self) -> None:
+        """Refuse a method whose needs are not met, before anything is computed.
+
+        Raises:
+            ValueError: what is missing, with what makes it.
+        """
+        method, missing = self.how.what, None
+        if method.needs == CHECKPOINTS and not self.checkpoints:
+            missing = (
+                "the model at several points of its training, --checkpoints FOLDER: python -m "
+                "dtrak.train --keep-checkpoints 5 … keeps them in its output folder"
+            )
+        elif method.needs == TRAJECTORY and self.drawing is None:
+            missing = (
+                "pictures that the model draws itself, whose paths it follows: --queries generated"
+            )
+        elif method.needs == CLIP and self.clip is None:
+            missing = "a CLIP model, --clip FOLDER"
+        elif method.needs == MODELS and self.retrained is None:
+            missing = (
+                "models that were retrained on parts of the data: python -m dtrak.lds prepare "
+                "--num-retrain 64 …, then python -m dtrak.lds evaluate --methods " + method.name
+            )
+        if missing is not None:
+            raise ValueError(f"--method {method.name} needs {missing}")
+
+    def scores(self) -> tuple[Tensor, dict[str, Any]]:
+        """Scores ``[M, N]`` float32, positive for proponents, and the settings that decided them.
+
+        Raises:
+            ValueError: as `check`, or as the features and scores of the method.
+        """
+        self.check()
+        method, settings = self.how.what, self._settings()
+        gradients = self._gradient_settings() if method.output_function is not None else {}
+        if method.needs in (FEATURES, TRAJECTORY) and method.is_damped:
+            train = self._features(TRAIN)
+            left = self._journeys() if method.needs == TRAJECTORY else self._features(QUERY).load()
+            with self.stages.stage("kernel inverse and scores"):
+                solver = RidgeSolver(_in_memory(train))
+                damping, unit = self.how.damped.resolve(solver), damping_unit(solver)
+                scores = method.score(solver, left, damping)
+            auto = " (auto)" if self.how.damped.value is None else ""
+            gradients["damping"] = f"{damping:.6g}{auto}"
+            gradients["damping in mean squared feature norms"] = f"{damping / unit:.4g}x"
+        else:
+            arguments = self._arguments()
+            with self.stages.stage("scores"):
+                scores = method.score(*arguments)
+        return scores.float(), settings | gradients
+
+    def _arguments(self) -> tuple[Any, Any]:
+        """What a method without damping is called with."""
+        needs = self.how.what.needs
+        if needs == FEATURES:
+            train = self._features(TRAIN)
+            return self._features(QUERY).load(), train
+        if needs == CHECKPOINTS:
+            return self._checkpoint_features()
+        if needs == CLIP:
+            return self._embeddings()
+        if needs == MODELS:
+            assert self.retrained is not None
+            return self.retrained.subsets, self.retrained.losses
+        return self.queries, self.train
+
+    @cached_property
+    def feature_settings(self) -> FeatureSettings:
+        """Of the gradients; raises as `ExplainOptions.feature_settings`."""
+        return self.how.feature_settings(self.model.process.num_timesteps)
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "method": self.how.what.name,
+            "training images": self.train.fingerprint,
+            "queries": self.queries.fingerprint,
+            **({} if self.how.what.output_function is None else self.model.identity()),
+        }
+
+    def _gradient_settings(self) -> dict[str, Any]:
+        how, extractor = self.how, self.extractor
+        return {
+            "features": extractor.method,
+            "output function": self.feature_settings.output_function,
+            "timesteps": str(how.when),
+            "noise seed": how.noise_seed,
+            "projection": how.projection,
+            "proj_dim": extractor.proj_dim,
+            "projection seed": how.seed,
+            "dtype": how.dtype,
+        }
+
+    @property
+    def extractor(self) -> Extractor:
+        """Makes features of the model."""
+        if self._extractor is None:
+            self._extractor = self._extractor_of(self.model)
+        return self._extractor
+
+    def _extractor_of(self, model: Denoiser, settings: FeatureSettings | None = None) -> Extractor:
+        settings = settings or self.feature_settings
+        if self.how.fused:
+            return FusedExtractor(model, settings, self.device)
+        from ..features.published import PublishedExtractor
+
+        return PublishedExtractor(model, settings, self.device)
+
+    def _batch_size(self, extractor: Extractor, data: Samples) -> int:
+        if self.how.batch_size is not None:
+            return self.how.batch_size
+        if isinstance(extractor, FusedExtractor):
+            return fitting_batch_size(extractor, data)
+        from ..features.published import PUBLISHED_BATCH_SIZE
+
+        # gradients, their copy and their sum live at once
+        fitting = available_bytes(self.device) // 2 // (3 * 4 * extractor.grad_dim)
+        return max(1, min(PUBLISHED_BATCH_SIZE, fitting))
+
+    def _features(self, role: str) -> Store:
+        data = {TRAIN: self.train, QUERY: self.queries}[role]
+        found = self._fill(self.extractor, data, role, _LABELS[role])
+        self.facts["parameters"] = f"{self.extractor.grad_dim:,}"
+        if role == TRAIN:
+            rows = f"{len(self.train):,} + {len(self.queries):,} rows"
+            self.facts |= {
+                "features": f"{rows} of {found.shape[1]:,}",
+                "batch size": str(found.batch_size),
+                **self._measure(found.batch_size),
+            }
+        return found
+
+    def _fill(
+        self, extractor: Extractor, data: Samples, role: str, label: str, part: str = ""
+    ) -> Store:
+        """The features of ``data``, computed as far as they are not kept."""
+        deciding = {
+            **deciding_settings(extractor.model, self.feature_settings, data, extractor.method),
+            "role": role,
+        }
+        # sets of queries live side by side, each under the first digits of its fingerprint
+        name = role if role == TRAIN else f"{role}-{data.fingerprint[:12]}"
+        folder = None if self.folder is None else self.how.feature_folder(self.folder, part) / name
+        is_known = folder is not None and (folder / "manifest.json").is_file()
+        batch_size = 1 if is_known else self._batch_size(extractor, data)
+        store: Store
+        if folder is None:
+            store = StoreInMemory(data.ids, extractor.proj_dim, batch_size)
+        else:
+            store = FeatureStore.open(folder, deciding, data.ids, extractor.proj_dim, batch_size)
+        if not store.missing():
+            self.stages.reuse(label, name)
+            return store
+        if folder is not None and role == TRAIN:
+            size = format_bytes(4 * math.prod(store.shape))
+            self.stages.say(f"{label}: {store.shape[0]:,} x {store.shape[1]:,}, {size} in {folder}")
+        with self.stages.stage(label, name) as progress:
+            fill_store(
+                store,
+                extractor,
+                data,
+                role=f"{role}/",
+                batch_size=self.how.batch_size,
+                progress=progress,
+            )
+        return store
+
+    def _measure(self, batch_size: int) -> dict[str, str]:
+        """What one batch of the feature stage holds."""
+        if not isinstance(self.extractor, FusedExtractor):
+            return {}
+        weights = self.extractor.model.module.state_dict().values()
+        with TensorMeter(known=weights) as meter:
+            extract_rows(self.extractor, self.train, slice(0, batch_size))
+        never = 4 * self.extractor.grad_dim * len(self.train)
+        return {
+            "largest tensor": format_bytes(meter.largest_bytes),
+            "live tensors at the peak": format_bytes(meter.peak_bytes),
+            "gradients never stored": format_bytes(never),
+        }
+
+    def _checkpoint_features(self) -> tuple[list[Tensor], list[Store]]:
+        """Features at every checkpoint, of the queries and of the training samples."""
+        queries, train = [], []
+        for number, checkpoint in enumerate(self.checkpoints):
+            model = checkpoint() if callable(checkpoint) else checkpoint
+            extractor = self._extractor_of(model)
+            where = f"checkpoint-{next(iter(model.identity().values()))[:12]}"
+            label = f"checkpoint {number + 1} of {len(self.checkpoints)}"
+            train.append(self._fill(extractor, self.train, TRAIN, f"{label}: training", where))
+            queries.append(
+                self._fill(extractor, self.queries, QUERY, f"{label}: queries", where).load()
+            )
+        return queries, train
+
+    def _journeys(self) -> Tensor:
+        """Features of the queries averaged over the paths they were drawn on, ``[M, K]``.
+
+        The clean sample predicted at each step is given fresh noise of that step's timestep.
+        """
+        assert self.drawing is not None
+        steps = self.drawing.how.get("num_inference_steps")
+        timesteps = self.model.drawing_timesteps(*([] if steps is None else [steps]))
+        extractor = self._extractor_of(self.model)
+        with self.stages.stage("features of journeys") as progress:
+            batches: Iterable[Drawn] = self.drawing.again(self.model, progress=progress)
+            return torch.cat(
+                [
+                    journey_features(extractor, drawn, timesteps, self._items_of(drawn.seeds))
+                    for drawn in batches
+                ]
+            )
+
+    def _items_of(self, seeds: Sequence[int]) -> list[Any] | None:
+        assert self.drawing is not None
+        if self.drawing.items is None:
+            return None
+        by_seed = dict(zip(self.drawing.seeds, self.drawing.items, strict=True))
+        return [by_seed[seed] for seed in seeds]
+
+    def _embeddings(self) -> tuple[Tensor, Tensor]:
+        """CLIP's, of the queries and of the training images."""
+        from .baselines import clip_embeddings, load_clip
+
+        assert self.clip is not None
+        model = load_clip(self.clip, self.device)
+        with self.stages.stage("CLIP embeddings") as progress:
+            train = clip_embeddings(self.train, model, progress=progress)
+            return clip_embeddings(self.queries, model), train
+
+
+def journey_features(
+    extractor: Any, drawn: Drawn, timesteps: Sequence[int], items: Sequence[Any] | None
+) -> Tensor:
+    """Features ``[B, K]`` of B pictures, averaged over the steps they were drawn in.
+
+    Args:
+        extractor: of the model that drew them; its timesteps are replaced.
+        drawn: with trajectories ``[B, S, ...]``.
+        timesteps: S, of the steps.
+        items: what each was drawn from, for a model that reads anything.
+    """
+    assert drawn.trajectories is not None
+    ids = [f"journey/{seed}" for seed in drawn.seeds]
+    features = []
+    for step, timestep in enumerate(timesteps):
+        extractor.settings = replace(extractor.settings, timesteps=(timestep,))
+        features.append(extractor.extract(drawn.trajectories[:, step], ids, items).cpu())
+    return journey_query_features(torch.stack(features))
+
+
+def _in_memory(store: Store) -> Any:
+    """The features themselves where a quarter of the memory holds them, else the store."""
+    fits = 4 * math.prod(store.shape) < available_bytes(torch.device("cpu")) // 4
+    return store.load() if fits else store
