@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from finished_run import results as results_of
 from safetensors.torch import load_file, save_file
 from sklearn.model_selection import train_test_split
 from typer.testing import CliRunner
