@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors.torch import save
 from torch import Tensor
 
 from .data.samples import Samples
 from .methods.scores import top_k
-from .runs.files import write_atomically
+from .runs.files import encode_tensors, write_atomically
 from .runs.record import RUN_FILE, SCORES, ResultsError
 from .runs.results import read_scores
 
@@ -131,7 +130,7 @@ class Attribution:
             "settings": json.dumps(self.settings),
             "sign": _SIGN,
         }
-        write_atomically(file, save({"scores": self.scores.contiguous()}, metadata=metadata))
+        write_atomically(file, encode_tensors({"scores": self.scores.contiguous()}, metadata))
         return file
 
     @classmethod

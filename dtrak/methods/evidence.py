@@ -315,7 +315,8 @@ class Evidence:
         assert self.drawing is not None
         steps = self.drawing.how.get("num_inference_steps")
         timesteps = self.model.drawing_timesteps(*([] if steps is None else [steps]))
-        extractor = self._extractor_of(self.model)
+        one = replace(self.feature_settings, timesteps=tuple(timesteps[:1]))
+        extractor = self._extractor_of(self.model, one)
         with self.stages.stage("features of journeys") as progress:
             batches: Iterable[Drawn] = self.drawing.again(self.model, progress=progress)
             return torch.cat(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .locks import locked
 
@@ -34,6 +36,18 @@ def write_atomically(file: Path, content: bytes | memoryview) -> None:
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def encode_tensors(tensors: dict[str, Any], metadata: dict[str, str]) -> bytes:
+    """A safetensors file, the same bytes for the same content: the library shuffles metadata."""
+    from safetensors.torch import save
+
+    content = save(tensors, metadata=metadata)
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True).encode()
+    # values begin at a multiple of 8, as the format asks
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[8 + size :]
 
 
 @contextmanager

@@ -1,0 +1,356 @@
+"""`dtrak.explain`: from a model, images and queries to scores, with and without a folder."""
+
+import csv
+import json
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMPipeline
+from PIL import Image
+from test_sketcher import small_unet
+
+import dtrak
+from dtrak.data.images import DataError, encode_png, to_uint8
+from dtrak.features.extraction import FusedExtractor
+from dtrak.features.noise import sample_noise
+from dtrak.methods import METHODS, NOTHING, Method
+from dtrak.methods.evidence import Retrained
+from dtrak.models.process import linear_process
+from dtrak.models.unet import UNet
+from dtrak.runs.folders import OutputError
+from dtrak.runs.record import ResultsError
+
+N, M = 9, 3
+HOW = {"timesteps": 2, "proj_dim": 256, "device": "cpu", "batch_size": 4, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return UNet(small_unet().float(), linear_process())
+
+
+def pictures(count, seed=0):
+    """Pixels that 8 bits hold exactly."""
+    generator = torch.Generator().manual_seed(seed)
+    levels = torch.randint(0, 256, (count, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    return levels.float().div(127.5).sub(1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("given") / "data"
+    place.mkdir()
+    for number, image in enumerate(to_uint8(pictures(N))):
+        (place / f"{number}.png").write_bytes(encode_png(image))
+    return place
+
+
+def gradients(model, images, ids, role):
+    """The mean gradient of ‖output‖² over two timesteps, one sample at a time, in float64."""
+    net = small_unet().double()
+    scheduler, rows = model.process.scheduler, []
+    for image, name in zip(images.double(), ids, strict=True):
+        total = 0.0
+        for t in (0, 500):
+            noise = sample_noise([f"{role}/{name}"], [t], (1, 8, 8), seed=0, dtype=torch.float64)[0]
+            kept = scheduler.alphas_cumprod.double()[t]
+            noisy = kept.sqrt() * image[None] + (1 - kept).sqrt() * noise
+            output = net(noisy, torch.tensor([t])).sample
+            parts = torch.autograd.grad(output.square().mean(), list(net.parameters()))
+            total = total + torch.cat([part.flatten() for part in parts]) / 2
+        rows.append(total)
+    return torch.stack(rows)
+
+
+def test_scores_are_those_of_single_backwards_and_dense_algebra(model):
+    train, queries = pictures(N), pictures(M, seed=1)
+    found = dtrak.explain(
+        model, train, queries, **{**HOW, "proj_dim": None}, projection="none", damping=0.5,
+        dtype="float64",
+    )  # fmt: skip
+    ids = [str(row) for row in range(N)]
+    phi, psi = (
+        gradients(model, x, ids[: len(x)], r) for x, r in ((train, "train"), (queries, "query"))
+    )
+    kernel = torch.linalg.inv(phi @ phi.T + 0.5 * torch.eye(N).double())
+    # ψ (ΦᵀΦ + λI)⁻¹ Φᵀ = ψ Φᵀ (ΦΦᵀ + λI)⁻¹
+    expected = psi @ phi.T @ kernel
+    assert found.scores.shape == (M, N)
+    assert (found.scores - expected).norm() < 1e-5 * expected.norm()
+    assert (found.ids, found.query_ids) == (ids, ids[:M])
+    model.module.float()
+
+
+def test_a_folder_keeps_features_and_changes_nothing(model, tmp_path, monkeypatch):
+    train, queries = dtrak.images(pictures(N)), pictures(M, seed=1)
+    plain = dtrak.explain(model, train, queries, **HOW)
+    kept = dtrak.explain(model, train, queries, store=tmp_path / "run", **HOW)
+    assert torch.equal(plain.scores, kept.scores)
+    assert plain.settings == kept.settings
+    files = {f: f.stat().st_mtime_ns for f in (tmp_path / "run" / "features").rglob("*")}
+    # other queries cost only themselves
+    seen = []
+    extract = FusedExtractor.extract
+
+    def watched(self, inputs, ids, items=None):
+        seen.extend(ids)
+        return extract(self, inputs, ids, items)
+
+    monkeypatch.setattr(FusedExtractor, "extract", watched)
+    dtrak.explain(model, train, pictures(1, seed=2), store=tmp_path / "run", **HOW)
+    # beside the batch whose tensors are counted
+    assert [name for name in seen if name.startswith(("train/", "query/"))] == ["query/0"]
+    assert all(f.stat().st_mtime_ns == t for f, t in files.items() if f.is_file())
+    with pytest.raises(OutputError, match=r"holds another run: data\.fingerprint"):
+        dtrak.explain(model, pictures(N, seed=3), queries, store=tmp_path / "run", **HOW)
+
+
+def test_without_a_folder_no_disk_is_touched(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dtrak.explain(model, pictures(N), 2, **HOW)
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_as_people_hold_them(model, folder, tmp_path):
+    model.save(tmp_path / "model")
+    given = [
+        model,
+        dtrak.load(tmp_path / "model"),
+        tmp_path / "model",
+        str(tmp_path / "model"),
+        DDPMPipeline.from_pretrained(tmp_path / "model"),
+        dtrak.Denoiser.of(
+            small_unet().float(), linear_process(), lambda net, x, t, c: net(x, t).sample
+        ),
+    ]
+    scores = [dtrak.explain(one, folder, folder, **HOW).scores for one in given]
+    for other in scores[1:]:
+        assert torch.allclose(scores[0], other, rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match="got a Linear"):
+        dtrak.explain(torch.nn.Linear(2, 2), folder, folder, **HOW)
+
+
+def test_queries_that_the_model_draws(model):
+    found = dtrak.explain(model, pictures(N), 2, **HOW)
+    assert found.query_ids == ["00000.png", "00001.png"]
+    drawn = torch.cat([batch.images for batch in model.draw([0, 1])])
+    assert torch.equal(found.queries.images, to_uint8(drawn).float().div(127.5).sub(1))
+    with pytest.raises(ValueError, match="queries must be at least 1, got 0"):
+        dtrak.explain(model, pictures(N), 0, **HOW)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"method": "d-track"}, "did you mean 'd-trak'"),
+        ({"timesteps": "many"}, "--timesteps must be a number"),
+        ({"damping": "-1x"}, "--damping must be 'auto'"),
+        ({"method": "random", "output_function": "mean"}, "is for methods that take gradients"),
+        ({"method": "gas"}, "--checkpoints FOLDER: python -m dtrak.train"),
+        ({"method": "journey-trak"}, "--queries generated"),
+        ({"method": "clip-dot"}, "--clip FOLDER"),
+        ({"method": "datamodel"}, "python -m dtrak.lds evaluate --methods datamodel"),
+        ({"method": "raw-latents-dot"}, "see raw-pixels-dot"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_what_is_missing(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        dtrak.explain(model, pictures(N), pictures(M), **{**HOW, **options})
+
+
+def test_an_unknown_option_is_no_option(model):
+    with pytest.raises(TypeError, match="nonsense"):
+        dtrak.explain(model, pictures(N), pictures(M), nonsense=3)
+
+
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.needs not in ("clip",)])
+def test_every_method_scores_everything(model, name):
+    if name.startswith("raw-latents"):
+        pytest.skip("of a model that is given latents")
+    needs = METHODS[name].needs
+    subsets = torch.rand(12, N, generator=torch.Generator().manual_seed(0)) > 0.5
+    more = {
+        "checkpoints": {"checkpoints": [model, model]},
+        "models": {"retrained": Retrained(subsets, torch.rand(12, M))},
+    }.get(needs, {})
+    queries = M if needs == "trajectory" else pictures(M)
+    if needs == "trajectory":
+        model.process.scheduler.register_to_config(num_train_timesteps=1000)
+    found = dtrak.explain(model, pictures(N), queries, method=name, **more, **HOW)
+    assert found.scores.shape == (M, N)
+    assert found.scores.dtype == torch.float32
+    assert torch.isfinite(found.scores).all()
+    assert found.settings["method"] == name
+
+
+def test_methods_are_their_formulas(model):
+    train, queries = pictures(N), pictures(M, seed=1)
+
+    def score(name, **more):
+        return dtrak.explain(model, train, queries, method=name, **more, **HOW).scores
+
+    flat, other = train.flatten(1).double(), queries.flatten(1).double()
+    cosine = torch.nn.functional.cosine_similarity(other[:, None], flat[None], dim=2)
+    assert torch.allclose(score("raw-pixels-cosine"), cosine.float(), atol=1e-6)
+    assert torch.allclose(score("raw-pixels-dot"), (other @ flat.T).float(), atol=1e-5)
+    # two checkpoints that are one
+    once = score("gradient-dot")
+    assert torch.allclose(score("tracincp", checkpoints=[model, model]), once, rtol=1e-6)
+    # D-TRAK and TRAK are one formula
+    assert torch.equal(score("trak", output_function="mean_squared_l2_norm"), score("d-trak"))
+
+
+def test_a_method_of_ones_own(model):
+    def brightness(queries, train):
+        return train.images.mean((1, 2, 3)).expand(len(queries), -1)
+
+    own = Method("Brightness", NOTHING, brightness)
+    found = dtrak.explain(model, pictures(N), pictures(M), method=own, **HOW)
+    assert torch.allclose(found.scores[0], pictures(N).mean((1, 2, 3)))
+    assert found.settings["method"] == "brightness"
+
+
+class Pairs(torch.utils.data.Dataset):
+    """Tensors or PIL images with labels."""
+
+    def __init__(self, convert):
+        self.convert = convert
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, row):
+        return self.convert(to_uint8(pictures(N))[row]), row % 3
+
+
+def as_pil(pixels):
+    return Image.fromarray(pixels[0].numpy())
+
+
+def test_images_as_people_hold_them(folder):
+    levels = to_uint8(pictures(N))
+    pil = [as_pil(pixels) for pixels in levels]
+    given = {
+        "folder": folder,
+        "pil": pil,
+        "float": pictures(N),
+        "uint8": levels,
+        "array": levels.numpy(),
+        "tensors": Pairs(lambda pixels: pixels),
+        "pairs": Pairs(as_pil),
+        "datasets": datasets.Dataset.from_dict({"image": pil, "label": [0] * N}).cast_column(
+            "image", datasets.Image()
+        ),
+    }
+    for name, source in given.items():
+        found = dtrak.images(source)
+        assert torch.equal(found.images, pictures(N)), name
+        expected = {"pairs": [0, 1, 2] * 3, "tensors": [0, 1, 2] * 3, "datasets": [0] * N}
+        assert found.labels == expected.get(name), name
+        if name not in ("folder", "datasets"):
+            assert found.ids == [str(row) for row in range(N)], name
+    assert len(dtrak.images(pil[0])) == 1
+    assert len(dtrak.images(folder / "0.png")) == 1
+    assert len(dtrak.images(Pairs(as_pil), limit=4)) == len(dtrak.images(levels, limit=4)) == 4
+    named = dtrak.images(levels, labels=range(N), ids=list("abcdefghi"), captions="a")
+    assert (named.ids[1], named.labels[1], named.conditions[1]) == ("b", 1, "a")
+    assert dtrak.images(levels, captions=list("abcdefghi")).conditions[2] == "c"
+
+
+@pytest.mark.parametrize(
+    "source, error, message",
+    [
+        (3.5, ValueError, "got a float"),
+        (["a"], ValueError, "items that are a str"),
+        ([], DataError, "at least one, got none"),
+        (torch.zeros(4, 8, 8, dtype=torch.int32), ValueError, r"got \[4, 8, 8\] torch.int32"),
+        ([torch.rand(1, 8, 8), torch.rand(1, 7, 8)], DataError, r"got \[1, 7, 8\] at 1"),
+        (Pairs(lambda pixels: torch.rand(1, 8, 8)), DataError, "leave out its random transforms"),
+        ("absent.parquet", FileNotFoundError, "no file or folder at"),
+    ],
+)
+def test_what_are_no_images(source, error, message):
+    with pytest.raises(error, match=message):
+        _ = dtrak.images(source).images
+
+
+def test_an_attribution_is_looked_at_saved_and_read(model, folder, tmp_path):
+    found = dtrak.explain(model, folder, pictures(M, seed=1), **HOW)
+    for row, best in zip(found.scores, found.top(3), strict=True):
+        order = row.argsort(descending=True)[:3]
+        assert [match.id for match in best] == [found.ids[i] for i in order]
+        assert [match.score for match in best] == row[order].tolist()
+    with pytest.raises(ValueError, match="k must be"):
+        found.top(N + 1)
+    lines = list(csv.reader(found.to_csv(tmp_path / "a.csv", k=2).open(encoding="utf-8")))
+    assert lines[0] == ["query", "rank", "training image", "score"]
+    assert lines[1][:3] == ["0", "1", found.top(1)[0][0].id]
+    assert len(lines) == 1 + 2 * M
+    assert float(lines[1][3]) == pytest.approx(found.top(1)[0][0].score, rel=1e-8)
+    again = dtrak.explain(model, folder, pictures(M, seed=1), **HOW)
+    one, two = found.save(tmp_path / "one"), again.save(tmp_path / "two")
+    assert one.read_bytes() == two.read_bytes()
+    read = dtrak.Attribution.open(tmp_path / "one")
+    assert torch.equal(read.scores, found.scores)
+    assert (read.ids, read.query_ids, read.settings) == (found.ids, found.query_ids, found.settings)
+    page = found.report(tmp_path / "page.html")
+    assert "Which training images" in page.read_text()
+    assert Image.open(tmp_path / "page.png").size[0] > 500
+    html = found._repr_html_()
+    # a query and its five best
+    assert html.count("<img") == sum(1 + sum(m.score > 0 for m in row) for row in found.top(5))
+    assert "Attribution(d-trak, 3 queries x 9 training images)" in repr(read)
+    assert "<table>" in read._repr_html_()
+    with pytest.raises(ValueError, match="got one read from a file"):
+        read.report(tmp_path / "other.html")
+    with pytest.raises(FileNotFoundError):
+        dtrak.Attribution.open(tmp_path / "absent")
+
+
+def test_what_reads_more_must_be_given_it():
+    class Captioned(UNet):
+        reads = "captions"
+
+    with pytest.raises(ValueError, match=r"data must have captions.*captions=\["):
+        dtrak.explain(
+            Captioned(small_unet().float(), linear_process()), pictures(2), pictures(2), **HOW
+        )
+
+
+def test_the_signature_names_every_option():
+    import inspect
+
+    names = inspect.signature(dtrak.explain).parameters
+    assert {"model", "data", "queries", "store", "method", "timesteps", "damping"} <= set(names)
+    assert "options" not in names
+
+
+def test_public_names_cost_nothing_until_they_are_used():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, dtrak; print({'torch', 'diffusers'} & set(sys.modules)); "
+        "print([n for n in dtrak.__all__ if n not in dir(dtrak)]); dtrak.explain; dtrak.images"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["set()", "[]"]
+    with pytest.raises(AttributeError, match="has no attribute 'attribut'"):
+        _ = dtrak.attribut
+
+
+def test_runs_of_several_queries_are_opened_by_name(model, tmp_path):
+    for name in ("a-11111111", "b-22222222"):
+        place = tmp_path / "run" / "queries" / name
+        found = dtrak.explain(model, pictures(N), pictures(M), method="random", **HOW)
+        found.save(place)
+        (place / "manifest.json").write_text(json.dumps({}))
+    (tmp_path / "run" / "run.json").write_text("{}")
+    assert dtrak.Attribution.open(tmp_path / "run", "a").scores.shape == (M, N)
+    with pytest.raises(ResultsError, match="a-11111111, b-22222222: got none"):
+        dtrak.Attribution.open(tmp_path / "run")
+    with pytest.raises(ResultsError, match="got 'c'"):
+        dtrak.Attribution.open(tmp_path / "run", "c")
+    assert np.isfinite(found.scores.numpy()).all()
