@@ -82,7 +82,8 @@ class UNet(Denoiser):
     ) -> Tensor:
         """See `Denoiser.predict`."""
         called = self.module if module is None else module
-        prediction: Tensor = called(noisy, timesteps, **condition).sample
+        time = self.process.time(timesteps, noisy.shape[1:])
+        prediction: Tensor = called(noisy, time, **condition).sample
         return prediction
 
     def image_shape(self, size: int | None = None) -> tuple[int, int, int]:

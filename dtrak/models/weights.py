@@ -9,10 +9,10 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from .denoiser import ModelError
-from .process import DiscreteProcess, linear_process
+from .process import DiscreteProcess, FlowMatching, Process, linear_process
 
 _SHOWN = 4
 
@@ -98,11 +98,16 @@ def refuse_misfits(info: dict[str, Any], folder: Path) -> None:
         )
 
 
-def load_process(folder: Path) -> DiscreteProcess:
+def load_process(folder: Path, **flow: Any) -> Process:
     """The process of a pipeline's training schedule; the linear one for a bare model.
 
+    Args:
+        folder: of the pipeline.
+        flow: options of `process.FlowMatching`, for a schedule of that kind; None for its own.
+
     Raises:
-        ModelError: a pipeline without one, or one that cannot be used.
+        ModelError: a pipeline without one, or one that cannot be used; options of flow matching are
+            given for another kind.
     """
     files = (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json")
     file = next((file for file in files if file.is_file()), None)
@@ -111,13 +116,20 @@ def load_process(folder: Path) -> DiscreteProcess:
             raise ModelError(f"{folder} is a pipeline and must hold {files[0].relative_to(folder)}")
         return linear_process()
     config = read_json(file)
-    if config.get("trained_betas") is None and "beta_start" not in config:
-        raise ModelError(
-            f"{file} must describe a schedule of betas, got {config.get('_class_name')!r}"
-        )
+    kind = str(config.get("_class_name"))
+    chosen = {name: value for name, value in flow.items() if value is not None}
     try:
+        if kind.startswith("FlowMatch"):
+            return FlowMatching(FlowMatchEulerDiscreteScheduler.from_config(config), **chosen)
+        if config.get("trained_betas") is None and "beta_start" not in config:
+            raise ModelError(f"{file} must describe a schedule of betas or of flows, got {kind!r}")
+        if config.get("predict_epsilon") is False:
+            # what it was called before Diffusers 0.10
+            config = {"prediction_type": "sample", **config}
         # any scheduler's betas and prediction type, read as the training schedule they come from
         return DiscreteProcess(DDPMScheduler.from_config(config))
+    except ModelError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"{file} could not be used: {reason}") from error

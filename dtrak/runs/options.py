@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dtrak_kernels.projection import KINDS, Projection
 
@@ -25,6 +26,9 @@ from .choices import (
 )
 from .console import check_device
 from .stated import option
+
+if TYPE_CHECKING:
+    from ..models.process import Process
 
 _FEATURES, _DRAWING, _READING = "Features and scores", "Pictures that are drawn", "Reading images"
 
@@ -126,11 +130,11 @@ class ExplainOptions:
         way = "" if self.fused or self.function is None else "-published"
         return f"{self.what.name}{other}{way}".replace(":", "-")
 
-    def feature_settings(self, num_timesteps: int | None = None) -> FeatureSettings:
+    def feature_settings(self, process: Process | None = None) -> FeatureSettings:
         """The settings of features.
 
         Args:
-            num_timesteps: ``T`` of the model; None leaves the timesteps open.
+            process: of the model, which places the timesteps; None leaves them open.
 
         Raises:
             ValueError: the method takes no gradients, or raises as `Timesteps.resolve`.
@@ -139,7 +143,7 @@ class ExplainOptions:
             raise ValueError(f"--method must be one that takes gradients, got {self.what.name}")
         return FeatureSettings(
             check_output_function(self.function),
-            () if num_timesteps is None else self.when.resolve(num_timesteps),
+            () if process is None else self.when.resolve(process.num_timesteps, process.spread),
             self.noise_seed,
             Projection(self.projection, self.num_features, self.seed),
             self.dtype,

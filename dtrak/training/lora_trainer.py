@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -262,7 +261,7 @@ class _LoraTrainer(Trainer):
         mean, deviation = posterior.unbind(1)
         spread = torch.randn(mean.shape, generator=keyed_generator(seed, "posterior", step))
         generator = keyed_generator(seed, "noise", step)
-        timesteps = torch.randint(self.model.process.num_timesteps, (size,), generator=generator)
+        timesteps = self.model.process.draw_timesteps(size, generator)
         noise = torch.randn(mean.shape, generator=generator)
         dropped = torch.rand(size, generator=keyed_generator(seed, "caption", step))
         kept = (dropped >= self.caption_dropout).tolist()
@@ -284,7 +283,7 @@ class _LoraTrainer(Trainer):
         with seeded(self.device, self.dropout_seed(step)):
             prediction = self.model.predict(noisy, timesteps, condition, self.forward)
         target = process.target(latents, noise, timesteps)
-        self.descend(F.mse_loss(prediction.float(), target) * weight, step, steps)
+        self.descend(process.loss(prediction, target, timesteps) * weight, step, steps)
 
 
 def condition_apart(model: Denoiser, items: Sequence[Any], device: torch.device) -> Condition:
