@@ -164,7 +164,9 @@ def test_a_flow_is_read_from_its_folder(tmp_path):
     assert (process.density, process.weighting) == ("logit_normal", "none")
     assert relative_error(process.sigmas[[0, -1]], torch.tensor([3 / 1002, 1.0])) < 1e-6
     # of Heun's scheduler the schedule counts
-    write_scheduler(tmp_path, FlowMatchEulerDiscreteScheduler(), _class_name="FlowMatchHeunDiscrete")
+    write_scheduler(
+        tmp_path, FlowMatchEulerDiscreteScheduler(), _class_name="FlowMatchHeunDiscrete"
+    )
     assert isinstance(load_process(folder), FlowMatching)
     write_scheduler(tmp_path, FlowMatchEulerDiscreteScheduler(), _class_name="Other")
     with pytest.raises(ModelError, match="a schedule of betas or of flows, got 'Other'"):

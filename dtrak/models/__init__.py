@@ -18,19 +18,37 @@ _KINDS = {
     "DDIMPipeline": "unet:UNet",
     "PNDMPipeline": "unet:UNet",
     "StableDiffusionPipeline": "stable_diffusion:StableDiffusion",
+    "StableDiffusionXLPipeline": "stable_diffusion:StableDiffusionXL",
+    "DiTPipeline": "transformers:DiT",
+    "StableDiffusion3Pipeline": "transformers:StableDiffusion3",
+    "FluxPipeline": "transformers:Flux",
 }
 # what a folder without an index is read as: it may hold a bare network
 _BARE = "DDPMPipeline"
 _HUB_HINT = "a folder that Diffusers wrote, or a hub name such as owner/name"
 
 
-def load(name: str | Path, lora: str | Path | None = None) -> Denoiser:
+def load(
+    name: str | Path,
+    lora: str | Path | None = None,
+    *,
+    guidance: float | None = None,
+    density: str | None = None,
+    weighting: str | None = None,
+    shift: str | None = None,
+) -> Denoiser:
     """Load a model from what Diffusers wrote; its ``model_index.json`` says of which kind it is.
 
     Args:
         name: a folder with a pipeline, or with a bare UNet2DModel; or a hub name ``owner/name``, of
             which only what is needed is downloaded, once.
         lora: an adapter, a folder or file, for a kind that has one; only it is attributed then.
+        guidance: that a model with embedded guidance (FLUX.1 dev) was trained with, which no file
+            says; 3.5 by default.
+        density: of the timesteps a flow is trained on, one of `process.DENSITIES`; None is what is
+            usual for its kind. Likewise
+        weighting: of its loss, one of `process.WEIGHTINGS`, and
+        shift: of its noise levels, one of `process.SHIFTS`.
 
     Returns:
         The model in evaluation mode, float32, on the CPU.
@@ -38,7 +56,7 @@ def load(name: str | Path, lora: str | Path | None = None) -> Denoiser:
     Raises:
         FileNotFoundError: there is no such folder, adapter or hub name.
         ModelError: no kind of model here serves it (its class is named), it is incomplete or
-            unreadable, or an adapter is given for a kind that has none.
+            unreadable, or an adapter or a way of training is given for a kind that has none.
         LoraError: as in `lora.load_lora`.
     """
     from .weights import read_json
@@ -53,7 +71,9 @@ def load(name: str | Path, lora: str | Path | None = None) -> Denoiser:
             "Python"
         )
     file, _, kind = _KINDS[pipeline].partition(":")
-    loaded: Denoiser = getattr(import_module(f".{file}", __name__), kind).load(base, lora)
+    trained = {"guidance": guidance, "density": density, "weighting": weighting, "shift": shift}
+    made = getattr(import_module(f".{file}", __name__), kind)
+    loaded: Denoiser = made.load(base, lora, **trained)
     return loaded
 
 

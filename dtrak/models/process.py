@@ -333,6 +333,19 @@ class FlowMatching(Process):
         }
 
 
+def take_step(
+    scheduler: Any, prediction: Tensor, timestep: Any, sample: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """One step of a sampler: the next sample, and the clean one that it predicts."""
+    if isinstance(scheduler, DDIMScheduler):
+        options["eta"] = 0.0
+    result = scheduler.step(prediction, timestep, sample, **{**options, "return_dict": True})
+    clean = getattr(result, "pred_original_sample", None)
+    if clean is None:
+        clean = sample - scheduler.sigmas[scheduler.step_index - 1] * prediction
+    return result.prev_sample, clean
+
+
 def shift_of(scheduler: Any, tokens: int) -> float:
     """``mu`` of a schedule that shifts by resolution, for samples of so many tokens.
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from .denoiser import ModelError
@@ -42,11 +43,6 @@ def load_part(kind: Any, folder: Path) -> Any:
     Raises:
         ModelError: weights are missing, unknown or of another shape, or it cannot be loaded.
     """
-    variant = None
-    names = [file.name for file in folder.iterdir()]
-    if not any(name in names for name in _weight_names("")):
-        # a folder downloaded in half precision only
-        variant = "fp16" if any(name in names for name in _weight_names(".fp16")) else None
     try:
         # Diffusers' own remarks on mismatched weights: each becomes an error, or is fine
         with quiet("diffusers.models.modeling_utils"):
@@ -54,7 +50,7 @@ def load_part(kind: Any, folder: Path) -> Any:
             part, info = kind.from_pretrained(
                 folder,
                 local_files_only=True,
-                variant=variant,
+                variant=_variant(folder, _WEIGHTS),
                 output_loading_info=True,
                 low_cpu_mem_usage=False,
                 ignore_mismatched_sizes=True,
@@ -67,9 +63,60 @@ def load_part(kind: Any, folder: Path) -> Any:
     return part.float()
 
 
-def _weight_names(variant: str) -> list[str]:
-    stem = f"diffusion_pytorch_model{variant}"
-    return [f"{stem}.{end}" for end in ("safetensors", "safetensors.index.json", "bin")]
+def load_component(kind: str, folder: Path) -> Any:
+    """A part of a pipeline by its class of Diffusers or Transformers; networks as `load_part`.
+
+    Raises:
+        ModelError: it is of another class, or as `load_part`.
+    """
+    import diffusers
+    import transformers
+
+    if hasattr(diffusers, kind):
+        file = folder / "config.json"
+        found = read_json(file).get("_class_name", kind) if file.is_file() else kind
+        if found != kind:
+            raise ModelError(f"{file} must describe a {kind}, got a {found}")
+        return load_part(getattr(diffusers, kind), folder)
+    made: Any = getattr(transformers, kind)
+    options: dict[str, Any] = {"local_files_only": True}
+    is_network = issubclass(made, torch.nn.Module)
+    if is_network:
+        options |= {"output_loading_info": True, "variant": _variant(folder, _TEXT_WEIGHTS)}
+    try:
+        with quiet("transformers", progress=False):
+            loaded = made.from_pretrained(folder, **options)
+    # whatever a broken file makes it raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"the {kind} in {folder} could not be loaded: {reason}") from error
+    if not is_network:
+        return loaded
+    # buffers that older versions stored are listed as unexpected
+    refuse_misfits({**loaded[1], "unexpected_keys": []}, folder)
+    return loaded[0].float()
+
+
+# files of weights, without a variant's name
+_WEIGHTS = (
+    "diffusion_pytorch_model.{}safetensors",
+    "diffusion_pytorch_model.safetensors.index.{}json",
+    "diffusion_pytorch_model.{}bin",
+)
+_TEXT_WEIGHTS = (
+    "model.{}safetensors",
+    "model.safetensors.index.{}json",
+    "pytorch_model.{}bin",
+    "pytorch_model.bin.index.{}json",
+)
+
+
+def _variant(folder: Path, names: Sequence[str]) -> str | None:
+    """``fp16`` for a folder that was downloaded in half precision only."""
+    there = {file.name for file in folder.iterdir()}
+    if any(name.format("") in there for name in names):
+        return None
+    return "fp16" if any(name.format("fp16.") in there for name in names) else None
 
 
 def refuse_misfits(info: dict[str, Any], folder: Path) -> None:
