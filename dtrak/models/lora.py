@@ -192,7 +192,9 @@ def save_lora(module: nn.Module, folder: str | Path) -> None:
         return
     prefix, reader = _reader(module)
     if prefix == "unet":
-        weights = convert_state_dict_to_diffusers(weights)
+        older = convert_state_dict_to_diffusers(weights)
+        # names of other layers than attention's have no older form, and a mixture is not read
+        weights = weights if any(".lora_A." in name for name in older) else older
     getattr(diffusers.loaders, reader).save_lora_weights(
         folder, **{f"{prefix}_lora_layers": weights}
     )
@@ -449,6 +451,11 @@ def _check_fit(module: nn.Module, weights: dict[str, Tensor], file: Path) -> Non
         layer_name, _, part = name.partition(".lora_")
         layer = modules.get(layer_name)
         what = f"the LoRA in {file} must fit the base model:"
+        if not part:
+            raise LoraError(
+                f"{file} must hold LoRA weights alone, got {name} {list(tensor.shape)}, which was "
+                "trained beside them"
+            )
         known = ("A.weight", "B.weight", "B.bias", "magnitude_vector")
         if part not in known or not isinstance(layer, nn.Linear | nn.Conv2d):
             raise LoraError(
