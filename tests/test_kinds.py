@@ -5,7 +5,9 @@ in float64.
 """
 
 import math
+import shutil
 from itertools import pairwise
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -527,3 +529,25 @@ def test_how_a_flow_is_trained(folders):
         load(folders["sdxl"], density="mode")
     with pytest.raises(ModelError, match="shift must be 'scheduler' for a schedule without"):
         load(folders["sd3"], shift="resolution")
+
+
+def test_the_table_in_the_docs_is_the_registrys():
+    from dtrak.models import _KINDS, _REFUSED
+    from dtrak.models.support import table
+
+    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+    start, end = "<!-- python -m dtrak.models.support -->\n", "<!-- end -->"
+    assert page.partition(start)[2].partition(end)[0] == table()
+    assert all(f"`{name}`" in table() for name in _KINDS)
+    # what is refused is refused with its reason, and nothing of both
+    names = [name for group in _REFUSED for name in group.split(", ")]
+    assert not [(k, name) for k in _KINDS for name in names if k.startswith(name)]
+
+
+@pytest.mark.parametrize("kind, other", [("sdxl", "sd3"), ("dit", "flux"), ("sd3", "sdxl")])
+def test_a_schedule_of_another_process_is_refused(kind, other, folders, tmp_path):
+    folder = shutil.copytree(folders[kind], tmp_path / kind)
+    shutil.rmtree(folder / "scheduler")
+    shutil.copytree(folders[other] / "scheduler", folder / "scheduler")
+    with pytest.raises(ModelError, match=r"the schedule in .* must be (discrete|flow matching)"):
+        load(folder)

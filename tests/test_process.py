@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -212,3 +213,16 @@ def test_a_u_net_of_pixels_may_be_a_flow(tmp_path):
         grads = torch.autograd.grad(total, list(module.parameters()))
         expected = torch.cat([grad.flatten() for grad in grads])
         assert relative_error(features[row], expected) < 1e-6
+    (drawn,) = model.draw([4], num_inference_steps=3, trajectories=True)
+    x = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(4))[None].double()
+    ends = torch.linspace(1, sigma_by_hand(0, 3.0), 3).double()
+    levels = torch.cat([3 * ends / (1 + 2 * ends), torch.zeros(1).double()])
+    with torch.no_grad():
+        for step, (now, after) in enumerate(pairwise(levels)):
+            velocity = module(x, (1000 * now).float()).sample
+            assert relative_error(drawn.trajectories[:, step], x - now * velocity) < 1e-5
+            x = x + (after - now) * velocity
+    assert relative_error(drawn.images, x.clamp(-1, 1)) < 1e-5
+    table = torch.tensor([sigma_by_hand(t, 3.0) for t in range(1000)]).double()
+    nearest = [int((table - level).abs().argmin()) for level in levels[:-1]]
+    assert model.drawing_timesteps(3) == nearest

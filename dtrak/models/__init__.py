@@ -23,6 +23,19 @@ _KINDS = {
     "StableDiffusion3Pipeline": "transformers:StableDiffusion3",
     "FluxPipeline": "transformers:Flux",
 }
+# why others are not served, by their names or the beginnings of those
+_REFUSED = {
+    "LDMPipeline": "the latents of a VQ autoencoder",
+    "StableDiffusionInpaint, StableDiffusionXLInpaint, FluxFill": "a network that sees a picture "
+    "and a mask, too",
+    "StableDiffusionXLImg2Img": "SDXL's refiner, which continues pictures of another model",
+    "StableDiffusionControlNet, StableDiffusionXLControlNet, FluxControl": "a network that sees "
+    "another picture, too",
+    "PixArt, Sana, Lumina, Chroma, QwenImage, ZImage, Flux2, HunyuanDiT, Kolors, AuraFlow, "
+    "HiDream, Kandinsky": "a network that is called otherwise",
+    "Wan, LTX, CogVideoX, HunyuanVideo, Mochi, Cosmos, SkyReels": "video",
+    "ConsistencyModel, KarrasVe, EDM": "noise of another process",
+}
 # what a folder without an index is read as: it may hold a bare network
 _BARE = "DDPMPipeline"
 _HUB_HINT = "a folder that Diffusers wrote, or a hub name such as owner/name"
@@ -65,16 +78,47 @@ def load(
     index = base / "model_index.json"
     pipeline = read_json(index).get("_class_name") if index.is_file() else _BARE
     if pipeline not in _KINDS:
+        reason = _reason(str(pipeline))
         raise ModelError(
             f"{index} must describe one of {', '.join(_KINDS)}, got {pipeline!r}, which no kind of "
-            "model here serves: wrap its network with dtrak.models.Denoiser.of to explain it from "
-            "Python"
+            f"model here serves{reason and f' ({reason})'}: wrap its network with "
+            "dtrak.models.Denoiser.of to explain it from Python"
         )
-    file, _, kind = _KINDS[pipeline].partition(":")
-    trained = {"guidance": guidance, "density": density, "weighting": weighting, "shift": shift}
-    made = getattr(import_module(f".{file}", __name__), kind)
-    loaded: Denoiser = made.load(base, lora, **trained)
+    chosen = {"guidance": guidance, "density": density, "weighting": weighting, "shift": shift}
+    trained = {**_recorded(lora), **{k: v for k, v in chosen.items() if v is not None}}
+    loaded: Denoiser = _class_of(pipeline).load(base, lora, **trained)
     return loaded
+
+
+def _class_of(pipeline: str) -> Any:
+    file, _, kind = _KINDS[pipeline].partition(":")
+    return getattr(import_module(f".{file}", __name__), kind)
+
+
+def _reason(pipeline: str) -> str:
+    """Why a pipeline is not served, where that is known."""
+    for names, reason in _REFUSED.items():
+        if any(pipeline.startswith(name) for name in names.split(", ")):
+            return reason
+    return ""
+
+
+def _recorded(lora: str | Path | None) -> dict[str, Any]:
+    """How an adapter was trained, where `dtrak.train_lora` wrote it down."""
+    from ..runs.choices import TRAINING_FILE
+    from .weights import read_json
+
+    if lora is None:
+        return {}
+    file = (Path(lora) if Path(lora).is_dir() else Path(lora).parent) / TRAINING_FILE
+    if not file.is_file():
+        return {}
+    settings = read_json(file).get("settings", {})
+    schedule = settings.get("schedule", {})
+    found = {name: schedule.get(name) for name in ("density", "weighting")}
+    guidance = settings.get("model", {}).get("guidance")
+    found |= {"shift": schedule.get("shifted by"), "guidance": guidance and float(guidance)}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def find(name: str | Path) -> Path:

@@ -61,12 +61,16 @@ class Denoiser:
         guidance_scale: of classifier-free guidance that pictures are drawn with where nothing else
             is said; None where the model has none.
         num_inference_steps: of drawing, likewise.
+        adapters: formats of the adapters that it reads, in words; None where it takes none.
+        noised_by: its processes, in words.
     """
 
     reads: str | None = None
     vae: Any = None
     guidance_scale: float | None = None
     num_inference_steps: int = NUM_INFERENCE_STEPS
+    adapters: str | None = None
+    noised_by: str = "discrete, flow matching"
 
     def __init__(self, module: nn.Module, process: Process) -> None:
         self.module, self.process = module, process
@@ -108,6 +112,11 @@ class Denoiser:
     def size(self) -> int | tuple[int, int] | None:
         """See the class."""
         return None
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is in the model, whose parameters are the only ones that count."""
+        return False
 
     @property
     def device(self) -> torch.device:

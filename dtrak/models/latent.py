@@ -72,6 +72,7 @@ class LatentPipeline(Denoiser):
     optional: tuple[str, ...] = ()
     without: ClassVar[dict[str, Any]] = {}
     network = "unet"
+    noised_by = "discrete"
     flow: ClassVar[dict[str, Any]] = {}
     targets: Sequence[str] = LORA_TARGETS
     sampler_changes: ClassVar[dict[str, Any]] = {}
@@ -107,6 +108,11 @@ class LatentPipeline(Denoiser):
             return size and size * self.factor
         return int(size[0]) * self.factor, int(size[1]) * self.factor
 
+    @property
+    def has_adapter(self) -> bool:
+        """See `Denoiser`."""
+        return bool(lora_names(self.module))
+
     def parameters(self) -> list[str]:
         """Those of the adapter where there is one, else all."""
         return lora_names(self.module) or [name for name, _ in self.module.named_parameters()]
@@ -125,7 +131,7 @@ class LatentPipeline(Denoiser):
             if name not in self._frozen:
                 self._frozen[name] = hash_model(part)
         hashes = {name: self._frozen[name] for name in frozen}
-        if not lora_names(self.module):
+        if not self.has_adapter:
             return {"model": hash_base(self.module), **hashes}
         if "model" not in self._frozen:
             self._frozen["model"] = hash_base(self.module)
@@ -382,7 +388,7 @@ class LatentPipeline(Denoiser):
 
     def save(self, folder: str | Path) -> None:
         """Write the adapter, or the whole pipeline where there is none, as `load` reads it."""
-        if lora_names(self.module):
+        if self.has_adapter:
             save_lora(self.module, folder)
             return
         pipeline = self.pipeline
@@ -460,10 +466,15 @@ class LatentPipeline(Denoiser):
     @classmethod
     def _load_process(cls, base: Path, module: Any, trained: dict[str, Any]) -> Process:
         chosen = {k: v for k, v in trained.items() if k != "guidance" and v is not None}
-        process = load_process(base, **cls.flow | chosen)
-        if chosen and not isinstance(process, FlowMatching):
+        if chosen and cls.noised_by == "discrete":
             raise ModelError(
                 f"{', '.join(chosen)} must go with a flow-matching model, got the one in {base}"
+            )
+        process = load_process(base, **cls.flow | chosen)
+        kind = "flow matching" if isinstance(process, FlowMatching) else "discrete"
+        if kind != cls.noised_by:
+            raise ModelError(
+                f"the schedule in {base} must be {cls.noised_by} for a {cls.__name__}, got {kind}"
             )
         return process
 

@@ -35,6 +35,7 @@ class StableDiffusion(TextPipeline):
     }
     # what Diffusers' pipeline sets anyway, with a page of advice; and nothing is clipped
     sampler_changes: ClassVar[dict[str, Any]] = {"clip_sample": False, "steps_offset": 1}
+    adapters = "Diffusers, PEFT, kohya, attention processors"
     # what the U-Net reads beside captions
     additions: tuple[str | None, ...] = (None,)
 
@@ -109,6 +110,7 @@ class StableDiffusionXL(StableDiffusion):
         "add_watermarker": False,
     }
     guidance_scale = 5.0
+    adapters = "Diffusers, PEFT, kohya"
     additions = ("text_time",)
 
     def _encode(self, captions: list[str], device: torch.device) -> Condition:

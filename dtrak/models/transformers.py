@@ -16,7 +16,7 @@ from .process import FlowMatching, Process, shift_of
 
 
 class DiT(LatentPipeline):
-    """A diffusion transformer of classes, in the latents of a VAE; drawn by DDIM (η = 0).
+    """A DiT of classes, in the latents of a VAE; drawn by DDIM (η = 0).
 
     A model that learnt its variance, too, returns twice as many channels: the first half is what
     its process calls the target, the second is not attributed.
@@ -29,6 +29,7 @@ class DiT(LatentPipeline):
     """
 
     reads = "labels"
+    adapters = "PEFT"
     parts: ClassVar[dict[str, str]] = {
         "transformer": "DiTTransformer2DModel",
         "vae": "AutoencoderKL",
@@ -110,15 +111,14 @@ class _Flow(TextPipeline):
 
     network = "transformer"
     text_batch = 16
+    adapters: str | None = "Diffusers, PEFT"
+    noised_by = "flow matching"
 
     process: FlowMatching
 
     @classmethod
     def _load_process(cls, base: Path, module: Any, trained: dict[str, Any]) -> Process:
-        process = super()._load_process(base, module, {**trained, "patch": cls._tokens_of(module)})
-        if not isinstance(process, FlowMatching):
-            raise ModelError(f"{base} must have a flow-matching schedule, got another")
-        return process
+        return super()._load_process(base, module, {**trained, "patch": cls._tokens_of(module)})
 
     @classmethod
     def _tokens_of(cls, module: Any) -> int:
@@ -227,6 +227,9 @@ class Flux(_Flow):
         "tokenizer_2": "T5TokenizerFast",
     }
     without: ClassVar[dict[str, Any]] = {"image_encoder": None, "feature_extractor": None}
+    adapters = "Diffusers, PEFT, kohya, XLabs, fal"
+    guidance_scale: float | None = 3.5
+    num_inference_steps = 28
 
     def __init__(self, pipeline: Any, process: Process, guidance: float | None = None) -> None:
         super().__init__(pipeline, process)
@@ -237,9 +240,9 @@ class Flux(_Flow):
                 "one without guidance_embeds"
             )
         self.guidance = (TRAINED_GUIDANCE if guidance is None else guidance) if embeds else None
-        self.guidance_scale = 3.5 if embeds else None
-        # schnell is distilled to a few steps
-        self.num_inference_steps = 28 if embeds else 4
+        if not embeds:
+            # schnell is distilled to a few steps
+            self.guidance_scale, self.num_inference_steps = None, 4
 
     @property
     def patch(self) -> int:

@@ -189,7 +189,7 @@ def _check(
     recipe: Recipe,
     caption_dropout: float,
 ) -> None:
-    if not model.parameters():
+    if not model.has_adapter:
         raise ValueError("the model must have an adapter to train, got none")
     if posteriors.ndim != 6 or posteriors.shape[1:3] != (2, 2):
         raise ValueError(f"posteriors must be [N, 2, 2, C, h, w], got {list(posteriors.shape)}")
