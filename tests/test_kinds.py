@@ -22,8 +22,9 @@ from dtrak.data.samples import Samples
 from dtrak.features.extraction import FusedExtractor, extract_rows
 from dtrak.features.noise import sample_noise
 from dtrak.features.settings import FeatureSettings
-from dtrak.models import load
+from dtrak.models import load, wrap
 from dtrak.models.denoiser import ModelError
+from dtrak.models.lora import LoraError
 from dtrak.training.drawing import draw_all
 from dtrak_kernels import Projection, project
 
@@ -549,5 +550,42 @@ def test_a_schedule_of_another_process_is_refused(kind, other, folders, tmp_path
     folder = shutil.copytree(folders[kind], tmp_path / kind)
     shutil.rmtree(folder / "scheduler")
     shutil.copytree(folders[other] / "scheduler", folder / "scheduler")
-    with pytest.raises(ModelError, match=r"the schedule in .* must be (discrete|flow matching)"):
+    with pytest.raises(ModelError, match=r"the schedule of .* must be (discrete|flow matching)"):
         load(folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pipeline_in_memory_is_the_one_in_its_folder(kind, folders, tmp_path):
+    options = {"guidance": GUIDANCE} if kind == "flux" else {}
+    wrapped, loaded = wrap(raw(folders, kind), **options), load_kind(folders, kind)
+    assert wrapped.identity() == loaded.identity()
+    assert wrapped.process.describe() == loaded.process.describe()
+    trained = load_kind(folders, kind, adapter=True)
+    trained.save(tmp_path)
+    if kind == "dit":
+        return
+    pipeline = raw(folders, kind)
+    pipeline.load_lora_weights(tmp_path)
+    wrapped = wrap(pipeline, **options)
+    assert wrapped.identity() == trained.identity()
+    assert len(wrapped.parameters()) == len(trained.parameters())
+    assert wrapped.adapter() == trained.adapter()
+    assert trained.adapter()["rank"] == 2
+    pipeline.load_lora_weights(tmp_path, adapter_name="other")
+    with pytest.raises(LoraError, match="must have one adapter, got default_0, other"):
+        wrap(pipeline)
+    pipeline.delete_adapters("other")
+    pipeline.fuse_lora()
+    with pytest.raises(LoraError, match="merged or disabled"):
+        wrap(pipeline)
+
+
+def test_a_pipeline_in_memory_must_be_whole(folders):
+    pipeline = raw(folders, "sd3")
+    pipeline.text_encoder_2 = None
+    with pytest.raises(
+        ModelError, match="the StableDiffusion3Pipeline must have its text_encoder_2"
+    ):
+        wrap(pipeline)
+    with pytest.raises(ModelError, match=r"must be a pipeline of one of .*, got a Linear"):
+        wrap(torch.nn.Linear(1, 1))

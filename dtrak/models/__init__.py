@@ -90,6 +90,28 @@ def load(
     return loaded
 
 
+def wrap(pipeline: Any, **trained: Any) -> Denoiser:
+    """A Diffusers pipeline in memory as a model; of a LoRA in it only that is attributed.
+
+    Args:
+        pipeline: of one of the classes that `load` reads. It is used as it is: its modules become
+            float32, move to the device of the features, and are put in evaluation mode.
+        trained: as in `load`.
+
+    Raises:
+        ModelError: no kind of model here serves its class, or as `load`.
+        LoraError: it has several adapters, or one that is merged into the weights.
+    """
+    name = type(pipeline).__name__
+    if name not in _KINDS:
+        raise ModelError(
+            f"model must be a pipeline of one of {', '.join(_KINDS)}, a folder of one, or a "
+            f"dtrak.Denoiser, got a {name}"
+        )
+    wrapped: Denoiser = _class_of(name).wrap(pipeline, **trained)
+    return wrapped
+
+
 def _class_of(pipeline: str) -> Any:
     file, _, kind = _KINDS[pipeline].partition(":")
     return getattr(import_module(f".{file}", __name__), kind)

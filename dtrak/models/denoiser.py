@@ -257,6 +257,14 @@ class Denoiser:
         """Put an adapter from a folder or file into the model, likewise; raises as above."""
         raise ModelError(f"a {type(self.module).__name__} takes no adapter here")
 
+    def adapter(self) -> dict[str, Any]:
+        """``rank`` and ``targets`` of the adapter that is there, as `put_adapter` takes them.
+
+        Raises:
+            ModelError: there is none, or one that `put_adapter` does not make.
+        """
+        raise ModelError(f"a {type(self.module).__name__} has no adapter here")
+
     def base_identity(self) -> dict[str, str]:
         """`identity` without an adapter."""
         return self.identity()

@@ -30,15 +30,17 @@ from .hashing import hash_captions, hash_model
 from .lora import (
     LoraError,
     add_lora,
+    adopt_lora,
     hash_base,
     hash_lora,
     load_lora,
     lora_names,
+    lora_weights,
     remove_lora,
     save_lora,
 )
 from .process import FlowMatching, Process
-from .weights import load_component, load_process, quiet, read_json
+from .weights import load_component, load_process, quiet, read_json, read_process
 
 # bytes of embedded captions that are kept
 _KEPT_BYTES = 2**31
@@ -374,6 +376,22 @@ class LatentPipeline(Denoiser):
         load_lora(self.module, folder)
         return self
 
+    def adapter(self) -> dict[str, Any]:
+        """See `Denoiser.adapter`.
+
+        Raises:
+            ModelError: there is none, its layers have different ranks, or it is a DoRA.
+        """
+        weights = lora_weights(self.module)
+        ranks = {len(weight) for name, weight in weights.items() if ".lora_A." in name}
+        if len(ranks) != 1 or any("magnitude" in name for name in weights):
+            raise ModelError(
+                f"the LoRA must have one rank and no magnitudes to be trained anew, got "
+                f"{sorted(ranks)}"
+            )
+        layers = dict.fromkeys(name.partition(".lora_")[0] for name in weights)
+        return {"rank": ranks.pop(), "targets": list(layers)}
+
     def fresh(self, seed: int) -> Self:
         """The same model round an untrained network of the same configuration, without adapter."""
         config = {k: v for k, v in self.module.config.items() if not k.startswith("_")}
@@ -429,7 +447,8 @@ class LatentPipeline(Denoiser):
             if name not in parts:
                 parts[name] = load_component(kind, base / name)
         _match_tokenizers(parts)
-        process = cls._load_process(base, parts[cls.network], trained)
+        flow = cls._flow_options(parts[cls.network], trained, str(base))
+        process = cls._check_process(load_process(base, **flow), str(base))
         try:
             with quiet("transformers", "diffusers", progress=False):
                 pipeline = DiffusionPipeline.from_pretrained(
@@ -454,6 +473,34 @@ class LatentPipeline(Denoiser):
         return model
 
     @classmethod
+    def wrap(cls, pipeline: Any, **trained: Any) -> Self:
+        """A pipeline in memory, with the adapter that is in it, if any; see `models.wrap`.
+
+        Raises:
+            ModelError: a part is missing, or as `load`.
+            LoraError: it has several adapters, or one that is merged into the weights.
+        """
+        options, name = cls._options(trained), f"the {type(pipeline).__name__}"
+        missing = [
+            part
+            for part in cls.parts
+            if getattr(pipeline, part, None) is None and part not in cls.optional
+        ]
+        if missing:
+            raise ModelError(f"{name} must have its {', '.join(missing)}, got none")
+        network, scheduler = getattr(pipeline, cls.network), pipeline.scheduler
+        config = {**scheduler.config, "_class_name": type(scheduler).__name__}
+        flow = cls._flow_options(network, trained, name)
+        process = cls._check_process(read_process(config, name, **flow), name)
+        model = cls(pipeline, process, **options)
+        model._check_parts(name)
+        for part in (model.vae, *model.encoders.values()):
+            part.float().requires_grad_(False).eval()
+        network.float().eval()
+        adopt_lora(network)
+        return model
+
+    @classmethod
     def _options(cls, trained: dict[str, Any]) -> dict[str, Any]:
         """What the class takes beside pipeline and process, of how it was trained."""
         if trained.get("guidance") is not None:
@@ -464,17 +511,19 @@ class LatentPipeline(Denoiser):
         return {}
 
     @classmethod
-    def _load_process(cls, base: Path, module: Any, trained: dict[str, Any]) -> Process:
+    def _flow_options(cls, network: Any, trained: dict[str, Any], name: str) -> dict[str, Any]:
+        """Options of `process.FlowMatching`, of this kind or as said."""
         chosen = {k: v for k, v in trained.items() if k != "guidance" and v is not None}
         if chosen and cls.noised_by == "discrete":
-            raise ModelError(
-                f"{', '.join(chosen)} must go with a flow-matching model, got the one in {base}"
-            )
-        process = load_process(base, **cls.flow | chosen)
+            raise ModelError(f"{', '.join(chosen)} must go with a flow-matching model, got {name}")
+        return cls.flow | chosen
+
+    @classmethod
+    def _check_process(cls, process: Process, name: str) -> Process:
         kind = "flow matching" if isinstance(process, FlowMatching) else "discrete"
         if kind != cls.noised_by:
             raise ModelError(
-                f"the schedule in {base} must be {cls.noised_by} for a {cls.__name__}, got {kind}"
+                f"the schedule of {name} must be {cls.noised_by} for a {cls.__name__}, got {kind}"
             )
         return process
 
@@ -482,7 +531,7 @@ class LatentPipeline(Denoiser):
     def _check_folder(cls, base: Path) -> None:
         """Refuse a pipeline by what its configurations say."""
 
-    def _check_parts(self, base: Path) -> None:
+    def _check_parts(self, base: Path | str) -> None:
         """Refuse parts that were not made for each other."""
         latents = int(self.vae.config["latent_channels"])
         takes, returns = self._latent_channels()
@@ -639,7 +688,7 @@ class TextPipeline(LatentPipeline):
         """Further arguments of the pipeline."""
         return {}
 
-    def _check_parts(self, base: Path) -> None:
+    def _check_parts(self, base: Path | str) -> None:
         super()._check_parts(base)
         reads, width = self._text_width()
         if reads != width:

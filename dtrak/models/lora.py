@@ -161,6 +161,33 @@ def _inject(module: nn.Module, found: _Adapter) -> None:
     )
 
 
+def adopt_lora(module: nn.Module) -> None:
+    """Take the adapter that is in a network, if any, as one that `load_lora` put there.
+
+    Raises:
+        LoraError: there are several, or it is merged into the weights.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers = [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
+    names = sorted({name for layer in layers for name in layer.scaling})
+    if len(names) > 1:
+        raise LoraError(f"the model must have one adapter, got {', '.join(names)}")
+    if any(layer.merged or layer.disable_adapters for layer in layers):
+        raise LoraError("the adapter must be at work, got one that is merged or disabled")
+    if layers:
+        _finish(module)
+    else:
+        module.requires_grad_(True)
+
+
+def _name_of(module: nn.Module) -> str:
+    """What PEFT calls the adapter in a network."""
+    layers: Any = module.modules()
+    found = {name for layer in layers for name in getattr(layer, "scaling", ())}
+    return str(next(iter(found), ADAPTER))
+
+
 def remove_lora(module: nn.Module) -> None:
     """Take the adapter out of a network, if it has one: it is the base then, all of it trained."""
     from diffusers.utils.peft_utils import recurse_remove_peft_layers
@@ -227,20 +254,21 @@ def lora_names(module: nn.Module) -> list[str]:
 
 def lora_weights(module: nn.Module) -> dict[str, Tensor]:
     """The adapter's parameters by PEFT's names, which name no adapter; float32, on the CPU."""
-    weights = {}
+    weights, adapter = {}, _name_of(module)
     for name, parameter in module.named_parameters():
         if ".lora_" in name:
-            short = name.replace(f".{ADAPTER}.", ".").replace("_vector.weight", "_vector")
+            short = name.replace(f".{adapter}.", ".").replace("_vector.weight", "_vector")
             weights[short] = parameter.detach().float().cpu()
     return weights
 
 
 def _scales(module: nn.Module) -> dict[str, float]:
     """The factor alpha / r by layer."""
+    adapter = _name_of(module)
     return {
-        name: float(layer.scaling[ADAPTER])
+        name: float(layer.scaling[adapter])
         for name, layer in module.named_modules()
-        if ADAPTER in getattr(layer, "scaling", {})
+        if adapter in getattr(layer, "scaling", {})
     }
 
 

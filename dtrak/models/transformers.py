@@ -96,7 +96,7 @@ class DiT(LatentPipeline):
             hook.remove()
         return drawn
 
-    def _check_parts(self, base: Path) -> None:
+    def _check_parts(self, base: Path | str) -> None:
         super()._check_parts(base)
         if not isinstance(self.module.config["sample_size"], int):
             raise ModelError(f"the transformer in {base} must have one sample_size, got another")
@@ -117,13 +117,14 @@ class _Flow(TextPipeline):
     process: FlowMatching
 
     @classmethod
-    def _load_process(cls, base: Path, module: Any, trained: dict[str, Any]) -> Process:
-        return super()._load_process(base, module, {**trained, "patch": cls._tokens_of(module)})
+    def _flow_options(cls, network: Any, trained: dict[str, Any], name: str) -> dict[str, Any]:
+        patch = cls._patch_of(network)
+        return super()._flow_options(network, trained, name) | {"patch": patch}
 
     @classmethod
-    def _tokens_of(cls, module: Any) -> int:
+    def _patch_of(cls, network: Any) -> int:
         """Latent pixels along one side of a token."""
-        return int(module.config["patch_size"])
+        return int(network.config["patch_size"])
 
     def _set_times(self, scheduler: Any, count: int, shape: Sequence[int]) -> None:
         options = {}
@@ -250,7 +251,7 @@ class Flux(_Flow):
         return 2
 
     @classmethod
-    def _tokens_of(cls, module: Any) -> int:
+    def _patch_of(cls, network: Any) -> int:
         return 2
 
     @property

@@ -22,7 +22,7 @@ from .denoiser import (
     check_steps,
 )
 from .process import DiscreteProcess, FlowMatching, linear_process, shift_of, take_step
-from .weights import load_part, load_process, read_json
+from .weights import load_part, load_process, read_json, read_process
 
 # pictures drawn at a time
 _BATCH = 64
@@ -205,6 +205,14 @@ class UNet(Denoiser):
         DDPMPipeline(unet=self.module, scheduler=scheduler).save_pretrained(folder)
 
     @classmethod
+    def wrap(cls, pipeline: Any, **trained: Any) -> UNet:
+        """A pipeline in memory; see `models.wrap`."""
+        scheduler, name = pipeline.scheduler, f"the {type(pipeline).__name__}"
+        config = {**scheduler.config, "_class_name": type(scheduler).__name__}
+        options = _flow_options(trained, name, config)
+        return cls(pipeline.unet.float().eval(), read_process(config, name, **options))
+
+    @classmethod
     def load(cls, folder: Path, lora: str | Path | None = None, **trained: Any) -> UNet:
         """Load a folder that Diffusers wrote: a UNet2DModel, or a pipeline around one.
 
@@ -235,14 +243,22 @@ class UNet(Denoiser):
                 f"got {folder} without one"
             )
         _check_config(part / "config.json")
-        chosen = {name: value for name, value in trained.items() if value is not None}
-        process = load_process(folder, **{k: v for k, v in chosen.items() if k != "guidance"})
-        if chosen and ("guidance" in chosen or not isinstance(process, FlowMatching)):
-            raise ModelError(
-                f"{', '.join(chosen)} must go with a model that is trained in such a way, got the "
-                f"one in {folder}"
-            )
+        process = load_process(folder)
+        options = _flow_options(trained, str(folder), process.describe())
+        if options:
+            process = load_process(folder, **options)
         return cls(load_part(UNet2DModel, part).eval(), process)
+
+
+def _flow_options(trained: dict[str, Any], name: str, about: dict[str, Any]) -> dict[str, Any]:
+    """How a flow is trained, refused for another process."""
+    chosen = {option: value for option, value in trained.items() if value is not None}
+    is_flow = "process" in about or str(about.get("_class_name")).startswith("FlowMatch")
+    if chosen and ("guidance" in chosen or not is_flow):
+        raise ModelError(
+            f"{', '.join(chosen)} must go with a model that is trained in such a way, got {name}"
+        )
+    return chosen
 
 
 def _check_config(file: Path) -> None:

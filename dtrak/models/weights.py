@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -162,14 +162,24 @@ def load_process(folder: Path, **flow: Any) -> Process:
         if (folder / "model_index.json").is_file():
             raise ModelError(f"{folder} is a pipeline and must hold {files[0].relative_to(folder)}")
         return linear_process()
-    config = read_json(file)
+    return read_process(read_json(file), str(file), **flow)
+
+
+def read_process(
+    config: Mapping[str, Any], name: str = "the noise schedule", **flow: Any
+) -> Process:
+    """The process of a schedule's configuration; ``flow`` as `load_process`.
+
+    Raises:
+        ModelError: it cannot be used; ``name`` says which.
+    """
     kind = str(config.get("_class_name"))
-    chosen = {name: value for name, value in flow.items() if value is not None}
+    chosen = {option: value for option, value in flow.items() if value is not None}
     try:
         if kind.startswith("FlowMatch"):
             return FlowMatching(FlowMatchEulerDiscreteScheduler.from_config(config), **chosen)
         if config.get("trained_betas") is None and "beta_start" not in config:
-            raise ModelError(f"{file} must describe a schedule of betas or of flows, got {kind!r}")
+            raise ModelError(f"{name} must describe a schedule of betas or of flows, got {kind!r}")
         if config.get("predict_epsilon") is False:
             # what it was called before Diffusers 0.10
             config = {"prediction_type": "sample", **config}
@@ -179,7 +189,7 @@ def load_process(folder: Path, **flow: Any) -> Process:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise ModelError(f"{file} could not be used: {reason}") from error
+        raise ModelError(f"{name} could not be used: {reason}") from error
 
 
 @contextmanager
