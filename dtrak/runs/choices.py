@@ -52,12 +52,14 @@ def check_counts(**counts: int | None) -> None:
 
 
 def check_model_folder(folder: str | Path) -> None:
-    """Refuse a folder of a model that is not there.
+    """Refuse a folder of a model that is not there; ``owner/name`` may be one of a hub.
 
     Raises:
         FileNotFoundError: there is no such folder.
     """
-    if not Path(folder).is_dir():
+    owner, _, name = str(folder).partition("/")
+    may_be_hub = owner and name and not owner.startswith((".", "~")) and "/" not in name
+    if not Path(folder).is_dir() and not (may_be_hub and not Path(owner).is_dir()):
         raise FileNotFoundError(
             f"model must be an existing folder that Diffusers wrote, got {folder}"
         )
