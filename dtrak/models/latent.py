@@ -659,10 +659,11 @@ class TextPipeline(LatentPipeline):
         """What the text encoders make of captions, by the pipeline's own method."""
 
     def _check_drawn(self, seeds: Sequence[int], items: Sequence[Any] | None) -> None:
-        if items is None:
+        if items is None and len(seeds):
             raise ValueError("prompts must be given for a model that reads them, got none")
-        if len(items) != len(seeds):
-            raise ValueError(f"seeds must be {len(items)}, one for each prompt, got {len(seeds)}")
+        count = len(items or ())
+        if count != len(seeds):
+            raise ValueError(f"seeds must be {count}, one for each prompt, got {len(seeds)}")
 
     def _run(
         self,

@@ -62,10 +62,10 @@ class DiT(LatentPipeline):
         return prediction[:, : noisy.shape[1]]
 
     def _check_drawn(self, seeds: Sequence[int], items: Sequence[Any] | None) -> None:
-        if items is None or len(items) != len(seeds):
+        if len(items or ()) != len(seeds):
             got = "none" if items is None else str(len(items))
             raise ValueError(f"labels must be {len(seeds)}, one for each seed, got {got}")
-        check_labels(items, self.num_classes, torch.device("cpu"))
+        check_labels(items or (), self.num_classes, torch.device("cpu"))
 
     def _drawn_size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
         own = super()._drawn_size(None)

@@ -140,10 +140,10 @@ class UNet(Denoiser):
             )
         if self.num_classes is None and items is not None:
             raise ValueError(f"items must be None for a model that reads nothing, got {len(items)}")
-        if self.num_classes is not None and (items is None or len(items) != len(seeds)):
+        if self.num_classes is not None and len(items or ()) != len(seeds):
             got = "none" if items is None else str(len(items))
             raise ValueError(f"labels must be {len(seeds)}, one for each seed, got {got}")
-        condition = self.condition(items, self.device)
+        condition = self.condition(items or (), self.device)
         return self._draw(
             seeds,
             condition,
