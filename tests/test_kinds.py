@@ -589,3 +589,46 @@ def test_a_pipeline_in_memory_must_be_whole(folders):
         wrap(pipeline)
     with pytest.raises(ModelError, match=r"must be a pipeline of one of .*, got a Linear"):
         wrap(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_is_explained_in_a_notebook(kind, folders, tmp_path):
+    """A pipeline in memory, or a folder and its adapter; pictures drawn, or given."""
+    import dtrak
+
+    adapter = kind in ("sd", "flux")
+    model = load_kind(folders, kind, adapter) if adapter else raw(folders, kind)
+    flux = kind in ("flux", "schnell")
+    pixels = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    read = {"labels" if kind == "dit" else "captions": items_of(kind)}
+    data = dtrak.images(pixels, ids=list("abc"), **read)
+    how = {"timesteps": 2, "proj_dim": 256, "damping": 0.5, "device": "cpu", "progress": False}
+    drawn = {"classes": [1]} if kind == "dit" else {"prompts": ["fog"]}
+    # FLUX's pictures have a size of their own
+    queries = dtrak.images(pixels[:1], ids=["q"], captions=["fog"]) if flux else 1
+    found = dtrak.explain(model, data, queries, **how, **({} if flux else drawn))
+    assert found.scores.shape == (1, 3)
+    own = load_kind(folders, kind, adapter) if kind != "flux" else model
+    if flux:
+        query, name, item = pixels[:1], "q", "fog"
+    else:
+        query = draw_all(own, [0], items=[1 if kind == "dit" else "fog"])
+        query = ((query + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1
+        name, item = "00000.png", 1 if kind == "dit" else "fog"
+    times = tuple(own.process.spread(2))
+    settings = FeatureSettings("mean_squared_l2_norm", times, 0, Projection("sjlt", 256))
+    extractor = FusedExtractor(own, settings, CPU)
+    names = ["train/a", "train/b", "train/c"]
+    phi = extractor.extract(own.inputs(pixels, CPU), names, items_of(kind)).double()
+    psi = extractor.extract(own.inputs(query, CPU), [f"query/{name}"], [item]).double()
+    wanted = psi @ torch.linalg.inv(phi.T @ phi + 0.5 * torch.eye(256).double()) @ phi.T
+    assert relative_error(found.scores.double(), wanted) < 1e-3
+
+
+def test_what_a_model_reads_must_be_given(folders):
+    import dtrak
+
+    pixels = torch.zeros(2, 3, 16, 16)
+    for kind, message in (("sd3", "must have captions"), ("dit", "must have labels")):
+        with pytest.raises(ValueError, match=message):
+            dtrak.explain(load_kind(folders, kind), pixels, pixels, progress=False, device="cpu")

@@ -15,8 +15,9 @@ from dtrak.features.settings import FeatureSettings
 from dtrak.features.timesteps import Timesteps
 from dtrak.models import load
 from dtrak.models.denoiser import Denoiser, ModelError
-from dtrak.models.process import DENSITIES, FlowMatching, linear_process
+from dtrak.models.process import FlowMatching, linear_process
 from dtrak.models.weights import load_process
+from dtrak.runs.choices import DENSITIES
 from dtrak_kernels import Projection
 
 SCHEDULERS = {

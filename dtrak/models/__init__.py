@@ -168,24 +168,3 @@ def find(name: str | Path) -> Path:
             f"model must be {_HUB_HINT}, got {text!r}, which is no folder and cannot be "
             f"downloaded: {reason}"
         ) from error
-
-
-def wrap(pipeline: Any) -> Denoiser:
-    """A Diffusers pipeline in memory as a model; of a LoRA in it only that is attributed.
-
-    Args:
-        pipeline: of one of the classes that `load` reads. It is used as it is: its modules move to
-            the device of the features, and are put in evaluation mode.
-
-    Raises:
-        ModelError: no kind of model here serves its class.
-    """
-    name = type(pipeline).__name__
-    if name not in _KINDS:
-        raise ModelError(
-            f"model must be a pipeline of one of {', '.join(_KINDS)}, a folder of one, or a "
-            f"dtrak.Denoiser, got a {name}"
-        )
-    file, _, kind = _KINDS[name].partition(":")
-    wrapped: Denoiser = getattr(import_module(f".{file}", __name__), kind).wrap(pipeline)
-    return wrapped

@@ -17,14 +17,10 @@ from diffusers.training_utils import (
 )
 from torch import Tensor
 
-from ..runs.choices import check_choice
+from ..runs.choices import DENSITIES, SHIFTS, check_choice
 from .hashing import hash_tensors
 
-# of u in [0, 1], the place of a timestep between the least and the most noisy one
-DENSITIES = ("uniform", "logit_normal", "mode")
 WEIGHTINGS = ("none", "sigma_sqrt", "cosmap")
-# the scheduler's own shift; or that of the resolution, as pictures are drawn
-SHIFTS = ("scheduler", "resolution")
 # of the mode density, as in Diffusers' training scripts
 _MODE_SCALE = 1.29
 

@@ -14,6 +14,10 @@ PRECISIONS = ("no", "fp16", "bf16")
 DEFAULT_PROJ_DIM = {"sjlt": 8192, "kronecker": 8192, "rademacher": 2048, "normal": 2048, "none": 0}
 # of pictures drawn from prompts
 GUIDANCE_SCALE = 7.5
+# of u in [0, 1], the place of a timestep between the least and the most noisy one, in training
+DENSITIES = ("uniform", "logit_normal", "mode")
+# of a flow's noise levels: as its scheduler is made, or as pictures of a resolution are drawn
+SHIFTS = ("scheduler", "resolution")
 # what a trainer writes beside a model or an adapter
 TRAINING_FILE = "training.json"
 # pictures drawn from prompts, and kept, at a time

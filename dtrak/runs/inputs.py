@@ -55,7 +55,11 @@ def load_model_and_data(run: Run) -> tuple[Denoiser, Samples]:
         raise ValueError(
             f"--model must name the base pipeline, got none with --lora {options.lora}"
         )
-    model = digits_model() if options.model is None else load(options.model, options.lora)
+    model = (
+        digits_model()
+        if options.model is None
+        else load(options.model, options.lora, **options.trained)
+    )
     _check_options(run, model)
     if options.model is None and (options.data != "digits" or options.preset):
         raise ValueError(
