@@ -632,3 +632,29 @@ def test_what_a_model_reads_must_be_given(folders):
     for kind, message in (("sd3", "must have captions"), ("dit", "must have labels")):
         with pytest.raises(ValueError, match=message):
             dtrak.explain(load_kind(folders, kind), pixels, pixels, progress=False, device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3"])
+def test_a_large_network_is_kept_in_16_bits_beside_its_adapter(kind, folders, latents, monkeypatch):
+    data, model = samples_of(kind, latents), load_kind(folders, kind, adapter=True)
+    exact = FeatureSettings("loss", TIMES, 0, Projection("none"))
+    expected = extract_rows(FusedExtractor(model, exact, CPU), data, slice(0, 3))
+    monkeypatch.setattr("dtrak.models.transformers._LARGE", 1000)
+    # activations that are made again are the same
+    again = extract_rows(FusedExtractor(model, exact, CPU), data, slice(0, 3))
+    assert model.module.is_gradient_checkpointing
+    assert torch.equal(again, expected)
+    identity = model.identity()
+    half = FeatureSettings("loss", TIMES, 0, Projection("none"), "bfloat16")
+    extractor = FusedExtractor(model, half, CPU)
+    found = {n: p.dtype for n, p in model.module.named_parameters()}
+    assert {d for n, d in found.items() if ".lora_" not in n} == {torch.bfloat16}
+    assert {d for n, d in found.items() if ".lora_" in n} == {torch.float32}
+    assert model.identity() == identity
+    features = extract_rows(extractor, data, slice(0, 3))
+    assert 0 < relative_error(features, expected) < 0.1
+    model.to(CPU)
+    drawn = draw_all(model, [0], items=["fog"], num_inference_steps=2, size=16)
+    assert torch.isfinite(drawn).all()
+    with pytest.raises(ModelError, match="was made bfloat16 and must be loaded again for float32"):
+        FusedExtractor(model, exact, CPU)

@@ -234,8 +234,13 @@ class Denoiser:
         other.module = module
         return other
 
-    def to(self, device: torch.device, dtype: str = "float32") -> None:
-        """Put the module on its device, its weights in float64 for ``"float64"``."""
+    def to(self, device: torch.device, dtype: str | None = None) -> None:
+        """Put the module on its device, its weights in float64 for ``"float64"``.
+
+        Args:
+            device: of the weights.
+            dtype: that features are made in, one of `choices.DTYPES`; None leaves the weights.
+        """
         self.module.to(device)
         if dtype == "float64":
             self.module.double()

@@ -8,6 +8,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -298,7 +299,7 @@ class LatentPipeline(Denoiser):
             predicted.clear()
             pipeline = self._drawing_pipeline(count, size)
             generators = [torch.Generator().manual_seed(seed) for seed in chosen]
-            with quiet(*self._talkers()):
+            with quiet(*self._talkers()), self._autocast():
                 drawn = self._run(pipeline, items[rows], size, generators, options)
             self.module.to(device)
             # guidance may have doubled the rows
@@ -349,6 +350,13 @@ class LatentPipeline(Denoiser):
 
         scheduler.step = record
         return pipeline
+
+    def _autocast(self) -> Any:
+        """Autocast for a network that is kept in 16 bits."""
+        dtype = next(self.module.parameters()).dtype
+        if dtype in (torch.float32, torch.float64):
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype)
 
     def _unpacked(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
         """Latents ``[R, C, h, w]`` of what the pipeline steps with."""
