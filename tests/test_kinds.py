@@ -658,3 +658,52 @@ def test_a_large_network_is_kept_in_16_bits_beside_its_adapter(kind, folders, la
     assert torch.isfinite(drawn).all()
     with pytest.raises(ModelError, match="was made bfloat16 and must be loaded again for float32"):
         FusedExtractor(model, exact, CPU)
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux"])
+def test_training_descends_the_kinds_own_loss(kind, folders, monkeypatch):
+    """Of the velocity, at timesteps of its density, weighed as chosen; of ε elsewhere."""
+    from dtrak.training.recipe import Recipe
+    from dtrak.training.trainer import Trainer, train
+
+    options = {} if kind == "sdxl" else {"weighting": "cosmap", "density": "mode"}
+    options |= {"guidance": GUIDANCE} if kind == "flux" else {}
+    model, seen, losses = load(folders[kind], **options), [], []
+    adds, descends = type(model.process).add, Trainer.descend
+
+    def spy(self, clean, noise, timesteps):
+        seen.append((clean, noise, timesteps))
+        return adds(self, clean, noise, timesteps)
+
+    def note(self, loss, step, steps):
+        losses.append(float(loss))
+        return descends(self, loss, step, steps)
+
+    monkeypatch.setattr(type(model.process), "add", spy)
+    monkeypatch.setattr(Trainer, "descend", note)
+    pixels = torch.rand(3, 3, 16, 16) * 2 - 1
+    data = Samples(pixels, list("abc"), None, "pictures", CAPTIONS)
+    train(model, data, Recipe(steps=1, batch_size=3, flip=False))
+    ((clean, noise, timesteps),) = seen
+    latents = load(folders[kind]).inputs(pixels, CPU)
+    network, pipeline = load(folders[kind]).module.double(), raw(folders, kind)
+    betas, total = getattr(pipeline.scheduler, "betas", None), 0.0
+    for row, t in enumerate(timesteps.tolist()):
+        # the batch is shuffled
+        index = int((latents - clean[row]).flatten(1).norm(dim=1).argmin())
+        condition = condition_by_hand(pipeline, kind, CAPTIONS[index])
+        condition = {name: value.double() for name, value in condition.items()}
+        x, e = latents[index].double(), noise[row].double()
+        noisy, target = noisy_by_hand(kind, x, e, t, betas)
+        with torch.no_grad():
+            error = call_by_hand(network, kind, noisy, t, condition) - target
+        sigma = sigma_of(kind, t)
+        weight = 1 if sigma is None else 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
+        total += weight * float(error.square().mean()) / 3
+    assert losses == [pytest.approx(total, rel=1e-4)]
+    if kind != "sdxl":
+        draws = type(model.process).draw_timesteps
+        monkeypatch.setattr(type(model.process), "draw_timesteps", lambda *_: draws(*_) * 0 + 7)
+        seen.clear()
+        train(load(folders[kind], **options), data, Recipe(steps=1, batch_size=3, flip=False))
+        assert seen[0][2].tolist() == [7, 7, 7]
