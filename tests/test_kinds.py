@@ -4,8 +4,12 @@ The oracles call the networks of Diffusers with their arguments written out, one
 in float64.
 """
 
+import json
 import math
+import re
 import shutil
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from unittest import mock
@@ -15,8 +19,10 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from numerics import relative_error
-from tiny_pipelines import CLASSES, KINDS, build
+from safetensors.torch import load_file, save_file
+from tiny_pipelines import CLASSES, KINDS, build, build_clip
 from tiny_stable_diffusion import MAX_TOKENS, shake_lora
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from dtrak.data.samples import Samples
 from dtrak.features.extraction import FusedExtractor, extract_rows
@@ -707,3 +713,98 @@ def test_training_descends_the_kinds_own_loss(kind, folders, monkeypatch):
         seen.clear()
         train(load(folders[kind], **options), data, Recipe(steps=1, batch_size=3, flip=False))
         assert seen[0][2].tolist() == [7, 7, 7]
+
+
+def edit(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_a_folder_that_is_not_whole_is_refused_by_name(folders, tmp_path):
+    folder = shutil.copytree(folders["sd3"], tmp_path / "sd3")
+
+    def refused(message):
+        with pytest.raises(ModelError, match=message) as caught:
+            load(folder)
+        assert "\n" not in str(caught.value)
+
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    whole = load_file(weights)
+    weights.unlink()
+    refused("the model in .*transformer could not be loaded: .*no file named diffusion_pytorch")
+    name = next(name for name in whole if "add_q_proj" in name)
+    save_file({n: w for n, w in whole.items() if n != name}, weights)
+    refused(f"transformer does not match its configuration: {re.escape(name)} is missing")
+    save_file(whole | {name: torch.zeros(3)}, weights)
+    refused(r"is \[3\] and should be")
+    save_file(whole, weights)
+    edit(folder / "vae" / "config.json", _class_name="AutoencoderTiny")
+    refused("must describe a AutoencoderKL, got a AutoencoderTiny")
+    edit(folder / "vae" / "config.json", _class_name="AutoencoderKL")
+    text = folder / "text_encoder_2" / "model.safetensors"
+    kept = load_file(text)
+    save_file({n: w for n, w in kept.items() if "token_embedding" not in n}, text)
+    refused("text_encoder_2 does not match its configuration: .*token_embedding.*missing")
+    save_file(kept, text)
+    shutil.rmtree(folder / "text_encoder_3")
+    refused("must hold the folder text_encoder_3")
+    # which may be left out, and is then said to be
+    edit(folder / "model_index.json", text_encoder_3=[None, None], tokenizer_3=[None, None])
+    model = load(folder)
+    assert "text_encoder_3" not in model.identity()
+    read = model.condition(["fog"], CPU)["encoder_hidden_states"]
+    assert read.shape == (1, MAX_TOKENS + 256, 24)
+    assert not read[:, MAX_TOKENS:].any()
+    edit(folder / "model_index.json", transformer=["diffusers", "NoSuchModel"], vae=5)
+    refused("the pipeline in .* could not be loaded|must")
+    shutil.rmtree(folder / "scheduler")
+    refused(r"is a pipeline and must hold scheduler/scheduler_config\.json")
+
+
+@pytest.mark.parametrize("kind, other", [("flux", "sd3"), ("sdxl", "sd"), ("sd3", "flux")])
+def test_parts_of_another_model_are_refused(kind, other, folders, tmp_path):
+    folder = shutil.copytree(folders[kind], tmp_path / kind)
+    network = "unet" if kind == "sdxl" else "transformer"
+    shutil.rmtree(folder / network)
+    shutil.copytree(folders[other] / network, folder / network)
+    with pytest.raises(
+        ModelError, match=r"must describe a|must have addition_embed_type"
+    ) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux"])
+def test_text_encoders_of_another_model_are_refused(kind, folders, tmp_path):
+    folder = shutil.copytree(folders[kind], tmp_path / kind)
+    part = "text_encoder" if kind == "flux" else "text_encoder_2"
+    clip = build_clip(4, 4, CLIPTextModel if kind == "flux" else CLIPTextModelWithProjection)
+    clip.save_pretrained(folder / part)
+    with pytest.raises(
+        ModelError, match=r"must read the \d+ (pooled numbers|numbers per token) of"
+    ):
+        load(folder)
+
+
+def test_half_precision_folders_are_read_in_full(folders, tmp_path):
+    """As a hub download of that variant leaves them."""
+    raw(folders, "sd3").to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    loaded, model = load(tmp_path / "half"), load_kind(folders, "sd3")
+    for part in (loaded.module, loaded.vae, *loaded.encoders.values()):
+        assert {p.dtype for p in part.parameters()} == {torch.float32}
+    weight = loaded.module.proj_out.weight
+    assert 0 < relative_error(weight, model.module.proj_out.weight) < 1e-3
+
+
+def test_loading_says_nothing(folders):
+    script = "import sys; from dtrak.models import load; [load(folder) for folder in sys.argv[1:]]"
+    places = [str(folders[kind]) for kind in ("sdxl", "sd3", "flux", "dit")]
+    done = subprocess.run([sys.executable, "-c", script, *places], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_what_is_too_long_is_said_of_each_reader(folders):
+    model = load_kind(folders, "flux")
+    with pytest.warns(UserWarning, match="1 captions have more than 16 tokens of CLIP.* and are"):
+        model.identify_items(["x" * 40, "fog"])
+    with pytest.warns(UserWarning, match="more than 512 tokens of T5"):
+        model.identify_items(["a b " * 200])

@@ -699,13 +699,16 @@ class TextPipeline(LatentPipeline):
 
     def _check_parts(self, base: Path | str) -> None:
         super()._check_parts(base)
-        reads, width = self._text_width()
-        if reads != width:
-            kind = "U-Net" if self.network == "unet" else "transformer"
-            raise ModelError(
-                f"the {kind} in {base} must read the {width} numbers per token of its text "
-                f"encoder, got {reads}"
-            )
+        for what, (reads, width) in (
+            ("numbers per token", self._text_width()),
+            ("pooled numbers", self._pooled_width()),
+        ):
+            if reads != width:
+                kind = "U-Net" if self.network == "unet" else "transformer"
+                raise ModelError(
+                    f"the {kind} in {base} must read the {width} {what} of its text encoder, got "
+                    f"{reads}"
+                )
         for (tokenizer, _), (name, encoder) in zip(
             self.tokenizers, self.encoders.items(), strict=True
         ):
@@ -719,6 +722,10 @@ class TextPipeline(LatentPipeline):
     @abstractmethod
     def _text_width(self) -> tuple[int, int]:
         """Numbers per token that the network reads, and that its text encoders make."""
+
+    def _pooled_width(self) -> tuple[int, int]:
+        """The same of a whole caption."""
+        return 0, 0
 
 
 def _bytes(condition: Condition) -> int:

@@ -36,8 +36,8 @@ class StableDiffusion(TextPipeline):
     # what Diffusers' pipeline sets anyway, with a page of advice; and nothing is clipped
     sampler_changes: ClassVar[dict[str, Any]] = {"clip_sample": False, "steps_offset": 1}
     adapters = "Diffusers, PEFT, kohya, attention processors"
-    # what the U-Net reads beside captions
-    additions: tuple[str | None, ...] = (None,)
+    # what the U-Net reads beside the states of captions
+    addition: str | None = None
 
     @property
     def text_encoder(self) -> Any:
@@ -72,12 +72,17 @@ class StableDiffusion(TextPipeline):
     def _check_folder(cls, base: Path) -> None:
         config = read_json(base / "unet" / "config.json")
         reads = [key for key in ("class_embed_type", "num_class_embeds") if config.get(key)]
-        if config.get("addition_embed_type") not in cls.additions:
+        addition = config.get("addition_embed_type")
+        if addition is not None and addition != cls.addition:
             reads.insert(0, "addition_embed_type")
         if reads:
             raise ModelError(
                 f"{base / 'unet'} must read captions and nothing else, got one with "
                 f"{', '.join(reads)}"
+            )
+        if addition != cls.addition:
+            raise ModelError(
+                f"{base / 'unet'} must have addition_embed_type {cls.addition!r}, got none"
             )
 
     def _text_width(self) -> tuple[int, int]:
@@ -111,7 +116,7 @@ class StableDiffusionXL(StableDiffusion):
     }
     guidance_scale = 5.0
     adapters = "Diffusers, PEFT, kohya"
-    additions = ("text_time",)
+    addition = "text_time"
 
     def _encode(self, captions: list[str], device: torch.device) -> Condition:
         """The last hidden states but one, side by side, and the second encoder's pooled output."""
@@ -119,6 +124,12 @@ class StableDiffusionXL(StableDiffusion):
             captions, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         return {"encoder_hidden_states": hidden, "text_embeds": pooled}
+
+    def _pooled_width(self) -> tuple[int, int]:
+        config = self.module.config
+        sizes = 6 * int(config["addition_time_embed_dim"])
+        reads = int(config["projection_class_embeddings_input_dim"]) - sizes
+        return reads, int(self.pipeline.text_encoder_2.config.projection_dim)
 
     def predict(
         self, noisy: Tensor, timesteps: Tensor, condition: Condition, module: Any = None

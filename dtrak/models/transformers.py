@@ -229,6 +229,11 @@ class StableDiffusion3(_Flow):
         t5 = self.encoders.get("text_encoder_3")
         return reads, reads if t5 is None else int(t5.config.d_model)
 
+    def _pooled_width(self) -> tuple[int, int]:
+        clips = self.pipeline.text_encoder, self.pipeline.text_encoder_2
+        width = sum(int(clip.config.projection_dim) for clip in clips)
+        return int(self.module.config["pooled_projection_dim"]), width
+
 
 class Flux(_Flow):
     """FLUX.1: an MMDiT of packed latents that reads a CLIP's pooled output and a T5.
@@ -354,6 +359,10 @@ class Flux(_Flow):
     def _text_width(self) -> tuple[int, int]:
         t5 = self.pipeline.text_encoder_2
         return int(self.module.config["joint_attention_dim"]), int(t5.config.d_model)
+
+    def _pooled_width(self) -> tuple[int, int]:
+        clip = self.pipeline.text_encoder
+        return int(self.module.config["pooled_projection_dim"]), int(clip.config.hidden_size)
 
 
 # of Diffusers' train_dreambooth_lora_flux.py
