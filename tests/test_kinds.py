@@ -808,3 +808,20 @@ def test_what_is_too_long_is_said_of_each_reader(folders):
         model.identify_items(["x" * 40, "fog"])
     with pytest.warns(UserWarning, match="more than 512 tokens of T5"):
         model.identify_items(["a b " * 200])
+
+
+def test_captions_embedded_ahead_are_not_embedded_again(folders, monkeypatch):
+    model, expected = load_kind(folders, "sd3"), load_kind(folders, "sd3").condition(CAPTIONS, CPU)
+    model.embed_ahead([*CAPTIONS, *CAPTIONS], CPU)
+    monkeypatch.setattr(type(model), "_encode", None)
+    for name, value in model.condition(CAPTIONS, CPU).items():
+        assert relative_error(value, expected[name]) < 1e-6
+    # no room: nothing is kept, and nothing goes wrong
+    monkeypatch.undo()
+    monkeypatch.setattr("dtrak.models.latent._KEPT_BYTES", 0)
+    monkeypatch.setattr("dtrak.models.latent.available_bytes", lambda device: 0)
+    model = load_kind(folders, "sd3")
+    model.embed_ahead(CAPTIONS, CPU)
+    assert not model._embeddings
+    for name, value in model.condition(CAPTIONS, CPU).items():
+        assert relative_error(value, expected[name]) < 1e-6

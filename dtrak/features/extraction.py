@@ -250,6 +250,8 @@ def fill_store(
     done = len(store) - todo
     if progress is not None:
         progress(done, len(store))
+    if missing:
+        extractor.model.prepare(data.conditions, extractor.device)
     for shard in missing:
         rows = store.rows(shard)
         parts = []

@@ -164,6 +164,14 @@ class Denoiser:
         """
         return {}
 
+    def prepare(self, items: Sequence[Any] | None, device: torch.device) -> None:
+        """Make room for features: `condition` of all items ahead, what made it off the device.
+
+        Args:
+            items: those that features will be made of, or None.
+            device: of the features.
+        """
+
     def identify_items(self, items: Sequence[Any]) -> str | None:
         """Hash of what the model makes of captions or labels, for manifests; None for nothing."""
         return None

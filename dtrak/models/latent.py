@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..runs.choices import DRAWN_TOGETHER, LORA_TARGETS, TRAINING_FILE
+from ..runs.measure import available_bytes
 from .denoiser import (
     Condition,
     Denoiser,
@@ -43,7 +44,7 @@ from .lora import (
 from .process import FlowMatching, Process
 from .weights import load_component, load_process, quiet, read_json, read_process
 
-# bytes of embedded captions that are kept
+# bytes of embedded captions that are kept, or more where there is more memory
 _KEPT_BYTES = 2**31
 
 
@@ -198,6 +199,11 @@ class LatentPipeline(Denoiser):
         scale = float(self.vae.config["scaling_factor"])
         shift = float(self.vae.config.get("shift_factor") or 0.0)
         return torch.stack([(posterior.mean - shift) * scale, posterior.std * scale], dim=1)
+
+    def prepare(self, items: Sequence[Any] | None, device: torch.device) -> None:
+        """See `Denoiser.prepare`; on a CPU there is one memory for all."""
+        if device.type != "cpu":
+            self.vae.to("cpu")
 
     # drawing
 
@@ -627,7 +633,8 @@ class TextPipeline(LatentPipeline):
     def condition(self, items: Sequence[str] | None, device: torch.device) -> Condition:
         """See `Denoiser.condition`: what the text encoders make of captions, float32.
 
-        Every distinct caption is encoded once, as long as 2 GB hold them.
+        Every distinct caption is encoded once, as long as 2 GB or a quarter of the free memory hold
+        them.
 
         Args:
             items: B texts, cut after `max_tokens`.
@@ -654,9 +661,28 @@ class TextPipeline(LatentPipeline):
         rows = [self._embeddings[text] for text in items]
         result = {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
         self._kept_bytes += sum(_bytes(one) for one in fresh.values())
-        while self._kept_bytes > _KEPT_BYTES:
+        while self._kept_bytes > max(_KEPT_BYTES, available_bytes(torch.device("cpu")) // 4):
             self._kept_bytes -= _bytes(self._embeddings.pop(next(iter(self._embeddings))))
         return result
+
+    def prepare(self, items: Sequence[str] | None, device: torch.device) -> None:
+        """See `Denoiser.prepare`."""
+        super().prepare(items, device)
+        if device.type != "cpu" and items is not None:
+            self.embed_ahead(items, device)
+
+    def embed_ahead(self, captions: Sequence[str], device: torch.device) -> None:
+        """Embed distinct captions, as many as are kept, and take the encoders off the device."""
+        distinct = list(dict.fromkeys(captions))
+        for first in range(0, len(distinct), self.text_batch):
+            before = len(self._embeddings)
+            chosen = distinct[first : first + self.text_batch]
+            self.condition(chosen, device)
+            if len(self._embeddings) - before < len(chosen):
+                # full: the others are embedded when their batch comes
+                return
+        for encoder in self.encoders.values():
+            encoder.to("cpu")
 
     def embed(self, captions: Sequence[str], device: torch.device) -> Tensor:
         """``encoder_hidden_states`` of `condition` alone."""
