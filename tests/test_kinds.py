@@ -32,7 +32,7 @@ from dtrak.models import load, wrap
 from dtrak.models.denoiser import ModelError
 from dtrak.models.lora import LoraError
 from dtrak.training.drawing import draw_all
-from dtrak_kernels import Projection, project
+from dtrak_kernels import GradientSketcher, Projection, Whitening, project
 
 CPU = torch.device("cpu")
 # cut by a CLIP of 16 tokens, not by a T5
@@ -503,6 +503,22 @@ def test_zero_gradients_stay_zero(folders, latents):
     parts = features.split([parameters[name].numel() for name in names], dim=1)
     for name, part in zip(names, parts, strict=True):
         assert bool(part.any()) is (name not in last), name
+    # nor does whitening, which divides by what gradients are like
+    noisy, times = torch.randn(3, 4, 8, 8), torch.tensor([100, 500, 900])
+    condition = model.condition(CAPTIONS, CPU)
+
+    def outputs():
+        return model.predict(noisy, times, condition).square().flatten(1).mean(1)
+
+    for kind in ("scale", "lowrank", "kfac"):
+        whitening = Whitening.fit(model.module, [(outputs, 3)], kind=kind, parameters=names)
+        sketcher = GradientSketcher(
+            model.module, Projection("none"), parameters=names, whitening=whitening
+        )
+        features = sketcher.sketch(outputs, 3)
+        assert torch.isfinite(features).all()
+        parts = features.split([parameters[name].numel() for name in names], dim=1)
+        assert [bool(part.any()) for part in parts] == [name not in last for name in names]
 
 
 def test_the_guidance_a_model_was_trained_with_is_told(folders, latents):
