@@ -200,7 +200,6 @@ def failing(run, message, *arguments, **options):
 
 
 def test_options_that_do_not_go_together(run, folder, lora, tmp_path):
-    failing(run, "--lora must name the LoRA whose parameters are attributed", lora=None)
     failing(run, "--model must name the base pipeline", model=None)
     failing(run, "--prompts must say what to draw")
     failing(run, "--prompts must be a text or a file of them", "--prompts", "no/such.txt")

@@ -245,7 +245,7 @@ def test_refuses_incomplete_or_broken_weights(saved, folder):
     refused(fresh_unet(folder), saved, "two factors of one rank")
     text = {"text_encoder.text_model.encoder.layers.0.q_proj.lora.up.weight": torch.ones(1, 1)}
     save_file(weights | text, saved / FILE)
-    refused(fresh_unet(folder), saved, "of the U-Net alone, got 1 of a text encoder")
+    refused(fresh_unet(folder), saved, "of the denoiser alone, got 1 of a text encoder")
 
 
 def test_refuses_a_second_adapter_a_rank_of_zero_and_a_model_without_attention(trained):

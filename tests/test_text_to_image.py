@@ -252,10 +252,10 @@ def test_refuses_what_is_no_such_pipeline(copy, tmp_path, model, monkeypatch):
     refused("nobody/nothing", "cannot be downloaded: no such name", FileNotFoundError)
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", r"must be a folder with config\.json .* got .*empty without one")
-    edit(copy / "model_index.json", _class_name="StableDiffusionXLPipeline")
+    edit(copy / "model_index.json", _class_name="StableDiffusionUpscalePipeline")
     refused(
         copy,
-        "one of DDPMPipeline, .*, StableDiffusionPipeline, got 'StableDiffusionXLPipeline', which "
+        "one of DDPMPipeline, .*, FluxPipeline, got 'StableDiffusionUpscalePipeline', which "
         r"no kind of model here serves: .* dtrak\.models\.Denoiser\.of",
     )
     edit(copy / "model_index.json", _class_name="StableDiffusionPipeline")
@@ -264,9 +264,6 @@ def test_refuses_what_is_no_such_pipeline(copy, tmp_path, model, monkeypatch):
     edit(copy / "unet" / "config.json", addition_embed_type=None)
     shutil.rmtree(copy / "vae")
     refused(copy, "must hold the folder vae")
-    bare = load(model.pipeline.config._name_or_path)
-    with pytest.raises(ModelError, match="must have a LoRA to be written, got none"):
-        bare.save(tmp_path / "model")
 
 
 def _no_hub(name):
@@ -301,7 +298,7 @@ def test_refuses_parts_that_do_not_fit(copy):
     (copy / "tokenizer" / "tokenizer_config.json").write_text("junk")
     for name in ("tokenizer.json", "vocab.json"):
         (copy / "tokenizer" / name).unlink(missing_ok=True)
-    refused(copy, "the CLIP text model in .* could not be loaded")
+    refused(copy, "the CLIPTokenizer in .* could not be loaded")
 
 
 @pytest.mark.parametrize(
@@ -332,7 +329,7 @@ def test_an_unconditional_model_is_none(tmp_path):
 
     UNet(tiny_unet(), linear_process()).save(tmp_path / "ddpm")
     assert load(tmp_path / "ddpm").reads is None
-    refused(tmp_path / "ddpm", "--lora must go with a Stable Diffusion pipeline", lora=tmp_path)
+    refused(tmp_path / "ddpm", "--lora must go with a pipeline that takes one", lora=tmp_path)
 
 
 def test_the_unet_is_the_bases(folder, model):

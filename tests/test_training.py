@@ -526,7 +526,7 @@ def test_trains_on_what_the_scheduler_predicts(monkeypatch, kind):
         return mse_loss(prediction, target)
 
     monkeypatch.setattr(model.process.scheduler, "add_noise", spy_noise)
-    monkeypatch.setattr("dtrak.training.trainer.F.mse_loss", spy_loss)
+    monkeypatch.setattr("dtrak.models.process.F.mse_loss", spy_loss)
     model.module.register_forward_pre_hook(lambda module, args: inputs.append(args))
     train_tiny(model=model)
     for step, ((batch, noise, timesteps), (noisy, given), (_, target)) in enumerate(

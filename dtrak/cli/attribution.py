@@ -88,7 +88,8 @@ def _explain(
         **({} if options.lora is None else {"LoRA": options.lora}),
         "queries": options.queries,
     }
-    facts = {"pictures": str(len(queries)), **evidence.facts, **drawing_facts(run, queries)}
+    facts = {"pictures": str(len(queries)), **evidence.facts}
+    facts |= drawing_facts(run, model, queries)
     with run.stage("report", f" {results.name}"):
         found.write_scores(results / SCORES)
         explained = Explained(

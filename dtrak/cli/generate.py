@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..runs.choices import NUM_INFERENCE_STEPS
 from ..runs.console import reporting_errors, run_app
 from ..training.generate_options import Options, check_options
 
@@ -23,16 +22,20 @@ def generate_images(
     model: Annotated[
         str,
         typer.Option(
-            help="Diffusers folder with a UNet2DModel, or a DDPM pipeline; with --lora, a Stable "
-            "Diffusion pipeline or its hub name."
+            help="Folder that Diffusers wrote, or a hub name: a bare UNet2DModel, or a pipeline of "
+            "a kind in docs/models.md."
         ),
     ],
     output: Annotated[str, typer.Option(help="Folder of the pictures.")],
     num_images: Annotated[int, typer.Option(help="How many to draw.")] = 16,
     first_seed: Annotated[int, typer.Option(help="Picture i is drawn from this seed + i.")] = 0,
     num_inference_steps: Annotated[
-        int, typer.Option(help="DDIM steps (η = 0).")
-    ] = NUM_INFERENCE_STEPS,
+        int | None,
+        typer.Option(
+            help="Steps of DDIM (η = 0), or of Euler's method for a flow. Default: what suits the "
+            "model, 50 for most."
+        ),
+    ] = None,
     lora: Annotated[
         str | None, typer.Option(help="LoRA folder or file of a text-to-image model.")
     ] = None,
@@ -51,7 +54,7 @@ def generate_images(
         ),
     ] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance of a text-to-image model.")
+        float | None, typer.Option(help="Classifier-free guidance. Default: the model's.")
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Pictures drawn at a time. Default: what suits the model.")

@@ -147,7 +147,7 @@ class FusedExtractor:
         inputs = inputs.to(self.device, self.sketcher.dtype)
         noisy, target, timesteps = noisy_rows(self.model, self.settings, inputs, ids)
         condition = condition_rows(self.model, items, len(self.settings.timesteps), inputs)
-        weight = self.model.process.weight(timesteps)
+        weight = self.model.process.weight(timesteps, noisy.shape[1:])
 
         def outputs() -> Tensor:
             with autocast(self.device, self.settings.dtype):
@@ -202,7 +202,14 @@ def deciding_settings(
         "data": data.fingerprint,
         **item_identity(model, data),
         **settings.to_dict(),
+        **_levels(model, settings, data),
     }
+
+
+def _levels(model: Denoiser, settings: FeatureSettings, data: Samples) -> dict[str, list[float]]:
+    """Noise levels σ of the timesteps, for a process that has them."""
+    levels = model.process.levels(settings.timesteps, model.input_shape(data.shape))
+    return {} if levels is None else {"sigmas": levels}
 
 
 def item_identity(model: Denoiser, data: Samples) -> dict[str, str]:
@@ -243,6 +250,8 @@ def fill_store(
     done = len(store) - todo
     if progress is not None:
         progress(done, len(store))
+    if missing:
+        extractor.model.prepare(data.conditions, extractor.device)
     for shard in missing:
         rows = store.rows(shard)
         parts = []

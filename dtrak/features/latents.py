@@ -100,7 +100,8 @@ def fill_latents(
     flips = store.shape[1] != math.prod(model.input_shape(data.shape))
     encoder = (_PosteriorEncoder if flips else _Encoder)(model, device)
     # of the pictures themselves, whatever else there is of them
-    fill_store(store, encoder, data.encoded(data.pixels), progress=progress)
+    pictures = data.encoded(data.pixels).conditioned(None)
+    fill_store(store, encoder, pictures, progress=progress)
 
 
 def read_latents(store: FeatureStore, model: Denoiser, data: Samples) -> Samples:

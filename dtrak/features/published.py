@@ -134,7 +134,7 @@ class PublishedExtractor:
 
             one = {name: values[None] for name, values in condition.items()}
             prediction = self.model.predict(noisy[None], timestep[None], one, module)
-            weight = self.model.process.weight(timestep[None])
+            weight = self.model.process.weight(timestep[None], noisy.shape)
             f = evaluate_output(self.settings.output_function, prediction, target[None], weight)
             return f.sum(), prediction
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..runs.choices import check_choice
@@ -10,6 +10,7 @@ from ..runs.choices import check_choice
 # that the noise can tell apart
 MAX_TIMESTEPS = 4096
 TIMESTEP_STRATEGIES = ("uniform", "cumulative", "explicit")
+Spread = Callable[[int], list[int]]
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class Timesteps:
             raise ValueError(f"--timesteps must be at least 1, got {numbers[0]}")
         return cls(numbers[0], strategy)
 
-    def resolve(self, num_timesteps: int) -> tuple[int, ...]:
-        """The indices, for a model with so many timesteps.
+    def resolve(self, num_timesteps: int, spread: Spread | None = None) -> tuple[int, ...]:
+        """The indices, for a model with so many timesteps; arguments as `select_timesteps`.
 
         Raises:
             ValueError: as `select_timesteps`, or they are more than the noise can tell apart.
@@ -68,7 +69,7 @@ class Timesteps:
                 f"the model must have at most {MAX_TIMESTEPS} training timesteps, got "
                 f"{num_timesteps}"
             )
-        return tuple(select_timesteps(self.chosen, self.strategy, num_timesteps))
+        return tuple(select_timesteps(self.chosen, self.strategy, num_timesteps, spread))
 
     def __str__(self) -> str:
         numbers = (self.chosen,) if isinstance(self.chosen, int) else self.chosen
@@ -76,7 +77,10 @@ class Timesteps:
 
 
 def select_timesteps(
-    num_timesteps: int | Sequence[int], strategy: str, num_train_timesteps: int = 1000
+    num_timesteps: int | Sequence[int],
+    strategy: str,
+    num_train_timesteps: int = 1000,
+    spread: Spread | None = None,
 ) -> list[int]:
     """The S timestep indices a feature averages over.
 
@@ -86,6 +90,8 @@ def select_timesteps(
         strategy: ``"uniform"``: 0, ⌊T/S⌋, 2⌊T/S⌋, …; ``"cumulative"``: 0 to S - 1, the least noisy;
             ``"explicit"``: those given.
         num_train_timesteps: ``T``.
+        spread: `models.process.Process.spread` of a model, which says where S timesteps lie for
+            ``"uniform"``: evenly in its training density.
 
     Raises:
         ValueError: the strategy is unknown, S is out of range, or an index is out of range or given
@@ -104,6 +110,8 @@ def select_timesteps(
             f"timesteps must be in [1, {num_train_timesteps}], the model's number of training "
             f"timesteps, got {num_timesteps}"
         )
+    if strategy == "uniform" and spread is not None:
+        return spread(num_timesteps)
     stride = num_train_timesteps // num_timesteps if strategy == "uniform" else 1
     return [step * stride for step in range(num_timesteps)]
 

@@ -182,7 +182,7 @@ class Evidence:
     @cached_property
     def feature_settings(self) -> FeatureSettings:
         """Of the gradients; raises as `ExplainOptions.feature_settings`."""
-        return self.how.feature_settings(self.model.process.num_timesteps)
+        return self.how.feature_settings(self.model.process)
 
     def _settings(self) -> dict[str, Any]:
         return {

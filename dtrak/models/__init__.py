@@ -18,19 +18,50 @@ _KINDS = {
     "DDIMPipeline": "unet:UNet",
     "PNDMPipeline": "unet:UNet",
     "StableDiffusionPipeline": "stable_diffusion:StableDiffusion",
+    "StableDiffusionXLPipeline": "stable_diffusion:StableDiffusionXL",
+    "DiTPipeline": "transformers:DiT",
+    "StableDiffusion3Pipeline": "transformers:StableDiffusion3",
+    "FluxPipeline": "transformers:Flux",
+}
+# why others are not served, by their names or the beginnings of those
+_REFUSED = {
+    "LDMPipeline": "the latents of a VQ autoencoder",
+    "StableDiffusionInpaint, StableDiffusionXLInpaint, FluxFill": "a network that sees a picture "
+    "and a mask, too",
+    "StableDiffusionXLImg2Img": "SDXL's refiner, which continues pictures of another model",
+    "StableDiffusionControlNet, StableDiffusionXLControlNet, FluxControl": "a network that sees "
+    "another picture, too",
+    "PixArt, Sana, Lumina, Chroma, QwenImage, ZImage, Flux2, HunyuanDiT, Kolors, AuraFlow, "
+    "HiDream, Kandinsky": "a network that is called otherwise",
+    "Wan, LTX, CogVideoX, HunyuanVideo, Mochi, Cosmos, SkyReels": "video",
+    "ConsistencyModel, KarrasVe, EDM": "noise of another process",
 }
 # what a folder without an index is read as: it may hold a bare network
 _BARE = "DDPMPipeline"
 _HUB_HINT = "a folder that Diffusers wrote, or a hub name such as owner/name"
 
 
-def load(name: str | Path, lora: str | Path | None = None) -> Denoiser:
+def load(
+    name: str | Path,
+    lora: str | Path | None = None,
+    *,
+    guidance: float | None = None,
+    density: str | None = None,
+    weighting: str | None = None,
+    shift: str | None = None,
+) -> Denoiser:
     """Load a model from what Diffusers wrote; its ``model_index.json`` says of which kind it is.
 
     Args:
         name: a folder with a pipeline, or with a bare UNet2DModel; or a hub name ``owner/name``, of
             which only what is needed is downloaded, once.
         lora: an adapter, a folder or file, for a kind that has one; only it is attributed then.
+        guidance: that a model with embedded guidance (FLUX.1 dev) was trained with, which no file
+            says; 3.5 by default.
+        density: of the timesteps a flow is trained on, one of `process.DENSITIES`; None is what is
+            usual for its kind. Likewise
+        weighting: of its loss, one of `process.WEIGHTINGS`, and
+        shift: of its noise levels, one of `process.SHIFTS`.
 
     Returns:
         The model in evaluation mode, float32, on the CPU.
@@ -38,7 +69,7 @@ def load(name: str | Path, lora: str | Path | None = None) -> Denoiser:
     Raises:
         FileNotFoundError: there is no such folder, adapter or hub name.
         ModelError: no kind of model here serves it (its class is named), it is incomplete or
-            unreadable, or an adapter is given for a kind that has none.
+            unreadable, or an adapter or a way of training is given for a kind that has none.
         LoraError: as in `lora.load_lora`.
     """
     from .weights import read_json
@@ -47,14 +78,69 @@ def load(name: str | Path, lora: str | Path | None = None) -> Denoiser:
     index = base / "model_index.json"
     pipeline = read_json(index).get("_class_name") if index.is_file() else _BARE
     if pipeline not in _KINDS:
+        reason = _reason(str(pipeline))
         raise ModelError(
             f"{index} must describe one of {', '.join(_KINDS)}, got {pipeline!r}, which no kind of "
-            "model here serves: wrap its network with dtrak.models.Denoiser.of to explain it from "
-            "Python"
+            f"model here serves{reason and f' ({reason})'}: wrap its network with "
+            "dtrak.models.Denoiser.of to explain it from Python"
         )
-    file, _, kind = _KINDS[pipeline].partition(":")
-    loaded: Denoiser = getattr(import_module(f".{file}", __name__), kind).load(base, lora)
+    chosen = {"guidance": guidance, "density": density, "weighting": weighting, "shift": shift}
+    trained = {**_recorded(lora), **{k: v for k, v in chosen.items() if v is not None}}
+    loaded: Denoiser = _class_of(pipeline).load(base, lora, **trained)
     return loaded
+
+
+def wrap(pipeline: Any, **trained: Any) -> Denoiser:
+    """A Diffusers pipeline in memory as a model; of a LoRA in it only that is attributed.
+
+    Args:
+        pipeline: of one of the classes that `load` reads. It is used as it is: its modules become
+            float32, move to the device of the features, and are put in evaluation mode.
+        trained: as in `load`.
+
+    Raises:
+        ModelError: no kind of model here serves its class, or as `load`.
+        LoraError: it has several adapters, or one that is merged into the weights.
+    """
+    name = type(pipeline).__name__
+    if name not in _KINDS:
+        raise ModelError(
+            f"model must be a pipeline of one of {', '.join(_KINDS)}, a folder of one, or a "
+            f"dtrak.Denoiser, got a {name}"
+        )
+    wrapped: Denoiser = _class_of(name).wrap(pipeline, **trained)
+    return wrapped
+
+
+def _class_of(pipeline: str) -> Any:
+    file, _, kind = _KINDS[pipeline].partition(":")
+    return getattr(import_module(f".{file}", __name__), kind)
+
+
+def _reason(pipeline: str) -> str:
+    """Why a pipeline is not served, where that is known."""
+    for names, reason in _REFUSED.items():
+        if any(pipeline.startswith(name) for name in names.split(", ")):
+            return reason
+    return ""
+
+
+def _recorded(lora: str | Path | None) -> dict[str, Any]:
+    """How an adapter was trained, where `dtrak.train_lora` wrote it down."""
+    from ..runs.choices import TRAINING_FILE
+    from .weights import read_json
+
+    if lora is None:
+        return {}
+    file = (Path(lora) if Path(lora).is_dir() else Path(lora).parent) / TRAINING_FILE
+    if not file.is_file():
+        return {}
+    settings = read_json(file).get("settings", {})
+    schedule = settings.get("schedule", {})
+    found = {name: schedule.get(name) for name in ("density", "weighting")}
+    guidance = settings.get("model", {}).get("guidance")
+    found |= {"shift": schedule.get("shifted by"), "guidance": guidance and float(guidance)}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def find(name: str | Path) -> Path:
@@ -82,24 +168,3 @@ def find(name: str | Path) -> Path:
             f"model must be {_HUB_HINT}, got {text!r}, which is no folder and cannot be "
             f"downloaded: {reason}"
         ) from error
-
-
-def wrap(pipeline: Any) -> Denoiser:
-    """A Diffusers pipeline in memory as a model; of a LoRA in it only that is attributed.
-
-    Args:
-        pipeline: of one of the classes that `load` reads. It is used as it is: its modules move to
-            the device of the features, and are put in evaluation mode.
-
-    Raises:
-        ModelError: no kind of model here serves its class.
-    """
-    name = type(pipeline).__name__
-    if name not in _KINDS:
-        raise ModelError(
-            f"model must be a pipeline of one of {', '.join(_KINDS)}, a folder of one, or a "
-            f"dtrak.Denoiser, got a {name}"
-        )
-    file, _, kind = _KINDS[name].partition(":")
-    wrapped: Denoiser = getattr(import_module(f".{file}", __name__), kind).wrap(pipeline)
-    return wrapped

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -57,10 +58,19 @@ class Denoiser:
         size: of the pictures it was made for, in pixels: a side, (height, width), or unknown.
         num_classes: that it can tell apart, where it reads labels.
         vae: the autoencoder that pictures go through, where there is one.
+        guidance_scale: of classifier-free guidance that pictures are drawn with where nothing else
+            is said; None where the model has none.
+        num_inference_steps: of drawing, likewise.
+        adapters: formats of the adapters that it reads, in words; None where it takes none.
+        noised_by: its processes, in words.
     """
 
     reads: str | None = None
     vae: Any = None
+    guidance_scale: float | None = None
+    num_inference_steps: int = NUM_INFERENCE_STEPS
+    adapters: str | None = None
+    noised_by: str = "discrete, flow matching"
 
     def __init__(self, module: nn.Module, process: Process) -> None:
         self.module, self.process = module, process
@@ -102,6 +112,11 @@ class Denoiser:
     def size(self) -> int | tuple[int, int] | None:
         """See the class."""
         return None
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is in the model, whose parameters are the only ones that count."""
+        return False
 
     @property
     def device(self) -> torch.device:
@@ -149,6 +164,14 @@ class Denoiser:
         """
         return {}
 
+    def prepare(self, items: Sequence[Any] | None, device: torch.device) -> None:
+        """Make room for features: `condition` of all items ahead, what made it off the device.
+
+        Args:
+            items: those that features will be made of, or None.
+            device: of the features.
+        """
+
     def identify_items(self, items: Sequence[Any]) -> str | None:
         """Hash of what the model makes of captions or labels, for manifests; None for nothing."""
         return None
@@ -171,7 +194,7 @@ class Denoiser:
         seeds: Sequence[int],
         items: Sequence[Any] | None = None,
         *,
-        num_inference_steps: int = NUM_INFERENCE_STEPS,
+        num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         size: int | None = None,
         batch_size: int | None = None,
@@ -187,7 +210,8 @@ class Denoiser:
         Args:
             seeds: M seeds in ``[0, 2**32)``.
             items: M captions or labels, for a model that reads them.
-            num_inference_steps: DDIM steps (η = 0), in ``[1, T]``.
+            num_inference_steps: DDIM steps (η = 0) or a flow's Euler steps, in ``[1, T]``; None is
+                the model's own.
             guidance_scale: of classifier-free guidance, where the model has any; None is its own.
             size: of the pictures in pixels; None is the model's own.
             batch_size: pictures drawn at a time; None is what suits the model.
@@ -218,8 +242,13 @@ class Denoiser:
         other.module = module
         return other
 
-    def to(self, device: torch.device, dtype: str = "float32") -> None:
-        """Put the module on its device, its weights in float64 for ``"float64"``."""
+    def to(self, device: torch.device, dtype: str | None = None) -> None:
+        """Put the module on its device, its weights in float64 for ``"float64"``.
+
+        Args:
+            device: of the weights.
+            dtype: that features are made in, one of `choices.DTYPES`; None leaves the weights.
+        """
         self.module.to(device)
         if dtype == "float64":
             self.module.double()
@@ -240,6 +269,14 @@ class Denoiser:
     def load_adapter(self, folder: str | Path) -> Self:
         """Put an adapter from a folder or file into the model, likewise; raises as above."""
         raise ModelError(f"a {type(self.module).__name__} takes no adapter here")
+
+    def adapter(self) -> dict[str, Any]:
+        """``rank`` and ``targets`` of the adapter that is there, as `put_adapter` takes them.
+
+        Raises:
+            ModelError: there is none, or one that `put_adapter` does not make.
+        """
+        raise ModelError(f"a {type(self.module).__name__} has no adapter here")
 
     def base_identity(self) -> dict[str, str]:
         """`identity` without an adapter."""
@@ -311,6 +348,34 @@ def check_seeds(seeds: Sequence[int]) -> None:
         # torch's CPU generator ignores higher bits: two seeds would draw one image
         if not 0 <= seed < 2**32:
             raise ValueError(f"seeds must be in [0, 2**32), got {seed}")
+
+
+def check_size(size: int | tuple[int, int], step: int = 1) -> tuple[int, int]:
+    """Height and width of pictures in pixels, of which ``size`` may be one side for both.
+
+    Raises:
+        ValueError: a side is no positive multiple of ``step``.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < 1 or height % step or width % step:
+        what = f"positive multiples of {step} pixels" if step > 1 else "at least 1 pixel"
+        raise ValueError(f"size must be {what}, got {width}x{height}")
+    return height, width
+
+
+def check_labels(labels: Sequence[Any] | None, count: int, device: torch.device) -> Tensor:
+    """Labels as a tensor ``[B]`` int64 on the device.
+
+    Raises:
+        ValueError: there are none, or one is no class number in ``[0, count)``.
+    """
+    if labels is None:
+        raise ValueError("labels must be given for a model that reads classes, got none")
+    for label in labels:
+        is_whole = isinstance(label, Integral) and not isinstance(label, bool)
+        if not is_whole or not 0 <= int(label) < count:
+            raise ValueError(f"labels must be whole numbers in [0, {count}), got {label!r}")
+    return torch.tensor([int(label) for label in labels], dtype=torch.int64, device=device)
 
 
 def check_steps(num_inference_steps: int, num_timesteps: int, batch_size: int) -> None:

@@ -10,11 +10,16 @@ import torch
 from torch import Tensor, nn
 
 
-def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of tensors: names, dtypes, shapes and bytes, whatever their order or device."""
+def hash_tensors(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
+    """SHA-256 of tensors: names, dtypes, shapes and bytes, whatever their order or device.
+
+    Args:
+        tensors: by name.
+        dtype: what each is made before, one after the other; None leaves them as they are.
+    """
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous().reshape(-1)
+        tensor = tensors[name].detach().cpu().to(dtype).contiguous().reshape(-1)
         digest.update(f"{name} {tensor.dtype} {list(tensors[name].shape)}\n".encode())
         digest.update(tensor.view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -7,21 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+from diffusers import DDPMPipeline, UNet2DModel
 from torch import Tensor
 
-from ..runs.choices import NUM_INFERENCE_STEPS
 from .denoiser import (
     Condition,
     Denoiser,
     Drawn,
     ModelError,
     Progress,
+    check_labels,
     check_seeds,
+    check_size,
     check_steps,
 )
-from .process import DiscreteProcess, linear_process
-from .weights import load_part, load_process, read_json
+from .process import DiscreteProcess, FlowMatching, linear_process, shift_of, take_step
+from .weights import load_part, load_process, read_json, read_process
 
 # pictures drawn at a time
 _BATCH = 64
@@ -39,7 +40,7 @@ class UNet(Denoiser):
     """
 
     module: UNet2DModel
-    process: DiscreteProcess
+    process: DiscreteProcess | FlowMatching
 
     @property
     def num_classes(self) -> int | None:
@@ -70,41 +71,41 @@ class UNet(Denoiser):
         """See `Denoiser.condition`: the labels, for a U-Net of classes."""
         if self.num_classes is None:
             return {}
-        if items is None:
-            raise ValueError("labels must be given for a model that reads classes, got none")
-        for label in items:
-            if not 0 <= label < self.num_classes:
-                raise ValueError(f"labels must be in [0, {self.num_classes}), got {label}")
-        return {"class_labels": torch.tensor(list(items), dtype=torch.int64, device=device)}
+        return {"class_labels": check_labels(items, self.num_classes, device)}
 
     def predict(
         self, noisy: Tensor, timesteps: Tensor, condition: Condition, module: Any = None
     ) -> Tensor:
         """See `Denoiser.predict`."""
         called = self.module if module is None else module
-        prediction: Tensor = called(noisy, timesteps, **condition).sample
+        time = self.process.time(timesteps, noisy.shape[1:])
+        prediction: Tensor = called(noisy, time, **condition).sample
         return prediction
 
     def image_shape(self, size: int | None = None) -> tuple[int, int, int]:
         """(C, H, W) of a picture the model draws.
 
         Raises:
-            ValueError: the model does not say the size of its pictures.
+            ValueError: the model does not say the size of its pictures, or it is not positive.
         """
         chosen = self.size if size is None else size
         if chosen is None:
             raise ValueError("the model must have a sample_size to draw from it, got None")
-        height, width = (chosen, chosen) if isinstance(chosen, int) else chosen
-        return self.channels, height, width
+        return self.channels, *check_size(chosen)
 
     def drawing_timesteps(self, num_inference_steps: int) -> list[int]:
         """See `Denoiser.drawing_timesteps`."""
-        timesteps: list[int] = self._drawing_scheduler(num_inference_steps).timesteps.tolist()
+        scheduler = self._sampler(num_inference_steps, self.image_shape())
+        if isinstance(self.process, FlowMatching):
+            return self.process.nearest(scheduler.timesteps, self.image_shape())
+        timesteps: list[int] = scheduler.timesteps.tolist()
         return timesteps
 
-    def _drawing_scheduler(self, num_inference_steps: int) -> DDIMScheduler:
-        scheduler = DDIMScheduler.from_config(self.process.scheduler.config)
-        scheduler.set_timesteps(num_inference_steps)
+    def _sampler(self, num_inference_steps: int, shape: tuple[int, int, int]) -> Any:
+        scheduler, options = self.process.sampler(), {}
+        if isinstance(self.process, FlowMatching) and scheduler.config["use_dynamic_shifting"]:
+            options["mu"] = shift_of(scheduler, self.process.tokens(shape))
+        scheduler.set_timesteps(num_inference_steps, **options)
         return scheduler
 
     def draw(
@@ -112,7 +113,7 @@ class UNet(Denoiser):
         seeds: Sequence[int],
         items: Sequence[Any] | None = None,
         *,
-        num_inference_steps: int = NUM_INFERENCE_STEPS,
+        num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         size: int | None = None,
         batch_size: int | None = None,
@@ -130,20 +131,23 @@ class UNet(Denoiser):
             computes it (01_gen_sampling_troj_5000_0.5.ipynb at e2a0c2e).
         """
         batch_size = _BATCH if batch_size is None else batch_size
-        check_steps(num_inference_steps, self.process.num_timesteps, batch_size)
+        steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
+        check_steps(steps, self.process.num_timesteps, batch_size)
         check_seeds(seeds)
         if guidance_scale is not None:
             raise ValueError(
                 f"guidance_scale must be None for a U-Net of pixels, got {guidance_scale}"
             )
-        if self.num_classes is not None and (items is None or len(items) != len(seeds)):
+        if self.num_classes is None and items is not None:
+            raise ValueError(f"items must be None for a model that reads nothing, got {len(items)}")
+        if self.num_classes is not None and len(items or ()) != len(seeds):
             got = "none" if items is None else str(len(items))
             raise ValueError(f"labels must be {len(seeds)}, one for each seed, got {got}")
-        condition = self.condition(items, self.device)
+        condition = self.condition(items or (), self.device)
         return self._draw(
             seeds,
             condition,
-            num_inference_steps,
+            steps,
             batch_size,
             trajectories,
             self.image_shape(size),
@@ -162,7 +166,7 @@ class UNet(Denoiser):
         progress: Progress | None,
     ) -> Iterator[Drawn]:
         parameter = next(self.module.parameters())
-        scheduler = self._drawing_scheduler(num_inference_steps)
+        scheduler = self._sampler(num_inference_steps, shape)
         firsts = range(0, len(seeds), batch_size)
         done, total = 0, len(firsts) * num_inference_steps
         for first in firsts:
@@ -173,11 +177,11 @@ class UNet(Denoiser):
             sample = torch.stack([torch.randn(shape, generator=g) for g in generators])
             sample, steps = sample.to(parameter), []
             for timestep in scheduler.timesteps:
-                prediction = self.predict(sample, timestep, read)
-                step = scheduler.step(prediction, timestep, sample, eta=0.0)
-                sample = step.prev_sample
+                # the scheduler counts in the module's time
+                prediction = self.module(sample, timestep, **read).sample
+                sample, clean = take_step(scheduler, prediction, timestep, sample)
                 if trajectories:
-                    steps.append(step.pred_original_sample.float().cpu())
+                    steps.append(clean.float().cpu())
                 done += 1
                 if progress is not None:
                     progress(done, total)
@@ -201,7 +205,15 @@ class UNet(Denoiser):
         DDPMPipeline(unet=self.module, scheduler=scheduler).save_pretrained(folder)
 
     @classmethod
-    def load(cls, folder: Path, lora: str | Path | None = None) -> UNet:
+    def wrap(cls, pipeline: Any, **trained: Any) -> UNet:
+        """A pipeline in memory; see `models.wrap`."""
+        scheduler, name = pipeline.scheduler, f"the {type(pipeline).__name__}"
+        config = {**scheduler.config, "_class_name": type(scheduler).__name__}
+        options = _flow_options(trained, name, config)
+        return cls(pipeline.unet.float().eval(), read_process(config, name, **options))
+
+    @classmethod
+    def load(cls, folder: Path, lora: str | Path | None = None, **trained: Any) -> UNet:
         """Load a folder that Diffusers wrote: a UNet2DModel, or a pipeline around one.
 
         Args:
@@ -209,6 +221,7 @@ class UNet(Denoiser):
                 as older ones have; or a bare U-Net, which gets the linear DDPM schedule unless
                 ``scheduler_config.json`` lies beside it.
             lora: refused.
+            trained: as in `models.load`, of a flow.
 
         Returns:
             The model in evaluation mode, float32, on the CPU.
@@ -220,8 +233,8 @@ class UNet(Denoiser):
         """
         if lora is not None:
             raise ModelError(
-                f"--lora must go with a Stable Diffusion pipeline, got the model in {folder}, "
-                "which takes none"
+                f"--lora must go with a pipeline that takes one, got the model in {folder}, which "
+                "takes none"
             )
         part = next((f for f in (folder / "unet", folder) if (f / "config.json").is_file()), None)
         if part is None:
@@ -230,7 +243,22 @@ class UNet(Denoiser):
                 f"got {folder} without one"
             )
         _check_config(part / "config.json")
-        return cls(load_part(UNet2DModel, part).eval(), load_process(folder))
+        process = load_process(folder)
+        options = _flow_options(trained, str(folder), process.describe())
+        if options:
+            process = load_process(folder, **options)
+        return cls(load_part(UNet2DModel, part).eval(), process)
+
+
+def _flow_options(trained: dict[str, Any], name: str, about: dict[str, Any]) -> dict[str, Any]:
+    """How a flow is trained, refused for another process."""
+    chosen = {option: value for option, value in trained.items() if value is not None}
+    is_flow = "process" in about or str(about.get("_class_name")).startswith("FlowMatch")
+    if chosen and ("guidance" in chosen or not is_flow):
+        raise ModelError(
+            f"{', '.join(chosen)} must go with a model that is trained in such a way, got {name}"
+        )
+    return chosen
 
 
 def _check_config(file: Path) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from diffusers import DDPMScheduler
+import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from .denoiser import ModelError
-from .process import DiscreteProcess, linear_process
+from .process import DiscreteProcess, FlowMatching, Process, linear_process
 
 _SHOWN = 4
 
@@ -42,11 +43,6 @@ def load_part(kind: Any, folder: Path) -> Any:
     Raises:
         ModelError: weights are missing, unknown or of another shape, or it cannot be loaded.
     """
-    variant = None
-    names = [file.name for file in folder.iterdir()]
-    if not any(name in names for name in _weight_names("")):
-        # a folder downloaded in half precision only
-        variant = "fp16" if any(name in names for name in _weight_names(".fp16")) else None
     try:
         # Diffusers' own remarks on mismatched weights: each becomes an error, or is fine
         with quiet("diffusers.models.modeling_utils"):
@@ -54,7 +50,7 @@ def load_part(kind: Any, folder: Path) -> Any:
             part, info = kind.from_pretrained(
                 folder,
                 local_files_only=True,
-                variant=variant,
+                variant=_variant(folder, _WEIGHTS),
                 output_loading_info=True,
                 low_cpu_mem_usage=False,
                 ignore_mismatched_sizes=True,
@@ -67,9 +63,60 @@ def load_part(kind: Any, folder: Path) -> Any:
     return part.float()
 
 
-def _weight_names(variant: str) -> list[str]:
-    stem = f"diffusion_pytorch_model{variant}"
-    return [f"{stem}.{end}" for end in ("safetensors", "safetensors.index.json", "bin")]
+def load_component(kind: str, folder: Path) -> Any:
+    """A part of a pipeline by its class of Diffusers or Transformers; networks as `load_part`.
+
+    Raises:
+        ModelError: it is of another class, or as `load_part`.
+    """
+    import diffusers
+    import transformers
+
+    if hasattr(diffusers, kind):
+        file = folder / "config.json"
+        found = read_json(file).get("_class_name", kind) if file.is_file() else kind
+        if found != kind:
+            raise ModelError(f"{file} must describe a {kind}, got a {found}")
+        return load_part(getattr(diffusers, kind), folder)
+    made: Any = getattr(transformers, kind)
+    options: dict[str, Any] = {"local_files_only": True}
+    is_network = issubclass(made, torch.nn.Module)
+    if is_network:
+        options |= {"output_loading_info": True, "variant": _variant(folder, _TEXT_WEIGHTS)}
+    try:
+        with quiet("transformers", progress=False):
+            loaded = made.from_pretrained(folder, **options)
+    # whatever a broken file makes it raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"the {kind} in {folder} could not be loaded: {reason}") from error
+    if not is_network:
+        return loaded
+    # buffers that older versions stored are listed as unexpected
+    refuse_misfits({**loaded[1], "unexpected_keys": []}, folder)
+    return loaded[0].float()
+
+
+# files of weights, without a variant's name
+_WEIGHTS = (
+    "diffusion_pytorch_model.{}safetensors",
+    "diffusion_pytorch_model.safetensors.index.{}json",
+    "diffusion_pytorch_model.{}bin",
+)
+_TEXT_WEIGHTS = (
+    "model.{}safetensors",
+    "model.safetensors.index.{}json",
+    "pytorch_model.{}bin",
+    "pytorch_model.bin.index.{}json",
+)
+
+
+def _variant(folder: Path, names: Sequence[str]) -> str | None:
+    """``fp16`` for a folder that was downloaded in half precision only."""
+    there = {file.name for file in folder.iterdir()}
+    if any(name.format("") in there for name in names):
+        return None
+    return "fp16" if any(name.format("fp16.") in there for name in names) else None
 
 
 def refuse_misfits(info: dict[str, Any], folder: Path) -> None:
@@ -98,11 +145,16 @@ def refuse_misfits(info: dict[str, Any], folder: Path) -> None:
         )
 
 
-def load_process(folder: Path) -> DiscreteProcess:
+def load_process(folder: Path, **flow: Any) -> Process:
     """The process of a pipeline's training schedule; the linear one for a bare model.
 
+    Args:
+        folder: of the pipeline.
+        flow: options of `process.FlowMatching`, for a schedule of that kind; None for its own.
+
     Raises:
-        ModelError: a pipeline without one, or one that cannot be used.
+        ModelError: a pipeline without one, or one that cannot be used; options of flow matching are
+            given for another kind.
     """
     files = (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json")
     file = next((file for file in files if file.is_file()), None)
@@ -110,17 +162,34 @@ def load_process(folder: Path) -> DiscreteProcess:
         if (folder / "model_index.json").is_file():
             raise ModelError(f"{folder} is a pipeline and must hold {files[0].relative_to(folder)}")
         return linear_process()
-    config = read_json(file)
-    if config.get("trained_betas") is None and "beta_start" not in config:
-        raise ModelError(
-            f"{file} must describe a schedule of betas, got {config.get('_class_name')!r}"
-        )
+    return read_process(read_json(file), str(file), **flow)
+
+
+def read_process(
+    config: Mapping[str, Any], name: str = "the noise schedule", **flow: Any
+) -> Process:
+    """The process of a schedule's configuration; ``flow`` as `load_process`.
+
+    Raises:
+        ModelError: it cannot be used; ``name`` says which.
+    """
+    kind = str(config.get("_class_name"))
+    chosen = {option: value for option, value in flow.items() if value is not None}
     try:
+        if kind.startswith("FlowMatch"):
+            return FlowMatching(FlowMatchEulerDiscreteScheduler.from_config(config), **chosen)
+        if config.get("trained_betas") is None and "beta_start" not in config:
+            raise ModelError(f"{name} must describe a schedule of betas or of flows, got {kind!r}")
+        if config.get("predict_epsilon") is False:
+            # what it was called before Diffusers 0.10
+            config = {"prediction_type": "sample", **config}
         # any scheduler's betas and prediction type, read as the training schedule they come from
         return DiscreteProcess(DDPMScheduler.from_config(config))
+    except ModelError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise ModelError(f"{file} could not be used: {reason}") from error
+        raise ModelError(f"{name} could not be used: {reason}") from error
 
 
 @contextmanager

@@ -274,7 +274,7 @@ def _read_explained(folder: Path, queries: str | None, source: str | None) -> Ex
         run.options.top_k,
         run.query_kind,
         manifest["settings"],
-        manifest["facts"] | drawing_facts(inputs.run, inputs.queries),
+        manifest["facts"] | drawing_facts(inputs.run, inputs.model, inputs.queries),
         [(stage["name"], stage["seconds"]) for stage in manifest["stages"]],
         manifest["environment"],
     )

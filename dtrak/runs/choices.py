@@ -14,6 +14,10 @@ PRECISIONS = ("no", "fp16", "bf16")
 DEFAULT_PROJ_DIM = {"sjlt": 8192, "kronecker": 8192, "rademacher": 2048, "normal": 2048, "none": 0}
 # of pictures drawn from prompts
 GUIDANCE_SCALE = 7.5
+# of u in [0, 1], the place of a timestep between the least and the most noisy one, in training
+DENSITIES = ("uniform", "logit_normal", "mode")
+# of a flow's noise levels: as its scheduler is made, or as pictures of a resolution are drawn
+SHIFTS = ("scheduler", "resolution")
 # what a trainer writes beside a model or an adapter
 TRAINING_FILE = "training.json"
 # pictures drawn from prompts, and kept, at a time
@@ -52,12 +56,14 @@ def check_counts(**counts: int | None) -> None:
 
 
 def check_model_folder(folder: str | Path) -> None:
-    """Refuse a folder of a model that is not there.
+    """Refuse a folder of a model that is not there; ``owner/name`` may be one of a hub.
 
     Raises:
         FileNotFoundError: there is no such folder.
     """
-    if not Path(folder).is_dir():
+    owner, _, name = str(folder).partition("/")
+    may_be_hub = owner and name and not owner.startswith((".", "~")) and "/" not in name
+    if not Path(folder).is_dir() and not (may_be_hub and not Path(owner).is_dir()):
         raise FileNotFoundError(
             f"model must be an existing folder that Diffusers wrote, got {folder}"
         )

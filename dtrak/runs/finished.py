@@ -94,6 +94,8 @@ def reuse_finished(options: Options, console: Console) -> bool:
 def _is_recognised(options: Options) -> bool:
     """Whether all that a run reads is cheaper to compare than to load."""
     alone = options.lora is None and options.preset is None
+    # not one of a hub, whose folder is not known here
+    alone = alone and (options.model is None or Path(options.model).is_dir())
     return alone and options.fused and options.what.needs in (FEATURES, NOTHING)
 
 

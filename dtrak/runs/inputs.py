@@ -31,7 +31,6 @@ from ..training.drawing import (
 from ..training.presets import get_preset
 from ..training.recipe import Recipe
 from ..training.trainer import one_thread, train
-from .choices import GUIDANCE_SCALE
 from .console import check_source
 from .files import picture_name
 from .folders import OutputError
@@ -56,7 +55,11 @@ def load_model_and_data(run: Run) -> tuple[Denoiser, Samples]:
         raise ValueError(
             f"--model must name the base pipeline, got none with --lora {options.lora}"
         )
-    model = digits_model() if options.model is None else load(options.model, options.lora)
+    model = (
+        digits_model()
+        if options.model is None
+        else load(options.model, options.lora, **options.trained)
+    )
     _check_options(run, model)
     if options.model is None and (options.data != "digits" or options.preset):
         raise ValueError(
@@ -88,16 +91,13 @@ def load_model_and_data(run: Run) -> tuple[Denoiser, Samples]:
 def _check_options(run: Run, model: Denoiser) -> None:
     """Refuse options that are for models of another kind."""
     options = run.plan.options
-    if not model.parameters():
-        raise ValueError(
-            "--lora must name the LoRA whose parameters are attributed, got none with --model "
-            f"{options.model}"
-        )
-    for name in ("caption", "prompts", "guidance_scale", "resolution"):
+    for name in ("caption", "prompts", "resolution"):
         if getattr(options, name) is not None and model.reads != "captions":
             raise ValueError(
-                f"--{name.replace('_', '-')} is for text-to-image models, which need --lora"
+                f"--{name} is for text-to-image models, which a {type(model).__name__} is not"
             )
+    if options.guidance_scale is not None and model.guidance_scale is None:
+        raise ValueError("--guidance-scale is for models with guidance, which this one has not")
     if options.classes is not None and model.reads != "labels":
         raise ValueError("--classes is for models that read classes, which this one does not")
 
@@ -272,11 +272,12 @@ def _draw_queries(run: Run, model: Denoiser) -> tuple[Samples, Drawing]:
         classes = options.class_numbers or range(model.num_classes or 0)
         # the whole round of them, repeats too: it says which seed takes which
         every = prompts or [f"class {label}" for label in classes]
-        how = [] if model.reads != "captions" else [str(guidance_of(run)), *_size(run)]
+        guidance = guidance_of(run, model)
+        how = [*([] if guidance is None else [str(guidance)]), *_size(run)]
         folder = output / f"generated-{_hash([*every, *how])[:8]}"
     how_drawn = {
         "num_inference_steps": fitting_steps(model),
-        "guidance_scale": None if prompts is None else guidance_of(run),
+        "guidance_scale": guidance_of(run, model),
         "size": options.resolution,
     }
     # picture i depends on its seed i alone, so pictures are added to those drawn before
@@ -306,25 +307,24 @@ def _prompts(run: Run, model: Denoiser) -> list[str] | None:
     return None if options.preset is None else get_preset(options.preset).prompts()
 
 
-def guidance_of(run: Run) -> float:
-    """The guidance scale pictures are drawn with from their prompts."""
+def guidance_of(run: Run, model: Denoiser) -> float | None:
+    """The guidance scale pictures are drawn with; None for a model without."""
     chosen = run.plan.options.guidance_scale
-    return GUIDANCE_SCALE if chosen is None else chosen
+    return model.guidance_scale if chosen is None else chosen
 
 
-def drawing_facts(run: Run, queries: Samples) -> dict[str, str]:
+def drawing_facts(run: Run, model: Denoiser, queries: Samples) -> dict[str, str]:
     """How queries were drawn, as name and text; nothing for those that read nothing."""
     items = list(dict.fromkeys(queries.conditions or []))
     if run.plan.options.queries != "generated" or not items:
         return {}
     more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    guidance = guidance_of(run, model)
+    told = {} if guidance is None else {"guidance scale of the pictures": f"{guidance:g}"}
     if not isinstance(items[0], str):
-        return {"classes of the pictures": ", ".join(map(str, items[:_SHOWN])) + more}
+        return {"classes of the pictures": ", ".join(map(str, items[:_SHOWN])) + more, **told}
     shown = ", ".join(f"“{prompt}”" for prompt in items[:_SHOWN])
-    return {
-        "prompts of the pictures": shown + more,
-        "guidance scale of the pictures": f"{guidance_of(run):g}",
-    }
+    return {"prompts of the pictures": shown + more, **told}
 
 
 def _size(run: Run) -> list[str]:

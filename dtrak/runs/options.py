@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dtrak_kernels.projection import KINDS, Projection
 
@@ -16,8 +17,9 @@ from ..methods.damping import Damping
 from ..training.presets import PRESETS
 from .choices import (
     DEFAULT_PROJ_DIM,
+    DENSITIES,
     DTYPES,
-    GUIDANCE_SCALE,
+    SHIFTS,
     check_choice,
     check_counts,
     check_model_folder,
@@ -26,7 +28,11 @@ from .choices import (
 from .console import check_device
 from .stated import option
 
+if TYPE_CHECKING:
+    from ..models.process import Process
+
 _FEATURES, _DRAWING, _READING = "Features and scores", "Pictures that are drawn", "Reading images"
+_TRAINED = "How a flow-matching model was trained, which no file says"
 
 
 @dataclass(frozen=True)
@@ -126,11 +132,11 @@ class ExplainOptions:
         way = "" if self.fused or self.function is None else "-published"
         return f"{self.what.name}{other}{way}".replace(":", "-")
 
-    def feature_settings(self, num_timesteps: int | None = None) -> FeatureSettings:
+    def feature_settings(self, process: Process | None = None) -> FeatureSettings:
         """The settings of features.
 
         Args:
-            num_timesteps: ``T`` of the model; None leaves the timesteps open.
+            process: of the model, which places the timesteps; None leaves them open.
 
         Raises:
             ValueError: the method takes no gradients, or raises as `Timesteps.resolve`.
@@ -139,7 +145,7 @@ class ExplainOptions:
             raise ValueError(f"--method must be one that takes gradients, got {self.what.name}")
         return FeatureSettings(
             check_output_function(self.function),
-            () if num_timesteps is None else self.when.resolve(num_timesteps),
+            () if process is None else self.when.resolve(process.num_timesteps, process.spread),
             self.noise_seed,
             Projection(self.projection, self.num_features, self.seed),
             self.dtype,
@@ -248,8 +254,23 @@ class Options(ExplainOptions):
     guidance_scale: float | None = option(
         None,
         panel=_DRAWING,
-        help="Classifier-free guidance of the pictures drawn (gradients have none). Default: "
-        f"{GUIDANCE_SCALE}.",
+        help="Classifier-free guidance of the pictures drawn (gradients have none). Default: the "
+        "model's.",
+    )
+    trained_guidance: float | None = option(
+        None,
+        panel=_TRAINED,
+        help="Guidance that a model which embeds it (FLUX.1 dev) was trained with. Default: what "
+        "dtrak wrote beside the LoRA, or 3.5.",
+    )
+    density: str | None = option(
+        None,
+        panel=_TRAINED,
+        help=f"Of its timesteps, over which features are averaged: {', '.join(DENSITIES)}. "
+        "Default: likewise, or what is usual for the kind.",
+    )
+    shift: str | None = option(
+        None, panel=_TRAINED, help=f"Of its noise levels: {', '.join(SHIFTS)}. Default: likewise."
     )
 
     def __post_init__(self) -> None:
@@ -261,7 +282,25 @@ class Options(ExplainOptions):
             raise ValueError(
                 f"--clip must name a folder with a CLIP model for --method {self.method}"
             )
+        if self.density is not None:
+            check_choice("--density", self.density, DENSITIES)
+        if self.shift is not None:
+            check_choice("--shift", self.shift, SHIFTS)
+        guidance = self.trained_guidance
+        if guidance is not None and not 0 <= guidance < float("inf"):
+            raise ValueError(
+                f"--trained-guidance must be a finite number of at least 0, got {guidance}"
+            )
         check_counts(num_queries=self.num_queries, top_k=self.top_k, resolution=self.resolution)
+
+    @property
+    def trained(self) -> dict[str, Any]:
+        """How the model was trained, as `dtrak.models.load` takes it."""
+        return {
+            "guidance": self.trained_guidance,
+            "density": self.density,
+            "shift": self.shift,
+        }
 
     @cached_property
     def class_numbers(self) -> list[int] | None:
@@ -281,6 +320,5 @@ def check_options(options: Options) -> None:
     Raises:
         FileNotFoundError: there is no folder of the model.
     """
-    # a pipeline of latents may be a hub name
-    if options.lora is None and options.model is not None:
+    if options.model is not None:
         check_model_folder(options.model)

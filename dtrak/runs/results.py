@@ -84,7 +84,8 @@ class Attribution:
             ValueError: it cannot be used.
         """
         given = self.options.model
-        return load(self.model_folder if given is None else given, self.options.lora)
+        place = self.model_folder if given is None else given
+        return load(place, self.options.lora, **self.options.trained)
 
     def load_inputs(self, source: str | None = None) -> Inputs:
         """The model, the training images and the queries, checked to be those of the scores.

@@ -86,7 +86,7 @@ class Run(Stages):
             ValueError: as `Timesteps.resolve`.
         """
         if self.plan.settings is not None:
-            settings = self.plan.options.feature_settings(model.process.num_timesteps)
+            settings = self.plan.options.feature_settings(model.process)
             self.plan = replace(self.plan, settings=settings)
 
     def lock(self) -> None:

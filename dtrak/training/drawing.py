@@ -17,7 +17,6 @@ from ..data.captions import choose_prompts, read_prompts
 from ..data.images import encode_png, to_uint8
 from ..models import load
 from ..models.denoiser import Denoiser, Drawn
-from ..runs.choices import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
 from ..runs.console import choose_device, progress_bar
 from ..runs.files import picture_name, write_atomically
 from ..runs.folders import claim_folder
@@ -89,8 +88,8 @@ def draw_all(model: Denoiser, seeds: Sequence[int], **how: Any) -> Tensor:
 
 
 def fitting_steps(model: Denoiser) -> int:
-    """DDIM steps of a picture, where nothing else is said: no more than the model has timesteps."""
-    return min(NUM_INFERENCE_STEPS, model.process.num_timesteps)
+    """Steps of a picture, where nothing else is said: the model's, at most its timesteps."""
+    return min(model.num_inference_steps, model.process.num_timesteps)
 
 
 def draw_missing(
@@ -166,11 +165,12 @@ def _draw(options: Options, console: Console, held: ExitStack) -> Path:
         # what is drawn, not what was typed: a default that is spelled out asks for the same
         every = prompts or options.class_numbers or list(range(model.num_classes or 0))
         drawn_from = {str(model.reads): every}
-    if model.reads == "captions":
+    if model.guidance_scale is not None:
         guidance = options.guidance_scale
-        drawn_from["guidance_scale"] = GUIDANCE_SCALE if guidance is None else guidance
+        drawn_from["guidance_scale"] = model.guidance_scale if guidance is None else guidance
+    steps = options.num_inference_steps or fitting_steps(model)
     how: dict[str, Any] = {
-        "num_inference_steps": options.num_inference_steps,
+        "num_inference_steps": steps,
         "guidance_scale": options.guidance_scale,
         "batch_size": options.batch_size,
         "trajectories": options.trajectories,
@@ -184,7 +184,7 @@ def _draw(options: Options, console: Console, held: ExitStack) -> Path:
         {
             **model.identity(),
             "schedule": model.process.describe(),
-            "num_inference_steps": options.num_inference_steps,
+            "num_inference_steps": steps,
             **drawn_from,
         },
         # what is finished is only read, and commands with other seeds draw other pictures

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..runs.choices import NUM_INFERENCE_STEPS, check_counts, check_model_folder, parse_numbers
+from ..runs.choices import check_counts, check_model_folder, parse_numbers
 from ..runs.console import check_device
 
 
@@ -17,7 +17,7 @@ class Options:
     output: str
     num_images: int = 16
     first_seed: int = 0
-    num_inference_steps: int = NUM_INFERENCE_STEPS
+    num_inference_steps: int | None = None
     batch_size: int | None = None
     trajectories: bool = False
     device: str = "auto"

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -190,7 +189,7 @@ def _check(
     recipe: Recipe,
     caption_dropout: float,
 ) -> None:
-    if not model.parameters():
+    if not model.has_adapter:
         raise ValueError("the model must have an adapter to train, got none")
     if posteriors.ndim != 6 or posteriors.shape[1:3] != (2, 2):
         raise ValueError(f"posteriors must be [N, 2, 2, C, h, w], got {list(posteriors.shape)}")
@@ -262,7 +261,7 @@ class _LoraTrainer(Trainer):
         mean, deviation = posterior.unbind(1)
         spread = torch.randn(mean.shape, generator=keyed_generator(seed, "posterior", step))
         generator = keyed_generator(seed, "noise", step)
-        timesteps = torch.randint(self.model.process.num_timesteps, (size,), generator=generator)
+        timesteps = self.model.process.draw_timesteps(size, generator)
         noise = torch.randn(mean.shape, generator=generator)
         dropped = torch.rand(size, generator=keyed_generator(seed, "caption", step))
         kept = (dropped >= self.caption_dropout).tolist()
@@ -284,7 +283,7 @@ class _LoraTrainer(Trainer):
         with seeded(self.device, self.dropout_seed(step)):
             prediction = self.model.predict(noisy, timesteps, condition, self.forward)
         target = process.target(latents, noise, timesteps)
-        self.descend(F.mse_loss(prediction.float(), target) * weight, step, steps)
+        self.descend(process.loss(prediction, target, timesteps) * weight, step, steps)
 
 
 def condition_apart(model: Denoiser, items: Sequence[Any], device: torch.device) -> Condition:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -327,7 +326,7 @@ class _ModelTrainer(Trainer):
             # as features do: a model of latents is trained on them
             batch = self.model.inputs(batch, self.device)
         generator = keyed_generator(recipe.seed, "noise", step)
-        timesteps = torch.randint(process.num_timesteps, (len(batch),), generator=generator)
+        timesteps = process.draw_timesteps(len(batch), generator)
         noise = torch.randn(batch.shape, generator=generator)
         # all processes draw the whole batch, so that their number does not change the training
         rows, weight = self.share(len(batch))
@@ -339,7 +338,7 @@ class _ModelTrainer(Trainer):
         with seeded(self.device, self.dropout_seed(step)):
             prediction = self.model.predict(noisy, timesteps, condition, self.forward)
         target = process.target(batch, noise, timesteps)
-        self.descend(F.mse_loss(prediction, target) * weight, step, steps)
+        self.descend(process.loss(prediction, target, timesteps) * weight, step, steps)
         if self.ema is not None:
             self.ema.step(self.module.parameters())
 

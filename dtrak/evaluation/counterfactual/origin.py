@@ -173,13 +173,14 @@ def open_origin(
     inputs = run.load_inputs(source)
     options = run.options
     settings = inputs.run.plan.settings or replace(options, method=DEFAULT).feature_settings(
-        inputs.model.process.num_timesteps
+        inputs.model.process
     )
     # of other formulas on the same gradients there are none here
     is_ridge = options.what.score is trak and options.what.needs == FEATURES
     scores = {settings.output_function: run.scores} if is_ridge else {}
     if timesteps is not None:
-        chosen = select_timesteps(timesteps, "uniform", inputs.model.process.num_timesteps)
+        process = inputs.model.process
+        chosen = select_timesteps(timesteps, "uniform", process.num_timesteps, process.spread)
         if tuple(chosen) != settings.timesteps:
             settings, scores = replace(settings, timesteps=tuple(chosen)), {}
     return Origin(
@@ -197,10 +198,9 @@ def open_origin(
 
 def _open_lds(folder: Path, timesteps: int | None) -> Origin:
     experiment = load_lds(folder)
-    model = experiment.load_model()
-    chosen = select_timesteps(
-        _TIMESTEPS if timesteps is None else timesteps, "uniform", model.process.num_timesteps
-    )
+    process = experiment.load_model().process
+    count = _TIMESTEPS if timesteps is None else timesteps
+    chosen = select_timesteps(count, "uniform", process.num_timesteps, process.spread)
     data, device = experiment.data, torch.device("cpu")
     queries = generated_queries(experiment, device)
     return Origin(

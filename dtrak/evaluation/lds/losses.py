@@ -67,7 +67,7 @@ def query_losses(
     """
     model.to(device)
     T = model.process.num_timesteps
-    timesteps = select_timesteps(settings.num_timesteps, "uniform", T)
+    timesteps = select_timesteps(settings.num_timesteps, "uniform", T, model.process.spread)
     size, num_queries = max(1, batch_size // len(timesteps)), len(queries)
     losses = torch.empty(settings.num_noise_seeds, len(timesteps), num_queries)
     done, total = 0, settings.num_noise_seeds * num_queries
@@ -91,7 +91,8 @@ def query_losses(
                     ]
                 )
             check_prediction(prediction, ids, times)
-            values = evaluate_output("loss", prediction, target, model.process.weight(times))
+            weight = model.process.weight(times, noisy.shape[1:])
+            values = evaluate_output("loss", prediction, target, weight)
             losses[seed, :, chosen] = values.reshape(len(ids), len(timesteps)).T.cpu()
             done += len(ids)
             if progress is not None:

@@ -400,7 +400,10 @@ class Predictor:
     def _features(self, setting: Setting, number: int) -> tuple[FeatureStore, Tensor]:
         """Features of the training images and of the queries at a checkpoint of the model."""
         model = self._model(number, setting.model)
-        timesteps = select_timesteps(setting.num_timesteps, "uniform", model.process.num_timesteps)
+        process = model.process
+        timesteps = select_timesteps(
+            setting.num_timesteps, "uniform", process.num_timesteps, process.spread
+        )
         settings = self._feature_settings(setting, timesteps)
         folder = self._feature_folder(setting, number)
         extractor = FusedExtractor(model, settings, self.device)

@@ -1,0 +1,198 @@
+"""Pipelines of every kind, small enough for a test: made from configurations, read from folders."""
+
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from tiny_stable_diffusion import MAX_TOKENS, build_pipeline, build_tokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+CLASSES = 3
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def build_vae(channels=4, **options) -> AutoencoderKL:
+    """Of pictures twice as large as its latents."""
+    return AutoencoderKL(
+        **{
+            "latent_channels": channels,
+            "block_out_channels": (8, 8),
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+            "norm_num_groups": 4,
+            "sample_size": 16,
+            **options,
+        }
+    )
+
+
+def build_clip(width=8, projection=8, kind=CLIPTextModelWithProjection):
+    return kind(
+        CLIPTextConfig(
+            vocab_size=514,
+            hidden_size=width,
+            intermediate_size=12,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=MAX_TOKENS,
+            projection_dim=projection,
+            bos_token_id=512,
+            eos_token_id=513,
+        )
+    )
+
+
+def build_t5(width=24) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(vocab_size=40, d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    )
+
+
+def build_t5_tokenizer() -> T5TokenizerFast:
+    letters = [(letter, -2.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
+    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *letters]
+    return T5TokenizerFast(vocab=words, extra_ids=0)
+
+
+def sdxl(vocabulary: Path):
+    return StableDiffusionXLPipeline(
+        unet=UNet2DConditionModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            layers_per_block=1,
+            block_out_channels=(8, 16),
+            norm_num_groups=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 1),
+            attention_head_dim=2,
+            cross_attention_dim=16,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=4,
+            # six sizes, and the second encoder's projection
+            projection_class_embeddings_input_dim=6 * 4 + 8,
+        ),
+        vae=build_vae(),
+        text_encoder=build_clip(kind=CLIPTextModel),
+        tokenizer=build_tokenizer(vocabulary),
+        text_encoder_2=build_clip(),
+        tokenizer_2=build_tokenizer(vocabulary),
+        scheduler=DDIMScheduler(**SCHEDULE),
+        add_watermarker=False,
+    )
+
+
+def dit(vocabulary: Path, learned=True):
+    return DiTPipeline(
+        transformer=DiTTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=4,
+            in_channels=4,
+            out_channels=8 if learned else 4,
+            num_layers=2,
+            sample_size=8,
+            patch_size=2,
+            num_embeds_ada_norm=CLASSES,
+            norm_elementwise_affine=False,
+        ),
+        vae=build_vae(),
+        scheduler=DDIMScheduler(),
+    )
+
+
+def sd3(vocabulary: Path, t5=True, qk_norm="rms_norm"):
+    return StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=4,
+            num_attention_heads=2,
+            caption_projection_dim=8,
+            joint_attention_dim=24,
+            pooled_projection_dim=16,
+            pos_embed_max_size=8,
+            qk_norm=qk_norm,
+        ),
+        vae=build_vae(shift_factor=0.1, scaling_factor=1.5),
+        text_encoder=build_clip(),
+        tokenizer=build_tokenizer(vocabulary),
+        text_encoder_2=build_clip(),
+        tokenizer_2=build_tokenizer(vocabulary),
+        text_encoder_3=build_t5() if t5 else None,
+        tokenizer_3=build_t5_tokenizer() if t5 else None,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+def flux(vocabulary: Path, guidance=True):
+    shifting = {"use_dynamic_shifting": True, "shift": 3.0} if guidance else {"shift": 1.0}
+    return FluxPipeline(
+        transformer=FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            pooled_projection_dim=8,
+            axes_dims_rope=(2, 2, 4),
+            guidance_embeds=guidance,
+        ),
+        vae=build_vae(shift_factor=0.1, scaling_factor=1.5),
+        text_encoder=build_clip(kind=CLIPTextModel),
+        tokenizer=build_tokenizer(vocabulary),
+        text_encoder_2=build_t5(),
+        tokenizer_2=build_t5_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(**shifting),
+    )
+
+
+def schnell(vocabulary: Path):
+    return flux(vocabulary, guidance=False)
+
+
+BUILDERS = {"sdxl": sdxl, "dit": dit, "sd3": sd3, "flux": flux, "schnell": schnell}
+# what a LoRA is put into where a test says nothing else
+KINDS = ("sd", *BUILDERS)
+
+
+def build(kind: str, folder: Path, seed: int = 0, **options) -> Path:
+    """Save a pipeline of a kind, of random weights that matter, in ``folder``."""
+    if kind == "sd":
+        return build_pipeline(folder, seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        pipeline = BUILDERS[kind](folder.parent / "vocabulary", **options)
+        network = pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.unet
+        # layers that begin at zero would hide those before them
+        for parameter in network.parameters():
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.2)
+    # FLUX says its size nowhere
+    pipeline.save_pretrained(folder)
+    return folder
