@@ -306,8 +306,6 @@ def fit(
             into=partial(SecondMoments, names=names, parameters=maps, by_entry=kind == "diagonal"),
             parameters=names,
             rows_per_sample=rows_per_sample,
-            # the first pass has done it
-            check_rows=not rows,
         )
         moments = _pass(sketcher, batches)
         assert isinstance(moments, SecondMoments)
