@@ -506,10 +506,29 @@ def test_a_backward_that_runs_only_once_is_told():
 
     torch.manual_seed(0)
     model, x = Model().double(), data(B, 8)
-    with pytest.warns(UserWarning, match="a second backward failed: gone after one backward$"):
+    with pytest.raises(RuntimeError, match="gone after one backward") as caught:
+        features(model, output, x)
+    assert "check_rows=False leaves the first one out" in caught.value.__notes__[0]
+    expected = single(model, output, x.split(1))
+    found = features(model, output, x, check_rows=False)
+    assert relative_error(found, expected) < 1e-12
+    # one that keeps no graph, as compiled functions may
+    kept = lambda: torch._C._autograd._get_current_graph_task_keep_graph()
+
+    def refuses(ctx, grad):
+        if kept():
+            raise RuntimeError("needs retain_graph=False\nand more")
+        return grad
+
+    Once.backward = staticmethod(refuses)
+    with pytest.warns(UserWarning, match="rows were not checked, .*: needs retain_graph=False$"):
         found = features(model, output, x)
-    model.forward = model.layer.forward
-    assert relative_error(found, single(model, output, x.split(1))) < 1e-12
+    assert relative_error(found, expected) < 1e-12
+    # one that changes what it keeps: what it multiplied once it multiplies again
+    gains = torch.ones(B, 8, dtype=torch.float64)
+    Once.backward = staticmethod(lambda ctx, grad: gains.mul_(grad).clone())
+    with pytest.warns(UserWarning, match="every other sample has no gradient in the second"):
+        features(model, lambda model, x: model(x).sum(1), x)
 
 
 def test_half_precision_and_what_is_not_finite_pass():

@@ -325,11 +325,11 @@ def wrong_rows(layer: Layer, shape: tuple[int, ...], f: Tensor) -> str:
 class RowCheck:
     """Whether every layer's rows are the samples that they are taken for.
 
-    The gradient of all outputs is followed by that of the outputs of every other sample. Of what a
-    layer receives, rows of the samples left out must be exactly zero then, and the others what they
-    were. Rows that come in the order of their samples, but are not theirs (tokens that were routed
-    to an expert), are found surely: to differ from their numbers by even steps alone they would
-    have to rise by one each. Others are found unless all of their errors are even.
+    The gradient of the outputs of every other sample comes first, then that of all. Of what a layer
+    receives, rows of the samples left out must be exactly zero at first, and the others already
+    what they will be. Rows in the order of their samples, but not one of each (tokens that were
+    routed to an expert), are found surely: to differ from their numbers by even steps alone they
+    would have to rise by one each. Others are found unless all of their errors are even.
 
     Args:
         num_samples: B, at least 2.
@@ -341,7 +341,7 @@ class RowCheck:
         self._calls: dict[tuple[str, int, int], tuple[Layer, tuple[int, ...]]] = {}
         self._whole: dict[tuple[str, int, int], Tensor] = {}
         self._masked: dict[tuple[str, int, int], Tensor] = {}
-        self._sizes, self._count = self._whole, Counter[tuple[str, int]]()
+        self._sizes, self._count = self._masked, Counter[tuple[str, int]]()
 
     def see(self, layer: Layer, number: int, output_grads: Tensor, dim: int) -> None:
         """Note how large the gradient of each sample's rows is.
@@ -366,9 +366,17 @@ class RowCheck:
         self._sizes[key] = sizes.view(len(self.kept), -1).sum(1)
 
     def weights(self, rows: int) -> Tensor:
-        """``[rows]`` bool: the outputs whose gradient is followed next."""
-        self._sizes, self._count = self._masked, Counter[tuple[str, int]]()
+        """``[rows]`` bool: the outputs whose gradient comes first."""
         return self.kept.repeat_interleave(rows // len(self.kept))
+
+    def go_on(self) -> None:
+        """From here on the gradient of all outputs is seen."""
+        self._sizes, self._count = self._whole, Counter[tuple[str, int]]()
+
+    def has_lost_samples(self) -> bool:
+        """Whether all samples that were left out at first have no gradient at all, others have."""
+        sizes = [torch.stack([*self._whole.values()]).amax(0)] if self._whole else []
+        return any(bool((s[self.kept] > 0).any() and (s[~self.kept] == 0).all()) for s in sizes)
 
     def first_wrong(self) -> tuple[Layer, tuple[int, ...]] | None:
         """The layer nearest the outputs whose rows are others, and the shape of its output."""

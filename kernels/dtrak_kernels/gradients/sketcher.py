@@ -69,6 +69,12 @@ if TYPE_CHECKING:
     from .whitening.definition import Whitening
 
 
+_SECOND = (
+    "second backward, after one that checked rows: if a backward of this model cannot run twice, "
+    "check_rows=False leaves the first one out"
+)
+
+
 @dataclass
 class _Batch:
     """State of one open batch."""
@@ -116,9 +122,9 @@ class GradientSketcher:
     Rows are told by their number: a first dimension of ``B · rows_per_sample``, or in `sketch` of a
     multiple of it or the second one, is taken for the batch. Numbers can lie (a sequence as long as
     the batch is large, an expert that sees as many tokens), so `sketch` checks them: on the first
-    batch of each number of rows, or with a layer that was not seen in one, a second backward
+    batch of each number of rows, or with a layer that was not seen in one, a backward of its own
     through the same graph leaves out every other sample, whose rows must be exactly zero then, and
-    the others what they were. `batch` has no outputs to do that with.
+    the others what they are in the next. `batch` has no outputs to do that with.
 
     Args:
         model: the module whose parameters are differentiated. It is not modified outside `batch`.
@@ -403,24 +409,35 @@ class GradientSketcher:
             raise
 
     def _differentiate(self, f: Tensor, batch: _Batch) -> None:
-        """The backward, and where layers have rows that were not checked yet another one."""
+        """The backward; before it one that checks rows of layers where that was not done yet."""
         names = batch.seen | batch.without_grad
         checked = self._checked.setdefault(batch.rows, set())
         if not batch.guesses or (names <= checked and not batch.unusual):
             f.sum().backward()
             return
-        batch.check = RowCheck(batch.num_samples, f.device)
-        f.sum().backward(retain_graph=True)
-        batch.counts = False
+        # first, because the other one lets go of activations on its way
+        batch.check, batch.counts = RowCheck(batch.num_samples, f.device), False
         weights = batch.check.weights(batch.rows).to(f.dtype)
         devices = [f.device] if f.device.type == "cuda" else []
         try:
             with torch.random.fork_rng(devices), leaves_kept(f.grad_fn):
-                f.backward(weights)
+                f.backward(weights, retain_graph=True)
         except RuntimeError as error:
             cause = str(error).partition("\n")[0]
             warnings.warn(
-                f"rows are told by their number alone, a second backward failed: {cause}",
+                f"rows were not checked, they are told by their number alone: {cause}",
+                stacklevel=3,
+            )
+        batch.check.go_on()
+        batch.counts = True
+        try:
+            f.sum().backward()
+        except RuntimeError as error:
+            error.add_note(f"in the {_SECOND}")
+            raise
+        if batch.check.has_lost_samples():
+            warnings.warn(
+                f"every other sample has no gradient in the {_SECOND}",
                 stacklevel=3,
             )
         wrong = batch.check.first_wrong()
@@ -700,6 +717,9 @@ class GradientSketcher:
                     self._add(batch, call, output_grads)
         elif batch.check is None:
             return
+        else:
+            # a checkpoint that has made it again holds it until it is asked for
+            call.get()
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             call.release()
 
