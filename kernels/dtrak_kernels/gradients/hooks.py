@@ -254,7 +254,7 @@ class Call:
         self._leaves = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
         if rule is None:
             kept = [*kept, *(output.detach().clone() for output in outputs)]
-            device_type = outputs[0].device.type
+            device_type = autocast_type(outputs[0])
             self._autocast = (
                 device_type,
                 torch.get_autocast_dtype(device_type),
@@ -291,7 +291,11 @@ class Call:
         self._kept = None
 
     def recomputed_grads(
-        self, kept: list[Tensor], output_grads: list[Tensor | None], num_samples: int
+        self,
+        kept: list[Tensor],
+        output_grads: list[Tensor | None],
+        num_samples: int,
+        planned: bool = False,
     ) -> Iterator[tuple[int, int, Tensor]]:
         """The fallback: differentiate the layer again, one sample at a time.
 
@@ -299,6 +303,7 @@ class Call:
             kept: what `get` gave.
             output_grads: gradients with respect to its outputs.
             num_samples: B.
+            planned: the first sample alone, without a look at values, which are not there.
 
         Yields:
             Index of a parameter, the sample, and its gradient.
@@ -318,7 +323,7 @@ class Call:
         parameters = {path: module.get_parameter(path) for path in layer.owned}
         device_type, dtype, enabled = self._autocast
         bare = _Forward(module)
-        for sample in range(num_samples):
+        for sample in range(1 if planned else num_samples):
             args, kwargs = tree_unflatten(
                 [_part(x, rows, sample) for x, rows in zip(leaves, self.rows.leaves, strict=True)],
                 self._structure,
@@ -343,7 +348,8 @@ class Call:
                     if rows is None and num_samples > 1:
                         continue
                     part = _part(original, rows, sample)
-                    _check_recomputed(layer, again[number], part, self._eps)
+                    if not planned:
+                        _check_recomputed(layer, again[number], part, self._eps)
                     # a forward that did not use its parameters, an output that is not used
                     if again[number].requires_grad and output_grad is not None:
                         made.append(again[number])
@@ -356,6 +362,12 @@ class Call:
             for index, grad in zip(layer.owned.values(), grads, strict=True):
                 if grad is not None:
                     yield index, sample, grad
+
+
+def autocast_type(x: Tensor) -> str:
+    """Type of the device whose autocast counts for a tensor."""
+    # nothing runs on the meta device
+    return "cpu" if x.is_meta else x.device.type
 
 
 def active_dropout(module: nn.Module) -> str | None:

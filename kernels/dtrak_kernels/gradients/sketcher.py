@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_unflatten
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from ..projection import Projection
 from .accumulator import Accumulator, make_accumulator
@@ -32,6 +33,7 @@ from .hooks import (
     Call,
     Layer,
     Watched,
+    autocast_type,
     check_forward,
     flatten_call,
     gate,
@@ -47,6 +49,13 @@ from .parameters import (
     choose_parameters,
     find_places,
     registered_at,
+)
+from .planned import (
+    BatchMemory,
+    PlannedAccumulator,
+    ShapeMeter,
+    fused_attention,
+    weight_bytes,
 )
 from .randomness import RandomnessWatch
 from .rows import (
@@ -89,6 +98,8 @@ class _Batch:
     guesses: bool = False
     # what a backward that runs now is looked at by
     check: RowCheck | None = None
+    # calls of layers that a checkpoint makes again
+    dropped: int = 0
     seen: set[str] = field(default_factory=set)
     without_grad: set[str] = field(default_factory=set)
     # layers, by name, whose rows are not the usual ones
@@ -225,6 +236,8 @@ class GradientSketcher:
         # names of the layers whose rows were checked, by the number of rows of the batch
         self._checked: dict[int, set[str]] = {}
         self._watched_randomness = False
+        # takes the accumulator's place in a plan
+        self._planned: PlannedAccumulator | None = None
 
     def _find_layers(self) -> list[Layer]:
         index = {id(parameter): i for i, parameter in enumerate(self._parameters)}
@@ -363,13 +376,15 @@ class GradientSketcher:
     ) -> Plan:
         """What `sketch` would do for such a batch: print it.
 
-        Runs the forward once, without gradients.
+        Runs the forward once, without gradients, and once, with its backward, on tensors that have
+        shapes and no values, which costs next to nothing. A model on the meta device is planned as
+        well: attention is taken to be fused there, as on a card.
 
         Args:
             outputs: as `sketch`; what it returns is not looked at.
             num_samples: ``B``.
-            memory_budget: bytes that kept inputs, features and workspace have to fit in; the plan
-                says what does not, and a batch that does.
+            memory_budget: bytes that weights, activations, features and workspace have to fit in;
+                the plan says what does not, and a batch that does.
 
         Returns:
             A `Plan`: per layer its kind, shapes, FLOP, bytes and kernel. ``str`` makes a table.
@@ -381,7 +396,7 @@ class GradientSketcher:
             raise ValueError(f"num_samples must be an int of at least 1, got {num_samples!r}")
         if memory_budget is not None and memory_budget < 1:
             raise ValueError(f"memory_budget must be at least 1 byte, got {memory_budget}")
-        return make_plan(
+        plan = make_plan(
             [(layer.name, layer.module, layer.owned) for layer in self._layers],
             self.parameter_names,
             self.into,
@@ -394,6 +409,61 @@ class GradientSketcher:
             whitening=self.whitening,
             whitened=self._whitened,
         )
+        try:
+            memory, unknown = self._simulate(outputs, num_samples, plan), ""
+        except Exception as error:
+            # whatever the caller's code does with values that are not there
+            first = str(error).partition("\n")[0]
+            memory, unknown = None, f"{type(error).__name__}: {first}"
+        return replace(plan, weight_bytes=weight_bytes(self.model), memory=memory, unknown=unknown)
+
+    def _simulate(self, outputs: Callable[[], Any], num_samples: int, plan: Plan) -> BatchMemory:
+        """The memory of a batch, by a forward and backward of shapes alone."""
+        modules = {layer.name: layer.module for layer in self._layers}
+        work, kept = dict.fromkeys(modules.values(), 0), dict.fromkeys(modules.values(), 0)
+        for layer in plan.layers:
+            module = modules[layer.name]
+            work[module] = max(work[module], layer.work_bytes)
+            kept[module] = max(kept[module], layer.kept_bytes)
+        on_meta = self.device.type == "meta"
+        mode = None if on_meta else FakeTensorMode(allow_non_fake_inputs=True)
+        meter = ShapeMeter(mode, (*self.model.parameters(), *self.model.buffers()))
+        before = self._accumulator, self._norms, self._last_norms, self._watched_randomness
+        planned = PlannedAccumulator(self.into, self._norms is not None, work, kept)
+        self._accumulator, self._norms, self._watched_randomness = planned, None, True
+        self._planned = planned
+        try:
+            with (
+                torch.random.fork_rng([self.device] if self.device.type == "cuda" else []),
+                torch.enable_grad(),
+                mode or nullcontext(),
+                fused_attention(),
+                meter,
+                self.batch(num_samples) as features,
+            ):
+                batch = self._batch
+                assert batch is not None
+                batch.guesses = self.check_rows and num_samples > 1
+                made = outputs()
+                activation_bytes = meter.live_bytes - features.nbytes
+                sums = [
+                    leaf.sum()
+                    for leaf in tree_leaves(made)
+                    if isinstance(leaf, Tensor) and leaf.requires_grad
+                ]
+                del made
+                for index, part in enumerate(sums, start=1):
+                    with leaves_kept(part.grad_fn):
+                        part.backward(retain_graph=index < len(sums))
+                return BatchMemory(
+                    activation_bytes,
+                    meter.peak_bytes,
+                    batch.dropped + len(batch.without_grad),
+                    len(batch.without_grad),
+                )
+        finally:
+            self._accumulator, self._norms, self._last_norms, self._watched_randomness = before
+            self._planned = None
 
     def _run(self, outputs: Callable[[], Tensor], batch: _Batch) -> Tensor:
         try:
@@ -668,6 +738,7 @@ class GradientSketcher:
                 kept = [self._accumulator.keep(layer.owned["weight"], layer.weighing, x)]
             elif applied is not None and not saving_is_hooked():
                 kept += kept_statistics(output)
+            batch.dropped += saving_is_hooked() and torch._C._current_graph_task_id() == -1
             call = Call(layer, applied, leaves, structure, kept, outputs, rows, batch.anchor)
             assert node is not None
             # a hook of the node comes after those that the caller puts on the tensor
@@ -706,7 +777,7 @@ class GradientSketcher:
                 if grad is not None and rows is not None and batch.check is not None:
                     batch.check.see(call.layer, number, grad, rows.dim)
         if batch.counts:
-            device_type = some.device.type
+            device_type = autocast_type(some)
             # the usual case; entering a context takes as long as many a layer
             if not torch.is_autocast_enabled(device_type):
                 self._add(batch, call, output_grads)
@@ -734,7 +805,7 @@ class GradientSketcher:
             self._recomputing = True
             try:
                 for index, sample, grad in call.recomputed_grads(
-                    kept, output_grads, batch.num_samples
+                    kept, output_grads, batch.num_samples, self._planned is not None
                 ):
                     self._accumulator.add_whole(
                         index, grad[None].to(features.dtype), features, slice(sample, sample + 1)
