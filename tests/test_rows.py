@@ -258,6 +258,70 @@ def test_the_real_cause_is_named():
         second(data(B, 6, 8))
 
 
+def test_a_layer_that_sees_samples_where_others_see_rows():
+    class Conditioned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.label, self.embed = nn.Embedding(5, 8), nn.Linear(8, 8)
+            self.scale, self.last = nn.PReLU(8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            steps = len(x) // self.samples
+            condition = self.scale(self.embed(self.label(self.labels)))
+            return self.last(x * condition.repeat_interleave(steps, 0))
+
+    torch.manual_seed(0)
+    model, x, labels = Conditioned().double(), data(2 * B, 8), torch.randint(5, (B,))
+
+    def of_sample(model, sample):
+        model.samples, model.labels = 1, labels[sample : sample + 1]
+        return output(model, x[2 * sample : 2 * sample + 2])
+
+    expected = single(model, of_sample, range(B))
+    model.samples, model.labels = B, labels
+    assert relative_error(features(model, output, x, rows_per_sample=2), expected) < 1e-12
+
+
+def test_what_a_recomputed_layer_shares_and_has_as_many_rows_of_is_named():
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(8))
+
+        def forward(self, x, bias):
+            return (bias @ x) * self.scale
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.layer = nn.Linear(8, 8), Biased()
+
+        def forward(self, x):
+            T = x.shape[1]
+            return self.layer(self.first(x), torch.arange(T * T, dtype=x.dtype).view(T, T))
+
+    torch.manual_seed(0)
+    model = Model().double()
+    x = data(B, 5, 8)
+    assert relative_error(features(model, output, x), single(model, output, x.split(1))) < 1e-12
+    with pytest.raises(RuntimeError, match=r"'layer' \(Biased\) gives an output of another shape"):
+        features(model, output, data(B, B, 8))
+
+
+def test_what_recurrent_layers_and_attention_cannot_be_given():
+    torch.manual_seed(0)
+    model, x = nn.LSTM(8, 8).double(), data(6, B, 8)
+    packed = nn.utils.rnn.pack_padded_sequence(x, [6, 5, 2, 1], enforce_sorted=False)
+    f = lambda: model(packed)[0].data.sum().expand(B)
+    with pytest.raises(RuntimeError, match=r"'LSTM' \(LSTM\) .* padded, not packed"):
+        GradientSketcher(model, EXACT).sketch(f, B)
+    model = nn.MultiheadAttention(8, 2).double()
+    with pytest.raises(
+        RuntimeError, match=r"\(MultiheadAttention\) .* give it tensors \[B, T, n\]"
+    ):
+        features(model, lambda m, x: m(x, x, x)[0].sum(1), data(B, 8))
+
+
 class Recurrent(nn.Module):
     """A recurrent layer between two others, all of whose outputs count."""
 

@@ -333,13 +333,17 @@ class Call:
                     path: parameter.detach().requires_grad_()
                     for path, parameter in parameters.items()
                 }
-                output = torch.func.functional_call(
-                    bare,
-                    {f"module.{path}": value for path, value in values.items()},
-                    args,
-                    kwargs,
-                    tie_weights=False,
-                )
+                named = {f"module.{path}": value for path, value in values.items()}
+                try:
+                    output = torch.func.functional_call(
+                        bare, named, args, kwargs, tie_weights=False
+                    )
+                except Exception as error:
+                    first = str(error).partition("\n")[0]
+                    raise RuntimeError(
+                        f"{layer.title} fails when it is recomputed for one sample, of arguments "
+                        f"with as many rows as the batch only those: {first}"
+                    ) from error
                 again, _, numbers = tensors_of(layer, output)
                 made, received = [], []
                 for number, rows, original, output_grad in zip(

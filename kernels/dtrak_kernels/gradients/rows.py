@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence as _Packed
 from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
@@ -128,7 +129,9 @@ def rows_of_rule(
         return found(1, per_sample) if seen else None
     if embeds or layer.shared or guess:
         one_row = count == 1 and rows > 1 and free >= 2
-        of_positions = embeds and free == 1 and (layer.shared or count != rows)
+        # labels of samples, or of rows
+        of_rows = count == rows or (count == num_samples and not layer.shared)
+        of_positions = embeds and free == 1 and (layer.shared or not of_rows)
         if one_row or of_positions:
             return found(0, per_sample, shared=True)
     if output.shape[0] != count:
@@ -137,7 +140,7 @@ def rows_of_rule(
         return found(0, per_sample)
     if guess and free >= 2 and x.shape[1] == rows:
         return found(1, per_sample)
-    if (guess or count // num_samples in layer.finer) and count and count % rows == 0:
+    if (guess or count // num_samples in layer.finer) and count and count % num_samples == 0:
         return found(0, count // num_samples)
     return None
 
@@ -175,7 +178,10 @@ def rows_of_call(
         places = [
             tuple(
                 Rows(dim, x.shape[dim] // num_samples)
-                if isinstance(x, Tensor) and dim is not None and not x.shape[dim] % rows
+                if isinstance(x, Tensor)
+                and dim is not None
+                and dim < x.ndim
+                and not x.shape[dim] % rows
                 else None
                 for x, dim in zip(tensors, dims, strict=True)
             )
@@ -186,10 +192,12 @@ def rows_of_call(
             for tensors, dims, found in zip((leaves, outputs), known, places, strict=True)
             for x, dim, place in zip(tensors, dims, found, strict=True)
         )
-        return None if missing else CallRows(places[0], places[1])
+        # without a dimension of samples, or with them one after the other
+        batched = leaves[0].ndim == 3 and not isinstance((*args, *kwargs.values())[0], _Packed)
+        return CallRows(places[0], places[1]) if batched and not missing else None
     sizes = {rows}
     count = outputs[0].shape[0] if outputs[0].ndim else 0
-    if (guess or count // num_samples in layer.finer) and count and count % rows == 0:
+    if (guess or count // num_samples in layer.finer) and count and count % num_samples == 0:
         sizes.add(count)
     found = [
         tuple(
@@ -262,10 +270,13 @@ def missing_rows(
     shapes = [list(x.shape) for x in outputs]
     counts = {x.shape[0] if x.ndim else 0 for x in (*inputs, *outputs)}
     count = counts.pop() if len(counts) == 1 else 0
-    if any(x.ndim > 2 and x.shape[1] == rows for x in (*inputs, *outputs)):
+    known = isinstance(layer.module, nn.MultiheadAttention | nn.RNNBase)
+    if not known and any(x.ndim > 2 and x.shape[1] == rows for x in (*inputs, *outputs)):
         cause = "samples seem to be in the second dimension: put them first"
-    elif first_of_batch and count > 1 and count % rows_per_sample == 0:
+    elif first_of_batch and count > 1 and count != rows and count % rows_per_sample == 0:
         cause = f"is num_samples wrong? This batch seems to have {count // rows_per_sample} samples"
+    elif known:
+        cause = "give it tensors [B, T, n] or [T, B, n] as its batch_first says, padded, not packed"
     elif isinstance(layer.module, nn.Embedding):
         cause = (
             "a table that samples share is looked up by indices of one dimension, or with a first "
@@ -337,7 +348,9 @@ class RowCheck:
     """
 
     def __init__(self, num_samples: int, device: torch.device) -> None:
-        self.kept = torch.arange(num_samples, device=device) % 2 == 0
+        # on the CPU at the end: layers may be on several devices
+        self.kept = torch.arange(num_samples) % 2 == 0
+        self._device = device
         self._calls: dict[tuple[str, int, int], tuple[Layer, tuple[int, ...]]] = {}
         self._whole: dict[tuple[str, int, int], Tensor] = {}
         self._masked: dict[tuple[str, int, int], Tensor] = {}
@@ -367,7 +380,7 @@ class RowCheck:
 
     def weights(self, rows: int) -> Tensor:
         """``[rows]`` bool: the outputs whose gradient comes first."""
-        return self.kept.repeat_interleave(rows // len(self.kept))
+        return self.kept.repeat_interleave(rows // len(self.kept)).to(self._device)
 
     def go_on(self) -> None:
         """From here on the gradient of all outputs is seen."""
@@ -375,8 +388,10 @@ class RowCheck:
 
     def has_lost_samples(self) -> bool:
         """Whether all samples that were left out at first have no gradient at all, others have."""
-        sizes = [torch.stack([*self._whole.values()]).amax(0)] if self._whole else []
-        return any(bool((s[self.kept] > 0).any() and (s[~self.kept] == 0).all()) for s in sizes)
+        if not self._whole:
+            return False
+        largest = torch.stack([size.cpu().double() for size in self._whole.values()]).amax(0)
+        return bool((largest[self.kept] > 0).any() and (largest[~self.kept] == 0).all())
 
     def first_wrong(self) -> tuple[Layer, tuple[int, ...]] | None:
         """The layer nearest the outputs whose rows are others, and the shape of its output."""
@@ -384,7 +399,7 @@ class RowCheck:
         if not keys:
             return None
         whole, masked = (
-            torch.stack([sizes[key].double() for key in keys])
+            torch.stack([sizes[key].cpu().double() for key in keys])
             for sizes in (self._whole, self._masked)
         )
         changed = (masked - whole).abs() > _CHANGE * whole.amax(1, keepdim=True)
@@ -405,7 +420,7 @@ def leaves_kept(root: Any) -> Iterator[None]:
     variables, nodes, known = [], [root], {root}
     while nodes:
         node = nodes.pop()
-        if hasattr(node, "variable"):
+        if type(node).__name__ == "AccumulateGrad":
             variables.append(node.variable)
         for following, _ in node.next_functions:
             if following is not None and following not in known:
