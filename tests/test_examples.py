@@ -49,6 +49,27 @@ def test_the_language_model_example_finds_sentences_of_the_query_s_kind():
         assert re.findall(r"'(\w+)'", line.split("[")[1].split("]")[0]).count(kind) >= 4
 
 
+def test_the_transformers_example_finds_texts_of_the_query_s_kind():
+    pytest.importorskip("peft", reason="peft is not installed")
+    lines = example("transformers_models")
+    assert len(lines) == 6
+    for line in lines:
+        found = re.fullmatch(
+            r"(GPT-2|Llama|BERT), (all weights|LoRA): P = \S+, (\d+) of 15 .*", line
+        )
+        assert int(found[3]) >= 12
+
+
+def test_the_less_example_finds_examples_of_the_task():
+    pytest.importorskip("peft", reason="peft is not installed")
+    first, *tasks = example("less")
+    assert float(first.rpartition(" ")[2]) < 1e-5
+    for line, task in zip(tasks, ("copy", "swap", "count"), strict=True):
+        found = re.fullmatch(rf"{task}: (\d+) of the best 10 are of the task, first (.+)", line)
+        assert int(found[1]) >= 7
+        assert task in found[2]
+
+
 @pytest.mark.parametrize("code", BLOCKS, ids=range(len(BLOCKS)))
 def test_python_blocks_of_the_readme_run(code):
     run("-c", code)

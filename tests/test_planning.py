@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_sketcher import small_unet, unet_output, unet_rows
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from dtrak_kernels import GradientSketcher, Projection
 
@@ -147,3 +148,190 @@ def test_two_sided_sketches_keep_thin_inputs():
     with TensorMeter(known=[x, *model.state_dict().values()]) as meter:
         sketcher.sketch(lambda: model(x).square().mean(1), 80)
     assert meter.peak_bytes < 6 * x.numel() * 4 + 80 * 512 * 4
+
+
+class Blocks(nn.Module):
+    """Blocks that may be checkpointed, as people's models do it."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(24, 24), nn.Tanh(), nn.LayerNorm(24), nn.Linear(24, 24))
+            for _ in range(4)
+        )
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        for block in self.blocks:
+            if self.reentrant is None:
+                x = block(x)
+            else:
+                x = checkpoint(block, x, use_reentrant=self.reentrant)
+        return x
+
+
+def mean_square(y):
+    return y.square().flatten(1).mean(1)
+
+
+def encoder():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True)
+    stack = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    model, x = (
+        nn.Sequential(nn.Linear(8, 16), stack, nn.Linear(16, 3)).eval(),
+        torch.randn(4, 30, 8),
+    )
+    return model, lambda: mean_square(model(x)), [x]
+
+
+def tokens():
+    model = nn.Sequential(nn.Embedding(90, 32), nn.Linear(32, 32), nn.RMSNorm(32))
+    x = torch.randint(90, (4, 50))
+    return model, lambda: mean_square(model(x)), [x]
+
+
+def convolutions():
+    model = copy.deepcopy(small_unet(block_out_channels=(16, 32))).float()
+    x, t = unet_rows(8, 1)
+    x = x.float()
+    return model, lambda: unet_output(model, x, t), [x, t]
+
+
+def blocks(reentrant):
+    model, x = Blocks(reentrant), torch.randn(4, 200, 24, requires_grad=True)
+    return model, lambda: mean_square(model(x)), [x]
+
+
+def halves():
+    """The base in 16 bits, an adapter in 32: frozen weights keep no input."""
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3))).bfloat16().requires_grad_(False)
+    down, up = nn.Linear(64, 4, bias=False), nn.Linear(4, 64, bias=False)
+    whole = nn.ModuleList([model, down, up])
+    x = torch.randn(8, 40, 64, dtype=torch.bfloat16)
+
+    def f():
+        y = model[0](x)
+        y = model[1](y) + up(down(y.float())).bfloat16()
+        return mean_square(model[2](y.tanh()).float())
+
+    return whole, f, [x]
+
+
+@pytest.mark.parametrize("projection", KINDS, ids=lambda p: p.kind)
+@pytest.mark.parametrize(
+    "make",
+    [
+        encoder,
+        tokens,
+        convolutions,
+        halves,
+        lambda: blocks(None),
+        lambda: blocks(False),
+        lambda: blocks(True),
+    ],
+    ids=["encoder", "tokens", "convolutions", "halves", "kept", "checkpoint", "re-entrant"],
+)
+@pytest.mark.sweep(1)
+def test_memory_is_what_is_measured(make, projection):
+    from dtrak.runs.measure import TensorMeter
+
+    torch.manual_seed(0)
+    model, f, inputs = make()
+    samples, known = len(inputs[0]), [*inputs, *model.state_dict().values()]
+    sketcher = GradientSketcher(model, projection)
+    plan = sketcher.plan(f, samples)
+    assert plan.unknown == ""
+    # signs and places are made once
+    sketcher.sketch(f, samples)
+    with TensorMeter(known=known) as meter:
+        sketcher.sketch(f, samples)
+    assert plan.memory.peak_bytes == pytest.approx(meter.peak_bytes, rel=0.1)
+    assert plan.batch_bytes == plan.memory.peak_bytes
+    if not plan.memory.reentrant:
+        features = samples * sketcher.proj_dim * 4
+        with TensorMeter(known=known) as meter, sketcher.batch(samples):
+            held = f()
+            alive = meter.live_bytes - features
+        assert held.requires_grad
+        assert plan.memory.activation_bytes == pytest.approx(alive, rel=0.1)
+
+
+def test_weights_by_dtype_and_what_is_checkpointed():
+    whole, f, _ = halves()
+    plan = GradientSketcher(whole, KINDS[2]).plan(f, 8)
+    assert plan.weight_bytes == {"bfloat16": 2 * 3 * (64 * 64 + 64), "float32": 4 * 2 * 4 * 64}
+    assert plan.fixed_bytes == sum(plan.weight_bytes.values())
+    assert "weights 25 kB bfloat16 + 2.05 kB float32, activations " in str(plan)
+    assert "checkpointing" not in str(plan)
+    plans = {}
+    for reentrant in (None, False, True):
+        model, f, _ = blocks(reentrant)
+        plans[reentrant] = GradientSketcher(model, KINDS[2]).plan(f, 4)
+    assert [plans[r].memory.checkpointed for r in plans] == [0, 12, 12]
+    assert [plans[r].memory.reentrant for r in plans] == [0, 0, 12]
+    assert plans[False].memory.activation_bytes < 0.5 * plans[None].memory.activation_bytes
+    assert "with checkpointing of 12 of 12 layers" in str(plans[False])
+    assert "with checkpointing (re-entrant) of 12 of 12 layers" in str(plans[True])
+    tied = nn.ModuleList([nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False)])
+    tied[1].weight = tied[0].weight
+    plan = GradientSketcher(tied, KINDS[0]).plan(lambda: tied[0](torch.ones(2, 5)), 2)
+    assert plan.weight_bytes == {"float32": 100}
+
+
+@pytest.mark.parametrize("projection", KINDS, ids=lambda p: p.kind)
+def test_a_model_on_the_meta_device_is_planned(projection):
+    """A model of any size: nothing of it is there."""
+    sizes = []
+    for device in ("cpu", "meta"):
+        model = encoder()[0].to(device)
+        # an attention whose product is never kept
+        x = torch.randn(4, 300, 8, device=device)
+        f = lambda m=model, x=x: mean_square(m(x))
+        plan = GradientSketcher(model, projection).plan(f, 4)
+        assert plan.unknown == ""
+        sizes.append((plan.memory.peak_bytes, plan.memory.activation_bytes, plan.fixed_bytes))
+    for on_cpu, on_meta in zip(*sizes, strict=True):
+        assert on_meta == pytest.approx(on_cpu, rel=0.1)
+
+
+def test_a_plan_leaves_everything_as_it_was():
+    model, f, inputs = blocks(False)
+    sketcher, fresh = (GradientSketcher(model, KINDS[2], norms=True) for _ in range(2))
+    expected = fresh.sketch(f, 4)
+    norms = fresh.grad_norms
+    state = torch.get_rng_state()
+    fresh.plan(f, 4)
+    sketcher.plan(f, 4)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert inputs[0].grad is not None
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert fresh.grad_norms is norms
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert torch.equal(sketcher.sketch(f, 4), expected)
+    assert torch.equal(sketcher.grad_norms, norms)
+
+
+def test_values_that_a_plan_lacks():
+    model, x = nn.Linear(50, 50), torch.randn(16, 50)
+
+    def checked():
+        y = model(x)
+        # taken for false
+        if not torch.isfinite(y).all() and (y == 0).any():
+            raise ValueError("not finite")
+        return mean_square(y)
+
+    plan = GradientSketcher(model, KINDS[2]).plan(checked, 16)
+    assert plan.unknown == ""
+    plan = GradientSketcher(model, KINDS[2]).plan(lambda: model(x)[x[:, 0] > 0], 16)
+    assert plan.memory is None
+    assert plan.unknown.startswith("DynamicOutputShapeException: aten.nonzero")
+    assert "activations that autograd keeps are not counted: DynamicOutput" in str(plan)
+    assert plan.batch_bytes == plan.kept_bytes + plan.feature_bytes + plan.layers[0].work_bytes
+
+
+def test_weights_that_do_not_fit_leave_no_room_for_a_batch():
+    model, x = nn.Linear(50, 50), torch.randn(16, 50)
+    plan = plan_of(model, x, KINDS[2], memory_budget=5000)
+    assert plan.fitting_samples == 0
+    assert "weights: need 10.2 kB alone" in plan.misfits()

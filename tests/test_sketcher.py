@@ -372,6 +372,9 @@ def test_statistics_of_a_group_norm_cost_no_pass(reentrant, monkeypatch):
     torch.manual_seed(0)
     model, x = Model(), torch.randn(4, 6, 9)
     sketcher = GradientSketcher(model, Projection("sjlt", 256))
+    # its rows are checked
+    sketcher.sketch(lambda: flat_output(model, x), 4)
+    runs.clear(), made.clear()
     features = sketcher.sketch(lambda: flat_output(model, x), 4)
     # the first block, the second, and the second again in the backward
     assert runs == [4, 4, 4]
@@ -595,10 +598,15 @@ def test_gradients_of_the_parameters_are_left_alone():
 
 
 def test_refuses_modules_that_return_no_tensor():
-    model = nn.Sequential(nn.LSTM(5, 5, batch_first=True)).double()
-    x = torch.randn(4, 3, 5, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match=r"'0' \(LSTM\) must return one tensor"):
-        GradientSketcher(model, EXACT).sketch(lambda: flat_output(lambda x: model(x)[0], x), 4)
+    class Hidden:
+        def __init__(self, x):
+            self.x = x
+
+    model, x = model_with(Weighted(lambda x, w: Hidden(x * w)))
+    with pytest.raises(
+        RuntimeError, match=r"'layers.1' \(Weighted\) must return tensors, .* got Hidden"
+    ):
+        GradientSketcher(model, EXACT).sketch(lambda: flat_output(lambda x: model(x).x, x), 4)
 
 
 def test_refuses_layers_that_ran_without_gradient():

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..runs.files import write_atomically
 from .samples import Samples
-from .sources import DataError, first_line
+from .sources import IMAGE_SUFFIXES, DataError, first_line
 
 CAPTION_COLUMNS = ("text", "caption")
 _HOW = (
@@ -142,6 +142,9 @@ def choose_prompts(prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
 def _find(source: str, data: Samples) -> Callable[[str], Any] | None:
     """What gives the caption of an id, or None where the source has no captions."""
     path = Path(source).expanduser()
+    if path.name.lower().endswith(IMAGE_SUFFIXES):
+        # of one image, as of the folder it lies in
+        return _by_file(path.parent)
     if path.is_file():
         return _by_row({path.name: _parquet_column(path, CAPTION_COLUMNS)})
     if path.is_dir():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten
 
 from ..kronecker.torch import TwoSidedSketch
 from .accumulator import Accumulator, KroneckerAccumulator
+from .planned import BatchMemory
 from .rules import find_rule
 from .weight import TRANSPOSED, WEIGHT_MODULES, Convolution, LayerGradient, workspace_bytes
 
@@ -49,7 +50,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a batch will cost, beside the activations that autograd itself keeps.
+    """What a batch will cost.
 
     Signs and places, which do not grow with a batch, are not counted: a byte for every entry of the
     parameters and, on a CPU, 12 or 24 for those of weights small enough for tables (see `sjlt`).
@@ -64,6 +65,9 @@ class Plan:
         model_flop: forward and backward with respect to activations of the listed layers, whole
             batch; without weight gradients.
         budget_bytes: what everything has to fit in, or None.
+        weight_bytes: of parameters and buffers, by dtype.
+        memory: what the batch holds beside them; None if it could not be told.
+        unknown: why it could not.
         whitening: its kind and what its factors take, or empty.
         whitening_flop: of ``flop``, what is whitening.
         floored: names of parameters whose gradient is taken for rounding, and left out.
@@ -77,7 +81,11 @@ class Plan:
     feature_bytes: int
     model_flop: int
     budget_bytes: int | None
+    weight_bytes: dict[str, int] = field(default_factory=dict)
+    memory: BatchMemory | None = None
+    unknown: str = ""
     whitening: str = ""
+    whitening_bytes: int = 0
     whitening_flop: int = 0
     floored: tuple[str, ...] = ()
 
@@ -93,16 +101,33 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """Inputs of all layers, the features, and the largest tensor of any backward."""
+        """Most that is alive at once: weights, and what grows with the batch."""
+        return self.fixed_bytes + self.batch_bytes
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Weights, and the factors of a whitening."""
+        return sum(self.weight_bytes.values()) + self.whitening_bytes
+
+    @property
+    def batch_bytes(self) -> int:
+        """Most that is alive at once beside them: activations, features, workspace.
+
+        Where memory could not be told: inputs of all layers, the features, and the largest tensor
+        of any backward.
+        """
+        if self.memory is not None:
+            return self.memory.peak_bytes
         work = max((layer.work_bytes for layer in self.layers), default=0)
         return self.kept_bytes + self.feature_bytes + work
 
     @property
     def fitting_samples(self) -> int | None:
-        """A batch that fits the budget, if there is one: everything taken to grow with it."""
+        """A batch that fits the budget, if there is one: all but weights taken to grow with it."""
         if self.budget_bytes is None:
             return None
-        return self.budget_bytes * self.num_samples // max(self.peak_bytes, 1)
+        free = max(self.budget_bytes - self.fixed_bytes, 0)
+        return free * self.num_samples // max(self.batch_bytes, 1)
 
     def misfits(self) -> list[str]:
         """A line for everything that does not fit the budget; none without a budget."""
@@ -113,6 +138,8 @@ class Plan:
             for layer in self.layers
             if layer.kept_bytes + layer.work_bytes > self.budget_bytes
         ]
+        if self.fixed_bytes > self.budget_bytes:
+            lines.append(f"weights: need {_bytes(self.fixed_bytes)} alone")
         if self.feature_bytes > self.budget_bytes:
             lines.append(f"features: need {_bytes(self.feature_bytes)} alone")
         if self.peak_bytes > self.budget_bytes:
@@ -152,9 +179,10 @@ class Plan:
             f"{self.kind}, K = {self.proj_dim:,}, {self.num_samples} samples",
             f"forward and data gradient of these layers {self.model_flop / 1e9:.3g} GFLOP, "
             f"features {self.flop / 1e9:.3g} GFLOP{ratio}",
-            f"kept inputs {_bytes(self.kept_bytes)}, features {_bytes(self.feature_bytes)}, "
-            f"peak {_bytes(self.peak_bytes)}",
+            self._memory_line(),
         ]
+        if self.unknown:
+            lines.append(f"activations that autograd keeps are not counted: {self.unknown}")
         if self.whitening:
             lines.append(
                 f"whitening: {self.whitening}, {self.whitening_flop / 1e9:.3g} GFLOP of features'"
@@ -172,6 +200,21 @@ class Plan:
                 else [f"fits {budget}, and so would {self.fitting_samples} samples"]
             )
         return "\n".join(lines)
+
+    def _memory_line(self) -> str:
+        sizes = [f"{_bytes(size)} {dtype}" for dtype, size in self.weight_bytes.items()]
+        parts = [f"weights {' + '.join(sizes) or '0 B'}"]
+        if self.memory is None:
+            parts.append(f"kept inputs {_bytes(self.kept_bytes)}")
+        else:
+            activations = f"activations {_bytes(self.memory.activation_bytes)}"
+            if count := self.memory.checkpointed:
+                kind = " (re-entrant)" if self.memory.reentrant else ""
+                calls = f"{count} of {len(self.layers)} layers"
+                activations += f" with checkpointing{kind} of {calls}"
+            parts.append(activations)
+        parts += [f"features {_bytes(self.feature_bytes)}", f"peak {_bytes(self.peak_bytes)}"]
+        return ", ".join(parts)
 
 
 def _bytes(size: int) -> str:
@@ -257,9 +300,12 @@ def make_plan(
         feature_bytes,
         model_flop,
         budget_bytes,
-        f"{whitening.kind}, factors {_bytes(whitening.nbytes)}" if whitening is not None else "",
-        whitening_flop,
-        whitening.floored if whitening is not None else (),
+        whitening=(
+            f"{whitening.kind}, factors {_bytes(whitening.nbytes)}" if whitening is not None else ""
+        ),
+        whitening_bytes=whitening.nbytes if whitening is not None else 0,
+        whitening_flop=whitening_flop,
+        floored=whitening.floored if whitening is not None else (),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from .rows import CallRows, Rows
 from .rules import Rule
 from .weight import WEIGHT_MODULES, WeightModule
 
@@ -25,14 +26,20 @@ class Layer:
     Attributes:
         name: in the model.
         module: the module.
-        owned: index of the parameter, by attribute.
+        owned: index of the parameter, by attribute; of a child's that it uses itself, by path.
+        sample_dim: in which dimension of its tensors the samples are.
         depth: of its forwards that are running, one inside another.
+        shared: it was found to run once for the whole batch.
+        finer: numbers of rows per sample that it was found to see beside the batch's.
     """
 
     name: str
     module: nn.Module
     owned: dict[str, int]
+    sample_dim: int = 0
     depth: int = 0
+    shared: bool = False
+    finer: set[int] = field(default_factory=set)
 
     @property
     def title(self) -> str:
@@ -120,11 +127,6 @@ def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[An
     return tree_flatten((args, kwargs))
 
 
-def has_rows(leaf: Any, rows: int) -> bool:
-    """Whether a leaf is a tensor with a row for every row of the batch."""
-    return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == rows
-
-
 def is_discrete(output: Any) -> bool:
     """Whether it is a tensor that has no gradient."""
     return isinstance(output, Tensor) and not (output.is_floating_point() or output.is_complex())
@@ -145,45 +147,70 @@ def versions_of(layer: Layer, inputs: list[Tensor]) -> list[int]:
         ) from error
 
 
-def check_forward(
-    layer: Layer, rows: int, inputs: list[Tensor], versions: list[int], output: Any
-) -> None:
-    """Refuse what has no per-sample gradient, or none that can be had from its inputs.
+# what a forward may return beside tensors
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def tensors_of(layer: Layer, output: Any) -> tuple[list[Any], TreeSpec, list[int]]:
+    """The leaves of what a layer returned, how they were put together, and which are its outputs.
+
+    Raises:
+        RuntimeError: there is none, or something that may hide one; naming the layer.
+    """
+    leaves, structure = tree_flatten(output)
+    numbers = [
+        number
+        for number, leaf in enumerate(leaves)
+        if isinstance(leaf, Tensor) and not is_discrete(leaf)
+    ]
+    hidden = next((x for x in leaves if not isinstance(x, (Tensor, *_PLAIN))), None)
+    if hidden is not None or not numbers:
+        got = output if hidden is None else hidden
+        raise RuntimeError(
+            f"{layer.title} must return tensors, or tuples or dicts of them, for its parameters "
+            f"{', '.join(layer.owned)} to be attributed, got {type(got).__name__}"
+        )
+    return leaves, structure, numbers
+
+
+def check_forward(layer: Layer, inputs: list[Tensor], versions: list[int]) -> None:
+    """Refuse a forward whose gradient cannot be had from its inputs.
 
     Args:
         layer: whose forward ran.
-        rows: of the batch, samples x rows_per_sample.
         inputs: all tensors that it was given.
         versions: of the inputs, before.
-        output: what it gave.
 
     Raises:
         RuntimeError: naming the layer.
     """
-    if not isinstance(output, Tensor):
-        raise RuntimeError(
-            f"{layer.title} must return one tensor for its parameters "
-            f"{', '.join(layer.owned)} to be attributed, got {type(output).__name__}"
-        )
     if forward_ad._current_level >= 0:
         raise RuntimeError(
             f"{layer.title} ran inside forward-mode differentiation: what its parameters do to "
             "tangents cannot be seen"
         )
-    if rows == 0:
-        return
     if [x._version for x in inputs] != versions:
         raise RuntimeError(
             f"{layer.title} changes its input in place: its gradient cannot be recomputed"
         )
-    seen = output.shape[0] if output.ndim else 0
-    if not inputs or seen != rows or not any(has_rows(x, rows) for x in inputs):
-        raise RuntimeError(
-            f"{layer.title} must see and return {rows} rows (samples x "
-            f"rows_per_sample), got output {list(output.shape)} from inputs "
-            f"{[list(x.shape) for x in inputs]}: work shared between samples has no "
-            "per-sample gradient"
-        )
+
+
+class _Gate(torch.autograd.Function):
+    """A node that several outputs of a layer pass, so that their gradients come together."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(x.clone() for x in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        return (None, *grads)
+
+
+def gate(anchor: Tensor, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    """The tensors, made by one node, which receives their gradients together."""
+    return _Gate.apply(anchor, *tensors)
 
 
 class _Forward(nn.Module):
@@ -206,7 +233,8 @@ class Call:
         leaves: of its arguments, see `flatten_call`.
         structure: of its arguments.
         kept: what stands for the tensors among the leaves, in their order.
-        output: of the layer, which a layer without a rule is compared with when it runs again.
+        outputs: of the layer, which a layer without a rule is compared with when it runs again.
+        rows: where the tensors have the rows of the batch.
         anchor: a scalar that requires a gradient, of the batch that the forward ran in.
     """
 
@@ -217,14 +245,16 @@ class Call:
         leaves: list[Any],
         structure: TreeSpec,
         kept: list[Tensor],
-        output: Tensor,
+        outputs: list[Tensor],
+        rows: CallRows,
         anchor: Tensor,
     ) -> None:
-        self.layer, self.rule, self.anchor, self._structure = layer, rule, anchor, structure
+        self.layer, self.rule, self.rows, self.anchor = layer, rule, rows, anchor
+        self._structure = structure
         self._leaves = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
         if rule is None:
-            kept = [*kept, output.detach().clone()]
-            device_type = output.device.type
+            kept = [*kept, *(output.detach().clone() for output in outputs)]
+            device_type = autocast_type(outputs[0])
             self._autocast = (
                 device_type,
                 torch.get_autocast_dtype(device_type),
@@ -261,14 +291,19 @@ class Call:
         self._kept = None
 
     def recomputed_grads(
-        self, kept: list[Tensor], output_grads: Tensor, rows_per_sample: int
+        self,
+        kept: list[Tensor],
+        output_grads: list[Tensor | None],
+        num_samples: int,
+        planned: bool = False,
     ) -> Iterator[tuple[int, int, Tensor]]:
         """The fallback: differentiate the layer again, one sample at a time.
 
         Args:
             kept: what `get` gave.
-            output_grads: gradient with respect to its output.
-            rows_per_sample: consecutive rows of the batch that make up one sample.
+            output_grads: gradients with respect to its outputs.
+            num_samples: B.
+            planned: the first sample alone, without a look at values, which are not there.
 
         Yields:
             Index of a parameter, the sample, and its gradient.
@@ -277,45 +312,84 @@ class Call:
             RuntimeError: the layer does not give the same output again.
         """
         layer, module = self.layer, self.layer.module
-        for name, child in module.named_modules():
-            if isinstance(child, nn.modules.dropout._DropoutNd) and child.training and child.p > 0:
-                raise RuntimeError(
-                    f"{layer.title} has active dropout in {name or 'itself'!r} and would be "
-                    "recomputed with other masks: use eval mode"
-                )
-        *tensors, original = kept
+        name = active_dropout(module)
+        if name is not None:
+            raise RuntimeError(
+                f"{layer.title} has active dropout in {name or 'itself'!r} and would be "
+                "recomputed with other masks: use eval mode"
+            )
+        tensors, originals = kept[: -len(output_grads)], kept[-len(output_grads) :]
         leaves = [tensors.pop(0) if leaf is None else leaf[0] for leaf in self._leaves]
-        parameters = {attribute: getattr(module, attribute) for attribute in layer.owned}
+        parameters = {path: module.get_parameter(path) for path in layer.owned}
         device_type, dtype, enabled = self._autocast
         bare = _Forward(module)
-        for sample in range(len(output_grads) // rows_per_sample):
-            rows = slice(sample * rows_per_sample, (sample + 1) * rows_per_sample)
+        for sample in range(1 if planned else num_samples):
             args, kwargs = tree_unflatten(
-                [leaf[rows] if has_rows(leaf, len(output_grads)) else leaf for leaf in leaves],
+                [_part(x, rows, sample) for x, rows in zip(leaves, self.rows.leaves, strict=True)],
                 self._structure,
             )
             with torch.enable_grad(), torch.autocast(device_type, dtype, enabled=enabled):
                 values = {
-                    attribute: parameter.detach().requires_grad_()
-                    for attribute, parameter in parameters.items()
+                    path: parameter.detach().requires_grad_()
+                    for path, parameter in parameters.items()
                 }
-                output = torch.func.functional_call(
-                    bare,
-                    {f"module.{attribute}": value for attribute, value in values.items()},
-                    args,
-                    kwargs,
-                    tie_weights=False,
-                )
-                _check_recomputed(layer, output, original[rows], self._eps)
-                # a forward that did not use its parameters
-                if not output.requires_grad:
+                named = {f"module.{path}": value for path, value in values.items()}
+                try:
+                    output = torch.func.functional_call(
+                        bare, named, args, kwargs, tie_weights=False
+                    )
+                except Exception as error:
+                    first = str(error).partition("\n")[0]
+                    raise RuntimeError(
+                        f"{layer.title} fails when it is recomputed for one sample, of arguments "
+                        f"with as many rows as the batch only those: {first}"
+                    ) from error
+                again, _, numbers = tensors_of(layer, output)
+                made, received = [], []
+                for number, rows, original, output_grad in zip(
+                    numbers, self.rows.outputs, originals, output_grads, strict=True
+                ):
+                    if rows is None and num_samples > 1:
+                        continue
+                    part = _part(original, rows, sample)
+                    if not planned:
+                        _check_recomputed(layer, again[number], part, self._eps)
+                    # a forward that did not use its parameters, an output that is not used
+                    if again[number].requires_grad and output_grad is not None:
+                        made.append(again[number])
+                        received.append(_part(output_grad, rows, sample))
+                if not made:
                     continue
                 grads = torch.autograd.grad(
-                    output, list(values.values()), output_grads[rows], allow_unused=True
+                    made, list(values.values()), received, allow_unused=True
                 )
             for index, grad in zip(layer.owned.values(), grads, strict=True):
                 if grad is not None:
                     yield index, sample, grad
+
+
+def autocast_type(x: Tensor) -> str:
+    """Type of the device whose autocast counts for a tensor."""
+    # nothing runs on the meta device
+    return "cpu" if x.is_meta else x.device.type
+
+
+def active_dropout(module: nn.Module) -> str | None:
+    """Name, in a module, of what drops at random now; None if nothing is known to."""
+    for name, child in module.named_modules():
+        if isinstance(child, nn.modules.dropout._DropoutNd):
+            p = child.p
+        elif isinstance(child, nn.MultiheadAttention | nn.RNNBase):
+            p = child.dropout
+        else:
+            continue
+        if child.training and p > 0:
+            return name
+    return None
+
+
+def _part(x: Any, rows: Rows | None, sample: int) -> Any:
+    return x if rows is None else rows.of_sample(x, sample)
 
 
 def _coarsest_eps(tensors: list[Tensor]) -> float:
@@ -326,6 +400,11 @@ def _coarsest_eps(tensors: list[Tensor]) -> float:
 
 def _check_recomputed(layer: Layer, output: Tensor, original: Tensor, eps: float) -> None:
     """Refuse a module that does not give the same output twice, or alone as in its batch."""
+    if output.shape != original.shape:
+        raise RuntimeError(
+            f"{layer.title} gives an output of another shape when it is recomputed for one sample: "
+            f"{list(output.shape)}, not {list(original.shape)}"
+        )
     difference = (output.detach() - original).norm()
     if not difference <= eps**0.5 * original.norm():
         raise RuntimeError(

@@ -72,11 +72,23 @@ def find_places(model: nn.Module, layers: Iterable[Layer]) -> list[Place]:
             places[name] = parent._modules, part, child, name
             assert child is not None
             parent = child
-        registered: Any = layer.module._parameters
         for attribute in layer.owned:
             name = f"{path}.{attribute}" if path else attribute
-            places[name] = registered, attribute, registered[attribute], name
+            registered, key = registered_at(layer.module, attribute)
+            places[name] = registered, key, registered[key], name
     return list(places.values())
+
+
+def registered_at(module: nn.Module, path: str) -> tuple[dict[str, Any], str]:
+    """The table that a parameter of a module, or of one inside it, is registered in, and as what.
+
+    Args:
+        module: where the path begins.
+        path: of the parameter.
+    """
+    inside, _, key = path.rpartition(".")
+    table: Any = module.get_submodule(inside)._parameters
+    return table, key
 
 
 def check_places(places: Iterable[Place]) -> None:

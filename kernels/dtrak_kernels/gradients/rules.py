@@ -68,6 +68,7 @@ def _group_norm_grads(
     if not statistics:
         _, *made = torch.native_group_norm(x, None, None, *size, module.eps)
         statistics = tuple(made)
+    statistics = tuple(t.view(1, groups) for t in statistics)
     # of this weight only the shape counts
     weight = x.new_empty(channels)
     _, *sums = torch.ops.aten.native_group_norm_backward(

@@ -14,14 +14,17 @@ is right without being a special case.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from ..projection import Projection
 from .accumulator import Accumulator, make_accumulator
@@ -30,20 +33,55 @@ from .hooks import (
     Call,
     Layer,
     Watched,
+    autocast_type,
     check_forward,
     flatten_call,
+    gate,
     is_discrete,
     saving_is_hooked,
+    tensors_of,
     versions_of,
 )
 from .norms import NormingAccumulator
-from .parameters import ParameterChoice, check_places, choose_parameters, find_places
+from .parameters import (
+    ParameterChoice,
+    check_places,
+    choose_parameters,
+    find_places,
+    registered_at,
+)
+from .planned import (
+    BatchMemory,
+    PlannedAccumulator,
+    ShapeMeter,
+    fused_attention,
+    weight_bytes,
+)
+from .randomness import RandomnessWatch
+from .rows import (
+    CallRows,
+    RowCheck,
+    leaves_kept,
+    missing_rows,
+    repeat_rows,
+    rows_of_call,
+    rows_of_rule,
+    sequence_first,
+    wrong_outputs,
+    wrong_rows,
+)
 from .rules import kept_statistics, own_rule, rule_applies
 from .weight import LayerGradient
 
 if TYPE_CHECKING:
     from .whitening.accumulator import WhiteningAccumulator
     from .whitening.definition import Whitening
+
+
+_SECOND = (
+    "second backward, after one that checked rows: if a backward of this model cannot run twice, "
+    "check_rows=False leaves the first one out"
+)
 
 
 @dataclass
@@ -56,8 +94,20 @@ class _Batch:
     anchor: Tensor
     # whether a backward that runs now counts
     counts: bool = True
+    # whether rows that sizes alone suggest are going to be checked
+    guesses: bool = False
+    # what a backward that runs now is looked at by
+    check: RowCheck | None = None
+    # calls of layers that a checkpoint makes again
+    dropped: int = 0
     seen: set[str] = field(default_factory=set)
     without_grad: set[str] = field(default_factory=set)
+    # layers, by name, whose rows are not the usual ones
+    unusual: dict[str, tuple[Layer, CallRows]] = field(default_factory=dict)
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.features)
 
 
 class GradientSketcher:
@@ -70,16 +120,22 @@ class GradientSketcher:
     Linear, Embedding, convolutions (one to three dimensions, transposed or not, any stride,
     padding, dilation and groups), GroupNorm, LayerNorm and RMSNorm have rules of their own. Any
     other module that owns parameters is recomputed sample by sample in the backward: exact when it
-    is deterministic, treats the rows of its batch independently and returns one tensor. Everything
+    is deterministic, treats the rows of its batch independently and returns tensors. Everything
     else is refused by name, never skipped.
 
     With ``rows_per_sample=1`` every row is a sample: features of single timesteps or tokens, before
     they are summed, whose norms (``norms=True``) normalise them.
 
-    Rows are told by their number: a first dimension of ``B · rows_per_sample`` is taken for the
-    batch. A tensor that is shared by all samples is therefore mistaken for one if its first
-    dimension happens to have that size (a table of positions as long as the batch is large):
-    give such tensors a leading dimension of their own, or leave their parameters out.
+    LSTM, GRU, RNN, MultiheadAttention and torch's Transformer layers are served wherever they have
+    their samples, by recomputing or by the rules of what they are made of. An embedding that is
+    looked up once for the whole batch (positions) gives a row to every sample.
+
+    Rows are told by their number: a first dimension of ``B · rows_per_sample``, or in `sketch` of a
+    multiple of it or the second one, is taken for the batch. Numbers can lie (a sequence as long as
+    the batch is large, an expert that sees as many tokens), so `sketch` checks them: on the first
+    batch of each number of rows, or with a layer that was not seen in one, a backward of its own
+    through the same graph leaves out every other sample, whose rows must be exactly zero then, and
+    the others what they are in the next. `batch` has no outputs to do that with.
 
     Args:
         model: the module whose parameters are differentiated. It is not modified outside `batch`.
@@ -99,6 +155,9 @@ class GradientSketcher:
             gradients, or from slices, whichever costs less.
         whitening: a linear map W of the gradients, fitted to this model and these parameters: the
             features are those of W·g, and so are the norms.
+        check_rows: whether `sketch` checks that rows are samples. The caller's hooks on gradients
+            run in that backward, too. Without it only rows that are as many as the batch's are
+            taken.
 
     Attributes:
         parameter_names: names of the chosen parameters, in flattening order.
@@ -128,6 +187,7 @@ class GradientSketcher:
         implementation: str | None = None,
         norms: bool = False,
         whitening: Whitening | None = None,
+        check_rows: bool = True,
     ) -> None:
         for name, module in model.named_modules():
             if hasattr(module, "_orig_mod"):
@@ -143,20 +203,7 @@ class GradientSketcher:
         self.shapes = [tuple(parameter.shape) for parameter in chosen.values()]
         self.grad_dim = sum(parameter.numel() for parameter in chosen.values())
         self._parameters = list(chosen.values())
-        index = {id(parameter): i for i, parameter in enumerate(self._parameters)}
-        self._layers = [
-            Layer(name or type(model).__name__, module, owned)
-            for name, module in model.named_modules()
-            if (
-                owned := {
-                    attribute: index[id(parameter)]
-                    for attribute, parameter in module.named_parameters(
-                        recurse=False, remove_duplicate=False
-                    )
-                    if id(parameter) in index
-                }
-            )
-        ]
+        self._layers = self._find_layers()
         for layer in self._layers:
             if isinstance(layer.module, torch.jit.ScriptModule):
                 raise ValueError(
@@ -166,6 +213,7 @@ class GradientSketcher:
         self._places = find_places(model, self._layers)
         # walking the module tree takes longer than many a layer
         self._model_parameters = list(model.parameters())
+        self._modules = list(model.modules())
         self._normalisations = [
             (name, module)
             for name, module in model.named_modules()
@@ -184,6 +232,37 @@ class GradientSketcher:
         self._last_norms: Tensor | None = None
         self._frozen = [0] * len(self._parameters)
         self._recomputing = False
+        self.check_rows = check_rows
+        # names of the layers whose rows were checked, by the number of rows of the batch
+        self._checked: dict[int, set[str]] = {}
+        self._watched_randomness = False
+        # takes the accumulator's place in a plan
+        self._planned: PlannedAccumulator | None = None
+
+    def _find_layers(self) -> list[Layer]:
+        index = {id(parameter): i for i, parameter in enumerate(self._parameters)}
+        modules = dict(self.model.named_modules())
+        # its own forward uses the parameters of a child that never runs
+        whole = [
+            module
+            for module in modules.values()
+            if isinstance(module, nn.MultiheadAttention) and isinstance(module.out_proj, nn.Linear)
+        ]
+        covered = {module.out_proj for module in whole}
+        second = set(sequence_first(self.model))
+        layers = []
+        for name, module in modules.items():
+            owned = {
+                path: index[id(parameter)]
+                for path, parameter in module.named_parameters(
+                    recurse=module in whole, remove_duplicate=False
+                )
+                if id(parameter) in index
+            }
+            if owned and module not in covered:
+                title = name or type(self.model).__name__
+                layers.append(Layer(title, module, owned, int(module in second)))
+        return layers
 
     def _whiten(self, whitening: Whitening) -> None:
         """Put the whitening before where gradients go."""
@@ -258,13 +337,18 @@ class GradientSketcher:
 
         Raises:
             ValueError: ``outputs`` returned another shape.
-            RuntimeError: see `batch`.
+            RuntimeError: rows of a module are not those of single samples; or see `batch`.
+
+        Warns:
+            UserWarning: modules draw random numbers in training mode, so that features differ from
+                call to call (once, naming one); or rows could not be checked.
         """
         with self.batch(num_samples) as features:
             assert self._batch is not None
+            self._batch.guesses = self.check_rows and num_samples > 1
             # gradients that it takes on the way are not those of its result
             self._batch.counts = False
-            f = outputs()
+            f = self._run(outputs, self._batch)
             self._batch.counts = True
             rows = num_samples * self.rows_per_sample
             if not isinstance(f, Tensor):
@@ -272,6 +356,7 @@ class GradientSketcher:
             if f.shape != (rows,):
                 raise ValueError(
                     f"outputs must return one scalar per row, [{rows}], got {list(f.shape)}"
+                    + wrong_outputs(f, num_samples, self.rows_per_sample)
                 )
             if rows and not f.requires_grad:
                 raise RuntimeError(
@@ -279,7 +364,7 @@ class GradientSketcher:
                     "was it computed under no_grad, or detached?"
                 )
             if rows:
-                f.sum().backward()
+                self._differentiate(f, self._batch)
         return features
 
     def plan(
@@ -291,13 +376,15 @@ class GradientSketcher:
     ) -> Plan:
         """What `sketch` would do for such a batch: print it.
 
-        Runs the forward once, without gradients.
+        Runs the forward once, without gradients, and once, with its backward, on tensors that have
+        shapes and no values, which costs next to nothing. A model on the meta device is planned as
+        well: attention is taken to be fused there, as on a card.
 
         Args:
             outputs: as `sketch`; what it returns is not looked at.
             num_samples: ``B``.
-            memory_budget: bytes that kept inputs, features and workspace have to fit in; the plan
-                says what does not, and a batch that does.
+            memory_budget: bytes that weights, activations, features and workspace have to fit in;
+                the plan says what does not, and a batch that does.
 
         Returns:
             A `Plan`: per layer its kind, shapes, FLOP, bytes and kernel. ``str`` makes a table.
@@ -309,7 +396,7 @@ class GradientSketcher:
             raise ValueError(f"num_samples must be an int of at least 1, got {num_samples!r}")
         if memory_budget is not None and memory_budget < 1:
             raise ValueError(f"memory_budget must be at least 1 byte, got {memory_budget}")
-        return make_plan(
+        plan = make_plan(
             [(layer.name, layer.module, layer.owned) for layer in self._layers],
             self.parameter_names,
             self.into,
@@ -322,6 +409,118 @@ class GradientSketcher:
             whitening=self.whitening,
             whitened=self._whitened,
         )
+        try:
+            memory, unknown = self._simulate(outputs, num_samples, plan), ""
+        except Exception as error:
+            # whatever the caller's code does with values that are not there
+            first = str(error).partition("\n")[0]
+            memory, unknown = None, f"{type(error).__name__}: {first}"
+        return replace(plan, weight_bytes=weight_bytes(self.model), memory=memory, unknown=unknown)
+
+    def _simulate(self, outputs: Callable[[], Any], num_samples: int, plan: Plan) -> BatchMemory:
+        """The memory of a batch, by a forward and backward of shapes alone."""
+        modules = {layer.name: layer.module for layer in self._layers}
+        work, kept = dict.fromkeys(modules.values(), 0), dict.fromkeys(modules.values(), 0)
+        for layer in plan.layers:
+            module = modules[layer.name]
+            work[module] = max(work[module], layer.work_bytes)
+            kept[module] = max(kept[module], layer.kept_bytes)
+        on_meta = self.device.type == "meta"
+        mode = None if on_meta else FakeTensorMode(allow_non_fake_inputs=True)
+        meter = ShapeMeter(mode, (*self.model.parameters(), *self.model.buffers()))
+        before = self._accumulator, self._norms, self._last_norms, self._watched_randomness
+        planned = PlannedAccumulator(self.into, self._norms is not None, work, kept)
+        self._accumulator, self._norms, self._watched_randomness = planned, None, True
+        self._planned = planned
+        try:
+            with (
+                torch.random.fork_rng([self.device] if self.device.type == "cuda" else []),
+                torch.enable_grad(),
+                mode or nullcontext(),
+                fused_attention(),
+                meter,
+                self.batch(num_samples) as features,
+            ):
+                batch = self._batch
+                assert batch is not None
+                batch.guesses = self.check_rows and num_samples > 1
+                made = outputs()
+                activation_bytes = meter.live_bytes - features.nbytes
+                sums = [
+                    leaf.sum()
+                    for leaf in tree_leaves(made)
+                    if isinstance(leaf, Tensor) and leaf.requires_grad
+                ]
+                del made
+                for index, part in enumerate(sums, start=1):
+                    with leaves_kept(part.grad_fn):
+                        part.backward(retain_graph=index < len(sums))
+                return BatchMemory(
+                    activation_bytes,
+                    meter.peak_bytes,
+                    batch.dropped + len(batch.without_grad),
+                    len(batch.without_grad),
+                )
+        finally:
+            self._accumulator, self._norms, self._last_norms, self._watched_randomness = before
+            self._planned = None
+
+    def _run(self, outputs: Callable[[], Tensor], batch: _Batch) -> Tensor:
+        try:
+            return outputs()
+        except Exception as error:
+            shared = [name for name, (_, rows) in batch.unusual.items() if rows.shared]
+            if shared:
+                error.add_note(
+                    f"module {shared[0]!r} ran once for the whole batch, so its output was given a "
+                    "row for every sample; where that does not fit, leave its parameters out with "
+                    "parameters="
+                )
+            raise
+
+    def _differentiate(self, f: Tensor, batch: _Batch) -> None:
+        """The backward; before it one that checks rows of layers where that was not done yet."""
+        names = batch.seen | batch.without_grad
+        checked = self._checked.setdefault(batch.rows, set())
+        if not batch.guesses or (names <= checked and not batch.unusual):
+            f.sum().backward()
+            return
+        # first, because the other one lets go of activations on its way
+        batch.check, batch.counts = RowCheck(batch.num_samples, f.device), False
+        weights = batch.check.weights(batch.rows).to(f.dtype)
+        devices = [f.device] if f.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices), leaves_kept(f.grad_fn):
+                f.backward(weights, retain_graph=True)
+        except RuntimeError as error:
+            cause = str(error).partition("\n")[0]
+            warnings.warn(
+                f"rows were not checked, they are told by their number alone: {cause}",
+                stacklevel=3,
+            )
+        batch.check.go_on()
+        batch.counts = True
+        try:
+            f.sum().backward()
+        except RuntimeError as error:
+            error.add_note(f"in the {_SECOND}")
+            raise
+        if batch.check.has_lost_samples():
+            warnings.warn(
+                f"every other sample has no gradient in the {_SECOND}",
+                stacklevel=3,
+            )
+        wrong = batch.check.first_wrong()
+        if wrong is not None:
+            raise RuntimeError(wrong_rows(*wrong, f))
+        checked |= batch.seen | batch.without_grad
+        for layer, rows in batch.unusual.values():
+            place = rows.outputs[0]
+            assert place is not None
+            layer.shared |= rows.shared
+            layer.sample_dim = place.dim
+            if place.dim == 0 and not rows.shared:
+                layer.finer.add(place.per_sample)
 
     @contextmanager
     def batch(self, num_samples: int) -> Iterator[Tensor]:
@@ -335,7 +534,7 @@ class GradientSketcher:
 
         Raises:
             RuntimeError: a module saw another number of rows, its input was changed in place after
-                its forward, it ran without gradient, it returned something other than one tensor,
+                its forward, it ran without gradient, it returned something other than tensors,
                 it was replaced or is watched by another sketcher, or a parameter was used outside
                 the module that owns it. The message names it. Or a backward made a graph.
         """
@@ -375,7 +574,8 @@ class GradientSketcher:
                 forward = self._watch(layer, batch)
                 watched[layer.module] = vars(layer.module).get("forward")
                 vars(layer.module)["forward"] = forward
-            yield batch.features
+            with self._random_modules_named():
+                yield batch.features
             for name, parameter in zip(self.parameter_names, self._parameters, strict=True):
                 # frozen wherever its module runs, it has a gradient from elsewhere
                 if parameter.grad is not None:
@@ -406,6 +606,19 @@ class GradientSketcher:
             for parameter, grad in zip(self._parameters, grads, strict=True):
                 parameter.grad = grad
 
+    @contextmanager
+    def _random_modules_named(self) -> Iterator[None]:
+        """Warns, after the first batch in training mode, of modules that draw random numbers."""
+        if self._watched_randomness or not any(m.training for m in self._modules):
+            yield
+            return
+        with RandomnessWatch(self.model, self.device) as watch:
+            yield
+        self._watched_randomness = True
+        if line := watch.warning():
+            # past this, batch, contextlib and the caller's with, or sketch
+            warnings.warn(line, stacklevel=5)
+
     def _refuse_mixing(self) -> None:
         for name, module in self._normalisations:
             if module.training or not module.track_running_stats:
@@ -421,28 +634,30 @@ class GradientSketcher:
         It takes the forward's place, because hooks before and after it cost twice as much.
         """
         module, forward, rule = layer.module, layer.module.forward, own_rule(layer.module)
-        parameters: Any = module._parameters
-        owned = [(a, index, self._parameters[index]) for a, index in layer.owned.items()]
+        owned = [
+            (*registered_at(module, path), index, self._parameters[index])
+            for path, index in layer.owned.items()
+        ]
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             if self._recomputing or self._batch is not batch:
                 return forward(*args, **kwargs)
-            for attribute, _, parameter in owned:
+            for table, key, _, parameter in owned:
                 # a functional call put another in its place, whose gradient is not asked for
-                if parameters.get(attribute) is not parameter:
+                if table.get(key) is not parameter:
                     return forward(*args, **kwargs)
             leaves, structure = flatten_call(args, kwargs)
             inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             versions = versions_of(layer, inputs)
             layer.depth += 1
-            for _, index, parameter in owned:
+            for _, _, index, parameter in owned:
                 self._frozen[index] += 1
                 parameter.requires_grad_(False)
             try:
                 output = forward(*args, **kwargs)
             finally:
                 layer.depth -= 1
-                for _, index, parameter in owned:
+                for _, _, index, parameter in owned:
                     self._frozen[index] -= 1
                     # a parent that owns the same parameter may still be running
                     if self._frozen[index] == 0:
@@ -453,40 +668,93 @@ class GradientSketcher:
             if not torch.is_grad_enabled():
                 batch.without_grad.add(layer.name)
                 return output
+            is_tensor = isinstance(output, Tensor)
+            returned, parts, numbers = (
+                ([output], None, [0]) if is_tensor else tensors_of(layer, output)
+            )
+            outputs = [returned[number] for number in numbers]
+            applied = rule if is_tensor and rule is not None else None
+            if applied is not None and not rule_applies(module, args, kwargs):
+                applied = None
+            first_of_batch = not batch.seen
             batch.seen.add(layer.name)
-            check_forward(layer, batch.rows, inputs, versions, output)
+            check_forward(layer, inputs, versions)
             if batch.rows == 0:
-                return output + batch.anchor.to(output.dtype)
+                for number in numbers:
+                    returned[number] = returned[number] + batch.anchor.to(returned[number].dtype)
+                return returned[0] if parts is None else tree_unflatten(returned, parts)
+            if applied is not None:
+                rows = rows_of_rule(
+                    layer, inputs[0], output, batch.rows, batch.num_samples, batch.guesses
+                )
+            else:
+                rows = rows_of_call(
+                    layer,
+                    args,
+                    kwargs,
+                    leaves,
+                    outputs,
+                    batch.rows,
+                    batch.num_samples,
+                    batch.guesses,
+                )
+            if rows is None:
+                raise RuntimeError(
+                    missing_rows(
+                        layer, inputs, outputs, batch.rows, batch.rows_per_sample, first_of_batch
+                    )
+                )
+            if batch.num_samples > 1 and rows.is_unusual(layer, batch.rows_per_sample):
+                batch.unusual[layer.name] = layer, rows
             if self._accumulator.counts_uses:
                 self._accumulator.expect(layer.owned.values())
-            if not output.requires_grad:
-                # nothing upstream needs a gradient, yet this layer's output gradient must be seen
-                output = output + batch.anchor.to(output.dtype)
-            elif output._is_view() or output.is_leaf:
-                # changed in place, a view would take another history and leave the hook behind; an
-                # input that is given back has none
-                output = output.clone()
             kept = [x.detach() for x in inputs]
-            applied = rule if rule is not None and rule_applies(module, args, kwargs) else None
+            if rows.shared:
+                output, kept = (
+                    repeat_rows(output, inputs[0], batch.rows),
+                    [repeat_rows(kept[0], inputs[0], batch.rows)],
+                )
+            if parts is not None:
+                gated = gate(batch.anchor, outputs)
+                for number, made in zip(numbers, gated, strict=True):
+                    returned[number] = made
+                node, received = gated[0].grad_fn, tuple(range(len(gated)))
+                output = tree_unflatten(returned, parts)
+            else:
+                if not output.requires_grad:
+                    # nothing upstream needs a gradient, yet this layer's output gradient must be
+                    # seen
+                    output = output + batch.anchor.to(output.dtype)
+                elif output._is_view() or output.is_leaf:
+                    # changed in place, a view would take another history and leave the hook behind;
+                    # an input that is given back has none
+                    output = output.clone()
+                node, received, outputs = output.grad_fn, (output.output_nr,), [output]
+            if applied is not None and rows.outputs[0] is not None and rows.outputs[0].dim == 1:
+                kept = [kept[0].transpose(0, 1)]
             if applied is not None and layer.weighing is not None:
                 # what the layer multiplied, where autocast rounded its input
                 x = kept[0].to(output.dtype) if kept[0].is_floating_point() else kept[0]
                 kept = [self._accumulator.keep(layer.owned["weight"], layer.weighing, x)]
             elif applied is not None and not saving_is_hooked():
                 kept += kept_statistics(output)
-            call = Call(layer, applied, leaves, structure, kept, output, batch.anchor)
+            batch.dropped += saving_is_hooked() and torch._C._current_graph_task_id() == -1
+            call = Call(layer, applied, leaves, structure, kept, outputs, rows, batch.anchor)
+            assert node is not None
             # a hook of the node comes after those that the caller puts on the tensor
-            node: Any = output.grad_fn
-            node.register_prehook(partial(self._receive, call, output.output_nr))
+            node.register_prehook(partial(self._receive, call, received))
             return output
 
         replacement = Watched(watched)
         replacement.__wrapped__ = forward
         return replacement
 
-    def _receive(self, call: Call, number: int, grads: tuple[Tensor | None, ...]) -> None:
-        output_grads = grads[number]
-        if output_grads is None:
+    def _receive(
+        self, call: Call, numbers: tuple[int, ...], grads: tuple[Tensor | None, ...]
+    ) -> None:
+        output_grads = [grads[number] for number in numbers]
+        some = next((x for x in output_grads if x is not None), None)
+        if some is None:
             return
         if torch.is_grad_enabled():
             raise RuntimeError(
@@ -496,20 +764,37 @@ class GradientSketcher:
         batch = self._batch
         if batch is None or batch.anchor is not call.anchor:
             raise RuntimeError("backward must run inside the batch its forward ran in")
-        if not batch.counts:
-            return
-        device_type = output_grads.device.type
-        # the usual case; entering a context takes as long as many a layer
-        if not torch.is_autocast_enabled(device_type):
-            self._add(batch, call, output_grads)
-        else:
-            # the caller may run the backward inside autocast too, which would round the products
-            with torch.autocast(device_type, enabled=False):
+        if batch.num_samples > 1:
+            for number, (grad, rows) in enumerate(
+                zip(output_grads, call.rows.outputs, strict=True)
+            ):
+                if grad is not None and rows is None:
+                    raise RuntimeError(
+                        f"output {number} of {call.layer.title} has no rows of the batch, "
+                        f"{list(grad.shape)}, and a gradient: work shared between samples has no "
+                        "per-sample gradient; leave its parameters out with parameters="
+                    )
+                if grad is not None and rows is not None and batch.check is not None:
+                    batch.check.see(call.layer, number, grad, rows.dim)
+        if batch.counts:
+            device_type = autocast_type(some)
+            # the usual case; entering a context takes as long as many a layer
+            if not torch.is_autocast_enabled(device_type):
                 self._add(batch, call, output_grads)
+            else:
+                # the caller may run the backward inside autocast too, which would round the
+                # products
+                with torch.autocast(device_type, enabled=False):
+                    self._add(batch, call, output_grads)
+        elif batch.check is None:
+            return
+        else:
+            # a checkpoint that has made it again holds it until it is asked for
+            call.get()
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             call.release()
 
-    def _add(self, batch: _Batch, call: Call, output_grads: Tensor) -> None:
+    def _add(self, batch: _Batch, call: Call, output_grads: list[Tensor | None]) -> None:
         layer, features = call.layer, batch.features
         # a checkpoint makes it again by forwards that are watched
         kept = call.get()
@@ -520,7 +805,7 @@ class GradientSketcher:
             self._recomputing = True
             try:
                 for index, sample, grad in call.recomputed_grads(
-                    kept, output_grads, batch.rows_per_sample
+                    kept, output_grads, batch.num_samples, self._planned is not None
                 ):
                     self._accumulator.add_whole(
                         index, grad[None].to(features.dtype), features, slice(sample, sample + 1)
@@ -529,15 +814,20 @@ class GradientSketcher:
                 self._recomputing = False
             return
         x, *statistics = kept
+        (grads,), (rows,) = output_grads, call.rows.outputs
+        assert grads is not None
+        assert rows is not None
+        if rows.dim == 1:
+            grads = grads.transpose(0, 1)
         if layer.weighing is not None:
             self._accumulator.add_weight(
                 layer.owned["weight"],
-                LayerGradient(layer.weighing, x, output_grads, batch.rows_per_sample),
+                LayerGradient(layer.weighing, x, grads, rows.per_sample),
                 features,
             )
         whole = slice(0, len(features))
-        for attribute, grads in call.rule(
-            layer.module, x, output_grads.to(features.dtype), batch.rows_per_sample, *statistics
+        for attribute, of_parameter in call.rule(
+            layer.module, x, grads.to(features.dtype), rows.per_sample, *statistics
         ):
             if attribute in layer.owned:
-                self._accumulator.add_whole(layer.owned[attribute], grads, features, whole)
+                self._accumulator.add_whole(layer.owned[attribute], of_parameter, features, whole)
