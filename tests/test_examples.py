@@ -99,3 +99,32 @@ def test_names_in_the_readme_s_table_exist():
     places |= {"ridge.gram_product": ridge, "TritonProjector": trak, "FusedGradientComputer": trak}
     for name in names:
         assert hasattr(places.get(name, dtrak_kernels), name.split(".")[-1]), name
+
+
+def test_the_notebook_runs_in_a_kernel(tmp_path):
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
+    pytest.importorskip("ipykernel", reason="ipykernel is not installed")
+    import nbformat
+
+    from dtrak.models.unet import digits_model
+
+    notebook = nbformat.read(ROOT / "examples" / "notebook.ipynb", as_version=4)
+    digits_model().save(tmp_path / "runs" / "digits" / "model")
+    for cell in notebook.cells:
+        # every cell, on little
+        cell.source = cell.source.replace('images("digits")', 'images("digits", limit=40)')
+        cell.source = cell.source.replace("timesteps=5", "timesteps=1")
+    place = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=500, resources=place).execute()
+    shown = [
+        output.data
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if output.output_type == "execute_result"
+    ]
+    assert shown[0]["text/plain"] == "(40, (1, 8, 8))"
+    pages = [data["text/html"] for data in shown if "text/html" in data]
+    assert len(pages) == 2
+    assert pages[0].count("<tr>") == 4
+    for name in ("notebook.html", "notebook.csv", "notebook-scores/scores.safetensors"):
+        assert (tmp_path / "runs" / name).is_file(), name
