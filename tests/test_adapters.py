@@ -352,3 +352,27 @@ def test_an_adapter_of_another_base_is_named(folders, tmp_path):
     refused(
         folders, "flux", tmp_path / "flux", r"lora_A\.weight is \[2, 5\] and should have 16 columns"
     )
+
+
+def test_an_adapter_of_a_hub_is_downloaded_and_read(folders, tmp_path, monkeypatch):
+    shake_lora(load(folders["sd"]).put_adapter(2)).save(tmp_path / "lora")
+    names = []
+
+    def download(name, allow_patterns):
+        names.append(name)
+        if name == "no/body":
+            raise OSError("no such\nname")
+        return str(tmp_path / "lora")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert load(folders["sd"], "owner/name").has_adapter
+    with pytest.raises(FileNotFoundError, match=r"got 'no/body', which cannot be .* no such name"):
+        load(folders["sd"], "no/body")
+    assert names == ["owner/name", "no/body"]
+    # what can only be a path is none
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for path in ("here/nothing", tmp_path / "no", "./no", "a/b/c"):
+        with pytest.raises(FileNotFoundError, match="lora must be an existing file or folder, got"):
+            load(folders["sd"], path)
+    assert len(names) == 2

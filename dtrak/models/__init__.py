@@ -55,7 +55,8 @@ def load(
     Args:
         name: a folder with a pipeline, or with a bare UNet2DModel; or a hub name ``owner/name``, of
             which only what is needed is downloaded, once.
-        lora: an adapter, a folder or file, for a kind that has one; only it is attributed then.
+        lora: an adapter, a folder, file or hub name, for a kind that has one; only it is attributed
+            then.
         guidance: that a model with embedded guidance (FLUX.1 dev) was trained with, which no file
             says; 3.5 by default.
         density: of the timesteps a flow is trained on, one of `process.DENSITIES`; None is what is
@@ -75,6 +76,8 @@ def load(
     from .weights import read_json
 
     base = find(name)
+    if lora is not None:
+        lora = find_adapter(lora)
     index = base / "model_index.json"
     pipeline = read_json(index).get("_class_name") if index.is_file() else _BARE
     if pipeline not in _KINDS:
@@ -88,6 +91,31 @@ def load(
     trained = {**_recorded(lora), **{k: v for k, v in chosen.items() if v is not None}}
     loaded: Denoiser = _class_of(pipeline).load(base, lora, **trained)
     return loaded
+
+
+def find_adapter(name: str | Path) -> Path:
+    """The folder or file of an adapter, downloaded if it is a hub's.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    text, path = str(name), Path(name).expanduser()
+    is_hub = text.count("/") == 1 and not text.startswith((".", "/", "~"))
+    # `lora.load_lora` says what is not there
+    if path.exists() or isinstance(name, Path) or not is_hub or path.parent.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        files = ["*.safetensors", "adapter_config.json", "*/adapter_config.json", "*.bin"]
+        return Path(snapshot_download(text, allow_patterns=files))
+    # the hub's client raises whatever the network does
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(
+            f"lora must be an existing file or folder, or a hub name, got {text!r}, which cannot "
+            f"be downloaded: {reason}"
+        ) from error
 
 
 def wrap(pipeline: Any, **trained: Any) -> Denoiser:
