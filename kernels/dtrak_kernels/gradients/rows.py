@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence as _Packed
 from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
@@ -184,8 +183,8 @@ def _rows_of_call(
             for tensors, dims, found in zip((leaves, outputs), known, places, strict=True)
             for x, dim, place in zip(tensors, dims, found, strict=True)
         )
-        # without a dimension of samples, or with them one after the other
-        batched = leaves[0].ndim == 3 and not isinstance((*args, *kwargs.values())[0], _Packed)
+        # not a single sequence, or packed ones
+        batched = outputs[0].ndim == 3
         return CallRows(places[0], places[1]) if batched and not missing else None
     sizes = {rows}
     count = outputs[0].shape[0] if outputs[0].ndim else 0
