@@ -392,8 +392,8 @@ def test_multihead_attention(batch_first, T, first):
             mask = torch.zeros(len(x), x.shape[1], dtype=torch.bool)
             mask[:, -1] = True
             x = self.first(x)
-            x = x if batch_first else x.transpose(0, 1)
-            y, weights = self.attention(x, x.sin(), x, key_padding_mask=mask)
+            x, masks = x if batch_first else x.transpose(0, 1), {"key_padding_mask": mask}
+            y, weights = self.attention(need_weights=True, key=x.sin(), query=x, value=x, **masks)
             y = y if batch_first else y.transpose(0, 1)
             return y + weights.square().sum((1, 2))[:, None, None]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, cast
@@ -173,26 +173,54 @@ def tensors_of(layer: Layer, output: Any) -> tuple[list[Any], TreeSpec, list[int
     return leaves, structure, numbers
 
 
-def check_forward(layer: Layer, inputs: list[Tensor], versions: list[int]) -> None:
-    """Refuse a forward whose gradient cannot be had from its inputs.
+class Seen:
+    """What a forward of a layer was given.
 
     Args:
-        layer: whose forward ran.
-        inputs: all tensors that it was given.
-        versions: of the inputs, before.
+        layer: the layer.
+        args: of its forward.
+        kwargs: of its forward.
+
+    Attributes:
+        leaves: of both, see `flatten_call`.
+        structure: how they were put together.
+        inputs: the tensors among the leaves.
 
     Raises:
-        RuntimeError: naming the layer.
+        RuntimeError: an input was made in inference mode.
     """
-    if forward_ad._current_level >= 0:
-        raise RuntimeError(
-            f"{layer.title} ran inside forward-mode differentiation: what its parameters do to "
-            "tangents cannot be seen"
-        )
-    if [x._version for x in inputs] != versions:
-        raise RuntimeError(
-            f"{layer.title} changes its input in place: its gradient cannot be recomputed"
-        )
+
+    def __init__(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.layer, self.args, self.kwargs = layer, args, kwargs
+        self.leaves, self.structure = flatten_call(args, kwargs)
+        self.inputs = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+        self._versions = versions_of(layer, self.inputs)
+
+    def check(self) -> None:
+        """Refuse a forward that ran and whose gradient cannot be had from its inputs.
+
+        Raises:
+            RuntimeError: naming the layer.
+        """
+        if forward_ad._current_level >= 0:
+            raise RuntimeError(
+                f"{self.layer.title} ran inside forward-mode differentiation: what its parameters "
+                "do to tangents cannot be seen"
+            )
+        if [x._version for x in self.inputs] != self._versions:
+            raise RuntimeError(
+                f"{self.layer.title} changes its input in place: its gradient cannot be recomputed"
+            )
+
+
+def fresh(output: Tensor, anchor: Tensor) -> Tensor:
+    """A layer's output, with a node of its own that its gradient passes."""
+    if not output.requires_grad:
+        # nothing upstream needs a gradient, yet this layer's output gradient must be seen
+        return output + anchor.to(output.dtype)
+    # changed in place, a view would take another history and leave the hook behind; an input that
+    # is given back has none
+    return output.clone() if output._is_view() or output.is_leaf else output
 
 
 class _Gate(torch.autograd.Function):
@@ -208,9 +236,9 @@ class _Gate(torch.autograd.Function):
         return (None, *grads)
 
 
-def gate(anchor: Tensor, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+def gate(anchor: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors, made by one node, which receives their gradients together."""
-    return _Gate.apply(anchor, *tensors)
+    return list(_Gate.apply(anchor, *tensors))
 
 
 class _Forward(nn.Module):
@@ -228,10 +256,8 @@ class Call:
     """What one forward of a layer saw.
 
     Args:
-        layer: whose.
+        seen: what it was given.
         rule: the one of `rules` that applies, if any does.
-        leaves: of its arguments, see `flatten_call`.
-        structure: of its arguments.
         kept: what stands for the tensors among the leaves, in their order.
         outputs: of the layer, which a layer without a rule is compared with when it runs again.
         rows: where the tensors have the rows of the batch.
@@ -240,18 +266,17 @@ class Call:
 
     def __init__(
         self,
-        layer: Layer,
+        seen: Seen,
         rule: Rule | None,
-        leaves: list[Any],
-        structure: TreeSpec,
         kept: list[Tensor],
-        outputs: list[Tensor],
+        outputs: Sequence[Tensor],
         rows: CallRows,
         anchor: Tensor,
     ) -> None:
-        self.layer, self.rule, self.rows, self.anchor = layer, rule, rows, anchor
-        self._structure = structure
-        self._leaves = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
+        self.layer, self.rule, self.rows, self.anchor = seen.layer, rule, rows, anchor
+        self._structure = seen.structure
+        # without the tensors, which would be kept
+        self._leaves = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in seen.leaves]
         if rule is None:
             kept = [*kept, *(output.detach().clone() for output in outputs)]
             device_type = autocast_type(outputs[0])
@@ -260,7 +285,7 @@ class Call:
                 torch.get_autocast_dtype(device_type),
                 torch.is_autocast_enabled(device_type),
             )
-            self._eps = _coarsest_eps([*kept, *layer.module.parameters()])
+            self._eps = _coarsest_eps([*kept, *self.layer.module.parameters()])
             if torch.is_autocast_enabled(device_type):
                 self._eps = max(self._eps, torch.finfo(self._autocast[1]).eps)
         self._kept: _Saved | _Held | None = _keep(anchor, kept)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -56,12 +56,11 @@ class ShapeMeter(TensorMeter):
 
     Args:
         mode: what makes real tensors into such ones; None if all of them are on the meta device.
-        known: see `TensorMeter`.
     """
 
-    def __init__(self, mode: FakeTensorMode | None, known: Iterable[Tensor] = ()) -> None:
+    def __init__(self, mode: FakeTensorMode | None) -> None:
         self._mode = mode
-        super().__init__(map(self._without_values, known))
+        super().__init__()
 
     def _without_values(self, leaf: Any) -> Any:
         if self._mode is None or not isinstance(leaf, Tensor) or isinstance(leaf, FakeTensor):

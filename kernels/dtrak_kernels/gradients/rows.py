@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence as _Packed
 from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
-    from .hooks import Layer
+    from .hooks import Layer, Seen
 
 # what maps every position of its input for itself
 _POINTWISE = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
@@ -93,15 +92,20 @@ def sequence_first(module: nn.Module) -> Iterator[nn.Module]:
                     yield parent.norm
 
 
-def rows_of_rule(
-    layer: Layer, x: Tensor, output: Tensor, rows: int, num_samples: int, guess: bool
+def find_rows(
+    seen: Seen,
+    outputs: Sequence[Tensor],
+    has_rule: bool,
+    rows: int,
+    num_samples: int,
+    guess: bool,
 ) -> CallRows | None:
-    """Where a layer with a rule of its own has the rows of the batch.
+    """Where one call of a layer has the rows of the batch.
 
     Args:
-        layer: the layer.
-        x: its only input.
-        output: its output.
+        seen: what it was given.
+        outputs: tensors that it returned.
+        has_rule: whether a rule applies, to its only input and output.
         rows: of the batch, ``num_samples · rows_per_sample``.
         num_samples: B.
         guess: whether what sizes alone suggest is going to be checked.
@@ -109,6 +113,14 @@ def rows_of_rule(
     Returns:
         None if the rows are nowhere to be seen.
     """
+    if has_rule:
+        return _rows_of_rule(seen.layer, seen.inputs[0], outputs[0], rows, num_samples, guess)
+    return _rows_of_call(seen, outputs, rows, num_samples, guess)
+
+
+def _rows_of_rule(
+    layer: Layer, x: Tensor, output: Tensor, rows: int, num_samples: int, guess: bool
+) -> CallRows | None:
     if not x.ndim or not output.ndim:
         return None
     per_sample, count = rows // num_samples, x.shape[0]
@@ -145,31 +157,10 @@ def rows_of_rule(
     return None
 
 
-def rows_of_call(
-    layer: Layer,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    leaves: Sequence[Any],
-    outputs: Sequence[Tensor],
-    rows: int,
-    num_samples: int,
-    guess: bool,
+def _rows_of_call(
+    seen: Seen, outputs: Sequence[Tensor], rows: int, num_samples: int, guess: bool
 ) -> CallRows | None:
-    """Where a layer that is recomputed has the rows of the batch.
-
-    Args:
-        layer: the layer.
-        args: of its forward.
-        kwargs: of its forward.
-        leaves: of both.
-        outputs: tensors that it returned.
-        rows: see `rows_of_rule`.
-        num_samples: B.
-        guess: see `rows_of_rule`.
-
-    Returns:
-        None if the rows are nowhere to be seen.
-    """
+    layer, args, kwargs, leaves = seen.layer, seen.args, seen.kwargs, seen.leaves
     if num_samples == 1:
         # nothing need be taken apart
         return CallRows((None,) * len(leaves), (None,) * len(outputs))
@@ -192,8 +183,8 @@ def rows_of_call(
             for tensors, dims, found in zip((leaves, outputs), known, places, strict=True)
             for x, dim, place in zip(tensors, dims, found, strict=True)
         )
-        # without a dimension of samples, or with them one after the other
-        batched = leaves[0].ndim == 3 and not isinstance((*args, *kwargs.values())[0], _Packed)
+        # not a single sequence, or packed ones
+        batched = outputs[0].ndim == 3
         return CallRows(places[0], places[1]) if batched and not missing else None
     sizes = {rows}
     count = outputs[0].shape[0] if outputs[0].ndim else 0
@@ -250,8 +241,7 @@ def repeat_rows(x: Tensor, indices: Tensor, rows: int) -> Tensor:
 
 
 def missing_rows(
-    layer: Layer,
-    inputs: Sequence[Tensor],
+    seen: Seen,
     outputs: Sequence[Tensor],
     rows: int,
     rows_per_sample: int,
@@ -260,13 +250,13 @@ def missing_rows(
     """One line: a layer's tensors have the rows of the batch nowhere, why, and what to do.
 
     Args:
-        layer: the layer.
-        inputs: its tensors.
-        outputs: its tensors.
+        seen: what it was given.
+        outputs: tensors that it returned.
         rows: of the batch.
         rows_per_sample: S.
         first_of_batch: whether no other layer has seen the batch.
     """
+    layer, inputs = seen.layer, seen.inputs
     shapes = [list(x.shape) for x in outputs]
     counts = {x.shape[0] if x.ndim else 0 for x in (*inputs, *outputs)}
     count = counts.pop() if len(counts) == 1 else 0

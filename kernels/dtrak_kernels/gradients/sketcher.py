@@ -15,7 +15,7 @@ is right without being a special case.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -32,15 +32,14 @@ from .cost import Plan, make_plan
 from .hooks import (
     Call,
     Layer,
+    Seen,
     Watched,
     autocast_type,
-    check_forward,
-    flatten_call,
+    fresh,
     gate,
     is_discrete,
     saving_is_hooked,
     tensors_of,
-    versions_of,
 )
 from .norms import NormingAccumulator
 from .parameters import (
@@ -61,16 +60,15 @@ from .randomness import RandomnessWatch
 from .rows import (
     CallRows,
     RowCheck,
+    find_rows,
     leaves_kept,
     missing_rows,
     repeat_rows,
-    rows_of_call,
-    rows_of_rule,
     sequence_first,
     wrong_outputs,
     wrong_rows,
 )
-from .rules import kept_statistics, own_rule, rule_applies
+from .rules import Rule, kept_statistics, own_rule, rule_applies
 from .weight import LayerGradient
 
 if TYPE_CHECKING:
@@ -427,7 +425,7 @@ class GradientSketcher:
             kept[module] = max(kept[module], layer.kept_bytes)
         on_meta = self.device.type == "meta"
         mode = None if on_meta else FakeTensorMode(allow_non_fake_inputs=True)
-        meter = ShapeMeter(mode, (*self.model.parameters(), *self.model.buffers()))
+        meter = ShapeMeter(mode)
         before = self._accumulator, self._norms, self._last_norms, self._watched_randomness
         planned = PlannedAccumulator(self.into, self._norms is not None, work, kept)
         self._accumulator, self._norms, self._watched_randomness = planned, None, True
@@ -646,9 +644,7 @@ class GradientSketcher:
                 # a functional call put another in its place, whose gradient is not asked for
                 if table.get(key) is not parameter:
                     return forward(*args, **kwargs)
-            leaves, structure = flatten_call(args, kwargs)
-            inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-            versions = versions_of(layer, inputs)
+            seen = Seen(layer, args, kwargs)
             layer.depth += 1
             for _, _, index, parameter in owned:
                 self._frozen[index] += 1
@@ -668,90 +664,80 @@ class GradientSketcher:
             if not torch.is_grad_enabled():
                 batch.without_grad.add(layer.name)
                 return output
-            is_tensor = isinstance(output, Tensor)
-            returned, parts, numbers = (
-                ([output], None, [0]) if is_tensor else tensors_of(layer, output)
-            )
-            outputs = [returned[number] for number in numbers]
-            applied = rule if is_tensor and rule is not None else None
-            if applied is not None and not rule_applies(module, args, kwargs):
-                applied = None
-            first_of_batch = not batch.seen
-            batch.seen.add(layer.name)
-            check_forward(layer, inputs, versions)
-            if batch.rows == 0:
-                for number in numbers:
-                    returned[number] = returned[number] + batch.anchor.to(returned[number].dtype)
-                return returned[0] if parts is None else tree_unflatten(returned, parts)
-            if applied is not None:
-                rows = rows_of_rule(
-                    layer, inputs[0], output, batch.rows, batch.num_samples, batch.guesses
-                )
-            else:
-                rows = rows_of_call(
-                    layer,
-                    args,
-                    kwargs,
-                    leaves,
-                    outputs,
-                    batch.rows,
-                    batch.num_samples,
-                    batch.guesses,
-                )
-            if rows is None:
-                raise RuntimeError(
-                    missing_rows(
-                        layer, inputs, outputs, batch.rows, batch.rows_per_sample, first_of_batch
-                    )
-                )
-            if batch.num_samples > 1 and rows.is_unusual(layer, batch.rows_per_sample):
-                batch.unusual[layer.name] = layer, rows
-            if self._accumulator.counts_uses:
-                self._accumulator.expect(layer.owned.values())
-            kept = [x.detach() for x in inputs]
-            if rows.shared:
-                output, kept = (
-                    repeat_rows(output, inputs[0], batch.rows),
-                    [repeat_rows(kept[0], inputs[0], batch.rows)],
-                )
-            if parts is not None:
-                gated = gate(batch.anchor, outputs)
-                for number, made in zip(numbers, gated, strict=True):
-                    returned[number] = made
-                node, received = gated[0].grad_fn, tuple(range(len(gated)))
-                output = tree_unflatten(returned, parts)
-            else:
-                if not output.requires_grad:
-                    # nothing upstream needs a gradient, yet this layer's output gradient must be
-                    # seen
-                    output = output + batch.anchor.to(output.dtype)
-                elif output._is_view() or output.is_leaf:
-                    # changed in place, a view would take another history and leave the hook behind;
-                    # an input that is given back has none
-                    output = output.clone()
-                node, received, outputs = output.grad_fn, (output.output_nr,), [output]
-            if applied is not None and rows.outputs[0] is not None and rows.outputs[0].dim == 1:
-                kept = [kept[0].transpose(0, 1)]
-            if applied is not None and layer.weighing is not None:
-                # what the layer multiplied, where autocast rounded its input
-                x = kept[0].to(output.dtype) if kept[0].is_floating_point() else kept[0]
-                kept = [self._accumulator.keep(layer.owned["weight"], layer.weighing, x)]
-            elif applied is not None and not saving_is_hooked():
-                kept += kept_statistics(output)
-            batch.dropped += saving_is_hooked() and torch._C._current_graph_task_id() == -1
-            call = Call(layer, applied, leaves, structure, kept, outputs, rows, batch.anchor)
-            assert node is not None
-            # a hook of the node comes after those that the caller puts on the tensor
-            node.register_prehook(partial(self._receive, call, received))
-            return output
+            seen.check()
+            if not isinstance(output, Tensor):
+                returned, parts, numbers = tensors_of(layer, output)
+                outputs = [returned[number] for number in numbers]
+                for number, out in zip(
+                    numbers, self._observe(seen, outputs, None, batch), strict=True
+                ):
+                    returned[number] = out
+                return tree_unflatten(returned, parts)
+            applies = rule is not None and rule_applies(module, args, kwargs)
+            (out,) = self._observe(seen, [output], rule if applies else None, batch)
+            return out
 
         replacement = Watched(watched)
         replacement.__wrapped__ = forward
         return replacement
 
-    def _receive(
-        self, call: Call, numbers: tuple[int, ...], grads: tuple[Tensor | None, ...]
-    ) -> None:
+    def _observe(
+        self, seen: Seen, outputs: list[Tensor], rule: Rule | None, batch: _Batch
+    ) -> Sequence[Tensor]:
+        """What takes the place of a forward's outputs, with a hook where their gradients arrive.
+
+        Args:
+            seen: of the forward.
+            outputs: tensors with a gradient that it returned.
+            rule: the one that applies, if any does; of one output.
+            batch: the open one.
+        """
+        layer, first_of_batch = seen.layer, not batch.seen
+        batch.seen.add(layer.name)
+        if batch.rows == 0:
+            return [output + batch.anchor.to(output.dtype) for output in outputs]
+        rows = find_rows(
+            seen, outputs, rule is not None, batch.rows, batch.num_samples, batch.guesses
+        )
+        if rows is None:
+            raise RuntimeError(
+                missing_rows(seen, outputs, batch.rows, batch.rows_per_sample, first_of_batch)
+            )
+        if batch.num_samples > 1 and rows.is_unusual(layer, batch.rows_per_sample):
+            batch.unusual[layer.name] = layer, rows
+        if self._accumulator.counts_uses:
+            self._accumulator.expect(layer.owned.values())
+        kept = [x.detach() for x in seen.inputs]
+        if rows.shared:
+            outputs = [repeat_rows(outputs[0], seen.inputs[0], batch.rows)]
+            kept = [repeat_rows(kept[0], seen.inputs[0], batch.rows)]
+        if len(outputs) > 1:
+            outputs = gate(batch.anchor, outputs)
+        else:
+            outputs = [fresh(outputs[0], batch.anchor)]
+        if rule is not None:
+            kept = self._kept(layer, kept, outputs[0], rows)
+        batch.dropped += saving_is_hooked() and torch._C._current_graph_task_id() == -1
+        call = Call(seen, rule, kept, outputs, rows, batch.anchor)
+        node: Any = outputs[0].grad_fn
+        # a hook of the node comes after those that the caller puts on the tensor
+        node.register_prehook(partial(self._receive, call, [x.output_nr for x in outputs]))
+        return outputs
+
+    def _kept(
+        self, layer: Layer, kept: list[Tensor], output: Tensor, rows: CallRows
+    ) -> list[Tensor]:
+        """What a rule needs of a layer's input, samples first."""
+        (x,), (place,) = kept, rows.outputs
+        if place is not None and place.dim == 1:
+            x = x.transpose(0, 1)
+        if layer.weighing is not None:
+            # what the layer multiplied, where autocast rounded its input
+            x = x.to(output.dtype) if x.is_floating_point() else x
+            return [self._accumulator.keep(layer.owned["weight"], layer.weighing, x)]
+        return [x] if saving_is_hooked() else [x, *kept_statistics(output)]
+
+    def _receive(self, call: Call, numbers: list[int], grads: tuple[Tensor | None, ...]) -> None:
         output_grads = [grads[number] for number in numbers]
         some = next((x for x in output_grads if x is not None), None)
         if some is None:
