@@ -29,7 +29,7 @@ def run(finished, tmp_path):
     """Run the command; gives (exit code, everything printed)."""
 
     def run(*arguments, of=finished, output=tmp_path / "cf"):
-        fixed = ["--run", str(of), "--output", str(output), "--top-k", "10"]
+        fixed = [str(of), "--output", str(output), "--top-k", "10"]
         result = CliRunner().invoke(app, [*fixed, *map(str, arguments)])
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
@@ -124,7 +124,7 @@ def test_killed_runs_resume(run, finished, tmp_path):
     """kill -9 while a model is trained, then the same command again."""
     folder = tmp_path / "cf"
     command = [
-        sys.executable, "-m", "dtrak.counterfactual", "--run", str(finished), "--methods",
+        sys.executable, "-m", "dtrak.counterfactual", str(finished), "--methods",
         "d-trak", "--queries", "3", "--top-k", "10", "--output", str(folder),
     ]  # fmt: skip
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -149,7 +149,7 @@ def test_killed_runs_resume(run, finished, tmp_path):
 def test_ctrl_c_ends_without_a_traceback(finished, tmp_path):
     folder = tmp_path / "cf"
     command = [
-        sys.executable, "-m", "dtrak.counterfactual", "--run", str(finished), "--methods",
+        sys.executable, "-m", "dtrak.counterfactual", str(finished), "--methods",
         "raw-dot", "--queries", "4", "--retrainings", "50", "--top-k", "10",
         "--output", str(folder),
     ]  # fmt: skip

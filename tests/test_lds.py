@@ -21,6 +21,7 @@ import dtrak
 from dtrak.cli import lds_stages
 from dtrak.cli.lds import app
 from dtrak.evaluation.lds import methods as lds_methods
+from dtrak.evaluation.lds import names
 from dtrak.evaluation.lds.experiment import load_experiment, prepare, train_one
 from dtrak.evaluation.lds.statistics import choose_damping, lds_per_query
 from dtrak.evaluation.lds.table import load_results
@@ -38,7 +39,7 @@ METHODS = tuple(
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     register()
-    monkeypatch.setattr(lds_methods, "METHODS", METHODS)
+    monkeypatch.setattr(names, "METHODS", METHODS)
     monkeypatch.setattr(lds_methods, "DEFAULT_PROJ_DIM", {"sjlt": 512, "none": 0})
 
 
@@ -70,7 +71,10 @@ def test_from_the_first_subset_to_the_table(run, tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "losses").exists(), "said before losses are measured"
     code, text = run("evaluate", *SMALL)
     assert code == 2
-    assert "models must be trained and measured on at least 4 subsets, got 3" in text
+    assert "models must be trained on at least 4 subsets, with every seed, got 3" in text
+    assert not (tmp_path / "run" / "losses").exists(), "said before losses are measured"
+    code, text = run("evaluate", *SMALL, "--losses-only")
+    assert (code, "losses of 3 of 4 models are measured" in text) == (0, True)
     code, text = run("train")
     assert (code, "5 of 5 models are trained" in text) == (0, True)
     assert "train 003-1" in text

@@ -15,7 +15,6 @@ from dtrak.evaluation.lds.experiment import (
     ExperimentError,
     load_experiment,
     prepare,
-    query_sets,
     train_one,
 )
 from dtrak.evaluation.lds.methods import Predictor, Setting
@@ -36,7 +35,7 @@ def experiment(trained_lds, tmp_path_factory):
 
 
 def predictions(experiment, settings, sizes):
-    predictor = Predictor(experiment, query_sets(experiment, CPU), CPU, quiet)
+    predictor = Predictor(experiment(experiment, CPU), CPU, quiet)
     return list(ensemble_predictions(predictor, settings, sizes))
 
 

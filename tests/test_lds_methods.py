@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from tiny_lds import CPU, quiet, register
 
 from dtrak.evaluation.lds import methods as lds_methods
-from dtrak.evaluation.lds.experiment import ExperimentError, load_experiment, prepare, query_sets
+from dtrak.evaluation.lds.experiment import ExperimentError, load_experiment, prepare
 from dtrak.evaluation.lds.methods import METHODS, Predictor, Setting, list_settings
+from dtrak.evaluation.lds.queries import query_sets
 from dtrak.features.extraction import FeatureSettings, FusedExtractor
 from dtrak_kernels import Projection
 
@@ -38,7 +39,7 @@ def experiment(trained_lds, tmp_path_factory):
 
 @pytest.fixture
 def predictor(experiment):
-    return Predictor(experiment, query_sets(experiment, CPU), CPU, quiet)
+    return Predictor(experiment(experiment, CPU), CPU, quiet)
 
 
 def features(experiment, model, function, timesteps, kind="sjlt"):
