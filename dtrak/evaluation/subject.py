@@ -351,6 +351,10 @@ def subject_of_run(
     """
     trained.check()
     training, model, run = trained.training, trained.load(), trained.attribution
+    if prompts is not None or classes is not None:
+        # what it does not read is refused, with its reason
+        given = None if prompts is None else read_prompts(prompts)
+        choose_items(model, [0], prompts=given, classes=classes)
     preset = training.data.preset if _is_published(training) else None
     items: Sequence[Any] | None = classes
     size = training.data.resolution
