@@ -266,7 +266,7 @@ def measure_digits(folder: Path) -> dict[str, Artefact]:
     artefacts["wide model: features, sjlt"] = Artefact(read_features(wide, "train"))
     again = folder / "counterfactual"
     run(
-        "counterfactual", main, "--output", again, "--queries", 1, "--top-k", 10,
+        "counterfactual", main, "--output", again, "--num-queries", 1, "--top-k", 10,
         "--methods", "d-trak,random", "--device", "cpu",
     )  # fmt: skip
     return artefacts | {

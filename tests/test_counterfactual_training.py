@@ -220,7 +220,7 @@ def test_a_lora_is_trained_again_as_it_was(painted, opened, tmp_path):
 
 
 def test_counterfactual_of_a_lora(painted, tmp_path):
-    arguments = [painted / "run", "--queries", "2", "--top-k", "2", "--methods",
+    arguments = [painted / "run", "--num-queries", "2", "--top-k", "2", "--methods",
                  "d-trak,trak,random", "--output", tmp_path / "cf"]  # fmt: skip
     result = CliRunner().invoke(app, [*map(str, arguments)])
     assert result.exit_code == 0, result.output

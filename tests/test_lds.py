@@ -32,7 +32,7 @@ from dtrak.training.presets import PRESETS
 METHODS = tuple(
     method
     for method in lds_methods.METHODS
-    if method.name in ("D-TRAK", "TRAK", "Gradient dot", "Random")
+    if method.title in ("D-TRAK", "TRAK", "Gradient dot", "Random")
 )
 
 
@@ -103,7 +103,7 @@ def test_from_the_first_subset_to_the_table(run, tmp_path, monkeypatch):
     assert results.about["steps"] == 8
     assert [(e.method, e.num_timesteps) for e in results.entries] == [
         ("Random", 0),
-        *((m.name, S) for S in (2, 5) for m in METHODS if m.output_function),
+        *((m.title, S) for S in (2, 5) for m in METHODS if m.output_function),
         ("Empirical influence, cross-fitted", 0),
     ]
     page = tmp_path / "table.md"

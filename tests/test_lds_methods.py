@@ -20,7 +20,7 @@ from dtrak.evaluation.lds.queries import query_sets
 from dtrak.features.extraction import FeatureSettings, FusedExtractor
 from dtrak_kernels import Projection
 
-BY_NAME = {method.name: method for method in METHODS}
+BY_NAME = {method.title: method for method in METHODS}
 K = 512
 
 
@@ -39,7 +39,7 @@ def experiment(trained_lds, tmp_path_factory):
 
 @pytest.fixture
 def predictor(experiment):
-    return Predictor(experiment(experiment, CPU), CPU, quiet)
+    return Predictor(experiment, query_sets(experiment, CPU), CPU, quiet)
 
 
 def features(experiment, model, function, timesteps, kind="sjlt"):
@@ -113,7 +113,7 @@ def test_the_exact_kernel_is_the_limit_of_the_projections(experiment, predictor)
 def test_similarities_of_one_model_and_of_its_checkpoints(experiment, predictor):
     names = ("Gradient dot", "Gradient cosine", "TracInCP", "GAS")
     found = {
-        p.setting.method.name: p
+        p.setting.method.title: p
         for p in predictor.predict([Setting(BY_NAME[n], 2, "sjlt") for n in names])
     }
     dots, cosines = [], []
@@ -153,7 +153,7 @@ def test_journeys_average_the_gradients_along_the_path(experiment, predictor):
 
 def test_methods_without_gradients(experiment, predictor):
     found = {
-        p.setting.method.name: p
+        p.setting.method.title: p
         for p in predictor.predict([s for s in list_settings([5], ["sjlt"]) if not s.projection])
     }
     assert set(found) == {"Raw pixels, dot", "Raw pixels, cosine", "Random"}
@@ -271,9 +271,9 @@ def test_what_is_evaluated():
     settings = list_settings([10, 100], ["sjlt", "none"])
     assert len({setting.key for setting in settings}) == len(settings)
     exact = [s for s in settings if s.projection == "none"]
-    assert {(s.method.name, s.num_timesteps) for s in exact} == {
+    assert {(s.method.title, s.num_timesteps) for s in exact} == {
         (name, S) for name in ("D-TRAK", "TRAK") for S in (10, 100)
     }
-    assert {s.method.name for s in settings} == set(BY_NAME)
+    assert {s.method.title for s in settings} == set(BY_NAME)
     functions = {method.output_function for method in METHODS}
     assert {"loss", "mean_squared_l2_norm", "mean", "l1_norm", "l2_norm", "linf_norm"} < functions

@@ -21,7 +21,7 @@ from dtrak.models import load
 from dtrak.models.hashing import hash_model
 from dtrak_kernels import Projection
 
-METHODS = tuple(m for m in names.METHODS if m.name in ("D-TRAK", "TracInCP", "Random"))
+METHODS = tuple(m for m in names.METHODS if m.title in ("D-TRAK", "TracInCP", "Random"))
 SMALL = ("--loss-timesteps", 4, "--noise-seeds", 1, "--timesteps", 2)
 SIZES = ("--num-subsets", 4, "--num-generated", 2)
 CONFIG = {

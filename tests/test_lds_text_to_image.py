@@ -33,6 +33,7 @@ from dtrak.evaluation.lds.experiment import (
 )
 from dtrak.evaluation.lds.losses import LossSettings, claim_settings, evaluate_one, query_losses
 from dtrak.evaluation.lds.methods import METHODS, Predictor, Setting
+from dtrak.evaluation.lds.names import of_latents
 from dtrak.evaluation.lds.queries import generated_queries, query_sets
 from dtrak.evaluation.lds.table import load_results
 from dtrak.evaluation.retraining import RetrainingError
@@ -46,7 +47,7 @@ from dtrak.training.presets import PRESETS, get_preset
 from dtrak.training.record import read_training
 from dtrak_kernels import Projection
 
-BY_NAME = {method.name: method for method in METHODS}
+BY_NAME = {method.title: method for method in METHODS}
 SMALL = ("--loss-timesteps", 4, "--noise-seeds", 1, "--timesteps", "2")
 K = 512
 
@@ -310,7 +311,7 @@ def test_queries_are_drawn_from_prompts_by_index_with_guidance(folder, base, exp
 
 @pytest.fixture
 def predictor(experiment):
-    return Predictor(experiment(experiment, CPU), CPU, quiet)
+    return Predictor(experiment, query_sets(experiment, CPU), CPU, quiet)
 
 
 def groups(experiment, scores):
@@ -338,7 +339,7 @@ def test_features_are_those_of_the_main_command(folder, base, predictor, tmp_pat
 
 def test_checkpoints_and_journeys_are_of_the_right_lora(folder, base, experiment, predictor):
     settings = [Setting(BY_NAME[name], 2, "sjlt") for name in ("TracInCP", "Journey-TRAK")]
-    found = {p.setting.method.name: p for p in predictor.predict(settings)}
+    found = {p.setting.method.title: p for p in predictor.predict(settings)}
     train, joined = predictor.train, predictor.queries
     assert isinstance(train, Samples)
     projection = Projection("sjlt", K)
@@ -372,13 +373,13 @@ def test_checkpoints_and_journeys_are_of_the_right_lora(folder, base, experiment
 
 def test_raw_similarities_are_of_latents(base, experiment, predictor):
     setting = Setting(BY_NAME["Raw pixels, dot"])
-    (named,) = lds_methods.name_raw([setting], experiment.raw)
-    assert named.method.name == "Raw latents, dot"
+    named = replace(setting, method=of_latents(setting.method))
+    assert named.method.title == "Raw latents, dot"
     (found,) = predictor.predict([named])
     vae = StableDiffusionPipeline.from_pretrained(base, local_files_only=True).vae.double()
     images = [
         pictures("train").images,
-        torch.cat([pictures("validation").images(experiment, CPU).images]),
+        torch.cat([pictures("validation").images, generated_queries(experiment, CPU).images]),
     ]
     with torch.no_grad():
         train, queries = (vae.encode(i.double()).latent_dist.mode().flatten(1) for i in images)

@@ -43,9 +43,8 @@ from ..evaluation.lds.methods import (
     Setting,
     feature_bytes,
     list_settings,
-    name_raw,
 )
-from ..evaluation.lds.names import Method, names_of
+from ..evaluation.lds.names import names_of, of_latents
 from ..evaluation.lds.options import (
     FAMILIES,
     FEWEST_SUBSETS,
@@ -70,6 +69,7 @@ from ..evaluation.lds.table import (
 )
 from ..evaluation.subject import find_trained, subject_of_run
 from ..features.extraction import Samples
+from ..methods import CHECKPOINTS, Method
 from ..pages.lds_report import print_table, read_table, render_markdown, write_plots
 from ..runs.console import choose_device, model_bar, progress_bar
 from ..runs.files import write_atomically
@@ -245,7 +245,6 @@ def evaluate_models(folder: Path, options: EvaluateOptions, console: Console) ->
         T = experiment.load_model().process.num_timesteps
         _check_timesteps(T, "--loss-timesteps", losses.num_timesteps)
         _check_timesteps(T, "--timesteps", max(each.num_timesteps for each in settings))
-    settings = name_raw(settings, experiment.raw)
     queries = query_sets(experiment, main_device)
     done = {name for each in families for name in measured_names(experiment, each, queries)}
     missing = [name for name in trained if name not in done]
@@ -295,9 +294,11 @@ def _usable_methods(
 ) -> list[Method]:
     """The methods that were asked for, without those whose models on the way were not kept."""
     chosen = options.chosen
+    if experiment.retraining.like().encoding is not None:
+        chosen = [of_latents(method) for method in chosen]
     if experiment.checkpoint_steps:
         return chosen
-    lacking = [method for method in chosen if method.needs_checkpoints]
+    lacking = [method for method in chosen if method.needs == CHECKPOINTS]
     if lacking:
         how = "dtrak.train --keep-checkpoints 4"
         if options.methods is not None:
@@ -397,7 +398,7 @@ def _predict(
 def _entry(prediction: Prediction, complete: Sequence[int]) -> Entry:
     setting = prediction.setting
     return Entry(
-        setting.method.name,
+        setting.method.title,
         setting.num_timesteps,
         setting.projection,
         prediction.kinds,

@@ -186,9 +186,7 @@ def open_origin(
         raise CounterfactualError(
             f"the queries of {folder} must be generated to be drawn again, got {options.queries!r}"
         )
-    trained = find_trained(
-        folder, recipe=recipe, preset=preset, source=source, queries=queries
-    )
+    trained = find_trained(folder, recipe=recipe, preset=preset, source=source, queries=queries)
     inputs = run.load_inputs(source)
     drawing = Drawing(fitting_steps(inputs.model), options.guidance_scale, options.resolution)
     retraining = Retraining(trained.training, output, drawing, data=inputs.train)

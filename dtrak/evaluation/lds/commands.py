@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from dtrak_kernels.projection import KINDS
 
+from ...methods import Method
 from ...runs.choices import PRECISIONS, check_choice, check_counts, parse_numbers
 from ...runs.console import check_device
 from ...runs.stated import option
 from ...training.presets import PRESETS
-from .names import CLIP_METHODS, METHODS, Method, parse_methods
+from .names import CLIP_METHODS, METHODS, parse_methods
 from .options import (
     DEFAULT_PRESET,
     FAMILIES,
@@ -194,8 +195,8 @@ class EvaluateOptions:
     methods: str | None = option(
         None,
         help="Only these, separated by commas: "
-        f"{', '.join(method.option for method in METHODS)}; with --clip "
-        f"{', '.join(method.option for method in CLIP_METHODS)}. Default: all.",
+        f"{', '.join(method.name for method in METHODS)}; with --clip "
+        f"{', '.join(method.name for method in CLIP_METHODS)}. Default: all.",
     )
     feature_batch_size: int | None = option(
         None, help="Images per batch when features are made. Default: chosen to fit memory."

@@ -90,11 +90,6 @@ class Experiment:
         return self.retraining.data
 
     @property
-    def raw(self) -> str:
-        """What raw similarities compare: ``"pixels"`` or ``"latents"``."""
-        return "pixels" if self.retraining.like().encoding is None else "latents"
-
-    @property
     def checkpoint_steps(self) -> tuple[int, ...]:
         """Steps of the full model's training at which its weights are kept, the last excluded."""
         if self.subject.checkpoints is not None:

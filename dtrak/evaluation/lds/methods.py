@@ -34,8 +34,8 @@ from ...features.extraction import (
 from ...features.settings import FeatureSettings
 from ...features.store import FeatureStore
 from ...features.timesteps import select_timesteps
-from ...methods import scores
-from ...methods.baselines import random_scores, raw_similarity
+from ...methods import CHECKPOINTS, CLIP, TRAJECTORY, Method
+from ...methods.scores import journey_query_features
 from ...models.denoiser import Denoiser
 from ...models.hashing import hash_tensors
 from ...runs.choices import DEFAULT_PROJ_DIM
@@ -45,7 +45,8 @@ from ...runs.measure import format_bytes
 from ..retraining import TRAIN
 from .clip import ClipEncoder
 from .experiment import Experiment
-from .names import CHECKPOINTED, CLIP_METHODS, METHODS, Method
+from .names import CLIP_METHODS as CLIP_METHODS
+from .names import METHODS
 from .options import FULL, GENERATED, RETRAIN, ExperimentError
 from .queries import drawn_from, generated_queries
 from .statistics import predict_groups
@@ -56,16 +57,7 @@ _MEMORY_BUDGET = 2 * 2**30
 
 
 # the methods whose projection is compared with other kinds
-_COMPARED = ("D-TRAK", "TRAK")
-
-_DAMPED: dict[str, Callable[[RidgeSolver, Tensor, float], Tensor]] = {
-    "trak": scores.trak,
-    "journey": scores.trak,
-    "relative": scores.relative_influence,
-    "renormalised": scores.renormalised_influence,
-}
-_SIMILAR = {"dot": scores.gradient_dot, "cosine": scores.gradient_cosine}
-_CHECKPOINTED = dict(zip(CHECKPOINTED, (scores.tracin_cp, scores.gas), strict=True))
+_COMPARED = ("d-trak", "trak")
 
 
 @dataclass(frozen=True)
@@ -87,7 +79,7 @@ class Setting:
     @property
     def key(self) -> str:
         """A name for files: lower case, no blanks."""
-        words = self.method.name.lower().replace(",", "").replace(" ", "-")
+        words = self.method.name
         if self.model != FULL:
             words += f"-{self.model}"
         return f"{words}-{self.projection}-{self.num_timesteps}" if self.projection else words
@@ -112,16 +104,6 @@ def list_settings(
             if method.output_function and (kind == projections[0] or method.name in _COMPARED)
         ]
     return settings
-
-
-def name_raw(settings: Sequence[Setting], raw: str) -> list[Setting]:
-    """The same settings, raw similarities called after what they compare: pixels or latents."""
-    return [
-        replace(setting, method=replace(method, name=method.name.replace("pixels", raw)))
-        if (method := setting.method).kind.startswith("raw_")
-        else setting
-        for setting in settings
-    ]
 
 
 def feature_bytes(experiment: Experiment) -> tuple[int, int]:
@@ -223,7 +205,7 @@ class Predictor:
             if method.output_function is None or self._read(setting) is not None:
                 continue
             last = self._num_checkpoints - 1
-            for number in range(0 if method.needs_checkpoints else last, last + 1):
+            for number in range(0 if method.needs == CHECKPOINTS else last, last + 1):
                 folder = self._feature_folder(setting, number)
                 if not (folder / "query" / "manifest.json").is_file():
                     sets.setdefault(folder, setting)
@@ -264,7 +246,7 @@ class Predictor:
     def _identity(self, setting: Setting) -> str:
         """What a kept prediction is of, besides its setting: it is made anew when that changes."""
         identity = hash_tensors({"subsets": self.experiment.subsets}) + self.queries.fingerprint
-        if setting.method in CLIP_METHODS and self.clip is not None:
+        if setting.method.needs == CLIP and self.clip is not None:
             identity += self.clip.identity
         return identity
 
@@ -296,7 +278,7 @@ class Predictor:
         weights = about.get("weights")
         if weights is not None and self._weights(setting) not in (None, weights):
             return None
-        kinds = (GENERATED,) if setting.method.kind == "journey" else tuple(self.sizes)
+        kinds = (GENERATED,) if setting.method.needs == TRAJECTORY else tuple(self.sizes)
         return Prediction(setting, kinds, tuple(about["dampings"]), tuple(about["rules"]), values)
 
     def _write(self, setting: Setting, parts: Sequence[tuple[str, float, Tensor]]) -> None:
@@ -322,36 +304,37 @@ class Predictor:
         train, queries = self._features(first, -1)
         solver = RidgeSolver(train, memory_budget=_MEMORY_BUDGET)
         for setting in settings:
-            kind = setting.method.kind
-            if kind in _DAMPED:
+            method = setting.method
+            if method.is_damped:
                 # one factorisation serves every damping and method of these features
                 unit = float(solver.feature_norms().square().mean())
                 rules = {f"{factor:g}": factor * unit for factor in DAMPING_FACTORS}
                 rules["auto"] = solver.auto_damping()
-                score = _DAMPED[kind]
-                left = self._journey_features(setting) if kind == "journey" else queries
-                parts = [(rule, lam, score(solver, left, lam)) for rule, lam in rules.items()]
+                is_journey = method.needs == TRAJECTORY
+                left = self._journey_features(setting) if is_journey else queries
+                parts = [
+                    (rule, lam, method.score(solver, left, lam)) for rule, lam in rules.items()
+                ]
                 self._write(setting, parts)
-            elif kind in _SIMILAR:
-                matrix = _SIMILAR[kind](queries, train)
-                self._write(setting, [("", float("nan"), matrix)])
-            else:
+                continue
+            if method.needs == CHECKPOINTS:
                 pairs = [self._features(setting, number) for number in range(self._num_checkpoints)]
-                matrix = _CHECKPOINTED[kind](
+                matrix = method.score(
                     [query for _, query in pairs], [features for features, _ in pairs]
                 )
-                self._write(setting, [("", float("nan"), matrix)])
+            else:
+                matrix = method.score(queries, train)
+            self._write(setting, [("", float("nan"), matrix)])
         if first.projection == "none":
             # as large as all gradients together, and quickly made again
             shutil.rmtree(self._feature_folder(first, -1))
 
     def _plain_scores(self, method: Method) -> Tensor:
-        if method.kind == "random":
-            return random_scores(len(self.queries), len(self.train), 0)
-        if method in CLIP_METHODS:
-            return raw_similarity(*self._embeddings(), method.kind.removeprefix("clip_"))
-        images = self.queries.batch(slice(None)), self.train.batch(slice(None))
-        return raw_similarity(*images, method.kind.removeprefix("raw_"))
+        if method.needs == CLIP:
+            found: Tensor = method.score(*self._embeddings())
+        else:
+            found = method.score(self.queries, self.train)
+        return found
 
     def _embeddings(self) -> tuple[Tensor, Tensor]:
         """CLIP's of the queries and of the training images."""
@@ -461,5 +444,5 @@ class Predictor:
                     extractor.settings = replace(extractor.settings, timesteps=(timestep,))
                     predicted = drawn.trajectories[:, step]
                     features.append(extractor.extract(predicted, ids, read).cpu())
-                batches.append(scores.journey_query_features(torch.stack(features)))
+                batches.append(journey_query_features(torch.stack(features)))
         return torch.cat(batches)

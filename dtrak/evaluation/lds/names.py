@@ -3,58 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from ...methods import CHECKPOINTS, CLIP, FEATURES, NOTHING, TRAJECTORY, Method, get_method
+from ...methods import METHODS as REGISTERED
 from ...runs.choices import check_choice
 
-
-@dataclass(frozen=True)
-class Method:
-    """An attribution method.
-
-    Attributes:
-        name: as in tables.
-        kind: which formula.
-        output_function: whose gradients it takes; None where it takes none.
-    """
-
-    name: str
-    kind: str
-    output_function: str | None = None
-
-    @property
-    def option(self) -> str:
-        """As it is typed: lower case, no blanks."""
-        return self.name.lower().replace(",", "").replace(" ", "-").replace("_", "-")
-
-    @property
-    def needs_checkpoints(self) -> bool:
-        """Whether it looks at the full model on the way."""
-        return self.kind in CHECKPOINTED
-
-
-CHECKPOINTED = ("tracin_cp", "gas")
-METHODS = (
-    Method("D-TRAK", "trak", "mean_squared_l2_norm"),
-    Method("D-TRAK, mean", "trak", "mean"),
-    Method("D-TRAK, l1_norm", "trak", "l1_norm"),
-    Method("D-TRAK, l2_norm", "trak", "l2_norm"),
-    Method("D-TRAK, linf_norm", "trak", "linf_norm"),
-    Method("TRAK", "trak", "loss"),
-    Method("TRAK, weighted_mse", "trak", "weighted_mse"),
-    Method("Relative influence", "relative", "loss"),
-    Method("Renormalised influence", "renormalised", "loss"),
-    Method("Journey-TRAK", "journey", "loss"),
-    Method("Gradient dot", "dot", "loss"),
-    Method("Gradient cosine", "cosine", "loss"),
-    Method("TracInCP", "tracin_cp", "loss"),
-    Method("GAS", "gas", "loss"),
-    Method("Raw pixels, dot", "raw_dot"),
-    Method("Raw pixels, cosine", "raw_cosine"),
-    Method("Random", "random"),
+_LATENTS = "raw-latents-"
+_ORDER = (FEATURES, TRAJECTORY, CHECKPOINTS, NOTHING)
+# in the order of the table; those of latents take the place of those of pixels where there are any
+METHODS = tuple(
+    method
+    for method in REGISTERED.values()
+    if method.needs in _ORDER and not method.name.startswith(_LATENTS)
 )
 # where a CLIP model is at hand
-CLIP_METHODS = (Method("CLIP, dot", "clip_dot"), Method("CLIP, cosine", "clip_cosine"))
+CLIP_METHODS = tuple(method for method in REGISTERED.values() if method.needs == CLIP)
 
 
 def parse_methods(text: str | None, *, with_clip: bool) -> list[Method]:
@@ -63,18 +26,26 @@ def parse_methods(text: str | None, *, with_clip: bool) -> list[Method]:
     Raises:
         ValueError: one is unknown, or needs a CLIP model that is not given.
     """
-    known = {method.option: method for method in (*METHODS, *CLIP_METHODS)}
+    known = {method.name: method for method in (*METHODS, *CLIP_METHODS)}
     if text is None:
         return [*METHODS, *(CLIP_METHODS if with_clip else ())]
     wanted = [name.strip() for name in text.split(",") if name.strip()]
-    chosen = [known[check_choice("--methods", name, known)] for name in wanted]
+    chosen = {check_choice("--methods", name, known) for name in wanted}
     if not chosen:
         raise ValueError(f"--methods must name methods, such as d-trak,trak, got {text!r}")
-    if not with_clip and any(method in CLIP_METHODS for method in chosen):
+    if not with_clip and any(known[name].needs == CLIP for name in chosen):
         raise ValueError("--clip must name a folder with a CLIP model for CLIP's methods")
-    return [method for method in known.values() if method in chosen]
+    return [method for name, method in known.items() if name in chosen]
+
+
+def of_latents(method: Method) -> Method:
+    """The method that compares latents in the place of pixels; others as they are."""
+    pixels = "raw-pixels-"
+    if not method.name.startswith(pixels):
+        return method
+    return get_method(method.name.replace(pixels, _LATENTS))
 
 
 def names_of(methods: Sequence[Method]) -> str:
     """Names for a sentence."""
-    return ", ".join(method.name for method in methods)
+    return ", ".join(method.title for method in methods)
