@@ -1,4 +1,4 @@
-"""What features will cost in time and on disk, said before they are made."""
+"""What features will take, measured before they are made."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import time
 import torch
 
 from ..data.samples import Samples
-from ..runs.console import format_seconds
-from ..runs.measure import format_bytes
 from .extraction import Extractor, extract_rows
 
 # images whose features are made, and thrown away, to measure what one takes
@@ -34,21 +32,6 @@ def seconds_per_row(extractor: Extractor, data: Samples, batch_size: int | None 
     _wait(extractor.device)
     # where mirror images are averaged in, a row is both of them
     return (time.perf_counter() - begin) / rows.stop
-
-
-def describe_cost(rows: int, num_features: int, seconds: float) -> str:
-    """Features in words: how many, how large and how long, at most.
-
-    Args:
-        rows: images.
-        num_features: K.
-        seconds: for all of them.
-    """
-    size = format_bytes(4 * num_features * rows)
-    return (
-        f"features of {rows:,} images, {num_features:,} numbers each: {size} on disk, "
-        f"{format_seconds(seconds)} or less"
-    )
 
 
 def _wait(device: torch.device) -> None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _PACKAGE = Path(__file__).parents[1]
 # seconds between two lines about one stage, where they go to a file
-_LOGGED_EVERY = 10.0
+_LOGGED_EVERY, _MODELS_LOGGED_EVERY = 10.0, 60.0
 _NO_SPACE = (
     "no space left on the device: free some and run the same command again; "
     "what was finished is kept"
@@ -101,14 +101,23 @@ def model_bar(
     )
     parts: dict[str, float] = {}
     started: dict[str, float] = {}
+    begin = said = time.monotonic()
     # a model takes minutes: its pace says more than that of the last half minute
     with Progress(*columns, console=console, speed_estimate_period=600) as progress:
         task = progress.add_task(label, total=total)
 
         def report(name: str, done: int, units: int) -> None:
+            nonlocal said
             started.setdefault(name, time.monotonic())
             parts[name] = done / units
-            progress.update(task, completed=sum(parts.values()))
+            so_far, now = sum(parts.values()), time.monotonic()
+            progress.update(task, completed=so_far)
+            if not console.is_terminal and now - said > _MODELS_LOGGED_EVERY and done < units:
+                # a file or a pipe shows no bar
+                left = format_seconds((now - begin) * (total - so_far) / max(so_far, 1e-9))
+                text = f"{label}: {so_far:.1f} of {total} models, about {left} left"
+                console.print(text, highlight=False)
+                said = now
             if done == units:
                 seconds = time.monotonic() - started[name]
                 console.print(f"{label} {name}: {seconds:.0f} s", highlight=False)
