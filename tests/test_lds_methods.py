@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler
 from numerics import relative_error
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_lds import CPU, quiet, register
+from tiny_lds import CPU, PRESET, quiet, register
 
 from dtrak.evaluation.lds import methods as lds_methods
 from dtrak.evaluation.lds.experiment import ExperimentError, load_experiment, prepare
@@ -169,7 +169,7 @@ def test_predictions_are_kept_and_made_anew_when_the_run_grows(experiment, predi
         patched.setattr(FusedExtractor, "extract", lambda *_: pytest.fail("computed again"))
         (again,) = predictor.predict([setting])
     assert torch.equal(again.values, before.values)
-    larger = prepare(experiment.folder, experiment.preset, num_subsets=5)
+    larger = prepare(experiment.folder, PRESET, num_subsets=5)
     (grown,) = Predictor(larger, query_sets(larger, CPU), CPU, quiet).predict([setting])
     assert torch.equal(grown.values[:, :4], before.values)
     file = experiment.folder / "predictions" / f"{setting.key}.safetensors"
@@ -218,7 +218,7 @@ def test_what_shares_features_shares_a_solver_also_when_the_run_grows(
     monkeypatch.setattr(lds_methods, "RidgeSolver", make)
     names = ("TRAK", "Relative influence", "Gradient dot")
     settings = [Setting(BY_NAME[name], 2, "none") for name in names]
-    larger = prepare(experiment.folder, experiment.preset, num_subsets=5)
+    larger = prepare(experiment.folder, PRESET, num_subsets=5)
     for run in (experiment, larger):
         found = Predictor(run, query_sets(run, CPU), CPU, quiet).predict(settings)
         assert {p.values.shape[1] for p in found} == {len(run.subsets)}

@@ -156,16 +156,23 @@ def locate(preset: str | None, output: str | None, run: str | None = None) -> tu
         if preset is not None:
             raise ValueError("--run and --preset exclude each other, got both")
         wanted = Path(run).resolve().name
-        folder = Path(output) if output else Path(run).with_name(f"lds-{wanted}")
+        # "." has no name to be beside of
+        place = Path(run) if Path(run).name not in ("", "..") else Path(run).resolve()
+        folder = Path(output) if output else place.with_name(f"lds-{wanted}")
     else:
         wanted = DEFAULT_PRESET if preset is None else get_preset(preset).name
         folder = Path(output) if output else Path("runs") / f"lds-{wanted}"
     found = recorded_name(folder)
-    check_name(wanted if run is not None else preset, found, folder)
+    if run is not None:
+        check_name(wanted, found, folder, "--run")
+    else:
+        check_name(preset, found, folder)
     return folder, found or wanted
 
 
-def check_name(wanted: str | None, found: str | None, folder: Path) -> None:
+def check_name(
+    wanted: str | None, found: str | None, folder: Path, option: str = "--preset"
+) -> None:
     """Refuse a preset or model that is not that of the run in ``folder``; None asks for none.
 
     Raises:
@@ -173,6 +180,6 @@ def check_name(wanted: str | None, found: str | None, folder: Path) -> None:
     """
     if wanted is not None and found is not None and wanted != found:
         raise ValueError(
-            f"--preset must be {found!r}, whose run {folder} holds, or left out, got {wanted!r}: "
+            f"{option} must be {found!r}, whose run {folder} holds, or left out, got {wanted!r}: "
             "choose another --output"
         )
