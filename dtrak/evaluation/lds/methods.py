@@ -213,7 +213,8 @@ class Predictor:
             return None
         first = min(sets.values(), key=lambda setting: setting.num_timesteps)
         model = self._model(-1, first.model)
-        chosen = select_timesteps(first.num_timesteps, "uniform", model.process.num_timesteps)
+        process, count = model.process, first.num_timesteps
+        chosen = select_timesteps(count, "uniform", process.num_timesteps, process.spread)
         extractor = FusedExtractor(model, self._feature_settings(first, chosen), self.device)
         seconds = seconds_per_row(extractor, self.train, self.batch_size) / first.num_timesteps
         rows = len(self.train) + len(self.queries)
