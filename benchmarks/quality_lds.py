@@ -17,10 +17,11 @@ from rich.console import Console
 from torch import Tensor
 
 from dtrak.data.samples import Samples
-from dtrak.evaluation.lds.experiment import FULL, Experiment, prepare, query_sets, train_one
+from dtrak.evaluation.lds.experiment import FULL, Experiment, prepare, train_one
+from dtrak.evaluation.lds.queries import query_sets
 from dtrak.evaluation.lds.statistics import lds
 from dtrak.evaluation.lds.table import AUTO, Results, packaged_results
-from dtrak.evaluation.lds.tasks import TRAIN
+from dtrak.evaluation.retraining import TRAIN
 from dtrak.features.extraction import (
     FeatureSettings,
     FusedExtractor,
@@ -73,11 +74,11 @@ def exact_gradients(
         ``[N, P]`` float32 of the training images and ``[M, P]`` of every kind of query, and the
         shapes of the parameters.
     """
-    model, task = experiment.load_model(), experiment.task
+    model, retraining = experiment.load_model(), experiment.retraining
     timesteps = select_timesteps(num_timesteps, "uniform", model.process.num_timesteps)
     settings = FeatureSettings(function, tuple(timesteps), 0, Projection("none", 0))
     extractor = FusedExtractor(model, settings, CPU)
-    parts = {TRAIN: task.samples(TRAIN, experiment.data, CPU), **queries}
+    parts = {TRAIN: retraining.samples(TRAIN, experiment.data, CPU), **queries}
     gradients = {}
     for name, data in parts.items():
         role = "train" if name == TRAIN else "query"

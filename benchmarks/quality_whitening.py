@@ -34,7 +34,7 @@ from dtrak.evaluation.lds.table import (
     make_table,
     packaged_results,
 )
-from dtrak.evaluation.lds.tasks import TRAIN
+from dtrak.evaluation.retraining import TRAIN
 from dtrak.features.extraction import noisy_rows
 from dtrak.features.outputs import evaluate_output
 from dtrak.features.settings import FeatureSettings
@@ -113,7 +113,10 @@ def fitted(experiment: Experiment, function: str, num_timesteps: int, kind: str)
     if file.is_file():
         return Whitening.load(file, kind=kind, function=function)
     begin = time.perf_counter()
-    model, data = experiment.load_model(), experiment.task.samples(TRAIN, experiment.data, CPU)
+    model, data = (
+        experiment.load_model(),
+        experiment.retraining.samples(TRAIN, experiment.data, CPU),
+    )
     whitening = Whitening.fit(
         model.module,
         Batches(model, data, function, num_timesteps, SCALE_IMAGES, is_random=False),

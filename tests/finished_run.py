@@ -45,7 +45,7 @@ def make_model(folder, images, recipe=RECIPE, note=True):
     model.save(folder)
     if note:
         settings = {
-            "preset": "digits",
+            "start": {"preset": "digits"},
             "recipe": recipe.to_dict(),
             "data": {"fingerprint": data.fingerprint, "rows": len(data)},
         }

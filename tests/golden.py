@@ -266,7 +266,7 @@ def measure_digits(folder: Path) -> dict[str, Artefact]:
     artefacts["wide model: features, sjlt"] = Artefact(read_features(wide, "train"))
     again = folder / "counterfactual"
     run(
-        "counterfactual", "--run", main, "--output", again, "--queries", 1, "--top-k", 10,
+        "counterfactual", main, "--output", again, "--num-queries", 1, "--top-k", 10,
         "--methods", "d-trak,random", "--device", "cpu",
     )  # fmt: skip
     return artefacts | {
@@ -281,7 +281,7 @@ def measure_lora(folder: Path) -> dict[str, Artefact]:
     images = write_pictures(folder / "captioned", 6, 16, captions=True)
     lora, main = folder / "lora", folder / "lora-run"
     run(
-        "train_lora", "--model", pipeline, "--data", images, "--output", lora, "--rank", 2,
+        "train", "--model", pipeline, "--data", images, "--output", lora, "--lora-rank", 2,
         "--steps", 8, "--batch-size", 3, "--learning-rate", 3e-2, "--device", "cpu",
     )  # fmt: skip
     fixed = [

@@ -2,16 +2,19 @@
 
 import io
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 import typer
 from rich.console import Console
 
+from dtrak.runs import console as module
 from dtrak.runs.console import (
     check_source,
     choose_device,
     fail,
+    model_bar,
     progress_bar,
     reporting_errors,
 )
@@ -54,7 +57,6 @@ def test_a_traceback_on_request_and_mistakes_of_our_own(console):
 
 
 def test_own_warnings_are_lines_and_others_stay_themselves(console):
-    from dtrak.runs import console as module
 
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -68,13 +70,31 @@ def test_own_warnings_are_lines_and_others_stay_themselves(console):
     assert [str(warning.message) for warning in seen] == ["theirs"]
 
 
-def test_a_bar_ends_full(console):
+def test_a_bar_ends_full():
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
     with progress_bar(console, "work") as progress:
         progress(1, 3)
     assert "3/3" in printed(console)
     with progress_bar(console, "no steps"):
         pass
     assert "1/1" in printed(console)
+
+
+def test_progress_in_a_file_is_lines(console, monkeypatch):
+    clock = iter([0, 3, 11, 12, 40, 41])
+    fake = SimpleNamespace(monotonic=lambda: next(clock))
+    monkeypatch.setattr(module, "time", fake)
+    with progress_bar(console, "work") as progress:
+        for done in (0, 1, 2, 4, 4):
+            progress(done, 4)
+    lines = ["work: 1 of 4 in 11 s, about 33 s left", "work: 4 of 4 in 40 s"]
+    assert printed(console).splitlines() == lines
+    clock = iter([0, 1, 1, 70, 70, 80, 80, 80])
+    with model_bar(console, "train", 2) as report:
+        report("a", 1, 4)
+        report("a", 3, 4)
+        report("a", 4, 4)
+    assert "train: 0.8 of 2 models, about 2 min left\ntrain a: 79 s\n" in printed(console)
 
 
 def test_devices():

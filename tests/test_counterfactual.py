@@ -29,7 +29,7 @@ def run(finished, tmp_path):
     """Run the command; gives (exit code, everything printed)."""
 
     def run(*arguments, of=finished, output=tmp_path / "cf"):
-        fixed = ["--run", str(of), "--output", str(output), "--top-k", "10"]
+        fixed = [str(of), "--output", str(output), "--top-k", "10"]
         result = CliRunner().invoke(app, [*fixed, *map(str, arguments)])
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
@@ -39,7 +39,7 @@ def run(finished, tmp_path):
 
 
 def test_end_to_end(run, finished, tmp_path):
-    code, output = run("--queries", "2", "--methods", "d-trak,random,none,raw-cosine")
+    code, output = run("--num-queries", "2", "--methods", "d-trak,random,none,raw-cosine")
     assert code == 0, output
     results = load_counterfactual(tmp_path / "cf")
     assert results.methods == ["d-trak", "random", "none", "raw-cosine"]
@@ -68,7 +68,7 @@ def test_end_to_end(run, finished, tmp_path):
     # more of everything: what is there is kept
     kept = {f: f.stat().st_mtime_ns for f in (tmp_path / "cf" / "pictures").rglob("*.safetensors")}
     assert len(kept) == 7
-    code, output = run("--queries", "3", "--methods", "random,d-trak", "--retrainings", "2")
+    code, output = run("--num-queries", "3", "--methods", "random,d-trak", "--retrainings", "2")
     assert code == 0, output
     assert {f: f.stat().st_mtime_ns for f in kept} == kept
     results = load_counterfactual(tmp_path / "cf")
@@ -82,7 +82,7 @@ def test_clip_latents_and_scores_of_another_run(run, finished, tmp_path, clip_fo
     names = {"rows": json.dumps(rows), "columns": json.dumps(columns)}
     save_file({"scores": torch.arange(240.0).reshape(4, 60)}, mine, metadata=names)
     code, output = run(
-        "--queries", "1", "--methods", f"mine={mine},clip-cosine,latent-dot",
+        "--num-queries", "1", "--methods", f"mine={mine},clip-cosine,latent-dot",
         "--clip", clip_folder, "--vae", vae_folder,
     )  # fmt: skip
     assert code == 0, output
@@ -95,7 +95,7 @@ def test_clip_latents_and_scores_of_another_run(run, finished, tmp_path, clip_fo
 
     names["columns"] = json.dumps(columns[::-1])
     save_file({"scores": torch.zeros(4, 60)}, mine, metadata=names)
-    code, output = run("--methods", f"mine={mine}", "--queries", "1")
+    code, output = run("--methods", f"mine={mine}", "--num-queries", "1")
     assert code == 2
     assert "scores of the run's images, got columns of other names" in output
 
@@ -124,8 +124,8 @@ def test_killed_runs_resume(run, finished, tmp_path):
     """kill -9 while a model is trained, then the same command again."""
     folder = tmp_path / "cf"
     command = [
-        sys.executable, "-m", "dtrak.counterfactual", "--run", str(finished), "--methods",
-        "d-trak", "--queries", "3", "--top-k", "10", "--output", str(folder),
+        sys.executable, "-m", "dtrak.counterfactual", str(finished), "--methods",
+        "d-trak", "--num-queries", "3", "--top-k", "10", "--output", str(folder),
     ]  # fmt: skip
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, **quiet)
@@ -139,7 +139,7 @@ def test_killed_runs_resume(run, finished, tmp_path):
     kept = {f: f.stat().st_mtime_ns for f in folder.glob("pictures/*/*/*.safetensors")}
     assert kept
     assert not (folder / "results.safetensors").exists()
-    assert run("--methods", "d-trak", "--queries", "3")[0] == 0
+    assert run("--methods", "d-trak", "--num-queries", "3")[0] == 0
     assert {f: f.stat().st_mtime_ns for f in kept} == kept
     assert load_counterfactual(folder).pictures["d-trak"].shape == (3, 1, 1, 8, 8)
 
@@ -149,8 +149,8 @@ def test_killed_runs_resume(run, finished, tmp_path):
 def test_ctrl_c_ends_without_a_traceback(finished, tmp_path):
     folder = tmp_path / "cf"
     command = [
-        sys.executable, "-m", "dtrak.counterfactual", "--run", str(finished), "--methods",
-        "raw-dot", "--queries", "4", "--retrainings", "50", "--top-k", "10",
+        sys.executable, "-m", "dtrak.counterfactual", str(finished), "--methods",
+        "raw-dot", "--num-queries", "4", "--retrainings", "50", "--top-k", "10",
         "--output", str(folder),
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -174,16 +174,16 @@ def test_ctrl_c_ends_without_a_traceback(finished, tmp_path):
         (["--methods", "..=file"], "--methods must name scores as name=file, .* got '..=file'"),
         (["--methods", "none=file"], "as name=file, not 'none', got 'none=file'"),
         (["--methods", "x=absent"], "scores must be an existing file, got absent"),
-        (["--methods", "clip-dot", "--queries", "1"], "--clip must name a folder with a CLIP"),
-        (["--methods", "latent-dot", "--queries", "1"], "--vae must name a folder with a VAE"),
-        (["--queries", "5"], r"--queries must be in \[1, 4\], the run's queries, got 5"),
+        (["--methods", "clip-dot", "--num-queries", "1"], "--clip must name a folder with a CLIP"),
+        (["--methods", "latent-dot", "--num-queries", "1"], "--vae must name a folder with a VAE"),
+        (["--num-queries", "5"], r"--num-queries must be in \[1, 4\], the run's queries, got 5"),
         (["--draw", "published"], "--draw published must be for one of cifar2, .*preset 'digits'"),
         (["--draw", "other"], "--draw must be one of published, seed"),
         (["--draw", "published", "--seed", "0"], "--seed is for --draw seed, got 0"),
-        (["--queries", "1", "--top-k", "60"], r"--top-k must be in \[1, 60\), got 60"),
-        (["--queries", "1", "--retrainings", "0"], "--retrainings must be at least 1, got 0"),
+        (["--num-queries", "1", "--top-k", "60"], r"--top-k must be in \[1, 60\), got 60"),
+        (["--num-queries", "1", "--retrainings", "0"], "--retrainings must be at least 1, got 0"),
         (["--retrainings", str(10**12)], r"--retrainings must leave .* memory, got 10{12} and"),
-        (["--queries", "1", "--processes", "0"], "processes must be at least 1, got 0"),
+        (["--num-queries", "1", "--processes", "0"], "processes must be at least 1, got 0"),
         (["--device", "gpu"], "--device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
         (["--clip", "absent"], "CLIP must be an existing folder"),
         (["--vae", "absent"], "VAE must be an existing folder"),
@@ -199,7 +199,7 @@ def test_misuse_is_one_clear_line(run, arguments, message):
 def test_what_costs_nothing_is_refused_before_features_are_made(run, tmp_path):
     """No gradient is taken where another option is wrong."""
     wrong = [
-        ["--top-k", "60"], ["--queries", "5"], ["--retrainings", "0"], ["--processes", "0"],
+        ["--top-k", "60"], ["--num-queries", "5"], ["--retrainings", "0"], ["--processes", "0"],
         ["--retrainings", str(10**12)],
         ["--methods", "trak,clip-dot"], ["--methods", "trak,latent-dot"],
         ["--methods", "trak,mine=absent"], ["--draw", "published"],
@@ -224,13 +224,13 @@ def test_a_place_that_is_no_folder_of_this_is_refused(run, tmp_path):
 
 
 def test_an_output_folder_of_another_experiment_is_refused(run, tmp_path):
-    assert run("--queries", "1", "--methods", "random")[0] == 0
+    assert run("--num-queries", "1", "--methods", "random")[0] == 0
     before = (tmp_path / "cf" / "results.json").read_bytes()
-    code, output = run("--queries", "1", "--methods", "random", "--top-k", "11")
+    code, output = run("--num-queries", "1", "--methods", "random", "--top-k", "11")
     assert code == 2
     assert "top_k is 10 there and 11 here" in output
     assert (tmp_path / "cf" / "results.json").read_bytes() == before
-    code, output = run("--queries", "1", "--methods", "random", "--seed", "1")
+    code, output = run("--num-queries", "1", "--methods", "random", "--seed", "1")
     assert code in (0, 2)
     if code == 2:
         assert "trained without other images" in output

@@ -45,7 +45,7 @@ def test_published_queries_are_those_of_scikit_learn(preset, seed):
     assert draw.choose_queries(1000, 7) == expected[:7]
     assert f"random_state {seed} for queries" in draw.description
     for count in (0, 61):
-        with pytest.raises(ValueError, match=rf"--queries must be in \[1, 60\] of .* got {count}"):
+        with pytest.raises(ValueError, match=rf"--num-queries must be in \[1, 60\] .* got {count}"):
             draw.choose_queries(1000, count)
 
 
@@ -71,7 +71,7 @@ def test_more_queries_of_our_own_are_those_before_and_others():
     assert len(Draw(seed=3).choose_queries(4)) == 4
     assert Draw(seed=4).choose_queries(20, 7) != drawn[:7]
     for count in (0, 21):
-        with pytest.raises(ValueError, match=rf"--queries must be in \[1, 20\].* got {count}"):
+        with pytest.raises(ValueError, match=rf"--num-queries must be in \[1, 20\].* got {count}"):
             Draw().choose_queries(20, count)
     expected = torch.rand(2, 6, generator=torch.Generator().manual_seed(3))
     assert torch.equal(Draw(seed=3).random_scores(2, 6), expected)

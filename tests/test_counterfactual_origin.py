@@ -17,7 +17,6 @@ from dtrak.cli.attribution import run_attribution
 from dtrak.data.images import load_data
 from dtrak.evaluation.counterfactual.origin import open_origin
 from dtrak.evaluation.counterfactual.results import CounterfactualError
-from dtrak.evaluation.counterfactual.training import find_preset
 from dtrak.evaluation.lds import experiment as lds_experiment
 from dtrak.models import load
 from dtrak.models.hashing import hash_model
@@ -31,46 +30,28 @@ from dtrak.training.trainer import Recipe, train
 CPU, QUIET = torch.device("cpu"), Console(quiet=True)
 
 
-def test_the_recipe_is_what_the_trainer_wrote(finished):
-    origin = open_origin(finished)
-    assert origin.training.recipe == RECIPE
-    assert origin.training.num_inference_steps == 50
+@pytest.fixture
+def opened(tmp_path):
+    """Open a run for an experiment in a folder of its own."""
+    return lambda folder, **options: open_origin(folder, tmp_path / "experiment", **options)
+
+
+def test_the_recipe_is_what_the_trainer_wrote(finished, opened):
+    origin = opened(finished)
+    assert origin.retraining.recipe == RECIPE
+    assert origin.retraining.drawing.num_inference_steps == 50
     assert origin.queries.ids == [f"{n:05d}.png" for n in range(4)]
-    assert len(origin.data) == 60
+    assert (len(origin.data), origin.preset) == (60, "digits")
     # that recipe does train the model of the run
-    model = origin.training.make_model(RECIPE.seed)
-    train(model, origin.data.images, origin.training.recipe)
+    model = origin.retraining.fresh(RECIPE.seed, CPU)
+    train(model, origin.data.images, origin.retraining.recipe)
     assert hash_model(model.module) == hash_model(origin.load_model().module)
     assert origin.identity()["model"] == {"model": hash_model(model.module)}
     assert origin.identity()["training"]["recipe"] == RECIPE.to_dict()
 
 
-def test_the_preset_is_what_is_said_or_written_down(finished, tmp_path):
-    """Of the option, of the run, of the trainer's note, in this order."""
-    assert open_origin(finished).preset == "digits"
-    shutil.copytree(finished.parent, tmp_path / "here")
-    run = replace(
-        load_attribution(finished),
-        manifest={"options": {**OPTIONS, "model": str(tmp_path / "here" / "model")}},
-    )
-    note = tmp_path / "here" / "model" / "training.json"
-    assert find_preset(run, None) == "digits"
-    assert find_preset(run, "cifar2") == "cifar2"
-    run.manifest["options"]["preset"] = "celeba"
-    assert find_preset(run, None) == "celeba"
-    run.manifest["options"]["preset"] = None
-    for damaged in ("{", "[]", '{"settings": {"preset": 3}}'):
-        note.write_text(damaged)
-        assert find_preset(run, None) is None
-    note.unlink()
-    assert find_preset(run, None) is None
-    run.manifest["options"]["lora"] = str(tmp_path / "here" / "lora.safetensors")
-    (tmp_path / "here" / "training.json").write_text('{"settings": {"preset": "artbench2"}}')
-    assert find_preset(run, None) == "artbench2"
-
-
-def test_the_runs_own_scores_are_used_and_others_computed(finished, tmp_path):
-    origin = open_origin(finished)
+def test_the_runs_own_scores_are_used_and_others_computed(finished, tmp_path, opened):
+    origin = opened(finished)
     own = origin.gradient_scores("mean_squared_l2_norm", tmp_path / "own", CPU, QUIET)
     assert torch.equal(own, load_attribution(finished).scores)
     assert not (tmp_path / "own").exists()
@@ -86,8 +67,8 @@ def test_the_runs_own_scores_are_used_and_others_computed(finished, tmp_path):
     assert torch.equal(found, origin.gradient_scores("loss", tmp_path / "trak", CPU, QUIET))
 
 
-def test_features_another_command_makes_are_waited_for(finished, tmp_path):
-    origin, folder, found = open_origin(finished), tmp_path / "trak", []
+def test_features_another_command_makes_are_waited_for(finished, tmp_path, opened):
+    origin, folder, found = opened(finished), tmp_path / "trak", []
     arguments = "loss", folder, CPU, QUIET
     other = threading.Thread(target=lambda: found.append(origin.gradient_scores(*arguments)))
     with claim(folder / "features.lock") as ours:
@@ -100,28 +81,28 @@ def test_features_another_command_makes_are_waited_for(finished, tmp_path):
     assert torch.equal(found[0], origin.gradient_scores(*arguments))
 
 
-def test_other_timesteps_need_other_scores(finished):
-    assert open_origin(finished, timesteps=2).scores
-    origin = open_origin(finished, timesteps=4)
+def test_other_timesteps_need_other_scores(finished, opened):
+    assert opened(finished, timesteps=2).scores
+    origin = opened(finished, timesteps=4)
     assert origin.settings.timesteps == (0, 250, 500, 750)
     assert not origin.scores
     with pytest.raises(ValueError, match="timesteps"):
-        open_origin(finished, timesteps=0)
+        opened(finished, timesteps=0)
 
 
-def test_a_run_that_trained_its_own_model(tmp_path, monkeypatch):
+def test_a_run_that_trained_its_own_model(tmp_path, monkeypatch, opened):
     recipe = Recipe(steps=3, batch_size=8)
     monkeypatch.setattr(inputs, "Recipe", lambda: recipe)
     options = {**OPTIONS, "output": str(tmp_path / "run"), "timesteps": "1", "num_queries": 1}
     run_attribution(Options(**options), QUIET)
-    origin = open_origin(tmp_path / "run")
-    assert origin.training.recipe == recipe
+    origin = opened(tmp_path / "run")
+    assert origin.retraining.recipe == recipe
     own = load(tmp_path / "run" / "model")
     assert hash_model(origin.load_model().module) == hash_model(own.module)
     assert len(origin.data) == 1000
 
 
-def test_a_run_of_the_lds(tmp_path, monkeypatch):
+def test_a_run_of_the_lds(tmp_path, monkeypatch, opened):
     tiny = replace(
         PRESETS["digits"], name="tiny", recipe=Recipe(steps=4, batch_size=8), num_inference_steps=2
     )
@@ -135,11 +116,11 @@ def test_a_run_of_the_lds(tmp_path, monkeypatch):
     folder = tmp_path / "lds"
     experiment = lds_experiment.prepare(folder, tiny, num_subsets=1, num_generated=3)
     with pytest.raises(ValueError, match="not trained yet"):
-        open_origin(folder)
+        opened(folder)
     lds_experiment.train_one(experiment, lds_experiment.FULL, CPU)
-    origin = open_origin(folder, timesteps=5)
-    assert origin.training.recipe == tiny.recipe
-    assert origin.training.num_inference_steps == 2
+    origin = opened(folder, timesteps=5)
+    assert origin.retraining.recipe == tiny.recipe
+    assert origin.retraining.drawing.num_inference_steps == 2
     assert origin.queries.ids == ["00000.png", "00001.png", "00002.png"]
     assert origin.settings.timesteps == (0, 200, 400, 600, 800)
     assert not origin.scores
@@ -163,23 +144,23 @@ def changed(finished, tmp_path):
     return change
 
 
-def test_queries_that_were_not_drawn(changed):
+def test_queries_that_were_not_drawn(changed, opened):
     with pytest.raises(CounterfactualError, match="must be generated to be drawn again, got 'val"):
-        open_origin(changed(queries="validation"))
+        opened(changed(queries="validation"))
 
 
-def test_folders_without_a_run(tmp_path):
+def test_folders_without_a_run(tmp_path, opened):
     with pytest.raises(FileNotFoundError, match="a run must be an existing folder"):
-        open_origin(tmp_path / "absent")
+        opened(tmp_path / "absent")
     with pytest.raises(ValueError, match=r"must be a finished run of dtrak\.attribute"):
-        open_origin(Path(tmp_path))
+        opened(Path(tmp_path))
 
 
-def test_an_lds_run_whose_full_model_was_trained_anew(tmp_path):
+def test_an_lds_run_whose_full_model_was_trained_anew(tmp_path, opened):
     experiment = trained(tmp_path / "lds", num_subsets=1)
-    assert len(open_origin(experiment.folder).queries) == 5
+    assert len(opened(experiment.folder).queries) == 5
     full = experiment.model_folder("full")
     shutil.rmtree(full)
     shutil.copytree(full.with_name("000-1"), full)
     with pytest.raises(lds_experiment.ExperimentError, match="another full model drew"):
-        open_origin(experiment.folder)
+        opened(experiment.folder)

@@ -9,6 +9,8 @@ from finished_run import RECIPE
 from safetensors.torch import load_file, save_file
 
 from dtrak.data.images import to_uint8
+from dtrak.evaluation import retraining
+from dtrak.evaluation.counterfactual import origin as module
 from dtrak.evaluation.counterfactual.origin import open_origin
 from dtrak.evaluation.counterfactual.results import CounterfactualError
 from dtrak.evaluation.counterfactual.retraining import (
@@ -25,10 +27,11 @@ CPU = torch.device("cpu")
 STEPS = 3
 
 
-@pytest.fixture(scope="module")
-def origin(finished):
-    found = open_origin(finished)
-    return replace(found, training=replace(found.training, num_inference_steps=STEPS))
+@pytest.fixture
+def origin(finished, tmp_path, monkeypatch):
+    # as the processes that open the experiment again do
+    monkeypatch.setattr(module, "fitting_steps", lambda model: STEPS)
+    return open_origin(finished, tmp_path / "cf")
 
 
 @pytest.fixture
@@ -103,15 +106,11 @@ def test_what_is_done_is_not_done_again(experiment):
 
 
 def test_an_interrupted_training_goes_on_with_the_same_bits(experiment, monkeypatch):
-    from dtrak.evaluation.counterfactual import training as module
-
     job = experiment.jobs[2]
     assert experiment.retrain(job, CPU)
     whole = load_file(experiment.file(job))["pictures"]
     experiment.file(job).unlink()
-    monkeypatch.setattr(
-        module, "train", lambda *args, **options: train(*args, **options, checkpoint_every=2)
-    )
+    monkeypatch.setattr(retraining, "_CHECKPOINT_EVERY", 2)
     steps = []
 
     def stop(done, total):
@@ -175,7 +174,9 @@ def test_folders_of_other_experiments_are_refused(origin, experiment, tmp_path):
     folder, removed = experiment.folder, experiment.removed
     with pytest.raises(CounterfactualError, match="another experiment: top_k is 12 there and 13"):
         prepare(folder, origin, [], removed, top_k=13)
-    other = replace(origin, training=replace(origin.training, recipe=replace(RECIPE, steps=7)))
+    again = origin.retraining.elsewhere(folder)
+    again.training = replace(again.training, recipe=replace(RECIPE, steps=7))
+    other = replace(origin, retraining=again)
     with pytest.raises(CounterfactualError, match=r"training\.recipe\.steps is 6 there and 7 here"):
         prepare(folder, other, [], removed, top_k=12)
     with pytest.raises(ValueError, match="--retrainings must be at least 1, got 0"):
@@ -186,7 +187,7 @@ def test_folders_of_other_experiments_are_refused(origin, experiment, tmp_path):
     with pytest.raises(CounterfactualError, match="is damaged: run again to write it anew"):
         load_experiment(folder)
     (folder / "plan.json").write_text('{"deciding": {"format": 7}}')
-    with pytest.raises(CounterfactualError, match="must be of format 1, got 7"):
+    with pytest.raises(CounterfactualError, match="must be of format 2, got 7"):
         load_experiment(folder)
     (folder / "plan.json").write_text("[]")
     with pytest.raises(CounterfactualError, match="is missing or damaged"):

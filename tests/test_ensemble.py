@@ -48,6 +48,29 @@ def test_the_file_holds_the_float64_mean_of_the_runs(runs, tmp_path):
     assert len({part["model"] for part in settings["mean of"]}) == 2
 
 
+def test_sets_of_queries_are_matched_by_their_pictures(runs, tmp_path):
+    """Whatever they are called, and whatever else has been explained since."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for run, copy in zip(runs, (first, second), strict=True):
+        shutil.copytree(run, copy)
+    (more,) = (path for path in (second / "queries").iterdir())
+    other = shutil.copytree(more, second / "queries" / "others-00000000")
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps(manifest | {"queries": "0"}))
+    expected = average_runs(runs, tmp_path / "expected.safetensors")
+    found = average_runs([first, second], tmp_path / "mean.safetensors")
+    assert torch.equal(found, expected)
+    # two sets in common: one must be named, in the first run's words
+    copied = shutil.copytree(results(first), first / "queries" / "mine-11111111")
+    manifest = json.loads((copied / "manifest.json").read_text())
+    (copied / "manifest.json").write_text(json.dumps(manifest | {"queries": "0"}))
+    with pytest.raises(ResultsError, match=r"must name one of .* \(gen\S+, mine-11111111, as"):
+        average_runs([first, second], tmp_path / "mean.safetensors")
+    found = average_runs([first, second], tmp_path / "mean.safetensors", "gen")
+    assert torch.equal(found, expected)
+    average_runs([first, second], tmp_path / "mean.safetensors", "mine")
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -21,6 +21,7 @@ import dtrak
 from dtrak.cli import lds_stages
 from dtrak.cli.lds import app
 from dtrak.evaluation.lds import methods as lds_methods
+from dtrak.evaluation.lds import names
 from dtrak.evaluation.lds.experiment import load_experiment, prepare, train_one
 from dtrak.evaluation.lds.statistics import choose_damping, lds_per_query
 from dtrak.evaluation.lds.table import load_results
@@ -31,14 +32,14 @@ from dtrak.training.presets import PRESETS
 METHODS = tuple(
     method
     for method in lds_methods.METHODS
-    if method.name in ("D-TRAK", "TRAK", "Gradient dot", "Random")
+    if method.title in ("D-TRAK", "TRAK", "Gradient dot", "Random")
 )
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     register()
-    monkeypatch.setattr(lds_methods, "METHODS", METHODS)
+    monkeypatch.setattr(names, "METHODS", METHODS)
     monkeypatch.setattr(lds_methods, "DEFAULT_PROJ_DIM", {"sjlt": 512, "none": 0})
 
 
@@ -70,7 +71,10 @@ def test_from_the_first_subset_to_the_table(run, tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "losses").exists(), "said before losses are measured"
     code, text = run("evaluate", *SMALL)
     assert code == 2
-    assert "models must be trained and measured on at least 4 subsets, got 3" in text
+    assert "models must be trained on at least 4 subsets, with every seed, got 3" in text
+    assert not (tmp_path / "run" / "losses").exists(), "said before losses are measured"
+    code, text = run("evaluate", *SMALL, "--losses-only")
+    assert (code, "losses of 3 of 4 models are measured" in text) == (0, True)
     code, text = run("train")
     assert (code, "5 of 5 models are trained" in text) == (0, True)
     assert "train 003-1" in text
@@ -99,7 +103,7 @@ def test_from_the_first_subset_to_the_table(run, tmp_path, monkeypatch):
     assert results.about["steps"] == 8
     assert [(e.method, e.num_timesteps) for e in results.entries] == [
         ("Random", 0),
-        *((m.name, S) for S in (2, 5) for m in METHODS if m.output_function),
+        *((m.title, S) for S in (2, 5) for m in METHODS if m.output_function),
         ("Empirical influence, cross-fitted", 0),
     ]
     page = tmp_path / "table.md"

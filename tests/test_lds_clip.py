@@ -13,7 +13,7 @@ from dtrak.data.images import load_data
 from dtrak.evaluation.lds import clip as lds_clip
 from dtrak.evaluation.lds.clip import ClipEncoder
 from dtrak.evaluation.lds.experiment import prepare
-from dtrak.evaluation.lds.methods import CLIP_METHODS, Predictor, Setting, list_settings
+from dtrak.evaluation.lds.methods import CLIP_METHODS, METHODS, Predictor, Setting, list_settings
 
 
 def reference(folder, images):
@@ -90,9 +90,9 @@ def test_embeddings_are_computed_once(tmp_path, clip_folder, monkeypatch):
 
 
 def test_only_where_there_is_a_model(tmp_path):
-    names = [setting.method.name for setting in list_settings([10], ["sjlt"])]
+    names = [setting.method.title for setting in list_settings([10], ["sjlt"])]
     assert not [name for name in names if "CLIP" in name]
-    with_clip = [s.method.name for s in list_settings([10], ["sjlt"], with_clip=True)]
+    with_clip = [s.method.title for s in list_settings([10], ["sjlt"], (*METHODS, *CLIP_METHODS))]
     assert set(with_clip) - set(names) == {"CLIP, dot", "CLIP, cosine"}
     with pytest.raises(FileNotFoundError, match="CLIP must be an existing folder"):
         ClipEncoder(tmp_path / "absent")

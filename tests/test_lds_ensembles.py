@@ -15,11 +15,11 @@ from dtrak.evaluation.lds.experiment import (
     ExperimentError,
     load_experiment,
     prepare,
-    query_sets,
     train_one,
 )
 from dtrak.evaluation.lds.methods import Predictor, Setting
 from dtrak.evaluation.lds.options import parse_sizes
+from dtrak.evaluation.lds.queries import query_sets
 from dtrak.features.store import StoreError
 
 MEMBERS = ["retrain-000-1", "retrain-001-1", "retrain-002-1"]
@@ -50,7 +50,7 @@ def test_rows_are_the_float64_mean_of_the_single_models_scores(experiment):
     found = predictions(experiment, settings, [2, 3])
     titles = ("single half-data model", "mean of 2 models", "mean of 3 models")
     wanted = [f"{name}, {title}" for name in ("D-TRAK", "TRAK") for title in titles]
-    assert [prediction.setting.method.name for prediction in found] == wanted
+    assert [prediction.setting.method.title for prediction in found] == wanted
     assert {(p.setting.num_timesteps, p.setting.projection) for p in found} == {(5, "sjlt")}
     for start, function in ((0, "mean_squared_l2_norm"), (3, "loss")):
         # of every model by itself: its features, its norm, its ridge, in float64

@@ -20,15 +20,14 @@ from dtrak.evaluation.lds.experiment import (
     RETRAIN,
     ExperimentError,
     claim,
-    generated_queries,
     load_experiment,
     prepare,
-    query_sets,
     train_one,
     trained_names,
 )
-from dtrak.evaluation.lds.tasks import save_model
+from dtrak.evaluation.lds.queries import generated_queries, query_sets
 from dtrak.models.hashing import hash_model
+from dtrak.training.command import save_model
 from dtrak.training.presets import PRESETS
 from dtrak.training.trainer import Recipe, train
 
@@ -384,29 +383,30 @@ def test_refusals(tmp_path):
     content = json.loads(manifest.read_text())
     for change, message in (
         ({"deciding": {**content["deciding"], "data": "0"}}, "prepared with something else: data"),
-        ({"deciding": {**content["deciding"], "format": 9}}, "must be of format 1, got 9"),
+        ({"deciding": {**content["deciding"], "format": 9}}, "must be of format 2, got 9"),
         ({"deciding": None}, "is damaged: prepare the run in another folder"),
     ):
         manifest.write_text(json.dumps(content | change))
         with pytest.raises(ExperimentError, match=message):
             load_experiment(folder)
-    for key in ("source", "subsets", "num_model_seeds"):
+    for key in ("subject", "subsets", "num_model_seeds"):
         manifest.write_text(json.dumps({k: v for k, v in content.items() if k != key}))
         with pytest.raises(ExperimentError, match="is damaged: prepare the run in another folder"):
             load_experiment(folder)
-    manifest.write_text(json.dumps(content | {"deciding": {"format": 1}}))
+    manifest.write_text(json.dumps(content | {"deciding": {"format": 2}}))
     with pytest.raises(ExperimentError, match="is damaged: prepare the run in another folder"):
         prepare(folder, PRESET)
 
 
-def test_a_recipe_that_gained_a_field_is_still_the_same(tmp_path):
-    prepare(tmp_path / "run", PRESET)
-    manifest = tmp_path / "run" / "experiment.json"
-    content = json.loads(manifest.read_text())
-    del content["deciding"]["recipe"]["max_grad_norm"]
-    manifest.write_text(json.dumps(content))
-    assert len(load_experiment(tmp_path / "run").subsets) == 6
-    prepare(tmp_path / "run", PRESET)
+def test_a_recipe_of_epochs_is_still_the_same(tmp_path, monkeypatch):
+    epochs = replace(PRESET, recipe=Recipe(epochs=2, batch_size=4))
+    monkeypatch.setitem(PRESETS, PRESET.name, epochs)
+    prepare(tmp_path / "run", epochs)
+    assert load_experiment(tmp_path / "run").retraining.recipe == epochs.recipe
+    assert len(prepare(tmp_path / "run", epochs).subsets) == 6
+    monkeypatch.setitem(PRESETS, PRESET.name, PRESET)
+    with pytest.raises(ExperimentError, match=r"prepared with something else: recipe\.epochs is 2"):
+        load_experiment(tmp_path / "run")
 
 
 def test_all_of_it(tmp_path):

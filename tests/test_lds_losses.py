@@ -15,7 +15,6 @@ from dtrak.evaluation.lds.experiment import (
     ExperimentError,
     claim,
     prepare,
-    query_sets,
     train_one,
 )
 from dtrak.evaluation.lds.losses import (
@@ -27,6 +26,7 @@ from dtrak.evaluation.lds.losses import (
     measured_names,
     query_losses,
 )
+from dtrak.evaluation.lds.queries import query_sets
 from dtrak.features.noise import sample_noise
 
 SETTINGS = LossSettings(num_timesteps=4, num_noise_seeds=2)

@@ -11,15 +11,16 @@ from diffusers import DDIMScheduler
 from numerics import relative_error
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_lds import CPU, quiet, register
+from tiny_lds import CPU, PRESET, quiet, register
 
 from dtrak.evaluation.lds import methods as lds_methods
-from dtrak.evaluation.lds.experiment import ExperimentError, load_experiment, prepare, query_sets
+from dtrak.evaluation.lds.experiment import ExperimentError, load_experiment, prepare
 from dtrak.evaluation.lds.methods import METHODS, Predictor, Setting, list_settings
+from dtrak.evaluation.lds.queries import query_sets
 from dtrak.features.extraction import FeatureSettings, FusedExtractor
 from dtrak_kernels import Projection
 
-BY_NAME = {method.name: method for method in METHODS}
+BY_NAME = {method.title: method for method in METHODS}
 K = 512
 
 
@@ -112,7 +113,7 @@ def test_the_exact_kernel_is_the_limit_of_the_projections(experiment, predictor)
 def test_similarities_of_one_model_and_of_its_checkpoints(experiment, predictor):
     names = ("Gradient dot", "Gradient cosine", "TracInCP", "GAS")
     found = {
-        p.setting.method.name: p
+        p.setting.method.title: p
         for p in predictor.predict([Setting(BY_NAME[n], 2, "sjlt") for n in names])
     }
     dots, cosines = [], []
@@ -152,7 +153,7 @@ def test_journeys_average_the_gradients_along_the_path(experiment, predictor):
 
 def test_methods_without_gradients(experiment, predictor):
     found = {
-        p.setting.method.name: p
+        p.setting.method.title: p
         for p in predictor.predict([s for s in list_settings([5], ["sjlt"]) if not s.projection])
     }
     assert set(found) == {"Raw pixels, dot", "Raw pixels, cosine", "Random"}
@@ -168,7 +169,7 @@ def test_predictions_are_kept_and_made_anew_when_the_run_grows(experiment, predi
         patched.setattr(FusedExtractor, "extract", lambda *_: pytest.fail("computed again"))
         (again,) = predictor.predict([setting])
     assert torch.equal(again.values, before.values)
-    larger = prepare(experiment.folder, experiment.preset, num_subsets=5)
+    larger = prepare(experiment.folder, PRESET, num_subsets=5)
     (grown,) = Predictor(larger, query_sets(larger, CPU), CPU, quiet).predict([setting])
     assert torch.equal(grown.values[:, :4], before.values)
     file = experiment.folder / "predictions" / f"{setting.key}.safetensors"
@@ -217,7 +218,7 @@ def test_what_shares_features_shares_a_solver_also_when_the_run_grows(
     monkeypatch.setattr(lds_methods, "RidgeSolver", make)
     names = ("TRAK", "Relative influence", "Gradient dot")
     settings = [Setting(BY_NAME[name], 2, "none") for name in names]
-    larger = prepare(experiment.folder, experiment.preset, num_subsets=5)
+    larger = prepare(experiment.folder, PRESET, num_subsets=5)
     for run in (experiment, larger):
         found = Predictor(run, query_sets(run, CPU), CPU, quiet).predict(settings)
         assert {p.values.shape[1] for p in found} == {len(run.subsets)}
@@ -270,9 +271,9 @@ def test_what_is_evaluated():
     settings = list_settings([10, 100], ["sjlt", "none"])
     assert len({setting.key for setting in settings}) == len(settings)
     exact = [s for s in settings if s.projection == "none"]
-    assert {(s.method.name, s.num_timesteps) for s in exact} == {
+    assert {(s.method.title, s.num_timesteps) for s in exact} == {
         (name, S) for name in ("D-TRAK", "TRAK") for S in (10, 100)
     }
-    assert {s.method.name for s in settings} == set(BY_NAME)
+    assert {s.method.title for s in settings} == set(BY_NAME)
     functions = {method.output_function for method in METHODS}
     assert {"loss", "mean_squared_l2_norm", "mean", "l1_norm", "l2_norm", "linf_norm"} < functions

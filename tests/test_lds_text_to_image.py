@@ -17,24 +17,26 @@ from tiny_lds_lora import CPU, NAME, PRESET, pictures, register
 from tiny_stable_diffusion import build_pipeline
 from typer.testing import CliRunner
 
-from dtrak import attribute, lds, train_lora
+from dtrak import attribute, lds
+from dtrak import train as train_command
 from dtrak.data.images import load_data, to_uint8
 from dtrak.data.samples import Samples
+from dtrak.evaluation import retraining
 from dtrak.evaluation.counterfactual.origin import open_origin
 from dtrak.evaluation.lds import methods as lds_methods
-from dtrak.evaluation.lds import text_to_image as lds_text_to_image
 from dtrak.evaluation.lds.experiment import (
     ExperimentError,
     encode,
-    generated_queries,
     load_experiment,
     prepare,
-    query_sets,
     train_one,
 )
 from dtrak.evaluation.lds.losses import LossSettings, claim_settings, evaluate_one, query_losses
 from dtrak.evaluation.lds.methods import METHODS, Predictor, Setting
+from dtrak.evaluation.lds.names import of_latents
+from dtrak.evaluation.lds.queries import generated_queries, query_sets
 from dtrak.evaluation.lds.table import load_results
+from dtrak.evaluation.retraining import RetrainingError
 from dtrak.features.extraction import FeatureSettings, FusedExtractor
 from dtrak.features.noise import sample_noise
 from dtrak.features.store import FeatureStore
@@ -42,9 +44,10 @@ from dtrak.models import load
 from dtrak.models.lora import LoraError, hash_lora
 from dtrak.training.drawing import draw_all
 from dtrak.training.presets import PRESETS, get_preset
+from dtrak.training.record import read_training
 from dtrak_kernels import Projection
 
-BY_NAME = {method.name: method for method in METHODS}
+BY_NAME = {method.title: method for method in METHODS}
 SMALL = ("--loss-timesteps", 4, "--noise-seeds", 1, "--timesteps", "2")
 K = 512
 
@@ -106,13 +109,13 @@ def ready(folder, base, preset=PRESET, **options):
 def test_from_the_trained_models_to_the_table(folder, tmp_path, monkeypatch):
     copy = shutil.copytree(folder, tmp_path / "run")
     loaded = []
-    monkeypatch.setattr(lds_text_to_image, "load", lambda *a: loaded.append(a) or load(*a))
+    monkeypatch.setattr(retraining, "load", lambda *a: loaded.append(a) or load(*a))
     code, text = lds_run("evaluate", copy, *SMALL)
     assert (code, "losses of 4 of 4 models are measured" in text) == (0, True), text
     assert len(loaded) == 2, "once by the command, once by its worker, whatever the models"
     results = load_results(copy / "results.npz")
     assert results.about["mixed_precision"] == "no"
-    assert results.about["lora"]["rank"] == 2
+    assert results.about["start"]["rank"] == 2
     assert results.about["steps"] == 8
     expected = {name.replace("pixels", "latents") for name in BY_NAME} | {
         "Empirical influence, cross-fitted"
@@ -138,7 +141,7 @@ def lds_run_report(folder):
 
 
 def test_loras_are_those_of_the_training_command(folder, base, experiment, tmp_path):
-    """Subset and seed, and the full LoRA at every quarter, are what `dtrak.train_lora` makes."""
+    """Subset and seed, and the full LoRA at every quarter, are what `dtrak.train` makes."""
     for arguments, names in (
         (["--subset", 2, "--seed", 0], {"": "002-0"}),
         (
@@ -150,7 +153,7 @@ def test_loras_are_those_of_the_training_command(folder, base, experiment, tmp_p
         AcceleratorState._reset_state(reset_partial_state=True)
         code, text = run(
             "--preset", NAME, "--model", base, "--device", "cpu", "--output", output, *arguments,
-            app=train_lora.app,
+            app=train_command.app,
         )  # fmt: skip
         assert code == 0, text
         hashes = set()
@@ -164,14 +167,17 @@ def test_loras_are_those_of_the_training_command(folder, base, experiment, tmp_p
 
 def test_a_lora_never_sees_the_other_half(base, folder, tmp_path):
     experiment = ready(tmp_path / "run", base)
-    experiment.task._posteriors[~experiment.subsets[1]] = float("nan")
-    experiment.task.captions["train"] = [
-        caption if kept else "a hill"
-        for caption, kept in zip(
-            experiment.task.captions["train"], experiment.subsets[1].tolist(), strict=True
-        )
-    ]
-    experiment.task._checked_posteriors = lambda: experiment.task._posteriors
+    again = experiment.retraining
+    again._posteriors[~experiment.subsets[1]] = float("nan")
+    again._checked_posteriors = lambda: again._posteriors
+    again._data = again.data.conditioned(
+        [
+            caption if kept else "a hill"
+            for caption, kept in zip(
+                again.data.conditions, experiment.subsets[1].tolist(), strict=True
+            )
+        ]
+    )
     assert train_one(experiment, "001-0", CPU)
     found = hash_lora(experiment.load_model("001-0").module)
     assert found == hash_lora(load_experiment(folder).load_model("001-0").module)
@@ -188,10 +194,13 @@ def test_folders_are_as_diffusers_writes_and_reads_them(folder, base, experiment
     record = json.loads((place / "training.json").read_text())
     assert record["facts"]["trained weights"] == hash_lora(model.module)
     assert record["settings"]["data"] == {
-        "fingerprint": pictures("train").conditioned(experiment.task.captions["train"]).fingerprint,
+        "preset": NAME,
+        "fingerprint": experiment.data.select(experiment.subsets[3]).fingerprint,
         "rows": 4,
     }
     assert record["settings"]["recipe"]["seed"] == 0
+    assert record["places"] == {"model": str(base)}
+    assert read_training(place / "training.json").start == experiment.retraining.training.start
     assert hash_lora(load(base, place).module) == hash_lora(model.module)
 
 
@@ -330,7 +339,7 @@ def test_features_are_those_of_the_main_command(folder, base, predictor, tmp_pat
 
 def test_checkpoints_and_journeys_are_of_the_right_lora(folder, base, experiment, predictor):
     settings = [Setting(BY_NAME[name], 2, "sjlt") for name in ("TracInCP", "Journey-TRAK")]
-    found = {p.setting.method.name: p for p in predictor.predict(settings)}
+    found = {p.setting.method.title: p for p in predictor.predict(settings)}
     train, joined = predictor.train, predictor.queries
     assert isinstance(train, Samples)
     projection = Projection("sjlt", K)
@@ -364,8 +373,8 @@ def test_checkpoints_and_journeys_are_of_the_right_lora(folder, base, experiment
 
 def test_raw_similarities_are_of_latents(base, experiment, predictor):
     setting = Setting(BY_NAME["Raw pixels, dot"])
-    (named,) = lds_methods.name_raw([setting], experiment.task.raw)
-    assert named.method.name == "Raw latents, dot"
+    named = replace(setting, method=of_latents(setting.method))
+    assert named.method.title == "Raw latents, dot"
     (found,) = predictor.predict([named])
     vae = StableDiffusionPipeline.from_pretrained(base, local_files_only=True).vae.double()
     images = [
@@ -420,7 +429,8 @@ def test_another_base_is_refused(folder, base, tmp_path, monkeypatch):
     moved = shutil.copytree(base, tmp_path / "moved")
     copy = shutil.copytree(folder, tmp_path / "run")
     assert lds_run("prepare", copy, "--model", moved)[0] == 0
-    assert json.loads((copy / "experiment.json").read_text())["base"] == str(moved)
+    places = json.loads((copy / "experiment.json").read_text())["subject"]["training"]["places"]
+    assert places["model"] == str(moved)
     # a base that changed since
     shutil.rmtree(moved)
     shutil.copytree(other, moved)
@@ -442,7 +452,7 @@ def test_latents_that_are_gone_or_others(base, tmp_path):
     (shard,) = latents.glob("*.safetensors")
     content = shard.read_bytes()
     shard.unlink()
-    with pytest.raises(ExperimentError, match="train is incomplete: run prepare again"):
+    with pytest.raises(RetrainingError, match="train is incomplete: run prepare again"):
         train_one(load_experiment(experiment.folder), "full", CPU)
     # prepare makes the same ones again
     assert lds_run("prepare", experiment.folder)[0] == 0
@@ -450,7 +460,7 @@ def test_latents_that_are_gone_or_others(base, tmp_path):
     damaged = bytearray(content)
     damaged[-1] ^= 1
     shard.write_bytes(bytes(damaged))
-    with pytest.raises(ExperimentError, match="does not hold what prepare wrote: run prepare"):
+    with pytest.raises(RetrainingError, match="does not hold what prepare wrote: run prepare"):
         train_one(load_experiment(experiment.folder), "full", CPU)
     code, text = lds_run("prepare", experiment.folder)
     refused(text, code, "must hold the latents this run was prepared with, got others")
@@ -470,22 +480,25 @@ def test_a_damaged_lora_is_refused(folder, tmp_path):
 def test_a_recipe_that_changed_is_refused(folder, monkeypatch):
     changed = replace(PRESET, lora=replace(PRESET.lora, rank=3))
     monkeypatch.setitem(PRESETS, NAME, changed)
-    with pytest.raises(ExperimentError, match=r"something else: lora\.rank is 2 there and 3 here"):
+    with pytest.raises(ExperimentError, match=r"something else: start\.rank is 2 there and 3 here"):
         load_experiment(folder)
 
 
 def test_a_counterfactual_takes_the_run(folder, experiment, tmp_path):
     """Retrained on everything with its own seed, the full LoRA and its pictures come back."""
-    origin = open_origin(folder)
-    console = Console(quiet=True)
-    origin.training.prepare(tmp_path, CPU, console)
-    everything = torch.ones(8, dtype=torch.bool)
-    model = origin.training.retrain(
-        everything, (42, 42), tmp_path, CPU, tmp_path / "training.pt", None
+    origin = open_origin(folder, tmp_path)
+    origin.retraining.prepare(CPU, quiet)
+    made = []
+    assert origin.retraining.train_once(
+        "a", None, (42, 42), CPU, is_done=lambda: False, finish=made.append
     )
+    (model,) = made
     assert hash_lora(model.module) == hash_lora(experiment.load_model().module)
-    drawn = origin.training.draw(model, ["00001.png", "00003.png"])
+    drawn = origin.draw(model, ["00001.png", "00003.png"], CPU)
     assert torch.equal(drawn, to_uint8(origin.queries.images[[1, 3]]))
+    # what is made goes to the experiment's folder, latents are where they were
+    assert {path.name for path in tmp_path.iterdir()} == {"locks", "training"}
+    console = Console(quiet=True)
     scores = origin.gradient_scores("mean_squared_l2_norm", tmp_path / "f", CPU, console)
     assert scores.shape == (4, 8)
 
@@ -495,12 +508,14 @@ def test_a_counterfactual_draws_in_the_precision_of_the_run(base, tmp_path):
     experiment = ready(tmp_path / "run", base, mixed_precision="bf16")
     train_one(experiment, "full", CPU)
     pictures = to_uint8(generated_queries(experiment, CPU).images)
-    origin = open_origin(tmp_path / "run")
-    assert torch.equal(origin.training.draw(origin.load_model(), origin.queries.ids), pictures)
-    assert origin.training.identity()["drawn in"] == "bfloat16"
-    in_float32 = replace(origin.training, drawn_in="float32")
-    assert not torch.equal(in_float32.draw(origin.load_model(), origin.queries.ids), pictures)
-    assert "drawn in" not in in_float32.identity()
+    origin = open_origin(tmp_path / "run", tmp_path / "cf")
+    ids = origin.queries.ids
+    assert torch.equal(origin.draw(origin.load_model(), ids, CPU), pictures)
+    before = origin.identity()["training"]
+    assert before["drawing"]["dtype"] == "bfloat16"
+    origin.retraining.drawing = replace(origin.retraining.drawing, dtype="float32")
+    assert not torch.equal(origin.draw(origin.load_model(), ids, CPU), pictures)
+    assert origin.identity()["training"] != before
 
 
 def test_a_retrain_family_of_loras_its_ensemble_and_clip(folder, base, tmp_path, clip_folder):
@@ -518,7 +533,7 @@ def test_a_retrain_family_of_loras_its_ensemble_and_clip(folder, base, tmp_path,
     # each of its own LoRA: the features are those of the model loaded by hand
     experiment = load_experiment(copy)
     settings = FeatureSettings("loss", (0, 500), 0, Projection("sjlt", K))
-    train, found = experiment.task.samples("train", experiment.data, CPU), []
+    train, found = experiment.retraining.samples("train", experiment.data, CPU), []
     for name in experiment.names(family="retrain"):
         place = copy / "features" / f"loss-sjlt-2-{name}" / "train"
         kept = FeatureStore(place, json.loads((place / "manifest.json").read_text())).load()

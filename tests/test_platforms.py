@@ -112,7 +112,7 @@ folder = pathlib.Path(sys.argv[1])
 run = finished_run.make_run(folder)
 import dtrak.cli.attribution, dtrak.cli.counterfactual_experiment, dtrak.cli.lds_stages
 import dtrak.methods.baselines, dtrak.pages.report, dtrak.training.drawing
-import dtrak.training.fine_tuning, dtrak.training.from_preset
+import dtrak.evaluation.retraining, dtrak.training.command
 import dtrak_kernels
 grads = torch.ones(2, 300)
 for kind in ("rademacher", "normal"):

@@ -10,7 +10,7 @@ import torch
 from dtrak.data.samples import Samples
 from dtrak.evaluation.lds.statistics import halves, lds
 from dtrak.evaluation.lds.table import Results
-from dtrak.evaluation.lds.tasks import TRAIN
+from dtrak.evaluation.retraining import TRAIN
 from dtrak.methods.scores import trak
 from dtrak_kernels.ridge import RidgeSolver
 

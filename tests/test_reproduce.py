@@ -47,7 +47,7 @@ def test_commands_parse(line):
 
 def test_options_named_in_the_text_exist():
     known = set()
-    for name in ("attribute", "counterfactual", "lds", "report", "train", "train_lora"):
+    for name in ("attribute", "counterfactual", "lds", "report", "train"):
         command = typer.main.get_command(importlib.import_module(f"dtrak.{name}").app)
         for part in (command, *getattr(command, "commands", {}).values()):
             known |= {option for p in part.params for option in p.opts + p.secondary_opts}

@@ -50,13 +50,11 @@ REFUSALS = {
     "train": [
         ("--preset cifar3 --output x", "did you mean 'cifar2'?"),
         ("--preset digits --output x --steps -3", "--steps must be at least 1, got -3"),
-        ("--preset artbench2 --output x", "see python -m dtrak.train_lora"),
-    ],
-    "train_lora": [
-        ("--output x", "--model and --data must be given where there is no --preset"),
-        ("--output x --preset digits", "--preset must be one that fine-tunes"),
-        ("--output x --preset artbench2 --rank 0", "--rank must be at least 1, got 0"),
-        ("--output x --preset artbench2 --caption a", "--resolution and --caption are the"),
+        ("--output x", "--data and --config or --model must be given where there is no --preset"),
+        ("--output x --preset digits --lora-rank 2", "--lora-rank is not for --preset digits"),
+        ("--output x --preset artbench2 --lora-rank 0", "--lora-rank must be at least 1, got 0"),
+        ("--output x --preset artbench2 --caption a", "--caption is the preset's own"),
+        ("--output x --data y --config z --schedule a", "--schedule must be one of cosine, linear"),
     ],
     "generate": [
         ("--model nowhere --output x", "model must be an existing folder that Diffusers wrote"),
@@ -66,13 +64,16 @@ REFUSALS = {
     "lds": [
         ("prepare --preset cifar3", "did you mean 'cifar2'?"),
         ("prepare --output x --num-subsets 0", "num_subsets must be at least 1, got 0"),
+        ("prepare --prompts x", "--prompts needs --run, whose model it is about"),
+        ("prepare --run x --preset digits", "--run and --preset exclude each other, got both"),
+        ("prepare --run x --model y", "--model is for presets, a --run says its own"),
         ("train --output nowhere", "nowhere must be a folder that prepare made"),
         ("evaluate --output nowhere --projection x", "--projection must be one of rademacher"),
         ("evaluate --output nowhere --ensemble 1", "--ensemble must be numbers of models"),
         ("report --resamples 3", "--resamples must be at least 1000, got 3"),
     ],
     "counterfactual": [
-        ("--run nowhere", "a run must be an existing folder, got nowhere"),
+        ("nowhere", "a run must be an existing folder, got nowhere"),
         ("--methods d-track", "did you mean 'd-trak'?"),
         ("--methods clip-dot", "--clip must name a folder with a CLIP model"),
         ("--retrainings 0", "--retrainings must be at least 1, got 0"),

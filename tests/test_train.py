@@ -20,7 +20,8 @@ from dtrak.models import load
 from dtrak.models.hashing import hash_model
 from dtrak.models.unet import digits_model
 from dtrak.runs.files import LOCK_FILE
-from dtrak.training.from_preset import checkpoint_steps, load_checkpoints, read_ids, select_without
+from dtrak.training.command import checkpoint_steps, load_checkpoints
+from dtrak.training.data import positions_without, read_ids
 from dtrak.training.presets import get_preset
 from dtrak.training.trainer import Recipe, one_thread, train
 
@@ -65,7 +66,9 @@ def test_trains_what_the_library_trains(run, tmp_path, digits):
     pipeline = DDPMPipeline.from_pretrained(folder)
     assert hash_model(pipeline.unet) == hash_model(expected.module)
     written = json.loads((folder / "training.json").read_text())
-    assert written["settings"]["data"] == {"fingerprint": digits.fingerprint, "rows": 1000}
+    about = {"fingerprint": digits.fingerprint, "rows": 1000, "preset": "digits"}
+    assert written["settings"]["data"] == about
+    assert written["settings"]["start"] == {"preset": "digits"}
     assert written["settings"]["recipe"] == Recipe(steps=6, batch_size=8).to_dict()
     assert written["facts"]["trained weights"] == hash_model(expected.module)
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -149,6 +152,7 @@ def test_without_some_images(run, tmp_path, digits):
     kept = [position for position in range(1000) if position not in (0, 7, 999)]
     written = json.loads((tmp_path / "run" / "training.json").read_text())["settings"]
     assert written["data"]["fingerprint"] == digits.select(kept).fingerprint
+    assert written["data"]["without"] == [removed[2], removed[0], removed[1]]
     (tmp_path / "ids.txt").write_text("digits/9999\n")
     message = "ids must be of the training images, got 1 others, such as 'digits/9999'; theirs are"
     failing(run, message, "--without", tmp_path / "ids.txt", output=tmp_path / "b")
@@ -160,8 +164,8 @@ def test_without_some_images(run, tmp_path, digits):
 def test_selecting_nothing(digits):
     few = digits.select([0, 1])
     with pytest.raises(ValueError, match="ids must leave at least one image, got all 2"):
-        select_without(few, few.ids)
-    assert select_without(few, []).ids == few.ids
+        positions_without(few, few.ids)
+    assert positions_without(few, []) == [0, 1]
 
 
 def test_ids(tmp_path):
@@ -196,7 +200,15 @@ def test_averaged_and_mixed(run, tmp_path):
         (["--mixed-precision", "fp16"], "--mixed-precision fp16 must run on a GPU, got the CPU"),
         (["--device", "gpu"], "--device must be one of auto, cpu, got 'gpu'"),
         (["--preset", "cifar"], "did you mean 'cifar"),
-        (["--preset", "artbench2"], "--preset artbench2 fine-tunes a text-to-image model"),
+        (
+            ["--schedule", "cosin"],
+            "--schedule must be one of cosine, linear, constant",
+        ),
+        (
+            ["--lora-rank", "2"],
+            "--lora-rank is not for --preset digits",
+        ),
+        (["--caption-dropout", "0.1"], "caption_dropout must be 0 for a model that reads no"),
         (["--preset", "celeba"], "the data of 'celeba' must be given (--data)"),
         (["--preset", "cifar2", "--data", "./nothing"], "no file or folder at './nothing'"),
     ],
@@ -207,7 +219,7 @@ def test_misuse(run, tmp_path, arguments, message):
 
 
 def test_a_training_that_fails_says_so(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("dtrak.training.from_preset.train", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr("dtrak.training.command.train", lambda *args, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run()
     assert not (tmp_path / "run" / "model_index.json").exists()

@@ -47,6 +47,7 @@ PRESET = TinyLoraPreset(
         flip=True,
         dropout=0.1,
         warm_up_from_zero=True,
+        caption_dropout=0.1,
     ),
     Draw(8, 8),
     Draw(3, 3),

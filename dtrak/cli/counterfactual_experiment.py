@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from ..evaluation.counterfactual.options import (
     GRADIENT_METHODS,
     NOTHING,
     RANDOM,
-    check_methods,
-    check_output,
+    Options,
+    check_options,
 )
 from ..evaluation.counterfactual.origin import Origin, open_origin
 from ..evaluation.counterfactual.results import (
@@ -37,10 +37,16 @@ from ..evaluation.counterfactual.retraining import (
     prepare,
     removal_positions,
 )
-from ..methods.baselines import Clip, clip_embeddings, raw_similarity, vae_latents
+from ..methods.baselines import (
+    Clip,
+    clip_embeddings,
+    load_clip,
+    load_vae,
+    raw_similarity,
+    vae_latents,
+)
 from ..pages.counterfactual import write_box_plot, write_strips
-from ..runs.choices import check_counts
-from ..runs.console import progress_bar
+from ..runs.console import choose_device, progress_bar
 from ..runs.measure import available_bytes
 from ..runs.results import read_scores
 from ..runs.workers import NAME_BYTES, work
@@ -92,44 +98,11 @@ class _Scorer:
         return scores
 
 
-def run_counterfactual(
-    folder: Path,
-    methods: Sequence[str],
-    *,
-    top_k: int | None,
-    num_queries: int | None,
-    retrainings: int,
-    draw: str | None,
-    seed: int | None,
-    preset: str | None,
-    source: str | None,
-    timesteps: int | None,
-    clip: Clip | None,
-    vae: Any,
-    processes: int,
-    device: torch.device,
-    output: Path | None,
-    console: Console,
-) -> Counterfactual | None:
+def run_counterfactual(options: Options, console: Console) -> Counterfactual | None:
     """Run the whole experiment.
 
     Args:
-        folder: of a finished run of `dtrak.attribute`, or one of `dtrak.lds` with its full model.
-        methods: of `METHODS`, or ``name=file`` for scores computed elsewhere.
-        top_k: how many training images are removed; None takes a fifth of them.
-        num_queries: Q, queries of the run that are drawn again; None takes the published 60, or
-            10 of our own draw, or all there are.
-        retrainings: R, models trained for each removal.
-        draw: of the queries and of the random removals, as `draw.choose_draw`.
-        seed: likewise.
-        preset: that trained the model, where the run does not know.
-        source: where the training images lie, if not where the run found them.
-        timesteps: S of gradient features; None takes the run's.
-        clip: adds CLIP similarity, and the methods that need it.
-        vae: adds the distance of latents, and the methods that need it.
-        processes: models trained at once.
-        device: where; ``cuda`` shares all GPUs out between the processes.
-        output: folder of the experiment; None puts it into the run's.
+        options: as `check_options` leaves them.
         console: where progress goes.
 
     Returns:
@@ -139,15 +112,26 @@ def run_counterfactual(
         ValueError: an option or a folder is refused; one clear line.
         FileNotFoundError: a path does not exist.
     """
+    check_options(options)
+    device, output, methods = choose_device(options.device), options.folder, options.method_names
+    clip = None if options.clip is None else load_clip(options.clip, device)
+    vae = None if options.vae is None else load_vae(options.vae, device)
     names = [method.partition("=")[0] for method in methods]
-    check_methods(methods, clip, vae)
-    check_counts(retrainings=retrainings, processes=processes)
-    output = folder / "counterfactual" if output is None else output
-    check_output(output)
-    origin = open_origin(folder, preset=preset, source=source, timesteps=timesteps)
-    drawn = choose_draw(draw, seed, origin.preset, origin.queries.ids, len(origin.data))
-    rows = drawn.choose_queries(len(origin.queries), num_queries)
-    k = max(1, round(DEFAULT_PART * len(origin.data))) if top_k is None else top_k
+    origin = open_origin(
+        options.run,
+        output,
+        recipe=options.recipe,
+        preset=options.preset,
+        source=options.data,
+        timesteps=options.timesteps,
+        queries=options.queries,
+    )
+    seed, retrainings = options.seed, options.retrainings
+    drawn = choose_draw(options.draw, seed, origin.preset, origin.queries.ids, len(origin.data))
+    rows = drawn.choose_queries(len(origin.queries), options.num_queries)
+    k = options.top_k
+    if k is None:
+        k = max(1, round(DEFAULT_PART * len(origin.data)))
     check_removal(k, len(origin.data))
     models = retrainings * len(rows) * len(methods)
     if models * NAME_BYTES > available_bytes(torch.device("cpu")):
@@ -170,12 +154,14 @@ def run_counterfactual(
         {name: removed[method] for name, method in zip(names, methods, strict=True)},
         top_k=k,
         retrainings=retrainings,
-        preset=preset,
-        source=source,
+        recipe=options.recipe,
+        preset=options.preset,
+        source=options.data,
+        queries=options.queries,
     )
     if experiment.missing():
-        origin.training.prepare(output, device, console)
-        _retrain(experiment, processes, device, console)
+        origin.retraining.prepare(device, partial(progress_bar, console))
+        _retrain(experiment, options.processes, device, console)
     left = experiment.missing()
     if left:
         console.print(f"another command is at work on {len(left)} of {len(experiment.jobs)} models")
@@ -210,7 +196,7 @@ def _measure(
     rows = [origin.queries.ids.index(query) for query in experiment.query_ids]
     originals = to_uint8(origin.queries.pictures(rows))
     model.to(device)
-    again = origin.training.draw(model, experiment.query_ids)
+    again = origin.draw(model, experiment.query_ids, device)
     settings: dict[str, Any] = {
         "run": str(origin.folder),
         "training images": len(origin.data),
@@ -218,7 +204,7 @@ def _measure(
         "queries": len(experiment.query_ids),
         "retrainings of each removal": experiment.retrainings,
         "draw of queries and random removals": draw.description,
-        "training steps": origin.training.recipe.num_steps(len(origin.data) - k),
+        "training steps": origin.retraining.recipe.num_steps(len(origin.data) - k),
         # what the run's own model, drawing alone instead of in a batch, already changes
         "largest change by drawing again": f"{_largest_change(originals, again)} of 255",
     }

@@ -7,52 +7,48 @@ output function in common, each with its own model, features and damping.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from rich.console import Console
 
-from ..runs.console import reporting_errors, run_app
 from ..runs.record import check_runs
+from ..runs.stated import argument, option
+from .options import make_app
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asked for."""
+
+    runs: list[str] = argument(help="Folders of finished runs of dtrak.attribute.")  # noqa: RUF009
+    output: str = option(help="File of the mean scores, *.safetensors; what was there is lost.")
+    queries: str | None = option(
+        None,
+        help="Which set of queries of the first run, such as generated-1a2b3c4d; the others' set "
+        "of the same pictures goes with it. Default: the only one they have in common.",
+    )
 
 
-@app.command()
-def average(
-    runs: Annotated[list[str], typer.Argument(help="Folders of finished runs of dtrak.attribute.")],
-    output: Annotated[
-        str, typer.Option(help="File of the mean scores, *.safetensors; what was there is lost.")
-    ],
-    traceback: Annotated[
-        bool, typer.Option("--traceback", help="Show where an error came from.")
-    ] = False,
-) -> None:
+def run(options: Options, console: Console) -> None:
     """Average the scores of several models.
 
     Draw the pictures with one model, and give the others its folder: --queries runs/a/generated.
     """
-    console = Console(stderr=True)
-    with reporting_errors(console, traceback):
-        check_runs(runs, Path(output))
-        # as in dtrak.train
-        from ..methods.ensemble import average_runs
+    check_runs(options.runs, Path(options.output))
+    # as in dtrak.train
+    from ..methods.ensemble import average_runs
 
-        scores = average_runs(runs, output)
-        M, N = scores.shape
-        console.print(
-            f"{output}: mean scores of {len(runs)} models, {M} pictures by {N} training images",
-            highlight=False,
-            soft_wrap=True,
-        )
+    M, N = average_runs(options.runs, options.output, options.queries).shape
+    console.print(
+        f"{options.output}: mean scores of {len(options.runs)} models, {M} pictures by {N} "
+        "training images",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of ``python -m dtrak.ensemble``."""
-    run_app(app, "dtrak.ensemble", arguments)
-
+app, main = make_app("dtrak.ensemble", Options, run)
 
 if __name__ == "__main__":
     main()

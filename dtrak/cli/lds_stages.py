@@ -14,14 +14,19 @@ from rich.console import Console
 
 from .. import __version__
 from ..evaluation.lds.clip import ClipEncoder
+from ..evaluation.lds.commands import (
+    EvaluateOptions,
+    PrepareOptions,
+    ReportOptions,
+    TrainOptions,
+)
 from ..evaluation.lds.ensembles import ensemble_predictions, find_members
 from ..evaluation.lds.experiment import (
     Experiment,
     encode,
     load_experiment,
-    missing_queries,
     prepare,
-    query_sets,
+    prepare_run,
     train_one,
     trained_names,
 )
@@ -38,17 +43,18 @@ from ..evaluation.lds.methods import (
     Setting,
     feature_bytes,
     list_settings,
-    name_raw,
 )
+from ..evaluation.lds.names import names_of, of_latents
 from ..evaluation.lds.options import (
-    DEFAULT_PRESET,
     FAMILIES,
+    FEWEST_SUBSETS,
     FULL,
     LDS,
     RETRAIN,
     LossSettings,
-    check_preset,
+    check_name,
 )
+from ..evaluation.lds.queries import missing_queries, query_sets
 from ..evaluation.lds.table import (
     FEWEST_FITTED,
     Entry,
@@ -61,7 +67,9 @@ from ..evaluation.lds.table import (
     packaged_results,
     save_results,
 )
+from ..evaluation.subject import find_trained, subject_of_run
 from ..features.extraction import Samples
+from ..methods import CHECKPOINTS, Method
 from ..pages.lds_report import print_table, read_table, render_markdown, write_plots
 from ..runs.console import choose_device, model_bar, progress_bar
 from ..runs.files import write_atomically
@@ -123,26 +131,35 @@ def _worker_device(name: str, worker: int) -> torch.device:
     return device
 
 
-def prepare_run(
-    folder: Path, preset: str, data: str | None, device: str, console: Console, **about: Any
-) -> None:
+def prepare_experiment(folder: Path, name: str, options: PrepareOptions, console: Console) -> None:
     """Draw the subsets and take the queries.
 
     Args:
         folder: of the run.
-        preset: its name.
-        data: where the data set lies; None as in `experiment.prepare`.
-        device: as typed.
+        name: of its preset or model.
+        options: as typed.
         console: where progress goes.
-        about: the options of `experiment.prepare`.
     """
-    experiment = prepare(folder, get_preset(preset), data, **about)
-    encode(experiment, _worker_device(device, 0), partial(progress_bar, console))
+    if options.run is None:
+        experiment = prepare(
+            folder,
+            get_preset(name),
+            options.data,
+            model=options.model,
+            mixed_precision=options.mixed_precision,
+            **options.numbers,
+        )
+    else:
+        experiment = _prepare_own(folder, options, console)
+    encode(experiment, _worker_device(options.device, 0), partial(progress_bar, console))
     size = int(experiment.subsets[0].sum())
+    left = [n for n in (FULL, *experiment.names()) if not experiment.is_trained(n)]
     console.print(
         f"{experiment.folder}: {len(experiment.subsets)} subsets of {size} of "
-        f"{len(experiment.data)} images, {len(experiment.names()) + 1} models to train",
+        f"{len(experiment.data)} images, {len(left)} models to train, "
+        f"{experiment.retraining.recipe.num_steps(size):,} steps each",
         highlight=False,
+        soft_wrap=True,
     )
     if len(experiment.retrain):
         console.print(
@@ -152,34 +169,48 @@ def prepare_run(
         )
 
 
-def train_models(
-    folder: Path,
-    family: str,
-    bounds: tuple[int, int | None],
-    processes: int,
-    device: str,
-    console: Console,
-) -> None:
+def _prepare_own(folder: Path, options: PrepareOptions, console: Console) -> Experiment:
+    trained = find_trained(str(options.run), recipe=options.recipe, source=options.data)
+    subject = subject_of_run(
+        trained,
+        prompts=options.prompts,
+        classes=options.class_numbers,
+        num_inference_steps=options.num_inference_steps,
+        guidance_scale=options.guidance_scale,
+        validation=options.validation,
+    )
+    experiment = prepare_run(folder, subject, trained, **options.numbers)
+    if subject.items is not None:
+        shown = ", ".join(repr(item) for item in subject.items[:3])
+        more = f" and {len(subject.items) - 3} more" if len(subject.items) > 3 else ""
+        console.print(f"pictures are drawn from {shown}{more}", highlight=False, soft_wrap=True)
+    if experiment.validation is None:
+        console.print(
+            "no held-out images: the queries are what the model draws (--validation FOLDER adds "
+            "others)",
+            highlight=False,
+        )
+    return experiment
+
+
+def train_models(folder: Path, options: TrainOptions, console: Console) -> None:
     """Train the full model and those of a family that are missing, and draw the queries.
 
     Args:
         folder: of the run.
-        family: whose models.
-        bounds: first subset, and last, excluded.
-        processes: models trained at once.
-        device: as typed.
+        options: as typed.
         console: where progress goes.
     """
     experiment = load_experiment(folder)
-    names = [FULL, *experiment.names(*bounds, family)]
+    names = [FULL, *experiment.names(options.first, options.last, options.family)]
     missing = [name for name in names if not experiment.is_trained(name)]
     if missing:
         with model_bar(console, "train", len(missing)) as report:
-            work(_TrainJob(folder, device), missing, processes, report)
+            work(_TrainJob(folder, options.device), missing, options.processes, report)
     _say_what_is_left(console, len(trained_names(experiment, names)), len(names), "trained")
     if experiment.is_trained(FULL) and missing_queries(experiment):
         with progress_bar(console, "draw the queries") as progress:
-            query_sets(experiment, _worker_device(device, 0), progress)
+            query_sets(experiment, _worker_device(options.device, 0), progress)
 
 
 def _say_what_is_left(console: Console, done: int, total: int, verb: str) -> None:
@@ -187,52 +218,33 @@ def _say_what_is_left(console: Console, done: int, total: int, verb: str) -> Non
     console.print(f"{done} of {total} models are {verb}{others}", highlight=False)
 
 
-def evaluate(
-    folder: Path,
-    losses: LossSettings,
-    features: tuple[list[int], list[str]],
-    sizes: Sequence[int],
-    *,
-    family: str | None,
-    bounds: tuple[int, int | None],
-    processes: int,
-    batch_size: int,
-    device: str,
-    clip: str | None,
-    losses_only: bool,
-    console: Console,
-) -> None:
+def evaluate_models(folder: Path, options: EvaluateOptions, console: Console) -> None:
     """Measure the losses under the models trained so far, and predict them with every method.
 
     Args:
         folder: of the run.
-        losses: how they are measured.
-        features: numbers of timesteps and kinds of projections.
-        sizes: of the ensembles.
-        family: whose losses; None for both, or for the first where ``bounds`` are given.
-        bounds: first subset, and last, excluded.
-        processes: models worked on at once.
-        batch_size: noisy images per forward pass.
-        device: as typed.
-        clip: folder of a CLIP model, if any.
-        losses_only: leave the methods for later.
+        options: as typed.
         console: where progress goes.
     """
-    settings = list_settings(*features, with_clip=clip is not None)
+    losses, sizes, bounds = options.losses, options.sizes, (options.first, options.last)
+    device, clip, losses_only = options.device, options.clip, options.losses_only
     experiment = load_experiment(folder)
+    methods = _usable_methods(experiment, options, console)
+    settings = list_settings(*options.features, methods)
     main_device = _worker_device(device, 0)
     # what is missing is said before hours are spent on the losses
     if sizes and not losses_only:
         find_members(experiment, sizes[-1])
     encoder = None if clip is None or losses_only else ClipEncoder(clip, main_device)
-    families = _families(experiment, family, bounds)
+    if not losses_only:
+        _check_enough(experiment)
+    families = _families(experiment, options.family, bounds)
     wanted = [name for each in families for name in experiment.names(*bounds, each)]
     trained = trained_names(experiment, wanted)
     if experiment.is_trained(FULL) or not losses_only:
         T = experiment.load_model().process.num_timesteps
         _check_timesteps(T, "--loss-timesteps", losses.num_timesteps)
         _check_timesteps(T, "--timesteps", max(each.num_timesteps for each in settings))
-    settings = name_raw(settings, experiment.task.raw)
     queries = query_sets(experiment, main_device)
     done = {name for each in families for name in measured_names(experiment, each, queries)}
     missing = [name for name in trained if name not in done]
@@ -240,7 +252,12 @@ def evaluate(
     claim_settings(experiment, losses)
     if missing:
         with model_bar(console, "losses", len(missing)) as report:
-            work(_LossJob(folder, device, losses, batch_size), missing, processes, report)
+            work(
+                _LossJob(folder, device, losses, options.batch_size),
+                missing,
+                options.processes,
+                report,
+            )
     for each in families:
         total = len(experiment.names(family=each))
         label = "" if each == LDS else f"{each} family: "
@@ -252,11 +269,66 @@ def evaluate(
     if losses_only:
         return
     bars = partial(progress_bar, console)
-    predictor = Predictor(experiment, queries, main_device, bars, encoder)
+    predictor = Predictor(
+        experiment,
+        queries,
+        main_device,
+        bars,
+        encoder,
+        batch_size=options.feature_batch_size,
+        flips=options.flips,
+    )
+    estimate = predictor.estimate(settings)
+    if estimate is not None:
+        console.print(estimate, highlight=False, soft_wrap=True)
     results = _predict(predictor, queries, losses, settings, sizes, console)
+    if options.flips:
+        results.about["flips"] = True
     save_results(folder / "results.npz", results)
     console.print(f"results: {folder / 'results.npz'}", highlight=False)
     _say_what_features_take(experiment, console)
+
+
+def _usable_methods(
+    experiment: Experiment, options: EvaluateOptions, console: Console
+) -> list[Method]:
+    """The methods that were asked for, without those whose models on the way were not kept."""
+    chosen = options.chosen
+    if experiment.retraining.like().encoding is not None:
+        chosen = [of_latents(method) for method in chosen]
+    if experiment.checkpoint_steps:
+        return chosen
+    lacking = [method for method in chosen if method.needs == CHECKPOINTS]
+    if lacking:
+        how = "dtrak.train --keep-checkpoints 4"
+        if options.methods is not None:
+            raise ValueError(
+                f"--methods {names_of(lacking)} must have models that were kept on the way, this "
+                f"run has none ({how})"
+            )
+        console.print(
+            f"left out: {names_of(lacking)}, for which no models were kept on the way ({how})",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return [method for method in chosen if method not in lacking]
+
+
+def _check_enough(experiment: Experiment) -> None:
+    """Refuse too few models before any loss is measured.
+
+    Raises:
+        ValueError: fewer subsets than a rank correlation can be judged on are trained.
+    """
+    counts = [
+        all(experiment.is_trained(name) for name in experiment.names(subset, subset + 1))
+        for subset in range(len(experiment.subsets))
+    ]
+    if sum(counts) < FEWEST_SUBSETS:
+        raise ValueError(
+            f"models must be trained on at least {FEWEST_SUBSETS} subsets, with every seed, got "
+            f"{sum(counts)}: run train (or --losses-only, to measure those there are)"
+        )
 
 
 def _say_what_is_outdated(
@@ -307,9 +379,10 @@ def _predict(
     """The results of an experiment as far as it has come."""
     experiment = predictor.experiment
     complete, measured = load_losses(experiment, LDS, queries)
-    if len(complete) < 4:
+    if len(complete) < FEWEST_SUBSETS:
         raise ValueError(
-            f"models must be trained and measured on at least 4 subsets, got {len(complete)}"
+            f"models must be trained and measured on at least {FEWEST_SUBSETS} subsets, got "
+            f"{len(complete)}"
         )
     entries = [_entry(prediction, complete) for prediction in predictor.predict(settings)]
     if sizes:
@@ -325,7 +398,7 @@ def _predict(
 def _entry(prediction: Prediction, complete: Sequence[int]) -> Entry:
     setting = prediction.setting
     return Entry(
-        setting.method.name,
+        setting.method.title,
         setting.num_timesteps,
         setting.projection,
         prediction.kinds,
@@ -363,44 +436,36 @@ def _about(
     losses: dict[str, torch.Tensor],
     settings: LossSettings,
 ) -> dict[str, Any]:
-    preset, size = experiment.preset, int(experiment.subsets[0].sum())
+    recipe, size = experiment.retraining.recipe, int(experiment.subsets[0].sum())
     return {
-        "preset": preset.name,
+        "preset": experiment.subject.name,
         "models": len(complete),
         "subsets": list(complete),
         "seeds": list(experiment.seeds),
         "samples": len(experiment.data),
         "subset_size": size,
-        "steps": preset.recipe.num_steps(size),
-        "recipe": preset.recipe.to_dict(),
+        "steps": recipe.num_steps(size),
+        "recipe": recipe.to_dict(),
         "data": experiment.data.fingerprint,
         "queries": {kind: values.shape[1] for kind, values in losses.items()},
         "loss_timesteps": settings.num_timesteps,
         "noise_seeds": settings.num_noise_seeds,
-        **experiment.task.deciding(),
+        **experiment.retraining.deciding(),
         "versions": {"dtrak": __version__, "torch": torch.__version__},
     }
 
 
-def show_table(
-    folder: Path,
-    preset: str | None,
-    output: str | None,
-    resamples: int,
-    markdown: str | None,
-    console: Console,
-) -> None:
+def show_table(folder: Path, name: str, options: ReportOptions, console: Console) -> None:
     """Show the table of a run, or of the preset as it comes with the package, and plot it.
 
     Args:
         folder: of the run.
-        preset: as typed.
-        output: as typed.
-        resamples: of the models, for intervals.
-        markdown: file of the table as Markdown, if any.
+        name: of its preset or model.
+        options: as typed.
         console: where progress goes.
     """
-    table = _table(folder, preset, output, resamples, console)
+    table = _table(folder, name, options, console)
+    markdown = options.markdown
     print_table(table, Console())
     reports = folder / "report"
     files = write_plots(table, reports)
@@ -414,24 +479,23 @@ def show_table(
     )
 
 
-def _table(
-    folder: Path, preset: str | None, output: str | None, resamples: int, console: Console
-) -> dict[str, Any]:
+def _table(folder: Path, name: str, options: ReportOptions, console: Console) -> dict[str, Any]:
     """The table of the run in ``folder``, or the packaged one where there is no run."""
     file, kept = folder / "results.npz", folder / "report" / "table.json"
     if not file.is_file():
-        packaged = packaged_results(preset or DEFAULT_PRESET)
-        if output is not None or (folder / "experiment.json").is_file() or packaged is None:
+        packaged = None if options.run is not None else packaged_results(name)
+        is_run = (folder / "experiment.json").is_file()
+        if options.output is not None or is_run or packaged is None:
             raise ValueError(f"{folder} must hold results.npz: run evaluate first")
         console.print(f"no run in {folder}: these are the results in the package", highlight=False)
         results, table = packaged
-        if table["num_resamples"] == resamples:
+        if table["num_resamples"] == options.resamples:
             return table
     else:
         results = load_results(file)
-        check_preset(preset, results.about["preset"], folder)
+        check_name(options.preset, results.about["preset"], folder)
         found = read_table(kept, results)
-        if found is not None and found["num_resamples"] == resamples:
+        if found is not None and found["num_resamples"] == options.resamples:
             return found
     with progress_bar(console, "intervals") as progress:
-        return make_table(results, num_resamples=resamples, progress=progress)
+        return make_table(results, num_resamples=options.resamples, progress=progress)

@@ -20,6 +20,9 @@ from .outputs import evaluate_output
 from .settings import FeatureSettings
 from .store import Store
 
+# before the id that decides the noise of a mirror image
+_MIRRORED = "mirrored/"
+
 
 class Extractor(Protocol):
     """Turns what a model is given into features."""
@@ -32,6 +35,8 @@ class Extractor(Protocol):
     #: ``P`` and ``K``
     grad_dim: int
     proj_dim: int
+    #: whether features of mirror images are averaged with those of the images
+    flips: bool
 
     def extract(
         self, inputs: Tensor, ids: Sequence[str], items: Sequence[Any] | None = None
@@ -43,8 +48,13 @@ class Extractor(Protocol):
 def extract_rows(extractor: Extractor, data: Samples, rows: slice, role: str = "") -> Tensor:
     """Features of a slice of ``data``, ``[rows, K]``; for ``role`` see `fill_store`."""
     ids = [role + name for name in data.ids[rows]]
-    inputs = given(extractor.model, data, rows, extractor.device)
-    return extractor.extract(inputs, ids, data.conditions_of(rows))
+    inputs, items = given(extractor.model, data, rows, extractor.device), data.conditions_of(rows)
+    features = extractor.extract(inputs, ids, items)
+    if not extractor.flips:
+        return features
+    mirrored = extractor.model.inputs(data.pictures(rows).flip(-1), extractor.device)
+    # another noise: one for both would count twice what it has in common with a query's
+    return (features + extractor.extract(mirrored, [_MIRRORED + i for i in ids], items)) / 2
 
 
 def given(model: Denoiser, data: Samples, rows: slice, device: torch.device) -> Tensor:
@@ -119,6 +129,7 @@ class FusedExtractor:
     def __init__(self, model: Denoiser, settings: FeatureSettings, device: torch.device) -> None:
         model.to(device, settings.dtype)
         self.model, self.settings, self.device = model, settings, device
+        self.flips = settings.flips
         self.sketcher = GradientSketcher(
             model.module,
             settings.projection,

@@ -23,7 +23,7 @@ _BATCH = 4
 class _Encoder:
     """Fills a store with what a model is given instead of features."""
 
-    method, grad_dim, proj_dim = "encoder", 0, 0
+    method, grad_dim, proj_dim, flips = "encoder", 0, 0, False
 
     def __init__(self, model: Denoiser, device: torch.device) -> None:
         self.model, self.device = model, device
@@ -116,7 +116,7 @@ def read_latents(store: FeatureStore, model: Denoiser, data: Samples) -> Samples
 
 
 def read_posteriors(store: FeatureStore, model: Denoiser, data: Samples) -> Tensor:
-    """What `dtrak.training.lora_trainer.train_lora` draws latents from.
+    """What `dtrak.training.trainer.train` draws latents from.
 
     Returns:
         ``[N, 2, 2, C, h, w]`` float32 on the CPU: images as they are and mirrored left to right,

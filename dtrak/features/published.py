@@ -102,7 +102,7 @@ class PublishedExtractor:
         self.dtype = torch.float64 if settings.dtype == "float64" else torch.float32
         self.model = _plain_attention(model)
         self.model.to(device, settings.dtype)
-        self.settings, self.device = settings, device
+        self.settings, self.device, self.flips = settings, device, settings.flips
         chosen = set(model.parameters())
         self.parameters = {
             name: parameter.detach()

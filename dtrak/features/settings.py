@@ -20,6 +20,8 @@ class FeatureSettings:
         timesteps: S timestep indices; gradients are averaged over them.
         noise_seed: see `noise.sample_noise`.
         projection: the random matrix.
+        flips: features of an image are the mean of its own and its mirror image's, each with noise
+            of its own: for training images of a model that was trained with flips.
         dtype: one of `choices.DTYPES`; 16-bit types run under autocast, features are float32
             (float64 for ``"float64"``).
     """
@@ -29,6 +31,7 @@ class FeatureSettings:
     noise_seed: int
     projection: Projection
     dtype: str = "float32"
+    flips: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-serialisable values."""
@@ -38,4 +41,5 @@ class FeatureSettings:
             "noise_seed": self.noise_seed,
             "projection": self.projection.to_dict(),
             "dtype": self.dtype,
+            **({"flips": True} if self.flips else {}),
         }

@@ -11,7 +11,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..runs.files import write_atomically
-from ..runs.record import ResultsError, check_runs
+from ..runs.record import (
+    MANIFEST,
+    ResultsError,
+    check_runs,
+    find_queries,
+    list_queries,
+    read_json,
+)
 from ..runs.results import Attribution, load_attribution
 from .scores import ensemble
 
@@ -23,11 +30,16 @@ _SHARED = {
 }
 
 
-def average_runs(folders: Sequence[str | Path], output: str | Path) -> Tensor:
+def average_runs(
+    folders: Sequence[str | Path], output: str | Path, queries: str | None = None
+) -> Tensor:
     """Average the scores of several runs of `dtrak.attribute`, and write them as one of them would.
 
     Args:
         folders: of finished runs, at least two, on the same images with the same output function.
+        queries: which set of queries of the first run, as `record.find_queries`; the others' set of
+            the same pictures, whatever it is called there, goes with it. None for the only one that
+            all of them have.
         output: a ``.safetensors`` file; what takes a run's scores takes it too, such as
             ``--methods mean=FILE`` of `dtrak.counterfactual`.
 
@@ -41,7 +53,8 @@ def average_runs(folders: Sequence[str | Path], output: str | Path) -> Tensor:
     """
     output = Path(output)
     check_runs(folders, output)
-    runs = [load_attribution(folder) for folder in folders]
+    names = _common_queries([Path(folder) for folder in folders], queries)
+    runs = [load_attribution(folder, name) for folder, name in zip(folders, names, strict=True)]
     for run in runs[1:]:
         _check_alike(runs[0], run)
     scores = ensemble(run.scores for run in runs)
@@ -60,6 +73,36 @@ def average_runs(folders: Sequence[str | Path], output: str | Path) -> Tensor:
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, save({"scores": scores.contiguous()}, metadata=about))
     return scores
+
+
+def _common_queries(folders: Sequence[Path], wanted: str | None) -> list[str | None]:
+    """Names of the sets of queries of all runs that are of the same pictures, scored alike."""
+    sets = [_pictures_of(folder) for folder in folders]
+    if wanted is not None:
+        chosen = find_queries(folders[0], wanted)
+        key = next(key for key, name in sets[0].items() if list_queries(folders[0])[name] == chosen)
+        # a run without it is told apart below, by what differs
+        return [found.get(key, next(iter(found.values()))) for found in sets]
+    common = [key for key in sets[0] if all(key in found for found in sets)]
+    if len(common) == 1:
+        return [found[common[0]] for found in sets]
+    if common:
+        names = ", ".join(sets[0][key] for key in common)
+        raise ResultsError(
+            f"--queries must name one of the sets of queries that all of them have ({names}, as "
+            f"{folders[0]} calls them), got none"
+        )
+    # nothing in common: what differs is said of the only ones there are
+    return [next(iter(found.values())) if len(found) == 1 else None for found in sets]
+
+
+def _pictures_of(run: Path) -> dict[tuple[str, str], str]:
+    """Sets of queries of a run by their pictures and how they were scored."""
+    found = {}
+    for name, folder in list_queries(run).items():
+        manifest = read_json(folder / MANIFEST)
+        found[str(manifest.get("queries")), name.partition("/")[2]] = name
+    return found
 
 
 def _check_alike(first: Attribution, other: Attribution) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from dtrak_kernels.ridge import RidgeSolver
 
 from ..data.samples import Samples
+from ..features.cost import seconds_per_row
 from ..features.extraction import (
     Extractor,
     FusedExtractor,
@@ -26,6 +27,7 @@ from ..features.extraction import (
 from ..features.settings import FeatureSettings
 from ..features.store import FeatureStore, Store, StoreInMemory
 from ..models.denoiser import Denoiser, Drawn
+from ..runs.console import format_seconds
 from ..runs.measure import TensorMeter, available_bytes, format_bytes
 from ..runs.options import ExplainOptions
 from ..runs.stages import Stages
@@ -202,6 +204,7 @@ class Evidence:
             "projection": how.projection,
             "proj_dim": extractor.proj_dim,
             "projection seed": how.seed,
+            **({"flips": True} if how.flips else {}),
             "dtype": how.dtype,
         }
 
@@ -248,8 +251,11 @@ class Evidence:
         self, extractor: Extractor, data: Samples, role: str, label: str, part: str = ""
     ) -> Store:
         """The features of ``data``, computed as far as they are not kept."""
+        # a query is what it is, whichever way round training saw its images
+        extractor.flips = self.how.flips and role == TRAIN
+        settings = replace(self.feature_settings, flips=extractor.flips)
         deciding = {
-            **deciding_settings(extractor.model, self.feature_settings, data, extractor.method),
+            **deciding_settings(extractor.model, settings, data, extractor.method),
             "role": role,
         }
         # sets of queries live side by side, each under the first digits of its fingerprint
@@ -267,7 +273,12 @@ class Evidence:
             return store
         if folder is not None and role == TRAIN:
             size = format_bytes(4 * math.prod(store.shape))
-            self.stages.say(f"{label}: {store.shape[0]:,} x {store.shape[1]:,}, {size} in {folder}")
+            seconds = seconds_per_row(extractor, data, self.how.batch_size)
+            left = sum(len(range(*store.rows(n).indices(len(store)))) for n in store.missing())
+            self.stages.say(
+                f"{label}: {store.shape[0]:,} x {store.shape[1]:,}, {size} in {folder}, "
+                f"{format_seconds(seconds * left)} or less"
+            )
         with self.stages.stage(label, name) as progress:
             fill_store(
                 store,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ _REFUSED = {
     "Wan, LTX, CogVideoX, HunyuanVideo, Mochi, Cosmos, SkyReels": "video",
     "ConsistencyModel, KarrasVe, EDM": "noise of another process",
 }
+# the same by the class of a network, for those that can be made from a configuration alone
+_NETWORKS = {"UNet2DModel": "unet:UNet"}
 # what a folder without an index is read as: it may hold a bare network
 _BARE = "DDPMPipeline"
 _HUB_HINT = "a folder that Diffusers wrote, or a hub name such as owner/name"
@@ -141,8 +144,12 @@ def wrap(pipeline: Any, **trained: Any) -> Denoiser:
 
 
 def _class_of(pipeline: str) -> Any:
-    file, _, kind = _KINDS[pipeline].partition(":")
-    return getattr(import_module(f".{file}", __name__), kind)
+    return _kind(_KINDS[pipeline])
+
+
+def _kind(place: str) -> Any:
+    file, _, name = place.partition(":")
+    return getattr(import_module(f".{file}", __name__), name)
 
 
 def _reason(pipeline: str) -> str:
@@ -154,7 +161,7 @@ def _reason(pipeline: str) -> str:
 
 
 def _recorded(lora: str | Path | None) -> dict[str, Any]:
-    """How an adapter was trained, where `dtrak.train_lora` wrote it down."""
+    """How an adapter was trained, where `dtrak.train` wrote it down."""
     from ..runs.choices import TRAINING_FILE
     from .weights import read_json
 
@@ -169,6 +176,52 @@ def _recorded(lora: str | Path | None) -> dict[str, Any]:
     guidance = settings.get("model", {}).get("guidance")
     found |= {"shift": schedule.get("shifted by"), "guidance": guidance and float(guidance)}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def read_config(file: str | Path) -> dict[str, Any]:
+    """The configuration of a network, and of its noise schedule if there is one.
+
+    Args:
+        file: JSON as Diffusers writes it; ``scheduler_config.json`` beside it, or in ``scheduler/``
+            beside its folder as in a pipeline, is the schedule.
+
+    Returns:
+        ``{"network": …, "scheduler": … or None}`` for `make`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ModelError: it is not such a configuration, or no kind of model here is made from it.
+    """
+    from .weights import read_json
+
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"--config must be a file with a configuration, got {file}")
+    network = read_json(file)
+    name = network.setdefault("_class_name", "UNet2DModel")
+    if name not in _NETWORKS:
+        raise ModelError(f"{file} must describe one of {', '.join(_NETWORKS)}, got {name!r}")
+    name = "scheduler_config.json"
+    places = (file.with_name(name), file.parent.parent / "scheduler" / name)
+    scheduler = next((place for place in places if place.is_file()), None)
+    return {
+        "network": network,
+        "scheduler": None if scheduler is None else read_json(scheduler),
+    }
+
+
+def make(config: Mapping[str, Any], seed: int) -> Denoiser:
+    """A freshly initialised model of a configuration.
+
+    Args:
+        config: of `read_config`.
+        seed: of its weights; the global random state is left as it was.
+
+    Raises:
+        ModelError: the network or the schedule cannot be made from it.
+    """
+    made: Denoiser = _kind(_NETWORKS[config["network"]["_class_name"]]).make(config, seed)
+    return made
 
 
 def find(name: str | Path) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +213,20 @@ class UNet(Denoiser):
         return cls(pipeline.unet.float().eval(), read_process(config, name, **options))
 
     @classmethod
+    def make(cls, config: Mapping[str, Any], seed: int) -> UNet:
+        """A freshly initialised U-Net; see `dtrak.models.make`."""
+        network, scheduler = config["network"], config["scheduler"]
+        _check_config("--config", network)
+        given = {name: value for name, value in network.items() if not name.startswith("_")}
+        try:
+            unet = make_unet(seed, **given)
+        # whatever a wrong configuration makes the constructor raise
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise ModelError(f"no U-Net can be made from the configuration: {reason}") from error
+        return cls(unet, linear_process() if scheduler is None else read_process(scheduler))
+
+    @classmethod
     def load(cls, folder: Path, lora: str | Path | None = None, **trained: Any) -> UNet:
         """Load a folder that Diffusers wrote: a UNet2DModel, or a pipeline around one.
 
@@ -242,7 +256,7 @@ class UNet(Denoiser):
                 "model must be a folder with config.json of a UNet2DModel, in itself or in unet/, "
                 f"got {folder} without one"
             )
-        _check_config(part / "config.json")
+        _check_config(part / "config.json", read_json(part / "config.json"))
         process = load_process(folder)
         options = _flow_options(trained, str(folder), process.describe())
         if options:
@@ -261,8 +275,7 @@ def _flow_options(trained: dict[str, Any], name: str, about: dict[str, Any]) -> 
     return chosen
 
 
-def _check_config(file: Path) -> None:
-    config = read_json(file)
+def _check_config(file: Path | str, config: Mapping[str, Any]) -> None:
     kind = config.get("_class_name")
     if kind != "UNet2DModel":
         raise ModelError(f"{file} must describe a UNet2DModel, got {kind!r}")

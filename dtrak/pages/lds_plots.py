@@ -65,14 +65,16 @@ def _foremost(rows: Rows) -> Rows:
 
 
 def _percent(estimate: Mapping[str, Any]) -> tuple[float, tuple[float, float]]:
-    low, high = estimate["bca"]
+    # of few models there are no intervals
+    low, high = estimate.get("bca", [estimate["lds"]] * 2)
     return 100 * estimate["lds"], (100 * low, 100 * high)
 
 
 def _plot_methods(rows: Rows, suffix: str) -> Any:
     values = {row["method"]: _percent(row["held_out"]) for row in rows}
     references = [name for name in REFERENCES if name in values]
-    return plot_bars(values, f"held-out LDS (%){suffix}, 95 % interval", references)
+    interval = ", 95 % interval" if all("bca" in row["held_out"] for row in rows) else ""
+    return plot_bars(values, f"held-out LDS (%){suffix}{interval}", references)
 
 
 def _plot_damping(rows: Rows, suffix: str) -> Any:

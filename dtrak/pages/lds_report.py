@@ -11,7 +11,15 @@ from rich.console import Console
 from rich.table import Table
 
 from ..evaluation.lds.options import RETRAIN
-from ..evaluation.lds.table import AUTO, UNIT, Results, digest, packaged_results, select_rows
+from ..evaluation.lds.table import (
+    AUTO,
+    FEWEST_WITH_INTERVALS,
+    UNIT,
+    Results,
+    digest,
+    packaged_results,
+    select_rows,
+)
 from .lds_plots import REFERENCES, plot_lds
 from .plots import default_style, write_png
 
@@ -64,6 +72,8 @@ def _percent(value: float) -> str:
 
 
 def _interval(estimate: Mapping[str, Any], kind: str = "bca") -> str:
+    if kind not in estimate:
+        return ""
     low, high = estimate[kind]
     return f"{_percent(low)} to {_percent(high)}"
 
@@ -119,7 +129,13 @@ def print_table(table: Mapping[str, Any], console: Console) -> None:
 def _legend(table: Mapping[str, Any]) -> list[str]:
     models = table["about"]["models"]
     few = f"Only {models} models: too few for the intervals to mean much."
-    return [*_LEGEND, *row_notes(table), *([few] if models < _FEW_MODELS else [])]
+    if models < FEWEST_WITH_INTERVALS:
+        few = (
+            f"Only {models} models: too few for intervals, which need {FEWEST_WITH_INTERVALS}, and "
+            "for any figure to mean much."
+        )
+    about = _LEGEND if models >= FEWEST_WITH_INTERVALS else _LEGEND[:1]
+    return [*about, *row_notes(table), *([few] if models < _FEW_MODELS else [])]
 
 
 def row_notes(table: Mapping[str, Any]) -> list[str]:

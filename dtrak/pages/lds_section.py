@@ -70,7 +70,7 @@ def _cells(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
         (
             row["method"],
             _percent(row["held_out"]["lds"]),
-            _interval(row["held_out"]["bca"]),
+            _interval(row["held_out"]["bca"]) if "bca" in row["held_out"] else "",
             _percent(row["in_sample"]["lds"]) if "in_sample" in row else "",
             _percent(row[AUTO]["lds"]) if AUTO in row else "",
             str(row["timesteps"] or ""),

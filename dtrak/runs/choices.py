@@ -26,8 +26,6 @@ DRAWN_TOGETHER = 8
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 # DDIM steps of a picture
 NUM_INFERENCE_STEPS = 50
-# probability that a caption is replaced by the empty one, while training
-CAPTION_DROPOUT = 0.1
 
 
 def check_choice(option: str, value: str, valid: Iterable[str]) -> str:

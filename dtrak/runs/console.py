@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     import torch
 
 _PACKAGE = Path(__file__).parents[1]
+# seconds between two lines about one stage, where they go to a file
+_LOGGED_EVERY, _MODELS_LOGGED_EVERY = 10.0, 60.0
 _NO_SPACE = (
     "no space left on the device: free some and run the same command again; "
     "what was finished is kept"
@@ -49,10 +51,40 @@ def progress_bar(console: Console, name: str) -> Iterator[Callable[[int, int], N
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
+    if not console.is_terminal:
+        # a file or a pipe: a bar would show nothing until its end
+        yield _logged_progress(console, name.strip())
+        return
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(f"{name:<28}", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
         bar.update(task, total=bar.tasks[0].total or 1, completed=bar.tasks[0].total or 1)
+
+
+def _logged_progress(console: Console, name: str) -> Callable[[int, int], None]:
+    """A line at most once in ten seconds, and one at the end."""
+    begin = said = time.monotonic()
+    is_over = False
+
+    def progress(done: int, total: int) -> None:
+        nonlocal said, is_over
+        now = time.monotonic()
+        if is_over or (done < total and (now - said < _LOGGED_EVERY or not done)):
+            return
+        said, is_over = now, done >= total
+        left = (now - begin) * (total - done) / max(done, 1)
+        more = "" if is_over else f", about {format_seconds(left)} left"
+        text = f"{name}: {done:,} of {total:,} in {format_seconds(now - begin)}{more}"
+        console.print(text, highlight=False, soft_wrap=True)
+
+    return progress
+
+
+def format_seconds(seconds: float) -> str:
+    """A time for a reader: ``12 s``, ``3 min``, ``1.5 h``."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 @contextmanager
@@ -69,14 +101,23 @@ def model_bar(
     )
     parts: dict[str, float] = {}
     started: dict[str, float] = {}
+    begin = said = time.monotonic()
     # a model takes minutes: its pace says more than that of the last half minute
     with Progress(*columns, console=console, speed_estimate_period=600) as progress:
         task = progress.add_task(label, total=total)
 
         def report(name: str, done: int, units: int) -> None:
+            nonlocal said
             started.setdefault(name, time.monotonic())
             parts[name] = done / units
-            progress.update(task, completed=sum(parts.values()))
+            so_far, now = sum(parts.values()), time.monotonic()
+            progress.update(task, completed=so_far)
+            if not console.is_terminal and now - said > _MODELS_LOGGED_EVERY and done < units:
+                # a file or a pipe shows no bar
+                left = format_seconds((now - begin) * (total - so_far) / max(so_far, 1e-9))
+                text = f"{label}: {so_far:.1f} of {total} models, about {left} left"
+                console.print(text, highlight=False)
+                said = now
             if done == units:
                 seconds = time.monotonic() - started[name]
                 console.print(f"{label} {name}: {seconds:.0f} s", highlight=False)

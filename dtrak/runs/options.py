@@ -87,6 +87,12 @@ class ExplainOptions:
     dtype: str = option(
         "float32", panel=_FEATURES, help=f"Precision of the model: {', '.join(DTYPES)}."
     )
+    flips: bool = option(
+        False,
+        panel=_FEATURES,
+        help="Average the features of training images over the image and its mirror image, for a "
+        "model that was trained with flips.",
+    )
     fused: bool = option(
         True,
         panel=_FEATURES,
@@ -130,6 +136,7 @@ class ExplainOptions:
         """How scores are made, as a name for files: the method, and what differs from its own."""
         other = "" if self.function == self.what.output_function else f"-of-{self.function}"
         way = "" if self.fused or self.function is None else "-published"
+        way += "-flips" if self.flips and self.function is not None else ""
         return f"{self.what.name}{other}{way}".replace(":", "-")
 
     def feature_settings(self, process: Process | None = None) -> FeatureSettings:
@@ -159,6 +166,7 @@ class ExplainOptions:
             part: which model, where it is not the run's own.
         """
         room = "features" if self.fused else "features-published"
+        room += "-flips" if self.flips else ""
         return run / room / str(self.function).replace(":", "-") / part
 
     @cached_property

@@ -144,8 +144,8 @@ def check_runs(folders: Sequence[str | Path], output: Path) -> None:
         raise ResultsError(
             f"runs must be two or more, each given once, got {', '.join(map(str, folders))}"
         )
-    for folder in folders:
-        read_record(Path(folder))
+    for folder in map(Path, folders):
+        read_record(folder, next(iter(list_queries(folder)), None))
 
 
 def check_report(folder: Path, num_queries: int) -> None:

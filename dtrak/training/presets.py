@@ -7,7 +7,7 @@ ArtBench-10's table.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from ..data.samples import Samples
     from ..models.denoiser import Denoiser
+    from .start import Start
 
 # the first seed of each published family of subsets; from one subset to the next it goes up by two
 SUBSET_FAMILIES = {"lds-val": 42, "lds-test": 298, "retrain": 554}
@@ -59,7 +60,6 @@ class LoraRecipe:
         dropout: probability of the dropouts in the attention layers (whose module name contains
             ``dropout_modules``), while training.
         dropout_modules: see ``dropout``.
-        caption_dropout: probability that a caption is replaced by the empty one, while training.
         guidance_scale: of classifier-free guidance, when images are drawn.
         mixed_precision: the frozen networks' dtype.
         num_parameters: trained ones.
@@ -72,7 +72,6 @@ class LoraRecipe:
     init_std: float = 1 / 128
     dropout: float = 0.1
     dropout_modules: str = "attn"
-    caption_dropout: float = 0.1
     guidance_scale: float = 7.5
     mixed_precision: str = "fp16"
     num_parameters: int = 25_509_888
@@ -240,6 +239,19 @@ class Preset:
             return digits_model(seed)
         return UNet(make_unet(seed, **self.unet), linear_process())
 
+    def start(self, base: str | None = None) -> Start:
+        """What its training begins with.
+
+        Args:
+            base: folder or hub name of the model it fine-tunes, if it does; None is its own.
+        """
+        from .start import Start
+
+        if self.lora is None:
+            return Start(preset=self.name)
+        targets = self.lora.target_modules
+        return Start(model=base or self.lora.base_model, rank=self.lora.rank, targets=targets)
+
     def captions(self, labels: Sequence[int]) -> list[str]:
         """The captions of images of these classes.
 
@@ -310,13 +322,25 @@ class Preset:
         Raises:
             ValueError: as in `subset_indices`.
         """
-        import torch
+        return draw_subsets(
+            self.num_subsets if num_subsets is None else num_subsets,
+            partial(self.subset_indices, data, family=family),
+            len(data),
+        )
 
-        count = self.num_subsets if num_subsets is None else num_subsets
-        masks = torch.zeros(count, len(data), dtype=torch.bool)
-        for index in range(count):
-            masks[index, self.subset_indices(data, index, family)] = True
-        return masks
+
+def draw_subsets(count: int, draw: Callable[[int], Sequence[int]], size: int) -> Tensor:
+    """Which of ``size`` images each of ``count`` subsets holds, as ``draw`` gives their positions.
+
+    Returns:
+        bool ``[count, size]``.
+    """
+    import torch
+
+    masks = torch.zeros(count, size, dtype=torch.bool)
+    for index in range(count):
+        masks[index, draw(index)] = True
+    return masks
 
 
 def draw_positions(
@@ -403,6 +427,7 @@ _LORA_RECIPE = Recipe(
     flip=True,
     dropout=0.1,
     warm_up_from_zero=True,
+    caption_dropout=0.1,
 )
 _LORA = LoraRecipe()
 _cifar = partial(

@@ -70,7 +70,7 @@ class Draw:
             count = min(DEFAULT_QUERIES, total) if count is None else count
             if not 1 <= count <= total:
                 raise ValueError(
-                    f"--queries must be in [1, {total}], the run's queries, got {count}"
+                    f"--num-queries must be in [1, {total}], the run's queries, got {count}"
                 )
             generator = torch.Generator().manual_seed(self.seed)
             own: list[int] = torch.randperm(total, generator=generator).tolist()
@@ -78,7 +78,7 @@ class Draw:
         count = PUBLISHED_QUERIES if count is None else count
         if not 1 <= count <= PUBLISHED_QUERIES:
             raise ValueError(
-                f"--queries must be in [1, {PUBLISHED_QUERIES}] of the published draw, got "
+                f"--num-queries must be in [1, {PUBLISHED_QUERIES}] of the published draw, got "
                 f"{count}: --draw seed draws from all {total:,}"
             )
         from sklearn.model_selection import train_test_split

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...runs.choices import check_choice, check_counts
 from ...runs.console import check_device
 from ...runs.record import list_queries, read_record
+from ...runs.stated import argument, option
 from ...training.presets import get_preset
 
 # methods that need no scores: any images, and none
@@ -35,46 +37,100 @@ class CounterfactualError(ValueError):
     """A folder of counterfactual results that cannot be used; the message says why."""
 
 
-def check_options(
-    run: Path,
-    methods: Sequence[str],
-    *,
-    retrainings: int,
-    processes: int,
-    draw: str | None,
-    preset: str | None,
-    clip: str | None,
-    vae: str | None,
-    device: str,
-    output: Path,
-) -> None:
-    """Validate what needs neither the model nor the images of the run.
+@dataclass(frozen=True)
+class Options:
+    """What the command line asked for."""
 
-    Args:
-        run: of the finished run.
-        methods: as `check_methods`.
-        retrainings: of each removal.
-        processes: at once.
-        draw: of `DRAWS`; None chooses.
-        preset: that trained the model; None where the run knows.
-        clip: folder of a CLIP model, if any.
-        vae: folder of a VAE, if any.
-        device: as typed.
-        output: folder of the experiment.
+    run: str = argument(
+        "runs/digits",
+        help="Finished run of dtrak.attribute whose queries were generated, or a run folder of "
+        "dtrak.lds with its full model.",
+    )
+    methods: str = option(
+        "d-trak,trak,random",
+        help=f"Who chooses what is removed, with commas: {', '.join(METHODS)}, or name=file with "
+        "scores.safetensors of another run on the same images. 'none' removes nothing and trains "
+        "with another seed.",
+    )
+    top_k: int | None = option(
+        None, help="Training images removed per query. Default: a fifth of them."
+    )
+    queries: str | None = option(
+        None,
+        help="Which of the run's sets of queries, such as generated-1a2b3c4d; as much of the name "
+        "as tells it from the others. Default: the one that was generated.",
+    )
+    num_queries: int | None = option(
+        None,
+        help=f"Queries of the run to draw again. Default: the published {PUBLISHED_QUERIES}, else "
+        f"{DEFAULT_QUERIES}, or all.",
+    )
+    retrainings: int = option(1, help="Models trained for each removal, with other seeds.")
+    draw: str | None = option(
+        None,
+        help="Of the queries and of random removals: published (there is one for "
+        f"{', '.join(PUBLISHED_SEEDS)} with 1,000 generated queries), or seed, from --seed. "
+        "Default: published where there is one.",
+    )
+    seed: int | None = option(
+        None, help=f"Seed of a draw that is not the published. Default: {DEFAULT_SEED}."
+    )
+    recipe: str | None = option(
+        None,
+        help="File that says how the run's model was trained, for a model from elsewhere "
+        "(docs/training.md). Default: what trained it wrote.",
+    )
+    preset: str | None = option(
+        None, help="Preset that trained the run's model. Default: what trained it wrote."
+    )
+    data: str | None = option(
+        None, help="Where the training images lie now. Default: as in the run."
+    )
+    timesteps: int | None = option(
+        None, help="S of gradient features. Default: the run's; 10 for one of dtrak.lds."
+    )
+    clip: str | None = option(
+        None, help="Folder of a CLIP model, for CLIP similarity and the clip methods."
+    )
+    vae: str | None = option(
+        None,
+        help="Folder of a VAE, for the distance of latents and the latent methods. Default: that "
+        "of a text-to-image model, for the distance.",
+    )
+    processes: int = option(1, help="Models trained at once.")
+    device: str = option("auto", help="auto, cpu, cuda or cuda:N.")
+    output: str | None = option(None, help="Output folder. Default: counterfactual in the run's.")
+
+    @property
+    def method_names(self) -> list[str]:
+        """The methods asked for."""
+        return [method.strip() for method in self.methods.split(",") if method.strip()]
+
+    @property
+    def folder(self) -> Path:
+        """Of the experiment."""
+        return Path(self.run) / "counterfactual" if self.output is None else Path(self.output)
+
+
+def check_options(options: Options) -> None:
+    """Validate what needs neither the model nor the images of the run.
 
     Raises:
         FileNotFoundError: there is no such run.
         ValueError: an option or a folder is refused; one clear line.
     """
-    check_device(device)
-    check_methods(methods, clip, vae)
-    check_counts(retrainings=retrainings, processes=processes)
-    if draw is not None:
-        check_choice("--draw", draw, DRAWS)
-    if preset is not None:
-        get_preset(preset)
-    check_output(output)
+    check_device(options.device)
+    check_methods(options.method_names, options.clip, options.vae)
+    check_counts(retrainings=options.retrainings, processes=options.processes)
+    if options.draw is not None:
+        check_choice("--draw", options.draw, DRAWS)
+    if options.preset is not None:
+        get_preset(options.preset)
+    if options.preset is not None and options.recipe is not None:
+        raise ValueError("--preset and --recipe exclude each other, got both")
+    check_output(options.folder)
     # one of dtrak.lds is checked when it is loaded
+    run = Path(options.run)
     if not (run / "experiment.json").is_file():
         read_record(run, next(iter(list_queries(run)), None))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from dtrak_kernels import Projection
 from dtrak_kernels.ridge import RidgeSolver
 
+from ...data.images import to_uint8
 from ...data.samples import Samples
 from ...features.extraction import (
     FusedExtractor,
@@ -30,16 +31,16 @@ from ...methods.scores import trak
 from ...models.denoiser import Denoiser
 from ...runs.choices import DEFAULT_PROJ_DIM
 from ...runs.console import progress_bar
-from ...runs.files import claim
+from ...runs.files import claim, picture_seed
 from ...runs.record import GENERATED, list_queries
 from ...runs.results import load_attribution
-from ..lds.experiment import Experiment, generated_queries
+from ...training.drawing import fitting_steps
 from ..lds.experiment import load_experiment as load_lds
-from ..lds.tasks import GENERATED as LDS_GENERATED
-from ..lds.tasks import TRAIN
-from ..lds.text_to_image import TextToImageTask
+from ..lds.options import GENERATED as LDS_GENERATED
+from ..lds.queries import drawn_from, generated_queries
+from ..retraining import TRAIN, Drawing, Retraining
+from ..subject import find_trained
 from .options import CounterfactualError
-from .training import LoraTraining, PixelTraining, Training, find_preset, find_training
 
 _TIMESTEPS = 10
 
@@ -53,7 +54,8 @@ class Origin:
         train: N training images.
         drawn: M pictures the model drew; the picture of seed 3 is called ``00003.png``.
         load_model: loads the model, on the CPU.
-        training: how it was trained.
+        retraining: trains it again, in the folder of the experiment.
+        items: what each query was drawn from, by its id, for a model that reads anything.
         preset: whose experiment it is, as far as is known.
         settings: of gradient features, whatever their output function.
         damping: λ of its scores.
@@ -64,7 +66,8 @@ class Origin:
     train: Samples
     drawn: Samples
     load_model: Callable[[], Denoiser]
-    training: Training
+    retraining: Retraining
+    items: dict[str, Any]
     settings: FeatureSettings
     preset: str | None = None
     damping: Damping = Damping(None)  # noqa: RUF009
@@ -79,6 +82,13 @@ class Origin:
     def queries(self) -> Samples:
         """The queries as pictures."""
         return self.drawn
+
+    def draw(self, model: Denoiser, query_ids: Sequence[str], device: torch.device) -> Tensor:
+        """Queries drawn again, each from its seed: ``[Q, C, H, W]`` uint8."""
+        items = [self.items[query] for query in query_ids] if self.items else None
+        seeds = [picture_seed(query) for query in query_ids]
+        batches = self.retraining.draw(model, seeds, items, device)
+        return to_uint8(torch.cat([batch.images for batch in batches]))
 
     def gradient_scores(
         self, output_function: str, folder: Path, device: torch.device, console: Console
@@ -132,13 +142,15 @@ class Origin:
         return {
             "data": self.data.fingerprint,
             "model": self.load_model().identity(),
-            "training": self.training.identity(),
+            "training": self.retraining.identity(self.items),
         }
 
 
 def open_origin(
     folder: str | Path,
+    output: str | Path,
     *,
+    recipe: str | None = None,
     preset: str | None = None,
     source: str | None = None,
     timesteps: int | None = None,
@@ -148,30 +160,38 @@ def open_origin(
 
     Args:
         folder: of the run.
-        preset: that trained the model; None takes what the run, or the model's folder, says.
+        output: folder of the experiment, where latents and states of trainings go.
+        recipe: file that says how the model was trained; None takes what lies beside it.
+        preset: that trained the model, instead.
         source: where the training images lie now; None takes where the run found them.
         timesteps: S of gradient features; None takes the run's, or 10 for one of `dtrak.lds`.
         queries: which of the run's sets of queries; None for the only one that was generated.
 
     Raises:
         FileNotFoundError: there is no such folder, or its data or model are gone.
-        CounterfactualError: the run's queries were not drawn by its model, or as `find_training`.
-        ValueError: the folder holds no finished run; the preset is unknown, or its model another.
+        CounterfactualError: the run's queries were not drawn by its model.
+        RetrainingError: as `subject.find_trained` and `Retraining.check_data`, or the recipe is for
+            another model.
+        ValueError: the folder holds no finished run, or the preset is unknown.
     """
-    folder = Path(folder)
+    folder, output = Path(folder), Path(output)
     if (folder / "experiment.json").is_file():
-        return _open_lds(folder, timesteps)
+        return _open_lds(folder, output, timesteps)
     if queries is None and any(name.startswith(GENERATED) for name in list_queries(folder)):
         # what others there are cannot be drawn again
         queries = GENERATED
     run = load_attribution(folder, queries)
-    if run.options.queries != GENERATED:
-        raise CounterfactualError(
-            f"the queries of {folder} must be generated to be drawn again, got "
-            f"{run.options.queries!r}"
-        )
-    inputs = run.load_inputs(source)
     options = run.options
+    if options.queries != GENERATED:
+        raise CounterfactualError(
+            f"the queries of {folder} must be generated to be drawn again, got {options.queries!r}"
+        )
+    trained = find_trained(folder, recipe=recipe, preset=preset, source=source, queries=queries)
+    inputs = run.load_inputs(source)
+    drawing = Drawing(fitting_steps(inputs.model), options.guidance_scale, options.resolution)
+    retraining = Retraining(trained.training, output, drawing, data=inputs.train)
+    retraining.check_data(inputs.train)
+    trained.check()
     settings = inputs.run.plan.settings or replace(options, method=DEFAULT).feature_settings(
         inputs.model.process
     )
@@ -183,55 +203,36 @@ def open_origin(
         chosen = select_timesteps(timesteps, "uniform", process.num_timesteps, process.spread)
         if tuple(chosen) != settings.timesteps:
             settings, scores = replace(settings, timesteps=tuple(chosen)), {}
+    drawn = inputs.queries
     return Origin(
         folder,
         inputs.train,
-        inputs.queries,
+        drawn,
         run.load_model,
-        find_training(run, inputs, preset),
+        retraining,
+        dict(zip(drawn.ids, drawn.conditions or [], strict=False)),
         settings,
-        find_preset(run, preset),
+        preset or options.preset or trained.preset,
         inputs.run.plan.damping,
         scores,
     )
 
 
-def _open_lds(folder: Path, timesteps: int | None) -> Origin:
+def _open_lds(folder: Path, output: Path, timesteps: int | None) -> Origin:
     experiment = load_lds(folder)
     process = experiment.load_model().process
     count = _TIMESTEPS if timesteps is None else timesteps
     chosen = select_timesteps(count, "uniform", process.num_timesteps, process.spread)
-    data, device = experiment.data, torch.device("cpu")
+    data, device, retraining = experiment.data, torch.device("cpu"), experiment.retraining
     queries = generated_queries(experiment, device)
+    items = drawn_from(experiment)
     return Origin(
         folder,
-        experiment.task.samples(TRAIN, data, device),
-        experiment.task.samples(LDS_GENERATED, queries, device),
+        retraining.samples(TRAIN, data, device),
+        retraining.samples(LDS_GENERATED, queries, device),
         experiment.load_model,
-        _find_lds_training(experiment, queries),
+        retraining.elsewhere(output),
+        {} if items is None else dict(zip(queries.ids, items, strict=True)),
         FeatureSettings("loss", tuple(chosen), 0, Projection("sjlt", DEFAULT_PROJ_DIM["sjlt"])),
-        experiment.preset.name,
-    )
-
-
-def _find_lds_training(experiment: Experiment, queries: Samples) -> Training:
-    preset, task = experiment.preset, experiment.task
-    if not isinstance(task, TextToImageTask):
-        return PixelTraining(
-            preset.recipe, preset.make_model, experiment.data, {}, preset.num_inference_steps
-        )
-    return LoraTraining(
-        preset.recipe,
-        task.base,
-        task.lora.rank,
-        experiment.data,
-        task.captions[TRAIN],
-        dict(zip(queries.ids, task.captions[LDS_GENERATED], strict=True)),
-        task.lora.caption_dropout,
-        task.mixed_precision,
-        task.lora.guidance_scale,
-        preset.size,
-        preset.num_inference_steps,
-        task.precision,
-        task.lora.target_modules,
+        experiment.subject.preset,
     )

@@ -19,15 +19,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from ...models.denoiser import Denoiser
 from ...models.hashing import hash_tensors
 from ...runs.files import write_atomically
 from ...runs.folders import describe_differences
 from ...runs.workers import Job
-from ..lds.experiment import claim
 from .options import NOTHING, CounterfactualError
 from .origin import Origin, open_origin
 
-_FORMAT = 1
+_FORMAT = 2
 
 Progress = Callable[[int, int], None]
 
@@ -70,7 +70,7 @@ class Experiment:
         """Optimiser steps of a model."""
         method = job.split("/")[0]
         kept = len(self.origin.data) - self.removed[method].shape[1]
-        return self.origin.training.recipe.num_steps(kept)
+        return self.origin.retraining.recipe.num_steps(kept)
 
     def file(self, job: str) -> Path:
         """Where the pictures of a model lie, retrained or not yet."""
@@ -152,28 +152,31 @@ class Experiment:
             Whether this call finished the model.
 
         Raises:
-            ValueError: as `trainer.train` or `lora_trainer.train_lora`, or a picture is not
-                finite.
+            ValueError: as `trainer.train`, or a picture is not finite.
         """
         method, _, repeat = job.split("/")
-        with claim(self.folder / "locks" / f"{job.replace('/', '-')}.lock") as is_ours:
-            if not is_ours or self.file(job).is_file():
-                return False
-            training = self.origin.training
-            kept = torch.ones(len(self.origin.data), dtype=torch.bool)
-            kept[self._removal(job)] = False
-            seed = training.recipe.seed + int(repeat)
-            # the run's own seed on the run's own data would only train the same model again
-            order = seed + 1 if method == NOTHING else seed
-            checkpoint = self.folder / "training" / f"{job.replace('/', '-')}.pt"
-            checkpoint.parent.mkdir(exist_ok=True)
-            model = training.retrain(kept, (seed, order), self.folder, device, checkpoint, progress)
-            pictures = training.draw(model, self._drawn(job))
+        retraining = self.origin.retraining
+        kept = torch.ones(len(self.origin.data), dtype=torch.bool)
+        kept[self._removal(job)] = False
+        seed = retraining.recipe.seed + int(repeat)
+        # the run's own seed on the run's own data would only train the same model again
+        order = seed + 1 if method == NOTHING else seed
+
+        def finish(model: Denoiser) -> None:
+            pictures = self.origin.draw(model, self._drawn(job), device)
             self.file(job).parent.mkdir(parents=True, exist_ok=True)
             content = save({"pictures": pictures}, metadata={"identity": self._identity(job)})
             write_atomically(self.file(job), content)
-            checkpoint.unlink(missing_ok=True)
-            return True
+
+        return retraining.train_once(
+            job.replace("/", "-"),
+            kept,
+            (seed, order),
+            device,
+            is_done=self.file(job).is_file,
+            finish=finish,
+            progress=progress,
+        )
 
 
 def removal_positions(scores: Tensor, rows: Sequence[int], k: int) -> Tensor:
@@ -215,8 +218,10 @@ def prepare(
     *,
     top_k: int,
     retrainings: int = 1,
+    recipe: str | None = None,
     preset: str | None = None,
     source: str | None = None,
+    queries: str | None = None,
 ) -> Experiment:
     """Write down what is to be retrained, or add to what was.
 
@@ -227,8 +232,10 @@ def prepare(
         removed: by method, positions ``[Q, k]``, or ``[Q, 0]`` for `NOTHING`.
         top_k: k.
         retrainings: R.
-        preset: as given to `open_origin`, for the processes that open it again.
+        recipe: as given to `open_origin`, for the processes that open it again.
+        preset: likewise.
         source: likewise.
+        queries: likewise.
 
     Raises:
         CounterfactualError: the folder holds another experiment (what differs), or something else.
@@ -254,8 +261,10 @@ def prepare(
     plan = {
         "deciding": deciding,
         "run": str(origin.folder),
+        "recipe": recipe,
         "preset": preset,
         "source": source,
+        "set": queries,
         "queries": list(query_ids),
         "methods": list(removed),
         "retrainings": retrainings,
@@ -278,7 +287,14 @@ def load_experiment(folder: Path) -> Experiment:
         raise CounterfactualError(f"{file} is damaged: run again to write it anew") from error
     return Experiment(
         folder,
-        open_origin(plan["run"], preset=plan["preset"], source=plan["source"]),
+        open_origin(
+            plan["run"],
+            folder,
+            recipe=plan["recipe"],
+            preset=plan["preset"],
+            source=plan["source"],
+            queries=plan["set"],
+        ),
         plan["queries"],
         {method: removed[method] for method in plan["methods"]},
         plan["retrainings"],

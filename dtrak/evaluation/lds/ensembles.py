@@ -16,7 +16,7 @@ from .experiment import Experiment
 from .methods import Prediction, Predictor, Setting
 from .options import RETRAIN, ExperimentError
 
-_METHODS = ("D-TRAK", "TRAK")
+_METHODS = ("d-trak", "trak")
 
 
 def find_members(experiment: Experiment, size: int) -> list[str]:
@@ -73,7 +73,7 @@ def ensemble_predictions(
         dampings = torch.tensor([prediction.dampings for prediction in found], dtype=torch.float64)
         for size in (1, *sizes):
             title = "single half-data model" if size == 1 else f"mean of {size} models"
-            method = replace(setting.method, name=f"{setting.method.name}, {title}")
+            method = replace(setting.method, title=f"{setting.method.title}, {title}")
             yield replace(
                 found[0],
                 setting=replace(setting, method=method),

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,44 +22,36 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ...data.captions import write_captions
-from ...data.images import load_data
 from ...data.samples import Samples
-from ...models.denoiser import Denoiser, Drawn
+from ...models.denoiser import Denoiser
 from ...models.hashing import hash_tensors
-from ...runs.choices import check_choice
+from ...runs.choices import PRECISIONS, check_choice
 from ...runs.files import claim as claim
-from ...runs.files import picture_name, write_atomically
+from ...runs.files import write_atomically
 from ...runs.folders import describe_differences
 from ...runs.measure import available_bytes, format_bytes
 from ...runs.workers import NAME_BYTES
-from ...training.drawing import keep, missing_seeds
+from ...training.command import is_saved
 from ...training.presets import SUBSET_FAMILIES, Preset, get_preset
-from ...training.recipe import Recipe
+from ..retraining import Progress, ProgressBar, Retraining, sample_weights
+from ..subject import (
+    NUM_VALIDATION,
+    Subject,
+    Trained,
+    default_precision,
+    subject_of_preset,
+)
 from .options import (
     FAMILIES,
     FORMAT,
     FULL,
     LDS,
     RETRAIN,
+    VALIDATION,
     ExperimentError,
     check_numbers,
     read_manifest,
 )
-from .tasks import (
-    GENERATED,
-    VALIDATION,
-    PixelTask,
-    Progress,
-    ProgressBar,
-    Task,
-    check_painter,
-    is_saved,
-    record_painter,
-    sample_weights,
-    save_model,
-)
-from .text_to_image import PRECISIONS, TextToImageTask, default_precision, load_base, lora_settings
 
 _SUBSETS = "subsets.safetensors"
 # from this subset on, those of the first family are those of the second
@@ -74,30 +66,35 @@ class Experiment:
 
     Attributes:
         folder: where everything lies.
-        preset: data set, model and recipes.
-        data: N training images.
-        subsets: ``[M, N]`` bool, which of them each subset holds.
+        subject: what is trained again.
+        retraining: trains it again.
+        subsets: ``[M, N]`` bool, which of the N training images each subset holds.
         seeds: of the trainings of every subset.
-        validation: the first kind of queries: images the model was not trained on.
+        validation: the first kind of queries: images the model was not trained on; None for none.
         num_generated: how many queries of the second kind there are, images the full model draws.
         retrain: ``[R, N]`` bool, subsets of the ``retrain`` family; there may be none.
-        task: what is trained and measured.
     """
 
     folder: Path
-    preset: Preset
-    data: Samples
+    subject: Subject
+    retraining: Retraining
     subsets: Tensor
     seeds: tuple[int, ...]
-    validation: Samples
+    validation: Samples | None
     num_generated: int
     retrain: Tensor
-    task: Task
+
+    @property
+    def data(self) -> Samples:
+        """N training images, with what the model reads beside each."""
+        return self.retraining.data
 
     @property
     def checkpoint_steps(self) -> tuple[int, ...]:
         """Steps of the full model's training at which its weights are kept, the last excluded."""
-        steps = self.preset.recipe.num_steps(len(self.data))
+        if self.subject.checkpoints is not None:
+            return self.subject.checkpoints
+        steps = self.retraining.recipe.num_steps(len(self.data))
         return tuple(steps * part // _QUARTERS for part in range(1, _QUARTERS))
 
     @property
@@ -141,7 +138,7 @@ class Experiment:
         return is_saved(self.model_folder(name))
 
     def sample_weights(self, name: str = FULL) -> str | None:
-        """As `tasks.sample_weights`; None for a model that is not there."""
+        """As `retraining.sample_weights`; None for a model that is not there."""
         return sample_weights(self.model_folder(name)) if self.is_trained(name) else None
 
     def load_model(self, name: str = FULL) -> Denoiser:
@@ -154,7 +151,7 @@ class Experiment:
         """
         if not self.is_trained(name):
             raise ExperimentError(f"model {name!r} of {self.folder} is not trained yet: run train")
-        return self.task.load_model(self.model_folder(name))
+        return self.retraining.load(self.model_folder(name))
 
 
 def prepare(
@@ -162,13 +159,9 @@ def prepare(
     preset: Preset,
     source: str | None = None,
     *,
-    num_subsets: int | None = None,
-    num_model_seeds: int | None = None,
-    num_validation: int | None = None,
-    num_generated: int | None = None,
-    num_retrain: int | None = None,
     model: str | None = None,
     mixed_precision: str | None = None,
+    **numbers: int | None,
 ) -> Experiment:
     """Draw the subsets and take the validation queries, or add subsets and seeds to those there.
 
@@ -177,27 +170,102 @@ def prepare(
         preset: data set, model and recipes.
         source: where the data set lies, as `Preset.load_data` takes it. This and every number below
             is by default that of the run in the folder, in a new run the preset's.
-        num_subsets: M. An existing run keeps those it has.
-        num_model_seeds: trainings of each subset. An existing run keeps those it has.
-        num_validation: how many validation images become queries, the first of the draw; in a new
-            run by default all of them.
-        num_generated: how many images the full model will draw as queries.
-        num_retrain: subsets of the ``retrain`` family. An existing run keeps those it has.
         model: folder of the base of a preset that fine-tunes; by default the run's own or, in a new
             run, the preset's, by its hub name.
         mixed_precision: of a preset that fine-tunes: ``"no"``, ``"fp16"`` or ``"bf16"``; by default
             the run's own or, in a new run, the published ``"fp16"`` where there is a GPU.
+        numbers: as `prepare_subject`.
+
+    Raises:
+        ExperimentError: the folder holds another run (what differs), or something else.
+        ValueError: as `prepare_subject`; or a model or a precision is given for a preset that
+            fine-tunes nothing.
+        FileNotFoundError, ModelError: the base, as `dtrak.models.load`, before any data is read.
+    """
+    for option, value in (("--model", model), ("--mixed-precision", mixed_precision)):
+        if preset.lora is None and value is not None:
+            raise ValueError(
+                f"{option} must be left out for {preset.name!r}, which fine-tunes no model, got "
+                f"{value!r}"
+            )
+    if mixed_precision is not None:
+        check_choice("--mixed-precision", mixed_precision, PRECISIONS)
+    found = _read_existing(folder)
+    precision = default_precision(preset)
+    if found is not None and _name_of(found) == preset.name:
+        there = Subject.from_dict(found["subject"]).training
+        source, model = source or there.data.source, model or there.start.model
+        precision = there.mixed_precision
+    subject = subject_of_preset(preset, source, model, mixed_precision or precision)
+    defaults = {name: getattr(preset, name) for name in subject.numbers}
+    return prepare_subject(folder, subject, defaults, **numbers)
+
+
+def prepare_run(folder: Path, subject: Subject, trained: Trained, **numbers: Any) -> Experiment:
+    """The same for a model of one's own, which is the full model of the experiment.
+
+    Args:
+        folder: as `prepare`.
+        subject: of the model.
+        trained: the model.
+        numbers: as `prepare_subject`.
+
+    Raises:
+        ExperimentError, ValueError: as `prepare_subject`, or the model is not that of the run.
+    """
+    experiment = prepare_subject(folder, subject, subject.numbers, **numbers)
+    kept = trained.checkpoints()
+    places = {FULL: trained.weights, **{_checkpoint_name(n): kept[n] for n in subject.kept}}
+    for name, place in places.items():
+        _take_model(experiment, name, place)
+    return experiment
+
+
+def _take_model(experiment: Experiment, name: str, place: Path) -> None:
+    """Copy a model into the experiment, or refuse one that is another than the one there."""
+    model = experiment.retraining.load(place)
+    folder = experiment.model_folder(name)
+    if is_saved(folder):
+        wanted = model.identity()
+        if experiment.load_model(name).identity() != wanted:
+            raise ExperimentError(
+                f"{folder} must be the model in {place}, got another: choose another --output"
+            )
+        return
+    experiment.retraining.save(model, folder, None, experiment.retraining.recipe.seed)
+
+
+def prepare_subject(
+    folder: Path,
+    subject: Subject,
+    defaults: Mapping[str, int],
+    *,
+    num_subsets: int | None = None,
+    num_model_seeds: int | None = None,
+    num_validation: int | None = None,
+    num_generated: int | None = None,
+    num_retrain: int | None = None,
+) -> Experiment:
+    """Draw the subsets and take the validation queries of any experiment, or add to those there.
+
+    Args:
+        folder: of the run; made if missing.
+        subject: what is trained again.
+        defaults: numbers of a new run where nothing is said; an existing one keeps its own.
+        num_subsets: M. An existing run keeps those it has.
+        num_model_seeds: trainings of each subset. An existing run keeps those it has.
+        num_validation: how many validation images become queries, the first of the draw; in a new
+            run of a preset by default all of them.
+        num_generated: how many images the full model will draw as queries.
+        num_retrain: subsets of the ``retrain`` family. An existing run keeps those it has.
 
     Raises:
         ExperimentError: the folder holds another run (what differs), or something else.
         ValueError: a number is below 1 (0 for the retrain family), there are more subsets than are
             apart from the retrain family or than fit in memory, more than 100,000 pictures to draw,
-            or fewer validation images than asked for; or a model or a precision is given for a
-            preset that fine-tunes nothing.
-        FileNotFoundError, ModelError: the base, as `dtrak.models.load`, before
-            any data is read.
+            or fewer validation images than asked for.
     """
-    found = None if _is_new(folder) else read_manifest(folder)
+    found = _read_existing(folder)
     given = {
         "num_subsets": num_subsets,
         "num_model_seeds": num_model_seeds,
@@ -207,49 +275,37 @@ def prepare(
     # what is not said stays as it is: adding subsets to a run must not add seeds to all of them
     there = {} if found is None else found["deciding"] | found
     counts = {
-        name: there.get(name, getattr(preset, name)) if count is None else count
+        name: there.get(name, defaults[name]) if count is None else count
         for name, count in given.items()
     }
-    source = there.get("source") if source is None else source
     num_validation = there.get("num_validation") if num_validation is None else num_validation
-    if num_validation is not None:
-        counts["num_validation"] = num_validation
-    check_numbers(counts)
-    for option, value in (("--model", model), ("--mixed-precision", mixed_precision)):
-        if preset.lora is None and value is not None:
-            raise ValueError(
-                f"{option} must be left out for {preset.name!r}, which fine-tunes no model, got "
-                f"{value!r}"
-            )
-    if mixed_precision is not None:
-        check_choice("--mixed-precision", mixed_precision, PRECISIONS)
-    about = {} if preset.lora is None else _choose_base(preset, found, model, mixed_precision)
-    # the data takes minutes to read: a base that is refused is refused before
+    asked = {} if not num_validation else {"num_validation": num_validation}
+    check_numbers({"num_validation": num_validation, **counts} if found is None else counts | asked)
     recorded = None if found is None else found["deciding"].get("base")
-    loaded = load_base(about["base"], recorded, folder) if about else None
-    data = preset.load_data("train", source)
-    validation = preset.load_data("validation", source, limit=num_validation)
-    if num_validation is not None and len(validation) < num_validation:
-        raise ValueError(
-            f"num_validation must be at most {len(validation)}, the validation images there are, "
-            f"got {num_validation}"
-        )
-    task = _make_task(folder, preset, data, validation, counts["num_generated"], about, loaded)
+    latents = None if found is None else found.get("latents")
+    retraining = Retraining(
+        subject.training, folder, subject.drawing, base=recorded, latents=latents
+    )
+    # the data takes minutes to read: a base that is refused is refused before
+    model = retraining.like()
+    drawn_from = subject.items_of(model, range(counts["num_generated"]))
+    data = retraining.data
+    validation = _load_validation(subject, model, num_validation)
     deciding = {
         "format": FORMAT,
-        "preset": preset.name,
+        "name": subject.name,
         "data": data.fingerprint,
-        "validation": validation.fingerprint,
+        "validation": None if validation is None else validation.fingerprint,
         "num_generated": counts["num_generated"],
-        "num_inference_steps": preset.num_inference_steps,
-        "subset_fraction": preset.subset_fraction,
-        "recipe": preset.recipe.to_dict(),
-        **task.deciding(),
+        "drawing": subject.drawing.to_dict(),
+        "drawn_from": None if drawn_from is None else model.identify_items(drawn_from),
+        "subset_fraction": subject.subset_fraction,
+        "recipe": subject.training.recipe.to_dict(),
+        **retraining.deciding(),
     }
     # an existing run is never cut down: what was trained stays part of it
     sizes = {"num_subsets": 0, "num_model_seeds": 0, "num_retrain": 0}
     if found is not None:
-        found["deciding"]["recipe"] = Recipe().to_dict() | found["deciding"]["recipe"]
         differing = describe_differences(found["deciding"], deciding)
         if differing:
             raise ExperimentError(
@@ -264,21 +320,53 @@ def prepare(
             f"the next ones would be again, got {sizes['num_subsets']}"
         )
     _check_memory(len(data), **sizes)
-    subsets = preset.subsets(data, sizes["num_subsets"])
-    retrain = preset.subsets(data, sizes["num_retrain"], RETRAIN)
+    subsets = subject.subsets(data, sizes["num_subsets"], "lds-val")
+    retrain = subject.subsets(data, sizes["num_retrain"], RETRAIN)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / _SUBSETS, save({"subsets": subsets, RETRAIN: retrain}))
     manifest = {
         "deciding": deciding,
-        "source": source,
-        "num_validation": len(validation),
+        "subject": subject.to_dict(),
+        "num_validation": 0 if validation is None else len(validation),
         "subsets": hash_tensors({"subsets": subsets}),
         RETRAIN: hash_tensors({RETRAIN: retrain}),
         **sizes,
-        **about,
+        **({} if latents is None else {"latents": latents}),
     }
     _write_manifest(folder, manifest)
-    return _assemble(folder, preset, data, subsets, retrain, validation, manifest, task)
+    return _assemble(folder, subject, retraining, subsets, retrain, validation, manifest)
+
+
+def _read_existing(folder: Path) -> dict[str, Any] | None:
+    return None if _is_new(folder) else read_manifest(folder)
+
+
+def _name_of(manifest: Mapping[str, Any]) -> str:
+    return str(manifest["deciding"]["name"])
+
+
+def _load_validation(subject: Subject, model: Denoiser, count: int | None) -> Samples | None:
+    """The held-out images, as many as asked for; None where there are none to be had.
+
+    Raises:
+        ValueError: fewer than asked for.
+    """
+    if subject.validation is None or count == 0:
+        return None
+    limit = count if count is not None or subject.preset is not None else NUM_VALIDATION
+    try:
+        held_out = subject.validation.load(model, subject.split, limit=limit)
+    except ValueError:
+        if count is not None or subject.preset is not None or subject.split != "validation":
+            raise
+        # data of one's own need not have such a part
+        return None
+    if count is not None and len(held_out) < count:
+        raise ValueError(
+            f"num_validation must be at most {len(held_out)}, the validation images there are, "
+            f"got {count}"
+        )
+    return held_out
 
 
 def _check_memory(num_train: int, num_subsets: int, num_model_seeds: int, num_retrain: int) -> None:
@@ -293,7 +381,7 @@ def _check_memory(num_train: int, num_subsets: int, num_model_seeds: int, num_re
 
 
 def encode(experiment: Experiment, device: torch.device, progress_bar: ProgressBar) -> None:
-    """Make what all models of a run share: the latents of a preset that fine-tunes.
+    """Make what all models of a run share: the latents, for a model of latents.
 
     Args:
         experiment: as `prepare` returned it.
@@ -301,27 +389,16 @@ def encode(experiment: Experiment, device: torch.device, progress_bar: ProgressB
         progress_bar: opens a progress bar with a label.
 
     Raises:
-        ExperimentError: the run was prepared before, with other latents.
-        ValueError: as `tasks.Task.encode`.
+        RetrainingError: the run was prepared before, with other latents.
+        ValueError: as `Retraining.prepare`.
     """
-    digest = experiment.task.encode(device, progress_bar)
+    digest = experiment.retraining.prepare(device, progress_bar)
     if digest is not None:
         manifest = read_manifest(experiment.folder)
         _write_manifest(experiment.folder, manifest | {"latents": digest})
-
-
-def _choose_base(
-    preset: Preset,
-    found: dict[str, Any] | None,
-    model: str | None,
-    mixed_precision: str | None,
-) -> dict[str, Any]:
-    """What a manifest says about the base, from the options and from the one that is there."""
-    assert preset.lora is not None
-    there = {"base": preset.lora.base_model, "mixed_precision": default_precision()}
-    there |= {key: found[key] for key in (*there, "latents") if found and key in found}
-    given = {"base": model, "mixed_precision": mixed_precision}
-    return there | {key: value for key, value in given.items() if value is not None}
+    if experiment.validation is not None:
+        # made now, so that the processes of a training find them
+        experiment.retraining.samples(VALIDATION, experiment.validation, device)
 
 
 def load_experiment(folder: Path) -> Experiment:
@@ -332,23 +409,29 @@ def load_experiment(folder: Path) -> Experiment:
     """
     manifest = read_manifest(folder)
     deciding = manifest["deciding"]
-    preset = get_preset(deciding["preset"])
-    data = preset.load_data("train", manifest["source"])
-    validation = preset.load_data(
-        "validation", manifest["source"], limit=manifest["num_validation"]
+    subject = Subject.from_dict(manifest["subject"])
+    here = {"recipe": deciding["recipe"], "start": deciding["start"]}
+    if subject.preset is not None and subject.name == subject.preset:
+        preset = get_preset(subject.preset)
+        here = {"recipe": preset.recipe.to_dict(), "start": preset.start().to_dict()}
+    _check_same(folder, deciding, here)
+    retraining = Retraining(
+        subject.training,
+        folder,
+        subject.drawing,
+        base=deciding.get("base"),
+        latents=manifest.get("latents"),
     )
-    here = {
-        "data": data.fingerprint,
-        "validation": validation.fingerprint,
-        "recipe": preset.recipe.to_dict(),
-        **({} if preset.lora is None else {"lora": lora_settings(preset.lora)}),
-    }
-    # a field that recipes had not yet when the run was prepared has its default there
-    found = {key: deciding[key] for key in here}
-    found["recipe"] = Recipe().to_dict() | found["recipe"]
-    differing = describe_differences(found, here)
-    if differing:
-        raise ExperimentError(f"{folder} was prepared with something else: {differing}")
+    data = retraining.data
+    validation = _load_validation(subject, retraining.like(), manifest["num_validation"])
+    _check_same(
+        folder,
+        deciding,
+        {
+            "data": data.fingerprint,
+            "validation": None if validation is None else validation.fingerprint,
+        },
+    )
     file = folder / _SUBSETS
     try:
         masks = load_file(file)
@@ -360,58 +443,35 @@ def load_experiment(folder: Path) -> Experiment:
     # a run prepared before there was a retrain family has none
     if found_hashes != (manifest["subsets"], manifest.get(RETRAIN, found_hashes[1])):
         raise ExperimentError(f"{file} is not what prepare wrote: run prepare again")
-    task = _make_task(folder, preset, data, validation, deciding["num_generated"], manifest)
-    return _assemble(folder, preset, data, subsets, retrain, validation, manifest, task)
+    return _assemble(folder, subject, retraining, subsets, retrain, validation, manifest)
 
 
-def _make_task(
-    folder: Path,
-    preset: Preset,
-    data: Samples,
-    validation: Samples,
-    num_generated: int,
-    about: dict[str, Any],
-    base: Denoiser | None = None,
-) -> Task:
-    """What is trained: ``about`` is a manifest, or what `_choose_base` returns."""
-    if preset.lora is None:
-        return PixelTask(preset, data)
-    return TextToImageTask(
-        preset,
-        data,
-        validation,
-        num_generated,
-        folder,
-        about["base"],
-        about["mixed_precision"],
-        about.get("deciding", {}).get("base"),
-        about.get("latents"),
-        base,
-    )
+def _check_same(folder: Path, deciding: Mapping[str, Any], here: dict[str, Any]) -> None:
+    differing = describe_differences({key: deciding[key] for key in here}, here)
+    if differing:
+        raise ExperimentError(f"{folder} was prepared with something else: {differing}")
 
 
 def _assemble(
     folder: Path,
-    preset: Preset,
-    data: Samples,
+    subject: Subject,
+    retraining: Retraining,
     subsets: Tensor,
     retrain: Tensor,
-    validation: Samples,
+    validation: Samples | None,
     manifest: dict[str, Any],
-    task: Task,
 ) -> Experiment:
     # a subset model never shares the seed of the model it stands in for
-    seeds = (seed for seed in itertools.count() if seed != preset.recipe.seed)
+    seeds = (seed for seed in itertools.count() if seed != retraining.recipe.seed)
     return Experiment(
         folder,
-        preset,
-        data,
+        subject,
+        retraining,
         subsets,
         tuple(itertools.islice(seeds, manifest["num_model_seeds"])),
         validation,
         manifest["deciding"]["num_generated"],
         retrain,
-        task,
     )
 
 
@@ -448,112 +508,30 @@ def train_one(
     Raises:
         ValueError: as `tasks.Task.train`.
     """
-    if experiment.is_trained(name):
-        return False
-    with claim(experiment.folder / "locks" / f"{name}.lock") as is_ours:
-        if not is_ours or experiment.is_trained(name):
-            return False
-        recipe, task = experiment.preset.recipe, experiment.task
-        chosen: Tensor | None = None
-        if name != FULL:
-            chosen, seed = experiment.training_of(name)
-            recipe = replace(recipe, seed=seed)
-        marks = experiment.checkpoint_steps if name == FULL else ()
-        model = task.fresh_model(recipe.seed, device)
+    retraining = experiment.retraining
+    chosen: Tensor | None = None
+    seed = retraining.recipe.seed
+    if name != FULL:
+        chosen, seed = experiment.training_of(name)
 
-        def save(name: str) -> None:
-            save_model(
-                model,
-                experiment.model_folder(name),
-                lambda folder: task.save(model, folder, chosen, recipe),
-            )
+    def save(model: Denoiser, name: str) -> None:
+        retraining.save(model, experiment.model_folder(name), chosen, seed)
 
-        def after_step(done: int, total: int) -> None:
-            if done in marks:
-                save(_checkpoint_name(done))
-            if progress is not None:
-                progress(done, total)
-
-        # resuming exactly at a mark would pass over it: no checkpoint falls on one
-        every = next(e for e in range(100, 1, -1) if all(mark % e for mark in marks))
-        checkpoint = experiment.folder / "training" / f"{name}.pt"
-        checkpoint.parent.mkdir(exist_ok=True)
-        task.train(
-            model,
-            chosen,
-            recipe,
-            checkpoint=checkpoint,
-            checkpoint_every=every,
-            progress=after_step,
-        )
-        save(name)
-        checkpoint.unlink(missing_ok=True)
-        return True
+    return retraining.train_once(
+        name,
+        chosen,
+        (seed, seed),
+        device,
+        is_done=lambda: experiment.is_trained(name),
+        finish=lambda model: save(model, name),
+        keep_at=experiment.checkpoint_steps if name == FULL else (),
+        keep=lambda model, step: save(model, _checkpoint_name(step)),
+        progress=progress,
+    )
 
 
 def _checkpoint_name(step: int) -> str:
     return f"{FULL}-step-{step:06d}"
-
-
-def generated_queries(
-    experiment: Experiment, device: torch.device, progress: Progress | None = None
-) -> Samples:
-    """The images the full model draws, image i from seed i; drawn where they are missing.
-
-    A model that reads captions draws image i from prompt i, the prompts in ``metadata.jsonl``.
-
-    Returns:
-        The images as saved, 8 bits a channel.
-
-    Raises:
-        ExperimentError: the full model is not trained yet, or another one than that of the folder
-            drew the images that are there.
-    """
-    folder = experiment.folder / "generated"
-    if len(missing_queries(experiment)) < experiment.num_generated:
-        # drawn anew, they would take the losses of every model along: that is for the user to say
-        check_painter(experiment.folder, experiment.sample_weights())
-    if missing_queries(experiment):
-        # another device draws other pictures: those that losses were measured of must stay
-        with claim(experiment.folder / "locks" / "generated.lock", wait=True):
-            _draw_queries(experiment, folder, device, progress)
-    return load_data(folder, channels=experiment.data.shape[0], limit=experiment.num_generated)
-
-
-def _draw_queries(
-    experiment: Experiment, folder: Path, device: torch.device, progress: Progress | None
-) -> None:
-    missing = missing_queries(experiment)
-    if not missing:
-        return
-    model, task = experiment.load_model(), experiment.task
-    folder.mkdir(exist_ok=True)
-    if len(missing) == experiment.num_generated:
-        record_painter(experiment.folder, experiment.sample_weights())
-    prompts = task.prompts(range(experiment.num_generated))
-    if prompts is not None:
-        write_captions(folder, {picture_name(seed): text for seed, text in enumerate(prompts)})
-    for seeds, images in task.draw(model, missing, device, progress):
-        keep(folder, Drawn(seeds, images, None))
-
-
-def missing_queries(experiment: Experiment) -> list[int]:
-    """Seeds of the generated queries that are not drawn yet."""
-    return missing_seeds(experiment.folder / "generated", range(experiment.num_generated))
-
-
-def query_sets(
-    experiment: Experiment, device: torch.device, progress: Progress | None = None
-) -> dict[str, Samples]:
-    """The queries by the name of their kind, validation and generated, as models are given them."""
-    pictures = {
-        VALIDATION: experiment.validation,
-        GENERATED: generated_queries(experiment, device, progress),
-    }
-    return {
-        role: experiment.task.samples(role, images, device, progress)
-        for role, images in pictures.items()
-    }
 
 
 def trained_names(experiment: Experiment, names: Sequence[str]) -> list[str]:

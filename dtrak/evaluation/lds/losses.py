@@ -22,7 +22,8 @@ from ...features.timesteps import select_timesteps
 from ...models.denoiser import Denoiser
 from ...runs.files import write_atomically
 from ...runs.folders import describe_differences
-from .experiment import Experiment, Progress, claim
+from ..retraining import Progress
+from .experiment import Experiment, claim
 from .options import LDS, ExperimentError, LossSettings
 
 # before the ids that decide the noise: no query meets here the noise its features were made with
@@ -147,7 +148,7 @@ def evaluate_one(
         if not is_ours or is_measured(experiment, name, queries):
             return False
         weights = experiment.sample_weights(name)
-        dtype = experiment.task.dtype(device)
+        dtype = experiment.retraining.dtype(device)
         model = experiment.load_model(name)
         total = settings.num_noise_seeds * sum(len(images) for images in queries.values())
         losses, before = {}, 0

@@ -24,6 +24,7 @@ from dtrak_kernels import Projection
 from dtrak_kernels.ridge import RidgeSolver
 
 from ...data.samples import Samples, join
+from ...features.cost import seconds_per_row
 from ...features.extraction import (
     FusedExtractor,
     deciding_settings,
@@ -33,70 +34,30 @@ from ...features.extraction import (
 from ...features.settings import FeatureSettings
 from ...features.store import FeatureStore
 from ...features.timesteps import select_timesteps
-from ...methods import scores
-from ...methods.baselines import random_scores, raw_similarity
+from ...methods import CHECKPOINTS, CLIP, TRAJECTORY, Method
+from ...methods.scores import journey_query_features
 from ...models.denoiser import Denoiser
 from ...models.hashing import hash_tensors
 from ...runs.choices import DEFAULT_PROJ_DIM
+from ...runs.console import format_seconds
 from ...runs.files import claim, write_atomically
+from ...runs.measure import format_bytes
+from ..retraining import TRAIN
 from .clip import ClipEncoder
-from .experiment import Experiment, generated_queries
-from .options import FULL, RETRAIN, ExperimentError
+from .experiment import Experiment
+from .names import CLIP_METHODS as CLIP_METHODS
+from .names import METHODS
+from .options import FULL, GENERATED, RETRAIN, ExperimentError
+from .queries import drawn_from, generated_queries
 from .statistics import predict_groups
-from .tasks import GENERATED, TRAIN
 
 # λ in units of the mean squared feature norm, two a decade
 DAMPING_FACTORS = tuple(float(f"{digit}e{power}") for power in range(-4, 4) for digit in (1, 3))
 _MEMORY_BUDGET = 2 * 2**30
 
 
-@dataclass(frozen=True)
-class Method:
-    """An attribution method.
-
-    Attributes:
-        name: as in tables.
-        kind: which formula.
-        output_function: whose gradients it takes; None where it takes none.
-    """
-
-    name: str
-    kind: str
-    output_function: str | None = None
-
-
-METHODS = (
-    Method("D-TRAK", "trak", "mean_squared_l2_norm"),
-    Method("D-TRAK, mean", "trak", "mean"),
-    Method("D-TRAK, l1_norm", "trak", "l1_norm"),
-    Method("D-TRAK, l2_norm", "trak", "l2_norm"),
-    Method("D-TRAK, linf_norm", "trak", "linf_norm"),
-    Method("TRAK", "trak", "loss"),
-    Method("TRAK, weighted_mse", "trak", "weighted_mse"),
-    Method("Relative influence", "relative", "loss"),
-    Method("Renormalised influence", "renormalised", "loss"),
-    Method("Journey-TRAK", "journey", "loss"),
-    Method("Gradient dot", "dot", "loss"),
-    Method("Gradient cosine", "cosine", "loss"),
-    Method("TracInCP", "tracin_cp", "loss"),
-    Method("GAS", "gas", "loss"),
-    Method("Raw pixels, dot", "raw_dot"),
-    Method("Raw pixels, cosine", "raw_cosine"),
-    Method("Random", "random"),
-)
-# where a CLIP model is at hand
-CLIP_METHODS = (Method("CLIP, dot", "clip_dot"), Method("CLIP, cosine", "clip_cosine"))
 # the methods whose projection is compared with other kinds
-_COMPARED = ("D-TRAK", "TRAK")
-
-_DAMPED: dict[str, Callable[[RidgeSolver, Tensor, float], Tensor]] = {
-    "trak": scores.trak,
-    "journey": scores.trak,
-    "relative": scores.relative_influence,
-    "renormalised": scores.renormalised_influence,
-}
-_SIMILAR = {"dot": scores.gradient_dot, "cosine": scores.gradient_cosine}
-_CHECKPOINTED = {"tracin_cp": scores.tracin_cp, "gas": scores.gas}
+_COMPARED = ("d-trak", "trak")
 
 
 @dataclass(frozen=True)
@@ -118,43 +79,31 @@ class Setting:
     @property
     def key(self) -> str:
         """A name for files: lower case, no blanks."""
-        words = self.method.name.lower().replace(",", "").replace(" ", "-")
+        words = self.method.name
         if self.model != FULL:
             words += f"-{self.model}"
         return f"{words}-{self.projection}-{self.num_timesteps}" if self.projection else words
 
 
 def list_settings(
-    num_timesteps: Sequence[int], projections: Sequence[str], *, with_clip: bool = False
+    num_timesteps: Sequence[int], projections: Sequence[str], methods: Sequence[Method] = METHODS
 ) -> list[Setting]:
     """What is evaluated: every method with the first projection, D-TRAK and TRAK with all.
 
     Args:
         num_timesteps: S, one or more.
         projections: kinds, one or more.
-        with_clip: add the methods that need a CLIP model.
+        methods: that are evaluated.
     """
-    settings = [Setting(method) for method in METHODS if not method.output_function]
-    if with_clip:
-        settings += [Setting(method) for method in CLIP_METHODS]
+    settings = [Setting(method) for method in methods if not method.output_function]
     for kind in projections:
         settings += [
             Setting(method, S, kind)
             for S in num_timesteps
-            for method in METHODS
+            for method in methods
             if method.output_function and (kind == projections[0] or method.name in _COMPARED)
         ]
     return settings
-
-
-def name_raw(settings: Sequence[Setting], raw: str) -> list[Setting]:
-    """The same settings, raw similarities called after what they compare: pixels or latents."""
-    return [
-        replace(setting, method=replace(method, name=method.name.replace("pixels", raw)))
-        if (method := setting.method).kind.startswith("raw_")
-        else setting
-        for setting in settings
-    ]
 
 
 def feature_bytes(experiment: Experiment) -> tuple[int, int]:
@@ -193,6 +142,8 @@ class Predictor:
         device: where features are computed.
         progress_bar: opens a progress bar with a label, as `console.progress_bar` does.
         clip: of the methods that compare embeddings.
+        batch_size: images per batch of features; None chooses one.
+        flips: average features of training images over the image and its mirror image.
     """
 
     def __init__(
@@ -202,11 +153,15 @@ class Predictor:
         device: torch.device,
         progress_bar: Callable[[str], Any],
         clip: ClipEncoder | None = None,
+        *,
+        batch_size: int | None = None,
+        flips: bool = False,
     ) -> None:
         self.experiment, self.device = experiment, device
+        self.batch_size, self.flips = batch_size, flips
         self.sizes = {kind: len(images) for kind, images in queries.items()}
         self.queries = join(list(queries.values()), "queries")
-        self.train = experiment.task.samples(TRAIN, experiment.data, device)
+        self.train = experiment.retraining.samples(TRAIN, experiment.data, device)
         self.progress_bar, self.clip = progress_bar, clip
         self._loaded: tuple[str, Denoiser] | None = None
         self._digests: dict[str, str | None] = {}
@@ -239,6 +194,41 @@ class Predictor:
                 assert prediction is not None
                 yield prediction
 
+    def estimate(self, settings: Sequence[Setting]) -> str | None:
+        """What the features will cost that predictions are still to be made of; None for nothing.
+
+        The time of one image and timestep is measured on the first of them.
+        """
+        sets: dict[Path, Setting] = {}
+        for setting in settings:
+            method = setting.method
+            if method.output_function is None or self._read(setting) is not None:
+                continue
+            last = self._num_checkpoints - 1
+            for number in range(0 if method.needs == CHECKPOINTS else last, last + 1):
+                folder = self._feature_folder(setting, number)
+                if not (folder / "query" / "manifest.json").is_file():
+                    sets.setdefault(folder, setting)
+        if not sets:
+            return None
+        first = min(sets.values(), key=lambda setting: setting.num_timesteps)
+        model = self._model(-1, first.model)
+        process, count = model.process, first.num_timesteps
+        chosen = select_timesteps(count, "uniform", process.num_timesteps, process.spread)
+        extractor = FusedExtractor(model, self._feature_settings(first, chosen), self.device)
+        seconds = seconds_per_row(extractor, self.train, self.batch_size) / first.num_timesteps
+        rows = len(self.train) + len(self.queries)
+        passes = len(self.train) * (2 if self.flips else 1) + len(self.queries)
+        size = 0
+        for setting in sets.values():
+            width = DEFAULT_PROJ_DIM[setting.projection] or extractor.grad_dim
+            size += 4 * rows * width
+        total = seconds * passes * sum(setting.num_timesteps for setting in sets.values())
+        return (
+            f"features: {len(sets)} sets of {rows:,} images to make, {format_bytes(size)} on disk, "
+            f"{format_seconds(total)} or less"
+        )
+
     @contextmanager
     def _alone_at(self, setting: Setting) -> Iterator[None]:
         """Wait until no other command makes these features: two would begin different shards."""
@@ -251,12 +241,13 @@ class Predictor:
             yield
 
     def _file(self, setting: Setting) -> Path:
-        return self.experiment.folder / "predictions" / f"{setting.key}.safetensors"
+        flips = "-flips" if self.flips and setting.method.output_function else ""
+        return self.experiment.folder / "predictions" / f"{setting.key}{flips}.safetensors"
 
     def _identity(self, setting: Setting) -> str:
         """What a kept prediction is of, besides its setting: it is made anew when that changes."""
         identity = hash_tensors({"subsets": self.experiment.subsets}) + self.queries.fingerprint
-        if setting.method in CLIP_METHODS and self.clip is not None:
+        if setting.method.needs == CLIP and self.clip is not None:
             identity += self.clip.identity
         return identity
 
@@ -288,7 +279,7 @@ class Predictor:
         weights = about.get("weights")
         if weights is not None and self._weights(setting) not in (None, weights):
             return None
-        kinds = (GENERATED,) if setting.method.kind == "journey" else tuple(self.sizes)
+        kinds = (GENERATED,) if setting.method.needs == TRAJECTORY else tuple(self.sizes)
         return Prediction(setting, kinds, tuple(about["dampings"]), tuple(about["rules"]), values)
 
     def _write(self, setting: Setting, parts: Sequence[tuple[str, float, Tensor]]) -> None:
@@ -314,36 +305,37 @@ class Predictor:
         train, queries = self._features(first, -1)
         solver = RidgeSolver(train, memory_budget=_MEMORY_BUDGET)
         for setting in settings:
-            kind = setting.method.kind
-            if kind in _DAMPED:
+            method = setting.method
+            if method.is_damped:
                 # one factorisation serves every damping and method of these features
                 unit = float(solver.feature_norms().square().mean())
                 rules = {f"{factor:g}": factor * unit for factor in DAMPING_FACTORS}
                 rules["auto"] = solver.auto_damping()
-                score = _DAMPED[kind]
-                left = self._journey_features(setting) if kind == "journey" else queries
-                parts = [(rule, lam, score(solver, left, lam)) for rule, lam in rules.items()]
+                is_journey = method.needs == TRAJECTORY
+                left = self._journey_features(setting) if is_journey else queries
+                parts = [
+                    (rule, lam, method.score(solver, left, lam)) for rule, lam in rules.items()
+                ]
                 self._write(setting, parts)
-            elif kind in _SIMILAR:
-                matrix = _SIMILAR[kind](queries, train)
-                self._write(setting, [("", float("nan"), matrix)])
-            else:
+                continue
+            if method.needs == CHECKPOINTS:
                 pairs = [self._features(setting, number) for number in range(self._num_checkpoints)]
-                matrix = _CHECKPOINTED[kind](
+                matrix = method.score(
                     [query for _, query in pairs], [features for features, _ in pairs]
                 )
-                self._write(setting, [("", float("nan"), matrix)])
+            else:
+                matrix = method.score(queries, train)
+            self._write(setting, [("", float("nan"), matrix)])
         if first.projection == "none":
             # as large as all gradients together, and quickly made again
             shutil.rmtree(self._feature_folder(first, -1))
 
     def _plain_scores(self, method: Method) -> Tensor:
-        if method.kind == "random":
-            return random_scores(len(self.queries), len(self.train), 0)
-        if method in CLIP_METHODS:
-            return raw_similarity(*self._embeddings(), method.kind.removeprefix("clip_"))
-        images = self.queries.batch(slice(None)), self.train.batch(slice(None))
-        return raw_similarity(*images, method.kind.removeprefix("raw_"))
+        if method.needs == CLIP:
+            found: Tensor = method.score(*self._embeddings())
+        else:
+            found = method.score(self.queries, self.train)
+        return found
 
     def _embeddings(self) -> tuple[Tensor, Tensor]:
         """CLIP's of the queries and of the training images."""
@@ -351,16 +343,13 @@ class Predictor:
             raise ValueError("clip must be given for the methods that compare CLIP's embeddings")
         experiment, folder = self.experiment, self.experiment.folder / "clip"
         # the pictures, whatever the model is given in their place
-        pictures = {
-            kind: generated_queries(experiment, self.device)
-            if kind == GENERATED
-            else experiment.validation
-            for kind in self.sizes
-        }
+        pictures = dict.fromkeys(self.sizes, experiment.validation)
+        pictures[GENERATED] = generated_queries(experiment, self.device)
         with self.progress_bar("CLIP") as progress:
             queries = [
                 self.clip.embed(folder / f"{kind}.safetensors", images)
                 for kind, images in pictures.items()
+                if images is not None
             ]
             train = self.clip.embed(folder / "train.safetensors", experiment.data, progress)
         return torch.cat(queries), train
@@ -376,14 +365,14 @@ class Predictor:
             / "features"
             / (
                 f"{setting.method.output_function}-{setting.projection}-{setting.num_timesteps}"
-                f"-{checkpoint}"
+                f"-{checkpoint}{'-flips' if self.flips else ''}"
             )
         )
 
     def _feature_settings(self, setting: Setting, timesteps: Sequence[int]) -> FeatureSettings:
         assert setting.method.output_function is not None
         projection = Projection(setting.projection, DEFAULT_PROJ_DIM[setting.projection])
-        dtype = self.experiment.task.dtype(self.device)
+        dtype = self.experiment.retraining.dtype(self.device)
         return FeatureSettings(
             setting.method.output_function, tuple(timesteps), 0, projection, dtype
         )
@@ -409,16 +398,26 @@ class Predictor:
         extractor = FusedExtractor(model, settings, self.device)
         stores = []
         for role, data in (("train", self.train), ("query", self.queries)):
+            extractor.flips = self.flips and role == TRAIN
+            decided = replace(settings, flips=extractor.flips)
+            known = (folder / role / "manifest.json").is_file()
             store = FeatureStore.open(
                 folder / role,
-                {**deciding_settings(model, settings, data, extractor.method), "role": role},
+                {**deciding_settings(model, decided, data, extractor.method), "role": role},
                 data.ids,
                 extractor.proj_dim,
-                fitting_batch_size(extractor, data),
+                1 if known else self.batch_size or fitting_batch_size(extractor, data),
             )
             if store.missing():
                 with self.progress_bar(f"features {folder.name} {role}") as progress:
-                    fill_store(store, extractor, data, role=f"{role}/", progress=progress)
+                    fill_store(
+                        store,
+                        extractor,
+                        data,
+                        role=f"{role}/",
+                        batch_size=self.batch_size,
+                        progress=progress,
+                    )
             stores.append(store)
         return stores[0], stores[1].load()
 
@@ -427,20 +426,24 @@ class Predictor:
 
         The clean image predicted at each step is given fresh noise of that step's timestep.
         """
-        task, model = self.experiment.task, self._model(-1)
-        timesteps = task.journey_timesteps(model)
+        retraining, model = self.experiment.retraining, self._model(-1)
+        timesteps = model.drawing_timesteps(retraining.drawing.num_inference_steps)
         extractor = FusedExtractor(
             model, self._feature_settings(setting, timesteps[:1]), self.device
         )
-        batches = []
+        batches, items = [], drawn_from(self.experiment)
         with self.progress_bar(f"journeys {setting.key}") as progress:
             seeds = range(self.sizes[GENERATED])
-            for journey in task.journeys(model, seeds, self.device, progress):
-                ids = [f"journey/{seed}" for seed in journey.seeds]
+            for drawn in retraining.draw(
+                model, seeds, items, self.device, trajectories=True, progress=progress
+            ):
+                assert drawn.trajectories is not None
+                ids = [f"journey/{seed}" for seed in drawn.seeds]
+                read = None if items is None else [items[seed] for seed in drawn.seeds]
                 features = []
                 for step, timestep in enumerate(timesteps):
                     extractor.settings = replace(extractor.settings, timesteps=(timestep,))
-                    predicted = journey.predicted[:, step]
-                    features.append(extractor.extract(predicted, ids, journey.captions).cpu())
-                batches.append(scores.journey_query_features(torch.stack(features)))
+                    predicted = drawn.trajectories[:, step]
+                    features.append(extractor.extract(predicted, ids, read).cpu())
+                batches.append(journey_query_features(torch.stack(features)))
         return torch.cat(batches)

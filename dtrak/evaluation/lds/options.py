@@ -17,12 +17,16 @@ FULL = "full"
 # of models: those scores are judged on, and those that methods are fitted on
 LDS, RETRAIN = "lds", "retrain"
 FAMILIES = (LDS, RETRAIN)
+# kinds of queries
+VALIDATION, GENERATED = "validation", "generated"
 NUM_RESAMPLES = 2000
+# with fewer, a correlation of halves is one of a single pair
+FEWEST_SUBSETS = 4
 DEFAULT_PRESET = "digits"
-FORMAT = 1
+FORMAT = 2
 # what every record says, the oldest too
-_RECORDED = {"source", "num_validation", "subsets", "num_subsets", "num_model_seeds"}
-_DECIDING = {"preset", "data", "validation", "num_generated", "recipe"}
+_RECORDED = {"subject", "num_validation", "subsets", "num_subsets", "num_model_seeds"}
+_DECIDING = {"name", "data", "validation", "num_generated", "recipe", "start"}
 # a picture is called after its seed in five digits: in the order of names, more would be jumbled
 _MOST_GENERATED = 10**5
 
@@ -102,15 +106,15 @@ def check_numbers(counts: Mapping[str, int | None]) -> None:
         )
 
 
-def recorded_preset(folder: Path) -> str | None:
-    """Name of the preset of the run in ``folder``; None where there is no run.
+def recorded_name(folder: Path) -> str | None:
+    """Name of the preset or the model of the run in ``folder``; None where there is no run.
 
     Raises:
         ExperimentError: its record is damaged.
     """
     if not (folder / "experiment.json").is_file():
         return None
-    return str(read_manifest(folder)["deciding"]["preset"])
+    return str(read_manifest(folder)["deciding"]["name"])
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -131,32 +135,51 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ExperimentError(f"{file} is damaged: prepare the run in another folder") from error
     if known != FORMAT:
         raise ExperimentError(f"{file} must be of format {FORMAT}, got {known}")
-    if not whole or ("lora" in deciding and not manifest.keys() >= {"base", "mixed_precision"}):
+    if not whole:
         raise ExperimentError(f"{file} is damaged: prepare the run in another folder")
     return manifest
 
 
-def locate(preset: str | None, output: str | None) -> tuple[Path, str]:
-    """The run folder, and the preset of the run in it or else the one asked for.
+def locate(preset: str | None, output: str | None, run: str | None = None) -> tuple[Path, str]:
+    """The run folder, and the name of the preset or model of the run in it or else that asked for.
+
+    Args:
+        preset: as typed.
+        output: as typed.
+        run: folder of a model of one's own, or of a run that explains it.
 
     Raises:
-        ValueError: the folder holds a run of another preset, or there is no such preset.
+        ValueError: the folder holds a run of another preset or model, there is no such preset, or a
+            preset and a model are asked for.
     """
-    wanted = DEFAULT_PRESET if preset is None else get_preset(preset).name
-    folder = Path(output) if output else Path("runs") / f"lds-{wanted}"
-    found = recorded_preset(folder)
-    check_preset(preset, found, folder)
+    if run is not None:
+        if preset is not None:
+            raise ValueError("--run and --preset exclude each other, got both")
+        wanted = Path(run).resolve().name
+        # "." has no name to be beside of
+        place = Path(run) if Path(run).name not in ("", "..") else Path(run).resolve()
+        folder = Path(output) if output else place.with_name(f"lds-{wanted}")
+    else:
+        wanted = DEFAULT_PRESET if preset is None else get_preset(preset).name
+        folder = Path(output) if output else Path("runs") / f"lds-{wanted}"
+    found = recorded_name(folder)
+    if run is not None:
+        check_name(wanted, found, folder, "--run")
+    else:
+        check_name(preset, found, folder)
     return folder, found or wanted
 
 
-def check_preset(preset: str | None, found: str | None, folder: Path) -> None:
-    """Refuse a preset that is not that of the run in ``folder``.
+def check_name(
+    wanted: str | None, found: str | None, folder: Path, option: str = "--preset"
+) -> None:
+    """Refuse a preset or model that is not that of the run in ``folder``; None asks for none.
 
     Raises:
         ValueError: it is another.
     """
-    if preset is not None and found is not None and preset != found:
+    if wanted is not None and found is not None and wanted != found:
         raise ValueError(
-            f"--preset must be {found!r}, whose run {folder} holds, or left out, got {preset!r}: "
+            f"{option} must be {found!r}, whose run {folder} holds, or left out, got {wanted!r}: "
             "choose another --output"
         )

@@ -36,6 +36,8 @@ from .statistics import (
 
 # models a datamodel can be fitted to: with fewer a fold of its cross-validation has no R²
 FEWEST_FITTED = 10
+# models with fewer of which an interval says nothing: halves of them have four ranks or less
+FEWEST_WITH_INTERVALS = 10
 _PUBLISHED_SIZES = (64, 128, 256, 512)
 _CROSS_FITTED = "cross-fitted"
 AUTO, UNIT = "auto", "1"
@@ -371,7 +373,8 @@ def make_table(
 
     Returns:
         JSON-serialisable: ``rows``, one per method, S, projection and kind of query, and
-        ``differences`` of pairs of them on the same resamples.
+        ``differences`` of pairs of them on the same resamples; without intervals where there are
+        fewer than `FEWEST_WITH_INTERVALS` models.
 
     Raises:
         ValueError: there are fewer than 4 models.
@@ -401,13 +404,25 @@ def make_table(
             rules |= {(*key, rule): estimate for rule, estimate in estimates.items()}
             if progress is not None:
                 progress(len(rows), total)
+    differences = list(_differences(held_out, rules))
+    if len(results.subsets) < FEWEST_WITH_INTERVALS:
+        for cells in (*rows, *differences):
+            _leave_out_intervals(cells)
     return {
         "results": digest(results),
         "num_resamples": num_resamples,
         "about": results.about,
         "rows": rows,
-        "differences": list(_differences(held_out, rules)),
+        "differences": differences,
     }
+
+
+def _leave_out_intervals(cells: dict[str, Any]) -> None:
+    for name in ("bca", "percentile"):
+        cells.pop(name, None)
+    for cell in cells.values():
+        if isinstance(cell, dict):
+            _leave_out_intervals(cell)
 
 
 def _evaluate(

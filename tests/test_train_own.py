@@ -1,24 +1,29 @@
-"""The command that fine-tunes: what it writes, resumes and refuses."""
+"""Training what is no preset's: an adapter, and a model of one's own from its configuration."""
 
 import json
 import warnings
+from dataclasses import replace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from claims import check_training_alone
-from diffusers import StableDiffusionPipeline
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from tiny import tiny_model
 from tiny_stable_diffusion import build_pipeline, write_pictures
 from typer.testing import CliRunner
 
-from dtrak.cli.train_lora import app
-from dtrak.data.images import load_data
+from dtrak.cli.train import app
+from dtrak.data.images import encode_png, load_data, to_uint8
 from dtrak.models import load
+from dtrak.models.hashing import hash_model
 from dtrak.models.lora import hash_lora
-from dtrak.training import fine_tuning as lora_fine_tuning
-from dtrak.training.fine_tuning import _recipe
-from dtrak.training.presets import get_preset
-from dtrak.training.train_lora_options import Options
+from dtrak.training.data import DataSource
+from dtrak.training.options import OWN_RECIPE, Options, plan_training
+from dtrak.training.record import read_training
+from dtrak.training.trainer import Trainer, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*captions have more than 16 tokens.*")
 
@@ -36,8 +41,8 @@ def pictures(tmp_path_factory):
 @pytest.fixture
 def run(folder, pictures, tmp_path):
     def run(*arguments, model=folder, data=pictures, output=tmp_path / "lora"):
-        fixed = ["--output", str(output), "--device", "cpu", "--rank", "2", "--steps", "4"]
-        fixed += [] if model is None else ["--model", str(model)]
+        fixed = ["--output", str(output), "--device", "cpu", "--steps", "4"]
+        fixed += [] if model is None else ["--model", str(model), "--lora-rank", "2"]
         fixed += [] if data is None else ["--data", str(data)]
         # it remembers the precision of the first run of a process
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -84,18 +89,16 @@ def test_captions_that_are_cut_are_told_once(run):
 
 
 def test_an_interrupted_training_resumes_with_the_same_bits(run, folder, tmp_path, monkeypatch):
-    from dtrak.training import lora_trainer as lora_training
-
     assert run(output=tmp_path / "whole")[0] == 0
-    take_step = lora_training._LoraTrainer.take_step
+    take_step = Trainer.take_step
 
-    def interrupt(self, posteriors, captions, step, steps):
+    def interrupt(self, data, step, steps):
         if step == 3:
             raise KeyboardInterrupt
-        take_step(self, posteriors, captions, step, steps)
+        take_step(self, data, step, steps)
 
     with monkeypatch.context() as patch:
-        patch.setattr(lora_training._LoraTrainer, "take_step", interrupt)
+        patch.setattr(Trainer, "take_step", interrupt)
         code, output = run("--checkpoint-every", "2")
     assert code == 130
     assert "interrupted: run the same command again" in output
@@ -117,7 +120,8 @@ def test_without_some_images_and_shared_latents(run, pictures, tmp_path, monkeyp
     assert code == 0, output
     assert "4 images" in output
     settings = json.loads((tmp_path / "lora" / "training.json").read_text())["settings"]
-    assert settings["data"]["without"] == "1 images"
+    assert settings["data"]["without"] == ["baroque/feast.png"]
+    assert settings["data"]["rows"] == 4
     (tmp_path / "ids.txt").write_text("nothing.png\n")
     failing(run, "got 1 others, such as 'nothing.png'", "--without", tmp_path / "ids.txt")
     (tmp_path / "ids.txt").write_text("\n".join(load_data(pictures).ids))
@@ -134,7 +138,7 @@ def failing(run, message, *arguments, **options):
 @pytest.mark.parametrize(
     "option, value, message",
     [
-        ("--rank", 0, "--rank must be at least 1, got 0"),
+        ("--lora-rank", 0, "--lora-rank must be at least 1, got 0"),
         ("--steps", 0, "--steps must be at least 1, got 0"),
         ("--batch-size", 0, "--batch-size must be at least 1, got 0"),
         ("--checkpoint-every", 0, "--checkpoint-every must be at least 1, got 0"),
@@ -148,15 +152,14 @@ def failing(run, message, *arguments, **options):
         ("--mixed-precision", "fp15", "did you mean 'fp16'?"),
         ("--mixed-precision", "fp16", "--mixed-precision fp16 must run on a GPU, got the CPU"),
         ("--preset", "artbench", "did you mean 'artbench"),
-        ("--preset", "cifar2", "must be one that fine-tunes (artbench2, artbench5), got 'cifar2'"),
+        ("--preset", "cifar2", "--model is not for --preset cifar2, which trains a model of its"),
+        ("--config", "x.json", "--config and --model exclude each other, got both"),
         ("--resolution", 24, "(--resize resizes and crops)"),
     ],
 )
 def test_bad_values_give_one_clear_line(option, value, message, run, monkeypatch):
     if option != "--resolution":
-        monkeypatch.setattr(
-            lora_fine_tuning, "load_data", lambda *_, **__: pytest.fail("data was read")
-        )
+        monkeypatch.setattr(DataSource, "load", lambda *_, **__: pytest.fail("data was read"))
     failing(run, message, option, value)
 
 
@@ -164,12 +167,9 @@ def test_another_model_is_refused_before_the_data_is_read(run, tmp_path, monkeyp
     assert run()[0] == 0
     record = (tmp_path / "lora" / "training.json").read_bytes()
     other = build_pipeline(tmp_path / "other", seed=1)
-    monkeypatch.setattr(
-        lora_fine_tuning, "load_data", lambda *_, **__: pytest.fail("data was read")
-    )
-    failing(run, "holds another run: base is", model=other)
-    failing(run, "model.model is", model=other)
-    failing(run, "rank is 2 there and 3 here", "--rank", 3)
+    monkeypatch.setattr(DataSource, "load", lambda *_, **__: pytest.fail("data was read"))
+    failing(run, "holds another run: model.model is", model=other)
+    failing(run, "start.rank is 2 there and 3 here", "--lora-rank", 3)
     assert (tmp_path / "lora" / "training.json").read_bytes() == record
 
 
@@ -178,8 +178,10 @@ def test_one_command_at_a_time_trains(run, tmp_path):
 
 
 def test_inputs_that_do_not_go_together(run, folder, pictures, tmp_path):
-    failing(run, "--model and --data must be given", model=None)
-    failing(run, "--model and --data must be given", data=None)
+    failing(run, "--data and --config or --model must be given", model=None)
+    failing(run, "--data and --config or --model must be given", data=None)
+    fixed = ["--model", folder, "--steps", 1]
+    failing(run, "must have an adapter to train (--lora-rank)", *fixed, model=None)
     bare = write_pictures(tmp_path / "bare", metadata=False)
     failing(run, "must have captions: metadata.jsonl", data=bare)
     code, output = run("--caption", "a {label} painting", data=bare)
@@ -188,15 +190,108 @@ def test_inputs_that_do_not_go_together(run, folder, pictures, tmp_path):
     # the published data set is another one
     preset = ["--preset", "artbench2"]
     failing(run, "images", *preset, data=pictures, output=tmp_path / "preset")
-    failing(run, "are the preset's own", *preset, "--caption", "x", output=tmp_path / "preset")
+    failing(run, "is the preset's own", *preset, "--caption", "x", output=tmp_path / "preset")
 
 
 def test_the_recipe_is_the_published_one():
-    for name in (None, "artbench2", "artbench5"):
-        recipe = _recipe(Options("x"), None if name is None else get_preset(name))
+    own = {"model": "somewhere", "lora_rank": 2, "data": "pictures"}
+    for options in (own, {"preset": "artbench2"}, {"preset": "artbench5"}):
+        recipe = plan_training(Options("x", **options)).recipe
         assert (recipe.epochs, recipe.batch_size, recipe.learning_rate) == (100, 64, 3e-4)
         assert (recipe.betas, recipe.weight_decay, recipe.max_grad_norm) == ((0.9, 0.999), 1e-6, 1)
         assert (recipe.dropout, recipe.flip, recipe.seed) == (0.1, True, 42)
+        assert recipe.caption_dropout == 0.1
         # 79 steps an epoch of 5,000 images, the last batch short
         assert recipe.num_steps(5000) == 7900
-    assert _recipe(Options("x", subset=3), get_preset("artbench2")).seed == 0
+    assert plan_training(Options("x", preset="artbench2", subset=3)).recipe.seed == 0
+
+
+CONFIG = {
+    "sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": [8],
+    "layers_per_block": 1, "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"],
+    "norm_num_groups": 4, "add_attention": False, "resnet_time_scale_shift": "scale_shift",
+}  # fmt: skip
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A configuration, and ten labelled digits in a parquet file."""
+    (tmp_path / "unet.json").write_text(json.dumps(CONFIG))
+    digits = load_data("digits", limit=10)
+    rows = [{"bytes": encode_png(to_uint8(image)), "path": None} for image in digits.images]
+    labels = [label % 3 for label in digits.labels]
+    pq.write_table(pa.table({"image": rows, "label": labels}), tmp_path / "digits.parquet")
+    return tmp_path
+
+
+def run_own(own, *arguments, start=("--config", "unet.json")):
+    start = [start[0], own / start[1]]
+    fixed = ["--data", own / "digits.parquet", *start, "--output", own / "run", "--device", "cpu"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    result = CliRunner().invoke(app, [*map(str, fixed), *map(str, arguments)])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, " ".join(result.output.split())
+
+
+def test_a_model_from_its_configuration(own):
+    options = ["--steps", 3, "--batch-size", 4, "--learning-rate", 1e-3, "--schedule", "constant",
+               "--flip", "--seed", 7]  # fmt: skip
+    code, text = run_own(own, *options)
+    assert code == 0, text
+    recipe = replace(
+        OWN_RECIPE, steps=3, epochs=None, batch_size=4, learning_rate=1e-3, schedule="constant",
+        flip=True, seed=7,
+    )  # fmt: skip
+    data = load_data(own / "digits.parquet", channels=1, size=8)
+    expected = train(tiny_model(7), data, recipe)
+    assert hash_model(load(own / "run").module) == hash_model(expected.module)
+    # from the record it can be trained again, wherever one stands
+    record = read_training(own / "run" / "training.json")
+    assert (record.recipe, record.rows, record.fingerprint) == (recipe, 10, data.fingerprint)
+    again = record.start.make(record.recipe.seed)
+    found = record.data.load(again)
+    assert found.fingerprint == data.fingerprint
+    assert hash_model(train(again, found, record.recipe).module) == hash_model(expected.module)
+    # and gone on from
+    code, text = run_own(own, *options, "--output", own / "more", start=("--model", "run"))
+    assert code == 0, text
+    more = train(load(own / "run"), data, recipe)
+    assert hash_model(load(own / "more").module) == hash_model(more.module)
+    assert read_training(own / "more" / "training.json").start.model == str(own / "run")
+
+
+def test_a_model_of_classes_and_its_noise_schedule(own):
+    (own / "unet.json").write_text(json.dumps(CONFIG | {"num_class_embeds": 3}))
+    schedule = {"_class_name": "DDPMScheduler", "beta_start": 1e-3, "beta_end": 0.03}
+    (own / "scheduler_config.json").write_text(json.dumps(schedule))
+    code, text = run_own(own, "--steps", 2, "--batch-size", 4)
+    assert code == 0, text
+    model = load(own / "run")
+    assert (model.reads, model.process.scheduler.config["beta_end"]) == ("labels", 0.03)
+    data = load_data(own / "digits.parquet", channels=1, size=8)
+    start = tiny_model(0, DDPMScheduler(beta_start=1e-3, beta_end=0.03), num_class_embeds=3)
+    recipe = replace(OWN_RECIPE, steps=2, epochs=None, batch_size=4)
+    expected = train(start, data.conditioned(data.labels), recipe)
+    assert hash_model(model.module) == hash_model(expected.module)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ('{"_class_name": "DiT"}', "must describe one of UNet2DModel, got 'DiT'"),
+        ("[]", "must be a JSON object, got a list"),
+        ('{"sample_sise": 8}', "no U-Net can be made from the configuration: UNet2DModel"),
+        ('{"in_channels": 1, "out_channels": 2}', "must have as many out_channels as in_channels"),
+        (json.dumps(CONFIG | {"num_class_embeds": 2}), "must be in [0, 2), the classes of the mod"),
+        (json.dumps(CONFIG | {"sample_size": 12}), "(--resize resizes and crops)"),
+    ],
+)
+def test_configurations_that_cannot_be_used(own, config, message):
+    (own / "unet.json").write_text(config)
+    code, text = run_own(own, "--steps", 2)
+    assert (code, message in text) == (2, True), text
+    assert not (own / "run").exists()
+    code, text = run_own(own, start=("--config", "nothing.json"))
+    assert (code, "--config must be a file with a configuration" in text) == (2, True), text
