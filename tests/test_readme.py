@@ -13,6 +13,7 @@ from test_reproduce import parse
 
 from dtrak.data.images import encode_png, load_data, to_uint8
 from dtrak.evaluation.lds.table import packaged_results, select_rows
+from dtrak.models.unet import digits_model
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -32,9 +33,18 @@ def test_it_is_short_enough():
 
 
 @pytest.mark.parametrize("code", blocks("python"))
-def test_python_blocks_run(code):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+def test_python_blocks_run(code, tmp_path):
+    # the first commands leave it there; here untrained, and explained at one timestep
+    digits_model().save(tmp_path / "runs" / "digits" / "model")
+    code = code.replace("train, 4,", "train, 4, timesteps=1,")
+    code = code.replace('images("digits")', 'images("digits", limit=100)')
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
+    if "dtrak.explain" in code:
+        assert done.stdout.startswith("torch.Size([4, 100]) [[Proponent(id='digits/")
+        assert (tmp_path / "runs" / "notebook.html").is_file()
 
 
 @pytest.mark.parametrize("line", [line for line in commands() if line.startswith("python -m")])
@@ -76,9 +86,15 @@ def test_commands_run(tmp_path):
         )
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         assert "warning" not in done.stderr.lower(), f"{line}\n{done.stderr}"
-    for name in ("digits", "mine"):
-        for file in ("scores.safetensors", "manifest.json", "report.html", "report.png"):
-            assert (tmp_path / "runs" / name / file).is_file()
+    sets = {"digits": ["generated", "my_pictures", "validation"], "mine": ["my_pictures"]}
+    for name, expected in sets.items():
+        folders = sorted((tmp_path / "runs" / name / "queries").iterdir())
+        assert [folder.name.rpartition("-")[0] for folder in folders] == expected
+        for folder in folders:
+            for file in ("scores.safetensors", "manifest.json", "report.html", "report.png"):
+                assert (folder / file).is_file()
+        index = (tmp_path / "runs" / name / "index.html").read_text()
+        assert all(f'href="queries/{folder.name}/report.html"' in index for folder in folders)
 
 
 def test_the_digits_table_is_what_comes_with_the_package():
