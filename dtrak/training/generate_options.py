@@ -7,24 +7,47 @@ from functools import cached_property
 
 from ..runs.choices import check_counts, check_model_folder, parse_numbers
 from ..runs.console import check_device
+from ..runs.stated import option
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asked for; see `dtrak.generate.generate_images`."""
+    """What `dtrak.generate` was asked for."""
 
-    model: str
-    output: str
-    num_images: int = 16
-    first_seed: int = 0
-    num_inference_steps: int | None = None
-    batch_size: int | None = None
-    trajectories: bool = False
-    device: str = "auto"
-    lora: str | None = None
-    prompts: str | None = None
-    classes: str | None = None
-    guidance_scale: float | None = None
+    model: str = option(
+        help="Folder that Diffusers wrote, or a hub name: a bare UNet2DModel, or a pipeline of a "
+        "kind in docs/models.md."
+    )
+    output: str = option(help="Folder of the pictures.")
+    num_images: int = option(16, help="How many to draw.")
+    first_seed: int = option(0, help="Picture i is drawn from this seed + i.")
+    num_inference_steps: int | None = option(
+        None,
+        help="Steps of DDIM (η = 0), or of Euler's method for a flow. Default: what suits the "
+        "model, 50 for most.",
+    )
+    lora: str | None = option(None, help="LoRA folder or file of a text-to-image model.")
+    prompts: str | None = option(
+        None,
+        help="What a text-to-image model draws: a text, or a file with one per line, of which "
+        "picture i takes line i, from the first again after the last.",
+    )
+    classes: str | None = option(
+        None,
+        help="What a model of classes draws, such as 0,3: picture i takes class i of them, from "
+        "the first again after the last. Default: all of its classes.",
+    )
+    guidance_scale: float | None = option(
+        None, help="Classifier-free guidance. Default: the model's."
+    )
+    batch_size: int | None = option(
+        None, help="Pictures drawn at a time. Default: what suits the model."
+    )
+    trajectories: bool = option(
+        False,
+        help="Also keep the clean image predicted at every step (Journey-TRAK), in trajectories/.",
+    )
+    device: str = option("auto", help="auto, cpu, cuda or cuda:N.")
 
     @cached_property
     def class_numbers(self) -> list[int] | None:
