@@ -242,7 +242,7 @@ def test_compare_prints_agreement_times_and_memory(run):
         ("--timesteps", "many", "--timesteps must be a number, or indices such as 0,100,500"),
         ("--output-function", "nowhere:f", "must lie in a module that imports"),
         ("--output-function", "math:cosine", "math has no 'cosine'"),
-        ("--lora", "nowhere", "--lora must go with a Stable Diffusion pipeline"),
+        ("--lora", "nowhere", "--lora must go with a pipeline that takes one"),
         ("--caption", "a digit", "--caption is for text-to-image models"),
         ("--proj-dim", "0", "proj_dim must be at least 1, got 0"),
         ("--proj-dim", "-5", "proj_dim must be at least 1, got -5"),

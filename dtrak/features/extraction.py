@@ -24,6 +24,10 @@ from .store import Store
 _MIRRORED = "mirrored/"
 
 
+# samples of a batch that is chosen here, where memory holds them
+_LEAST = 4
+
+
 class Extractor(Protocol):
     """Turns what a model is given into features."""
 
@@ -185,9 +189,9 @@ def autocast(device: torch.device, dtype: str) -> Any:
 def fitting_batch_size(extractor: FusedExtractor, data: Samples) -> int:
     """The batch size that uses a modest share of the free memory, found by measuring one sample.
 
-    On a CPU the working set is kept small enough for the caches (96 MB), except for the dense
-    kinds, which regenerate their matrix once per batch and want a large one; on a GPU half the free
-    memory.
+    On a CPU the working set is kept small enough for the caches (96 MB), though not below four
+    samples, between which threads can share the work; the dense kinds, which regenerate their
+    matrix once per batch, want a large one. On a GPU half the free memory.
     """
     # the first batch makes what a projection keeps, which does not grow with the next ones
     extract_rows(extractor, data, slice(0, 1))
@@ -195,10 +199,10 @@ def fitting_batch_size(extractor: FusedExtractor, data: Samples) -> int:
         extract_rows(extractor, data, slice(0, 1))
     cpu = extractor.device.type == "cpu"
     dense = extractor.settings.projection.kind in ("rademacher", "normal")
-    budget = available_bytes(extractor.device) // 2
-    if cpu:
-        budget = min(budget, 10**9 if dense else 48 * 10**6)
-    return max(1, min(budget // max(meter.peak_bytes, 1), 256, len(data)))
+    each, free = max(meter.peak_bytes, 1), available_bytes(extractor.device) // 2
+    budget = min(free, 10**9 if dense else 48 * 10**6) if cpu else free
+    fitting = max(budget // each, min(_LEAST, free // each))
+    return max(1, min(fitting, 256, len(data)))
 
 
 def deciding_settings(
