@@ -133,7 +133,7 @@ class GradientSketcher:
     the batch is large, an expert that sees as many tokens), so `sketch` checks them: on the first
     batch of each number of rows, or with a layer that was not seen in one, a backward of its own
     through the same graph leaves out every other sample, whose rows must be exactly zero then, and
-    the others what they are in the next. `batch` has no outputs to do that with.
+    the others what they are in the next. `batch` has no outputs to do that with, and warns once.
 
     Args:
         model: the module whose parameters are differentiated. It is not modified outside `batch`.
@@ -233,7 +233,7 @@ class GradientSketcher:
         self.check_rows = check_rows
         # names of the layers whose rows were checked, by the number of rows of the batch
         self._checked: dict[int, set[str]] = {}
-        self._watched_randomness = False
+        self._watched_randomness = self._told_unchecked = False
         # takes the accumulator's place in a plan
         self._planned: PlannedAccumulator | None = None
 
@@ -588,6 +588,9 @@ class GradientSketcher:
                     f"module {missed[0]!r} ran without gradient (under no_grad, or in a re-entrant "
                     "checkpoint none of whose inputs needs one): its gradient would be missing"
                 )
+            unchecked = batch.seen - self._checked.get(batch.rows, set())
+            if unchecked and self.check_rows and num_samples > 1 and not batch.guesses:
+                self._tell_unchecked(unchecked)
             self._accumulator.close(features)
             if self._norms is not None:
                 self._last_norms = self._norms.norms()
@@ -603,6 +606,18 @@ class GradientSketcher:
                 parameter.requires_grad_(flag)
             for parameter, grad in zip(self._parameters, grads, strict=True):
                 parameter.grad = grad
+
+    def _tell_unchecked(self, names: set[str]) -> None:
+        """Warn, once, that a batch of the caller's own backwards was not checked."""
+        if self._told_unchecked:
+            return
+        self._told_unchecked = True
+        warnings.warn(
+            f"rows of {len(names)} layers are told by their number alone, a batch whose backward "
+            "is the caller's cannot check them: sketch does, and check_rows=False takes them as "
+            "they are",
+            stacklevel=4,
+        )
 
     @contextmanager
     def _random_modules_named(self) -> Iterator[None]:
