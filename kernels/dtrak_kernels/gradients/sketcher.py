@@ -69,7 +69,7 @@ from .rows import (
     wrong_rows,
 )
 from .rules import Rule, kept_statistics, own_rule, rule_applies
-from .weight import LayerGradient
+from .weight import LayerGradient, positions_last
 
 if TYPE_CHECKING:
     from .whitening.accumulator import WhiteningAccumulator
@@ -116,10 +116,10 @@ class GradientSketcher:
     ``named_parameters()`` order.
 
     Linear, Embedding, convolutions (one to three dimensions, transposed or not, any stride,
-    padding, dilation and groups), GroupNorm, LayerNorm and RMSNorm have rules of their own. Any
-    other module that owns parameters is recomputed sample by sample in the backward: exact when it
-    is deterministic, treats the rows of its batch independently and returns tensors. Everything
-    else is refused by name, never skipped.
+    padding, dilation and groups), GroupNorm, LayerNorm and RMSNorm have rules of their own, and
+    the Conv1D of GPT-2. Any other module that owns parameters is recomputed sample by sample in
+    the backward: exact when it is deterministic, treats the rows of its batch independently and
+    returns tensors. Everything else is refused by name, never skipped.
 
     With ``rows_per_sample=1`` every row is a sample: features of single timesteps or tokens, before
     they are summed, whose norms (``norms=True``) normalise them.
@@ -417,7 +417,7 @@ class GradientSketcher:
 
     def _simulate(self, outputs: Callable[[], Any], num_samples: int, plan: Plan) -> BatchMemory:
         """The memory of a batch, by a forward and backward of shapes alone."""
-        modules = {layer.name: layer.module for layer in self._layers}
+        modules = {layer.name: layer.weighing or layer.module for layer in self._layers}
         work, kept = dict.fromkeys(modules.values(), 0), dict.fromkeys(modules.values(), 0)
         for layer in plan.layers:
             module = modules[layer.name]
@@ -749,6 +749,7 @@ class GradientSketcher:
         if layer.weighing is not None:
             # what the layer multiplied, where autocast rounded its input
             x = x.to(output.dtype) if x.is_floating_point() else x
+            x = positions_last(x) if layer.weighing is not layer.module else x
             return [self._accumulator.keep(layer.owned["weight"], layer.weighing, x)]
         return [x] if saving_is_hooked() else [x, *kept_statistics(output)]
 
@@ -821,9 +822,10 @@ class GradientSketcher:
         if rows.dim == 1:
             grads = grads.transpose(0, 1)
         if layer.weighing is not None:
+            streamed = grads if layer.weighing is layer.module else positions_last(grads)
             self._accumulator.add_weight(
                 layer.owned["weight"],
-                LayerGradient(layer.weighing, x, grads, rows.per_sample),
+                LayerGradient(layer.weighing, x, streamed, rows.per_sample),
                 features,
             )
         whole = slice(0, len(features))
