@@ -194,7 +194,7 @@ def make_table() -> list[str]:
         "",
         f"**Planned, not measured**: 1024 x 1024 pixels, LoRA of rank {RANK} on "
         f"{', '.join(TARGETS)} in float32, the rest in bfloat16, `sjlt` with K = {WIDTH:,}, S = 1. "
-        f"torch {row['torch']}, commit {row['commit']}, {row['date']}.",
+        f"torch {row['torch']}, Diffusers {row['diffusers']}, {row['utc'][:10]}.",
     ]
 
 

@@ -7,7 +7,7 @@ from test_rows import EXACT, single
 from torch import nn
 from torch.nn import functional as F
 
-from dtrak_kernels import GradientSketcher, Projection, project
+from dtrak_kernels import GradientSketcher, Projection, Whitening, project
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -140,3 +140,65 @@ def test_a_model_left_in_training_mode_is_named():
         UserWarning, match=r"'transformer\.drop' \(Dropout\) and \d+ more drew random"
     ):
         sketcher.sketch(lambda: losses(model, batch), 4)
+
+
+class Flat(nn.Module):
+    """GPT-2's kind of linear layer, with and without positions, and used twice."""
+
+    def __init__(self):
+        super().__init__()
+        from transformers.pytorch_utils import Conv1D
+
+        self.first, self.twice, self.last = Conv1D(6, 5), Conv1D(6, 6), Conv1D(3, 6)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter)
+
+    def forward(self, x):
+        y = self.twice(self.first(x).tanh()).sin()
+        return self.last((y + self.twice(y)).mean(1))
+
+
+PROJECTIONS = [
+    EXACT,
+    Projection("rademacher", 40, seed=3),
+    Projection("sjlt", 256, seed=3),
+    Projection("kronecker", 256, seed=3, factor_dim=3),
+]
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS, ids=lambda p: p.kind)
+def test_the_linear_layer_of_gpt_2_is_streamed(projection):
+    torch.manual_seed(0)
+    model, x = Flat().double(), torch.randn(8, 4, 5, dtype=torch.float64)
+    f = lambda m, x: m(x).tanh().square().mean(1)
+    pairs = single(model, f, x.split(1)).unflatten(0, (4, 2)).sum(1)
+    sketcher = GradientSketcher(model, projection, rows_per_sample=2, norms=True)
+    plan = sketcher.plan(lambda: f(model, x), 4)
+    assert {layer.kind for layer in plan.layers} == {"Conv1D"}
+    assert not any("recomputed" in layer.kernel for layer in plan.layers)
+    assert [layer.positions for layer in plan.layers] == [8, 8, 8, 2]
+    assert plan.unknown == ""
+    found = sketcher.sketch(lambda: f(model, x), 4)
+    assert relative_error(sketcher.grad_norms, pairs.norm(dim=1)) < 1e-12
+    expected = pairs
+    if projection.kind != "none":
+        expected = project(pairs, projection, shapes=sketcher.shapes)
+    assert relative_error(found, expected) < 1e-12
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS, ids=lambda p: p.kind)
+@pytest.mark.parametrize("kind", ["diagonal", "channels", "lowrank", "kfac"])
+@pytest.mark.sweep(1)
+def test_the_linear_layer_of_gpt_2_is_whitened(kind, projection):
+    torch.manual_seed(0)
+    model, x = Flat().double(), torch.randn(8, 4, 5, dtype=torch.float64)
+    f = lambda x: model(x).tanh().square().mean(1)
+    # the weight is a matrix: its patches are its channels, and any root is served
+    batches = [((lambda part=part: f(part)), 4) for part in x.split(4)]
+    whitening = Whitening.fit(model, batches, kind=kind, rank=2)
+    exact = GradientSketcher(model, EXACT)
+    expected = whitening.apply(exact.sketch(lambda: f(x), 8))
+    if projection.kind != "none":
+        expected = project(expected, projection, shapes=exact.shapes)
+    sketcher = GradientSketcher(model, projection, whitening=whitening)
+    assert relative_error(sketcher.sketch(lambda: f(x), 8), expected) < 1e-10

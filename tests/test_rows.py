@@ -527,6 +527,30 @@ def test_the_check_happens_once_and_disturbs_nothing(reentrant):
     assert counts == [2, 1, 2, 1, 1, 1]
 
 
+def test_a_batch_that_is_not_checked_says_so_once():
+    torch.manual_seed(0)
+    model, x = nn.Linear(8, 8).double(), data(B, 8)
+    sketcher = GradientSketcher(model, EXACT)
+
+    def run(samples, **options):
+        with (sketcher if not options else GradientSketcher(model, EXACT, **options)).batch(
+            samples
+        ) as found:
+            output(model, x[:samples]).sum().backward()
+        return found
+
+    with pytest.warns(UserWarning, match="rows of 1 layers are told by their number alone"):
+        first = run(B)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(run(B), first)
+        run(B, check_rows=False)
+        sketcher = GradientSketcher(model, EXACT)
+        run(1)
+        sketcher.sketch(lambda: output(model, x), B)
+        run(B)
+
+
 def test_a_layer_that_comes_later_is_checked_as_well():
     class Late(nn.Module):
         def __init__(self):

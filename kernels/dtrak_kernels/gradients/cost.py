@@ -15,7 +15,16 @@ from ..kronecker.torch import TwoSidedSketch
 from .accumulator import Accumulator, KroneckerAccumulator
 from .planned import BatchMemory
 from .rules import find_rule
-from .weight import TRANSPOSED, WEIGHT_MODULES, Convolution, LayerGradient, workspace_bytes
+from .weight import (
+    TRANSPOSED,
+    WEIGHT_MODULES,
+    Convolution,
+    LayerGradient,
+    as_convolution,
+    is_conv1d,
+    positions_last,
+    workspace_bytes,
+)
 
 if TYPE_CHECKING:
     from .whitening.accumulator import WhiteningAccumulator
@@ -263,11 +272,15 @@ def make_plan(
             inputs = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
             if not isinstance(output, Tensor):
                 return
+            has_rule, kind = find_rule(module, args, kwargs) is not None, type(module).__name__
+            if has_rule and is_conv1d(module) and "weight" in owned:
+                inputs, output = [positions_last(inputs[0])], positions_last(output)
+                module = as_convolution(module)
             planner = _Planner(
                 module, owned, accumulator, num_samples, rows_per_sample, keeps_inputs
             )
-            has_rule = find_rule(module, args, kwargs) is not None
             plan, flop = planner.plan(name, inputs, output, has_rule)
+            plan = replace(plan, kind=kind)
             model_flop += flop
             if whitened is not None and has_rule and planner.streams:
                 layer = LayerGradient(module, inputs[0], output, rows_per_sample)

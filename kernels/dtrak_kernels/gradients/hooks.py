@@ -14,7 +14,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .rows import CallRows, Rows
 from .rules import Rule
-from .weight import WEIGHT_MODULES, WeightModule
+from .weight import WEIGHT_MODULES, WeightModule, as_convolution, is_conv1d
 
 _ONE_TENSOR = tree_flatten(((torch.zeros(0),), {}))[1]
 
@@ -48,7 +48,9 @@ class Layer:
 
     @cached_property
     def weighing(self) -> WeightModule | None:
-        """The module, if its weight is chosen and one that is streamed."""
+        """The module, or one that does the same, if its weight is chosen and streamed."""
+        if "weight" in self.owned and is_conv1d(self.module):
+            return as_convolution(self.module)
         known = "weight" in self.owned and isinstance(self.module, WEIGHT_MODULES)
         return cast("WeightModule", self.module) if known else None
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .weight import is_conv1d
+
 if TYPE_CHECKING:
     from .hooks import Layer, Seen
 
@@ -127,7 +129,7 @@ def _rows_of_rule(
     embeds = isinstance(layer.module, nn.Embedding)
     # dimensions that the layer runs over one by one
     free = x.ndim if embeds else x.ndim - len(getattr(layer.module, "normalized_shape", (1,)))
-    free = free if isinstance(layer.module, _POINTWISE) else 1
+    free = free if isinstance(layer.module, _POINTWISE) or is_conv1d(layer.module) else 1
 
     def found(dim: int, per_sample: int, shared: bool = False) -> CallRows:
         place = (Rows(dim, per_sample),)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .weight import CONVOLUTIONS, Convolution
+from .weight import CONVOLUTIONS, Convolution, is_conv1d
 
 # (module, input, output gradient in the features' dtype, rows per sample, *statistics)
 #     -> (attribute, [B, n])
@@ -37,10 +37,10 @@ def _affine_grads(
     bias = module.bias
     if bias is None:
         return
-    if isinstance(module, nn.Linear):
-        yield "bias", _over_leading(output_grads, bias.shape, rows_per_sample)
-    else:
+    if isinstance(module, CONVOLUTIONS):
         yield "bias", _over_positions(output_grads, rows_per_sample)
+    else:
+        yield "bias", _over_leading(output_grads, bias.shape, rows_per_sample)
 
 
 def _embedding_grads(
@@ -134,6 +134,8 @@ _RULES: dict[type[nn.Module], Rule] = {
 
 def own_rule(module: nn.Module) -> Rule | None:
     """The rule of a module whose forward is the one that a rule was written for."""
+    if is_conv1d(module):
+        return None if "forward" in vars(module) else _affine_grads
     for kind, rule in _RULES.items():
         if isinstance(module, kind):
             return None if any(_is_own(module, kind, name) for name in _METHODS) else rule

@@ -69,7 +69,7 @@ from .rows import (
     wrong_rows,
 )
 from .rules import Rule, kept_statistics, own_rule, rule_applies
-from .weight import LayerGradient
+from .weight import LayerGradient, positions_last
 
 if TYPE_CHECKING:
     from .whitening.accumulator import WhiteningAccumulator
@@ -116,10 +116,10 @@ class GradientSketcher:
     ``named_parameters()`` order.
 
     Linear, Embedding, convolutions (one to three dimensions, transposed or not, any stride,
-    padding, dilation and groups), GroupNorm, LayerNorm and RMSNorm have rules of their own. Any
-    other module that owns parameters is recomputed sample by sample in the backward: exact when it
-    is deterministic, treats the rows of its batch independently and returns tensors. Everything
-    else is refused by name, never skipped.
+    padding, dilation and groups), GroupNorm, LayerNorm and RMSNorm have rules of their own, and
+    the Conv1D of GPT-2. Any other module that owns parameters is recomputed sample by sample in
+    the backward: exact when it is deterministic, treats the rows of its batch independently and
+    returns tensors. Everything else is refused by name, never skipped.
 
     With ``rows_per_sample=1`` every row is a sample: features of single timesteps or tokens, before
     they are summed, whose norms (``norms=True``) normalise them.
@@ -133,7 +133,7 @@ class GradientSketcher:
     the batch is large, an expert that sees as many tokens), so `sketch` checks them: on the first
     batch of each number of rows, or with a layer that was not seen in one, a backward of its own
     through the same graph leaves out every other sample, whose rows must be exactly zero then, and
-    the others what they are in the next. `batch` has no outputs to do that with.
+    the others what they are in the next. `batch` has no outputs to do that with, and warns once.
 
     Args:
         model: the module whose parameters are differentiated. It is not modified outside `batch`.
@@ -233,7 +233,7 @@ class GradientSketcher:
         self.check_rows = check_rows
         # names of the layers whose rows were checked, by the number of rows of the batch
         self._checked: dict[int, set[str]] = {}
-        self._watched_randomness = False
+        self._watched_randomness = self._told_unchecked = False
         # takes the accumulator's place in a plan
         self._planned: PlannedAccumulator | None = None
 
@@ -417,7 +417,7 @@ class GradientSketcher:
 
     def _simulate(self, outputs: Callable[[], Any], num_samples: int, plan: Plan) -> BatchMemory:
         """The memory of a batch, by a forward and backward of shapes alone."""
-        modules = {layer.name: layer.module for layer in self._layers}
+        modules = {layer.name: layer.weighing or layer.module for layer in self._layers}
         work, kept = dict.fromkeys(modules.values(), 0), dict.fromkeys(modules.values(), 0)
         for layer in plan.layers:
             module = modules[layer.name]
@@ -588,6 +588,9 @@ class GradientSketcher:
                     f"module {missed[0]!r} ran without gradient (under no_grad, or in a re-entrant "
                     "checkpoint none of whose inputs needs one): its gradient would be missing"
                 )
+            unchecked = batch.seen - self._checked.get(batch.rows, set())
+            if unchecked and self.check_rows and num_samples > 1 and not batch.guesses:
+                self._tell_unchecked(unchecked)
             self._accumulator.close(features)
             if self._norms is not None:
                 self._last_norms = self._norms.norms()
@@ -603,6 +606,18 @@ class GradientSketcher:
                 parameter.requires_grad_(flag)
             for parameter, grad in zip(self._parameters, grads, strict=True):
                 parameter.grad = grad
+
+    def _tell_unchecked(self, names: set[str]) -> None:
+        """Warn, once, that a batch of the caller's own backwards was not checked."""
+        if self._told_unchecked:
+            return
+        self._told_unchecked = True
+        warnings.warn(
+            f"rows of {len(names)} layers are told by their number alone, a batch whose backward "
+            "is the caller's cannot check them: sketch does, and check_rows=False takes them as "
+            "they are",
+            stacklevel=4,
+        )
 
     @contextmanager
     def _random_modules_named(self) -> Iterator[None]:
@@ -734,6 +749,7 @@ class GradientSketcher:
         if layer.weighing is not None:
             # what the layer multiplied, where autocast rounded its input
             x = x.to(output.dtype) if x.is_floating_point() else x
+            x = positions_last(x) if layer.weighing is not layer.module else x
             return [self._accumulator.keep(layer.owned["weight"], layer.weighing, x)]
         return [x] if saving_is_hooked() else [x, *kept_statistics(output)]
 
@@ -806,9 +822,10 @@ class GradientSketcher:
         if rows.dim == 1:
             grads = grads.transpose(0, 1)
         if layer.weighing is not None:
+            streamed = grads if layer.weighing is layer.module else positions_last(grads)
             self._accumulator.add_weight(
                 layer.owned["weight"],
-                LayerGradient(layer.weighing, x, grads, rows.per_sample),
+                LayerGradient(layer.weighing, x, streamed, rows.per_sample),
                 features,
             )
         whole = slice(0, len(features))

@@ -33,6 +33,23 @@ WeightModule = nn.Linear | nn.Embedding | Convolution
 WEIGHT_MODULES = (nn.Linear, nn.Embedding, *CONVOLUTIONS)
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is the linear layer of GPT-2 in transformers, whose weight is ``[I, O]``."""
+    kind = type(module)
+    return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+
+
+def as_convolution(module: nn.Module) -> nn.ConvTranspose1d:
+    """The transposed convolution over positions that `is_conv1d` is; it has no values."""
+    inputs, outputs = module.get_parameter("weight").shape
+    return nn.ConvTranspose1d(inputs, outputs, 1, bias=False, device="meta")
+
+
+def positions_last(x: Tensor) -> Tensor:
+    """``[R, ..., n]`` as ``[R, n, T]``, which a convolution takes."""
+    return linear_rows(x, len(x)).transpose(1, 2)
+
+
 @dataclass(slots=True)
 class LayerGradient:
     """The per-sample gradients of a layer's weight, not formed yet: what they are the product of.

@@ -217,7 +217,7 @@ def _bias_weights(sketcher: GradientSketcher) -> dict[int, int]:
         for layer in sketcher.layers
         if layer.weighing is not None
         and "bias" in layer.owned
-        and not isinstance(layer.module, TRANSPOSED)
+        and not isinstance(layer.weighing, TRANSPOSED)
     }
 
 
