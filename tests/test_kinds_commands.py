@@ -77,7 +77,9 @@ def read_scores(folder):
         ),
     ],
 )
-def test_a_kind_is_explained_by_command(kind, adapter, places, tmp_path):
+def test_a_kind_is_explained_by_command(kind, adapter, places, tmp_path, monkeypatch):
+    # instead of 50
+    monkeypatch.setattr("dtrak.models.denoiser.Denoiser.num_inference_steps", 4)
     own = kind == "dit"
     source = places / ("labelled.parquet" if own else "pictures")
     given = ["--model", places / kind / "pipeline", "--data", source, "--output", tmp_path]
