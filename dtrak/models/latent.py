@@ -427,7 +427,8 @@ class LatentPipeline(Denoiser):
         setattr(pipeline, self.network, self.module)
         # as trained: drawing changes it
         pipeline.scheduler = self.process.scheduler  # type: ignore[attr-defined]
-        pipeline.save_pretrained(folder)
+        with quiet("transformers", "diffusers", progress=False):
+            pipeline.save_pretrained(folder)
 
     @classmethod
     def load(cls, base: Path, lora: str | Path | None = None, **trained: Any) -> Self:
