@@ -30,7 +30,7 @@ from dtrak.features.noise import sample_noise
 from dtrak.features.settings import FeatureSettings
 from dtrak.models import load, wrap
 from dtrak.models.denoiser import ModelError
-from dtrak.models.lora import LoraError
+from dtrak.models.lora import LoraError, remove_lora
 from dtrak.training.drawing import draw_all
 from dtrak_kernels import GradientSketcher, Projection, Whitening, project
 
@@ -461,6 +461,11 @@ def test_a_whole_model_is_written_and_made_anew(kind, folders, tmp_path):
         next(fresh.module.parameters()).add_(1)
     # a whole model may be trained: its hash is made each time
     assert fresh.identity()["model"] != loaded.identity()["model"]
+    before = fresh.put_adapter(2).base_identity()["model"]
+    remove_lora(fresh.module)
+    with torch.no_grad():
+        next(fresh.module.parameters()).add_(1)
+    assert fresh.put_adapter(2).base_identity()["model"] != before
     assert model.identity() == load_kind(folders, kind).identity()
 
 
