@@ -77,7 +77,9 @@ def read_scores(folder):
         ),
     ],
 )
-def test_a_kind_is_explained_by_command(kind, adapter, places, tmp_path):
+def test_a_kind_is_explained_by_command(kind, adapter, places, tmp_path, monkeypatch):
+    # instead of 50
+    monkeypatch.setattr("dtrak.models.denoiser.Denoiser.num_inference_steps", 4)
     own = kind == "dit"
     source = places / ("labelled.parquet" if own else "pictures")
     given = ["--model", places / kind / "pipeline", "--data", source, "--output", tmp_path]
@@ -160,3 +162,39 @@ def test_what_is_missing_is_said(places, tmp_path):
         assert code == 2, output
         assert message in output
         assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("kind", ["flux", "dit"])
+def test_an_adapter_is_trained_by_command_and_explained(kind, places, tmp_path, monkeypatch):
+    from dtrak.cli.train import app as train
+
+    monkeypatch.setattr("dtrak.models.denoiser.Denoiser.num_inference_steps", 4)
+    own = kind == "dit"
+    source = places / ("labelled.parquet" if own else "pictures")
+    given = ["--model", places / kind / "pipeline", "--data", source, "--device", "cpu"]
+    given += [] if own else ["--resolution", 16]
+    words = [*given, "--lora-rank", 2, "--steps", 2, "--batch-size", 2]
+    code, output = invoke(train, *words, "--output", tmp_path / "lora")
+    assert code == 0, output
+    said = json.loads((tmp_path / "lora" / "training.json").read_text())["settings"]
+    if not own:
+        assert (said["schedule"]["density"], said["model"]["guidance"]) == ("uniform", "3.5")
+        # what is written down is how it is read
+        said["schedule"] |= {"density": "mode", "shifted by": "resolution"}
+        said["model"]["guidance"] = "1.5"
+        (tmp_path / "lora" / "training.json").write_text(json.dumps({"settings": said}))
+        model = load(places / kind / "pipeline", tmp_path / "lora")
+        assert (model.process.density, model.process.shift) == ("mode", "resolution")
+        assert model.guidance == 1.5
+        # but for what is said
+        assert load(places / kind / "pipeline", tmp_path / "lora", guidance=2.0).guidance == 2.0
+    assert load(places / kind / "pipeline", tmp_path / "lora").adapter()["rank"] == 2
+    code, output = invoke(train, *words, "--output", tmp_path / "lora")
+    assert own is (code == 0), output
+    more = ["--timesteps", 2, "--proj-dim", 256, "--num-queries", 1, "--damping", 0.5]
+    more += [] if own else ["--prompts", "fog"]
+    code, output = invoke(
+        app, *given, *more, "--lora", tmp_path / "lora", "--output", tmp_path / "x"
+    )
+    assert code == 0, output
+    assert read_scores(tmp_path / "x")[0].shape == (1, 5)

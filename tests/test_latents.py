@@ -231,7 +231,12 @@ def test_the_manifest_names_what_changed(folder, model, pictures, captions, late
     changed = load_tiny(folder)
     with torch.no_grad():
         changed.vae.encoder.conv_in.bias[0] += 1
-    assert differs(changed).startswith("vae is")
+    assert differs(changed).startswith("encoding.vae is")
+    # a VAE's scale and shift decide latents as its weights do
+    for name in ("scaling_factor", "shift_factor"):
+        changed = load_tiny(folder)
+        changed.vae.register_to_config(**{name: 0.25})
+        assert differs(changed).startswith(f"encoding.{name} is")
 
 
 def test_a_store_is_filled_with_captions(folder, latents, tmp_path):

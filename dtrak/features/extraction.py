@@ -216,6 +216,7 @@ def deciding_settings(
         "schedule": model.process.describe(),
         "data": data.fingerprint,
         **item_identity(model, data),
+        **({} if model.encoding is None else {"encoding": model.encoding}),
         **settings.to_dict(),
         **_levels(model, settings, data),
     }

@@ -24,6 +24,8 @@ _KINDS = {
     "StableDiffusion3Pipeline": "transformers:StableDiffusion3",
     "FluxPipeline": "transformers:Flux",
 }
+# the same by the class of a network, for those that can be made from a configuration alone
+_NETWORKS = {"UNet2DModel": "unet:UNet"}
 # why others are not served, by their names or the beginnings of those
 _REFUSED = {
     "LDMPipeline": "the latents of a VQ autoencoder",
@@ -37,8 +39,6 @@ _REFUSED = {
     "Wan, LTX, CogVideoX, HunyuanVideo, Mochi, Cosmos, SkyReels": "video",
     "ConsistencyModel, KarrasVe, EDM": "noise of another process",
 }
-# the same by the class of a network, for those that can be made from a configuration alone
-_NETWORKS = {"UNet2DModel": "unet:UNet"}
 # what a folder without an index is read as: it may hold a bare network
 _BARE = "DDPMPipeline"
 _HUB_HINT = "a folder that Diffusers wrote, or a hub name such as owner/name"
@@ -62,10 +62,10 @@ def load(
             then.
         guidance: that a model with embedded guidance (FLUX.1 dev) was trained with, which no file
             says; 3.5 by default.
-        density: of the timesteps a flow is trained on, one of `process.DENSITIES`; None is what is
+        density: of the timesteps a flow is trained on, one of `choices.DENSITIES`; None is what is
             usual for its kind. Likewise
         weighting: of its loss, one of `process.WEIGHTINGS`, and
-        shift: of its noise levels, one of `process.SHIFTS`.
+        shift: of its noise levels, one of `choices.SHIFTS`.
 
     Returns:
         The model in evaluation mode, float32, on the CPU.

@@ -374,9 +374,15 @@ class LatentPipeline(Denoiser):
 
     # what is trained
 
+    def with_module(self, module: Any) -> Self:
+        """See `Denoiser.with_module`."""
+        other = super().with_module(module)
+        other._frozen = {name: value for name, value in self._frozen.items() if name != "model"}
+        return other
+
     def put_adapter(self, rank: int, *, seed: int = 0, targets: Sequence[str] = ()) -> Self:
         """See `Denoiser.put_adapter` and `lora.add_lora`; attention layers by default."""
-        remove_lora(self.module)
+        self._take_adapter()
         add_lora(self.module, rank, seed=seed, targets=targets or self.targets)
         return self
 
@@ -386,9 +392,15 @@ class LatentPipeline(Denoiser):
         Raises:
             FileNotFoundError, LoraError: as `lora.load_lora`.
         """
-        remove_lora(self.module)
+        self._take_adapter()
         load_lora(self.module, folder)
         return self
+
+    def _take_adapter(self) -> None:
+        """Take the adapter out, if any; without one the network may have been trained meanwhile."""
+        if not self.has_adapter:
+            self._frozen.pop("model", None)
+        remove_lora(self.module)
 
     def adapter(self) -> dict[str, Any]:
         """See `Denoiser.adapter`.
@@ -413,7 +425,6 @@ class LatentPipeline(Denoiser):
             # not torch.manual_seed, which would reseed CUDA devices too
             torch.default_generator.manual_seed(seed)
             fresh = self.with_module(type(self.module)(**config).eval())
-        fresh._frozen = {k: v for k, v in self._frozen.items() if k != "model"}
         # drawing puts a network into its pipeline
         fresh.pipeline = copy.copy(self.pipeline)
         return fresh
@@ -427,7 +438,8 @@ class LatentPipeline(Denoiser):
         setattr(pipeline, self.network, self.module)
         # as trained: drawing changes it
         pipeline.scheduler = self.process.scheduler  # type: ignore[attr-defined]
-        pipeline.save_pretrained(folder)
+        with quiet("transformers", "diffusers", progress=False):
+            pipeline.save_pretrained(folder)
 
     @classmethod
     def load(cls, base: Path, lora: str | Path | None = None, **trained: Any) -> Self:

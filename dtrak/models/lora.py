@@ -23,7 +23,7 @@ ADAPTER = "dtrak"
 LORA_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 # as PEFT writes one, with its configuration beside it
 PEFT_CONFIG = "adapter_config.json"
-_PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # what an adapter's weights are called in a pipeline, and what of Diffusers reads them
 _READERS = {
     "UNet2DConditionModel": ("unet", "StableDiffusionLoraLoaderMixin"),
@@ -243,7 +243,7 @@ def _save_peft(module: nn.Module, weights: dict[str, Tensor], folder: Path) -> N
     )
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
-    file = folder / _PEFT_FILES[0]
+    file = folder / PEFT_FILES[0]
     save_file({f"base_model.model.{name}": weight for name, weight in weights.items()}, file)
 
 
@@ -325,7 +325,7 @@ def _reader(module: nn.Module) -> tuple[str, str]:
 def _peft_folder(module: nn.Module, path: Path) -> Path | None:
     """The folder that PEFT wrote an adapter of the network into, if it is that."""
     folder = path if path.is_dir() else path.parent
-    if path.is_file() and path.name not in (*_PEFT_FILES, PEFT_CONFIG):
+    if path.is_file() and path.name not in (*PEFT_FILES, PEFT_CONFIG):
         return None
     if (folder / PEFT_CONFIG).is_file():
         return folder
@@ -358,9 +358,9 @@ def _read_peft(folder: Path) -> _Adapter:
             f"began with {beginning!r}, which changes the base: save it with "
             "path_initial_model_for_weight_conversion"
         )
-    file = next((folder / name for name in _PEFT_FILES if (folder / name).is_file()), None)
+    file = next((folder / name for name in PEFT_FILES if (folder / name).is_file()), None)
     if file is None:
-        raise LoraError(f"{folder} must hold {_PEFT_FILES[0]}, got {PEFT_CONFIG} alone")
+        raise LoraError(f"{folder} must hold {PEFT_FILES[0]}, got {PEFT_CONFIG} alone")
     weights = {
         name.removeprefix("base_model.model."): weight for name, weight in _tensors(file).items()
     }

@@ -170,10 +170,10 @@ class FlowMatching(Process):
 
     Args:
         scheduler: the schedule, with its shift.
-        density: of the timesteps that training draws, one of `DENSITIES`; logit-normal with mean 0
-            and deviation 1.
+        density: of the timesteps that training draws, one of `choices.DENSITIES`; logit-normal with
+            mean 0 and deviation 1.
         weighting: of the squared error in training, one of `WEIGHTINGS`.
-        shift: one of `SHIFTS`. ``"scheduler"`` takes the σ that the scheduler has when it is made,
+        shift: one of `choices.SHIFTS`. ``"scheduler"`` takes the σ that the scheduler is made with,
             as Diffusers' training scripts do: unshifted where its shift depends on the resolution.
             ``"resolution"`` shifts those by the number of tokens of a sample.
         patch: latent pixels along one side of a token, for ``"resolution"``.

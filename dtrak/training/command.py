@@ -6,6 +6,7 @@ import json
 import platform
 import shutil
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..data.samples import Samples
 from ..features.latents import fill_latents, open_latents, read_posteriors
 from ..models import load
 from ..models.denoiser import Denoiser
-from ..models.lora import LORA_FILES
+from ..models.lora import LORA_FILES, PEFT_FILES
 from ..runs.choices import TRAINING_FILE
 from ..runs.console import progress_bar
 from ..runs.files import write_atomically
@@ -28,7 +29,7 @@ from .options import Options, check_options, plan_training
 from .trainer import check_trainable, make_accelerator, train
 
 # what a folder of a trained model has, and its writer puts there last
-WEIGHT_FILES = ("model_index.json", LORA_FILES[0])
+WEIGHT_FILES = ("model_index.json", LORA_FILES[0], PEFT_FILES[0])
 _STATE_FILE = "training.pt"
 
 
@@ -110,6 +111,10 @@ def _train(options: Options, console: Console, held: ExitStack) -> Path:
     training = plan_training(options)
     recipe = training.recipe
     model = training.start.make(recipe.seed)
+    if options.caption_dropout is None and model.reads != "captions":
+        # the recipe of adapters is of models that read them
+        recipe = replace(recipe, caption_dropout=0.0)
+        training = replace(training, recipe=recipe)
     check_trainable(model, recipe)
     settings = training.describe(model)
     # images take minutes to read: another model is refused before
