@@ -80,6 +80,15 @@ def test_writes_a_lora_that_diffusers_and_dtrak_read(run, folder, tmp_path):
     assert (code, "already trained" in output) == (0, True)
 
 
+def test_a_whole_pipeline_goes_on(run, folder, tmp_path):
+    code, output = run("--model", folder, model=None, output=tmp_path / "whole")
+    assert code == 0, output
+    before, after = load(folder).identity(), load(tmp_path / "whole").identity()
+    assert [name for name in before if before[name] != after[name]] == ["model"]
+    record = read_training(tmp_path / "whole" / "training.json")
+    assert (record.start.model, record.start.rank) == (str(folder), None)
+
+
 def test_captions_that_are_cut_are_told_once(run):
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -180,8 +189,6 @@ def test_one_command_at_a_time_trains(run, tmp_path):
 def test_inputs_that_do_not_go_together(run, folder, pictures, tmp_path):
     failing(run, "--data and --config or --model must be given", model=None)
     failing(run, "--data and --config or --model must be given", data=None)
-    fixed = ["--model", folder, "--steps", 1]
-    failing(run, "must have an adapter to train (--lora-rank)", *fixed, model=None)
     bare = write_pictures(tmp_path / "bare", metadata=False)
     failing(run, "must have captions: metadata.jsonl", data=bare)
     code, output = run("--caption", "a {label} painting", data=bare)

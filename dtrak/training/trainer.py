@@ -524,7 +524,7 @@ def check_trainable(model: Denoiser, recipe: Recipe) -> None:
         ValueError: the model has nothing to train, or the recipe asks for what it does not read.
     """
     if not model.parameters():
-        raise ValueError("the model must have an adapter to train (--lora-rank), got none")
+        raise ValueError("the model must have parameters to train, got none")
     if recipe.caption_dropout and model.reads != "captions":
         raise ValueError(
             "caption_dropout must be 0 for a model that reads no captions, got "
