@@ -14,7 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tiny_lds import first_step, interrupt, quiet
 from tiny_lds_lora import CPU, NAME, PRESET, pictures, register
-from tiny_stable_diffusion import build_pipeline
+from tiny_stable_diffusion import build_pipeline, write_pictures
 from typer.testing import CliRunner
 
 from dtrak import attribute, lds
@@ -45,6 +45,7 @@ from dtrak.models.lora import LoraError, hash_lora
 from dtrak.training.drawing import draw_all
 from dtrak.training.presets import PRESETS, get_preset
 from dtrak.training.record import read_training
+from dtrak.training.trainer import train as train_model
 from dtrak_kernels import Projection
 
 BY_NAME = {method.title: method for method in METHODS}
@@ -516,6 +517,41 @@ def test_a_counterfactual_draws_in_the_precision_of_the_run(base, tmp_path):
     origin.retraining.drawing = replace(origin.retraining.drawing, dtype="float32")
     assert not torch.equal(origin.draw(origin.load_model(), ids, CPU), pictures)
     assert origin.identity()["training"] != before
+
+
+@pytest.mark.filterwarnings("ignore:.*captions have more than 16 tokens.*")
+def test_a_lora_of_ones_own(base, tmp_path):
+    """From its training to losses of models trained again on halves of its captioned images."""
+    pictures, lora = write_pictures(tmp_path / "pictures"), tmp_path / "lora"
+    code, text = run(
+        "", "--model", base, "--data", pictures, "--lora-rank", 2, "--steps", 3, "--batch-size", 2,
+        "--learning-rate", 0.05, "--output", lora, "--device", "cpu", app=train_command.app,
+    )  # fmt: skip
+    assert code == 0, text
+    AcceleratorState._reset_state(reset_partial_state=True)
+    where = ("--run", lora, "--device", "cpu")
+    sizes = ("--num-subsets", 4, "--num-generated", 2, "--num-inference-steps", 2)
+    code, text = run("prepare", *where, *sizes)
+    assert (code, "4 subsets of 2 of 5 images, 4 models to train, 3 steps" in text) == (0, True), (
+        text
+    )
+    experiment = load_experiment(tmp_path / "lds-lora")
+    own = load(base, lora)
+    assert hash_lora(experiment.load_model().module) == hash_lora(own.module)
+    code, text = run("train", *where)
+    assert (code, "5 of 5 models are trained" in text) == (0, True), text
+    drawn = (tmp_path / "lds-lora" / "generated" / "metadata.jsonl").read_text().splitlines()
+    captions = list(dict.fromkeys(experiment.data.conditions))[:2]
+    assert [json.loads(line)["text"] for line in drawn] == captions
+    code, text = run("evaluate", *where, "--losses-only", *SMALL[:4])
+    assert (code, "losses of 4 of 4 models are measured" in text) == (0, True), text
+    # one of them by hand
+    name, mask = experiment.names()[2], experiment.subsets[2]
+    again = experiment.retraining.fresh(experiment.seeds[0], CPU)
+    data = experiment.retraining._encoded().select(mask)
+    recipe = replace(experiment.retraining.recipe, seed=experiment.seeds[0])
+    expected = hash_lora(train_model(again, data, recipe).module)
+    assert hash_lora(experiment.load_model(name).module) == expected
 
 
 def test_a_retrain_family_of_loras_its_ensemble_and_clip(folder, base, tmp_path, clip_folder):

@@ -80,6 +80,15 @@ def test_writes_a_lora_that_diffusers_and_dtrak_read(run, folder, tmp_path):
     assert (code, "already trained" in output) == (0, True)
 
 
+def test_a_whole_pipeline_goes_on(run, folder, tmp_path):
+    code, output = run("--model", folder, model=None, output=tmp_path / "whole")
+    assert code == 0, output
+    before, after = load(folder).identity(), load(tmp_path / "whole").identity()
+    assert [name for name in before if before[name] != after[name]] == ["model"]
+    record = read_training(tmp_path / "whole" / "training.json")
+    assert (record.start.model, record.start.rank) == (str(folder), None)
+
+
 def test_captions_that_are_cut_are_told_once(run):
     with warnings.catch_warnings():
         warnings.simplefilter("always")

@@ -20,6 +20,7 @@ from ..evaluation.lds.table import (
     packaged_results,
     select_rows,
 )
+from ..training.presets import PRESETS
 from .lds_plots import REFERENCES, plot_lds
 from .plots import default_style, write_png
 
@@ -41,6 +42,7 @@ _NARROWER = (
     ("method", "S", "projection", "LDS"),
     ("method", "S", "LDS"),
 )
+_INTERVAL = "95 % interval"
 _FEW_MODELS = 20
 _CROSS_FITTED = (
     "Datamodel and empirical influence are cross-fitted: to one half of the models, and judged on "
@@ -109,12 +111,15 @@ def print_table(table: Mapping[str, Any], console: Console) -> None:
     A narrow terminal gets fewer columns, never shortened figures.
     """
     for kind in _kinds(table):
-        for columns in (_COLUMNS, *_NARROWER):
+        rows = select_rows(table, kind)
+        has_intervals = any("bca" in row["held_out"] for row in rows)
+        for chosen in (_COLUMNS, *_NARROWER):
+            columns = [name for name in chosen if has_intervals or name != _INTERVAL]
             shown = Table(title=_title(table, kind), header_style="bold", title_justify="left")
             for column in columns:
                 is_text = column in ("method", "projection")
                 shown.add_column(column, justify="left" if is_text else "right", no_wrap=True)
-            for row in select_rows(table, kind):
+            for row in rows:
                 style = "dim" if row["method"] in REFERENCES else None
                 cells = dict(zip(_COLUMNS, _cells(row), strict=True))
                 shown.add_row(*(cells[column] for column in columns), style=style)
@@ -152,7 +157,8 @@ def row_notes(table: Mapping[str, Any]) -> list[str]:
 def render_markdown(table: Mapping[str, Any]) -> str:
     """The table and the differences as a page of documentation."""
     about = table["about"]
-    origin = f"Made by `python -m dtrak.lds report --preset {about['preset']} --markdown FILE`"
+    whose = f"--preset {about['preset']}" if about["preset"] in PRESETS else "--run FOLDER"
+    origin = f"Made by `python -m dtrak.lds report {whose} --markdown FILE`"
     if _is_packaged(table):
         origin += (
             "; every figure follows from the losses and ranks in the package, and a test "
@@ -230,7 +236,10 @@ def _markdown_rows(
     columns: Sequence[str], rows: Sequence[Sequence[str]], num_left: int
 ) -> list[str]:
     rules = ["---" if place < num_left else "---:" for place in range(len(columns))]
-    return [f"| {' | '.join(cells)} |" for cells in (columns, rules, *rows)] + [""]
+    # of few models there are no intervals
+    kept = [n for n in range(len(columns)) if columns[n] != _INTERVAL or any(r[n] for r in rows)]
+    lines = [[cells[place] for place in kept] for cells in (columns, rules, *rows)]
+    return [f"| {' | '.join(cells)} |" for cells in lines] + [""]
 
 
 def write_plots(table: Mapping[str, Any], folder: Path) -> list[Path]:
