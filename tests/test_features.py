@@ -40,7 +40,7 @@ def make_data(count=10):
 class Counting:
     """An extractor whose features are the images' first pixels; fails after some batches."""
 
-    method, grad_dim, proj_dim = "counting", 64, 3
+    method, grad_dim, proj_dim, flips = "counting", 64, 3, False
     model, device = make_model(), CPU
 
     def __init__(self, batches=10**9):

@@ -43,5 +43,5 @@ def test_a_name_is_looked_up_and_ones_own_is_taken():
     own = Method("Mine, too", "nothing", len)
     assert own.name == "mine-too"
     assert get_method(own) is own
-    with pytest.raises(ValueError, match=r"--methods must be one of .* did you mean 'gradient-dot'"):
+    with pytest.raises(ValueError, match=r"--methods must be one of .* mean 'gradient-dot'"):
         get_method("gradient_dots", "--methods")
