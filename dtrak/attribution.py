@@ -21,6 +21,7 @@ _SIGN = "positive = proponent: its presence lowers the model's loss on the query
 # of hashes, shown to a reader
 _DIGITS = 12
 _SHOWN_ROWS, _SHOWN_MATCHES = 8, 5
+_TOP = 10
 
 
 class Proponent(NamedTuple):
@@ -76,13 +77,16 @@ class Attribution:
         """The settings for a reader: the first digits of hashes, which are in `settings` whole."""
         return {name: _shorten(value) for name, value in self.settings.items()}
 
-    def top(self, k: int = 10) -> list[list[Proponent]]:
+    def top(self, k: int | None = None) -> list[list[Proponent]]:
         """The k training images with the highest scores for each query, the highest first.
+
+        Args:
+            k: how many; by default 10, or all N where they are fewer.
 
         Raises:
             ValueError: k is not in [1, N].
         """
-        found = top_k(self.scores, k)
+        found = top_k(self.scores, min(_TOP, len(self.ids)) if k is None else k)
         return [
             [Proponent(self.ids[i], score) for i, score in zip(row, values, strict=True)]
             for row, values in zip(
@@ -146,7 +150,7 @@ class Attribution:
             ResultsError: it is damaged, holds no scores, or several sets of which none is named.
         """
         file = Path(folder)
-        if (file / RUN_FILE).is_file():
+        if (file / RUN_FILE).is_file() and not (file / SCORES).is_file():
             from .runs.record import find_queries
 
             file = find_queries(file, queries)

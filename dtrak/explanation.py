@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -15,7 +16,9 @@ from .attribution import Attribution
 from .data.given import images
 from .data.images import from_uint8, to_uint8
 from .data.samples import Samples
-from .methods.evidence import Drawing, Evidence, Retrained
+from .features.latents import encode
+from .methods import check_needs
+from .methods.evidence import QUERY, TRAIN, Drawing, Evidence, Retrained
 from .models import load, wrap
 from .models.denoiser import Denoiser
 from .runs.console import choose_device
@@ -36,8 +39,8 @@ def explain(
     checkpoints: Sequence[Any] = (),
     clip: str | Path | None = None,
     retrained: Retrained | None = None,
-    prompts: Sequence[str] | None = None,
-    classes: Sequence[int] | None = None,
+    prompts: Sequence[str] | str | None = None,
+    classes: Sequence[int] | int | None = None,
     progress: bool = True,
     **options: Any,
 ) -> Attribution:
@@ -69,9 +72,16 @@ def explain(
         ValueError: an option, the model, the images or the store is refused; one clear line.
     """
     how = ExplainOptions(**options)
+    drawn = _count(queries)
+    check_needs(
+        how.what, checkpoints=checkpoints, drawing=drawn is not None, clip=clip, retrained=retrained
+    )
     device = choose_device(how.device)
     stages = Stages(device, Console(stderr=True, quiet=not progress))
     denoiser = as_denoiser(model)
+    if how.dtype == "float64":
+        # the caller's stays what it is
+        denoiser = denoiser.with_module(copy.deepcopy(denoiser.module))
     train = _fit(denoiser, data, "data")
     with ExitStack() as held:
         folder = None if store is None else Path(store)
@@ -84,11 +94,13 @@ def explain(
             claim_folder(folder, RUN_FILE, settings, held)
             stages.folder = folder
         drawing = None
-        if isinstance(queries, int):
-            drawing = _drawing(denoiser, queries, prompts, classes)
+        if drawn is not None:
+            drawing = _drawing(denoiser, drawn, prompts, classes)
             explained = _draw(denoiser, drawing, stages)
         else:
             explained = _fit(denoiser, queries, "queries")
+        train = encode(denoiser, train, stages, TRAIN, folder)
+        explained = encode(denoiser, explained, stages, QUERY, folder)
         evidence = Evidence(
             denoiser,
             train,
@@ -120,27 +132,51 @@ def _fit(model: Denoiser, given: Any, name: str) -> Samples:
         if isinstance(given, Samples)
         else images(given, channels=model.channels, size=model.size)
     )
+    if model.channels is not None and (len(found.shape) != 3 or found.shape[0] != model.channels):
+        raise ValueError(
+            f"{name} must be images [N, {model.channels}, H, W], as the model takes them, got "
+            f"{[len(found), *found.shape]}"
+        )
     if model.reads is None:
         return found.conditioned(None)
-    if model.reads == "labels":
-        found = found if found.conditions is not None else found.conditioned(found.labels)
+    # a caption beside a label is for other models
+    own = found.conditions is None and model.reads != "captions"
+    if found.labels is not None and (own or model.reads == "labels"):
+        found = found.conditioned(found.labels)
     if found.conditions is None:
         raise ValueError(
             f"{name} must have {model.reads}, which the model reads beside each image, got none: "
-            f"dtrak.images(…, {model.reads}=[…])"
+            f"dtrak.images(…, {'labels' if model.reads != 'captions' else 'captions'}=[…])"
         )
     return found
+
+
+def _count(queries: Any) -> int | None:
+    """How many queries are to be drawn; None where they are given.
+
+    Raises:
+        ValueError: it is a number that counts nothing.
+    """
+    if not isinstance(queries, int):
+        return None
+    if isinstance(queries, bool) or queries < 1:
+        raise ValueError(f"queries must be at least 1, got {queries}")
+    return queries
 
 
 def _drawing(
     model: Denoiser,
     count: int,
-    prompts: Sequence[str] | None,
-    classes: Sequence[int] | None,
+    prompts: Sequence[str] | str | None,
+    classes: Sequence[int] | int | None,
 ) -> Drawing:
-    if count < 1:
-        raise ValueError(f"queries must be at least 1, got {count}")
     seeds = range(count)
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    if classes is not None:
+        classes = [classes] if isinstance(classes, int) else list(classes)
+        if not classes:
+            raise ValueError("classes must be at least one, got none")
     items = choose_items(model, seeds, prompts=prompts, classes=classes)
     return Drawing(seeds, items, {"num_inference_steps": fitting_steps(model)})
 

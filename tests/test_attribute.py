@@ -219,6 +219,70 @@ def test_no_fused_agrees_with_fused(run, tmp_path, images_folder):
     assert torch.corrcoef(pair)[0, 1] > 0.9
 
 
+def test_methods_of_checkpoints_read_them_in_order(run, tmp_path, model_folder, monkeypatch):
+    """As dtrak.train --keep-checkpoints leaves them, beside the model's own parts."""
+    trained = shutil.copytree(model_folder, tmp_path / "trained")
+    for step, scale in ((2, 1.0), (10, 2.0)):
+        net = small_unet().float()
+        with torch.no_grad():
+            net.conv_out.weight.mul_(scale)
+        UNet(net, linear_process()).save(trained / f"checkpoint-{step}")
+    options = ["--method", "tracincp", "--checkpoints", trained]
+    code, output = run(*options)
+    assert code == 0, output
+    stages = re.findall(r"checkpoint \d of 2: \w+", output)
+    assert [one in stages for one in ("checkpoint 1 of 2: training", "checkpoint 2 of 2: queries")]
+    scores = read_scores(tmp_path / "run")[0]
+    each = []
+    for step in (2, 10):
+        assert run("--method", "gradient-dot", "--queries", tmp_path / "run" / "generated",
+                   model=trained / f"checkpoint-{step}", output=tmp_path / f"{step}")[0] == 0  # fmt: skip
+        each.append(read_scores(tmp_path / f"{step}")[0])
+    assert relative_error(scores, (each[0] + each[1]) / 2) < 1e-5
+    failing(
+        run, "--checkpoints must be an existing folder", "--method", "gas", "--checkpoints", "no"
+    )
+    empty = ["--method", "gas", "--checkpoints", tmp_path]
+    failing(run, "must be a folder of folders with model_index.json", *empty)
+    failing(run, "--method gas needs the model at several points", "--method", "gas")
+
+
+def test_other_queries_of_a_finished_run(run, done, tmp_path, images_folder):
+    other = CliRunner().invoke(
+        app, ["--run", str(done), "--queries", str(images_folder / "003.png")]
+    )
+    assert other.exit_code == 0, other.output
+    assert re.search(r"features of training images\W+reused", other.output)
+    assert read_scores(done)[0].shape == (1, 150)
+    assert len(list((done / "queries").iterdir())) == 2
+    index = (done / "index.html").read_text()
+    assert index.count("report.html") == 2
+    for arguments, message in (
+        (["--run", str(done), "--data", "digits"], "--run takes the run's own --data"),
+        (["--run", str(tmp_path / "absent")], "--run must be an existing folder"),
+        (["--run", str(images_folder)], "got no run.json in it"),
+        (["--run", str(done), "--timesteps", "3"], "timesteps is [0, 500] there"),
+    ):
+        refused = CliRunner().invoke(app, arguments)
+        assert refused.exit_code == 2
+        assert message in " ".join(refused.output.split())
+
+
+def test_several_methods_of_one_run(run, done, tmp_path):
+    kept = (results(done) / "scores.safetensors").read_bytes()
+    first = results(done)
+    for method in ("trak", "raw-pixels-cosine", "relative-influence"):
+        code, output = run("--method", method)
+        assert code == 0, output
+        assert results(done) == first / method
+    # features of the loss are shared by both that take them
+    assert {f.name for f in (done / "features").iterdir()} == {"loss", "mean_squared_l2_norm"}
+    assert (first / "scores.safetensors").read_bytes() == kept
+    # the same again leaves the same bytes
+    assert run("--top-k", "2")[0] == 0
+    assert (first / "scores.safetensors").read_bytes() == kept
+
+
 def test_compare_prints_agreement_times_and_memory(run):
     pytest.importorskip("trak", reason="TRAK is not installed")
     code, output = run("--compare", batch_size=6)

@@ -284,6 +284,7 @@ def test_an_attribution_is_looked_at_saved_and_read(model, folder, tmp_path):
         assert [match.score for match in best] == row[order].tolist()
     with pytest.raises(ValueError, match="k must be"):
         found.top(N + 1)
+    assert [len(row) for row in found.top()] == [N] * M
     lines = list(csv.reader(found.to_csv(tmp_path / "a.csv", k=2).open(encoding="utf-8")))
     assert lines[0] == ["query", "rank", "training image", "score"]
     assert lines[1][:3] == ["0", "1", found.top(1)[0][0].id]
@@ -354,3 +355,86 @@ def test_runs_of_several_queries_are_opened_by_name(model, tmp_path):
     with pytest.raises(ResultsError, match="got 'c'"):
         dtrak.Attribution.open(tmp_path / "run", "c")
     assert np.isfinite(found.scores.numpy()).all()
+
+
+def test_what_goes_with_samples_reaches_a_network_of_ones_own():
+    def condition(items, device):
+        return {"scale": torch.tensor([float(item) for item in items], device=device)}
+
+    def predict(net, noisy, timesteps, given):
+        return net(noisy, timesteps).sample * given["scale"][:, None, None, None]
+
+    own = dtrak.Denoiser.of(small_unet().float(), linear_process(), predict, condition)
+    plain = dtrak.Denoiser.of(
+        small_unet().float(), linear_process(), lambda net, x, t, c: net(x, t).sample
+    )
+    scores = [
+        dtrak.explain(
+            one, dtrak.images(pictures(N), labels=[2] * N), dtrak.images(pictures(M), labels=[2] * M),
+            damping="1x", **HOW,
+        ).scores
+        for one in (own, plain)
+    ]  # fmt: skip
+    # twice the output is four times its square, everywhere alike
+    assert torch.allclose(scores[0], scores[1], rtol=1e-3, atol=1e-6)
+    with pytest.raises(ValueError, match="data must have conditions"):
+        dtrak.explain(own, pictures(N), pictures(M), **HOW)
+
+
+def test_a_list_of_timesteps_is_those(model):
+    given = {**HOW, "timesteps": [3]}
+    found = dtrak.explain(model, pictures(N), pictures(M), **given)
+    assert found.settings["timesteps"] == "3 explicit"
+    other = dtrak.explain(model, pictures(N), pictures(M), **{**HOW, "timesteps": 3})
+    assert other.settings["timesteps"] == "3 uniform"
+
+
+def test_settings_tell_checkpoints_and_batches_apart(model):
+    other = UNet(small_unet().float(), linear_process())
+    with torch.no_grad():
+        other.module.conv_out.weight.mul_(2)
+    settings = [
+        dtrak.explain(
+            model, pictures(N), pictures(M), method="gas", checkpoints=[one, model],
+            **{**HOW, "batch_size": size},
+        ).settings
+        for one, size in ((model, 4), (other, 4), (model, 3))
+    ]  # fmt: skip
+    assert len({json.dumps(one, sort_keys=True) for one in settings}) == 3
+
+
+def test_double_precision_leaves_the_callers_model_alone(model, tmp_path):
+    how = {**HOW, "store": tmp_path / "run"}
+    before = dtrak.explain(model, pictures(N), pictures(M), **how)
+    other = {**HOW, "dtype": "float64", "store": tmp_path / "double"}
+    dtrak.explain(model, pictures(N), pictures(M), **other)
+    assert next(model.module.parameters()).dtype == torch.float32
+    again = dtrak.explain(model, pictures(N), pictures(M), **how)
+    assert torch.equal(before.scores, again.scores)
+
+
+@pytest.mark.parametrize(
+    "data, queries, message",
+    [
+        (pictures(N), pictures(1)[0], r"queries must be images \[N, 1, H, W\].* got \[1, 8, 8\]"),
+        (pictures(N).repeat(1, 3, 1, 1), 1, r"data must be images .* got \[9, 3, 8, 8\]"),
+        (pictures(N), True, "queries must be at least 1, got True"),
+    ],
+)
+def test_shapes_that_do_not_fit_the_model(model, data, queries, message):
+    with pytest.raises(ValueError, match=message):
+        dtrak.explain(model, data, queries, **HOW)
+
+
+def test_needs_are_refused_before_anything_is_made(model, tmp_path):
+    with pytest.raises(ValueError, match="--checkpoints FOLDER"):
+        dtrak.explain(model, pictures(N), 2, method="gas", store=tmp_path / "run", **HOW)
+    assert not (tmp_path / "run").exists()
+
+
+def test_ids_are_different():
+    with pytest.raises(ValueError, match="ids must be different"):
+        dtrak.images(pictures(2), ids=["a", "a"])
+    assert dtrak.images(pictures(2), ids=range(2)).ids == ["0", "1"]
+    with pytest.raises(DataError, match="labels must be whole numbers, got 'cat'"):
+        dtrak.images([(torch.zeros(1, 2, 2), "cat")])

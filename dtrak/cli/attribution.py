@@ -20,13 +20,14 @@ from ..features.extraction import FusedExtractor, fitting_batch_size, item_ident
 from ..methods.evidence import Drawing, Evidence
 from ..models import load
 from ..models.denoiser import Denoiser
+from ..models.lora import LORA_FILES
 from ..pages.index import write_index
 from ..pages.report import Explained, gather_report, write_picture
 from ..runs.files import write_atomically
 from ..runs.finished import record_finish
 from ..runs.inputs import drawing_facts, load_model_and_data, load_queries
 from ..runs.measure import format_bytes
-from ..runs.options import Options
+from ..runs.options import Options, lasting
 from ..runs.record import (
     GENERATED,
     MANIFEST,
@@ -108,7 +109,7 @@ def _explain(
         write_picture(results / PICTURE, explained)
     manifest = {
         "settings": places | settings,
-        "options": asdict(options),
+        "options": lasting(options),
         "facts": facts,
         "stages": [asdict(stage) for stage in run.clock.stages],
         "reused": run.reused,
@@ -147,17 +148,19 @@ def _checkpoints(options: Options) -> list[Callable[[], Denoiser]]:
     folder = Path(options.checkpoints)
     if not folder.is_dir():
         raise FileNotFoundError(f"--checkpoints must be an existing folder, got {folder}")
-    found = [place for place in folder.iterdir() if place.is_dir() and any(place.glob("*.json"))]
+    model = ("model_index.json",) if options.lora is None else LORA_FILES
+    found = [place for place in folder.iterdir() if any((place / name).is_file() for name in model)]
     if not found:
         raise ValueError(
-            f"--checkpoints must be a folder of folders that Diffusers wrote, got none in {folder}"
+            f"--checkpoints must be a folder of folders with {' or '.join(model)}, as dtrak.train "
+            f"--keep-checkpoints leaves them, got none in {folder}"
         )
     ordered = sorted(found, key=lambda place: (len(place.name), place.name))
     if options.lora is not None:
         base = options.model
         assert base is not None
-        return [lambda place=place: load(base, place) for place in ordered]  # type: ignore[misc]
-    return [lambda place=place: load(place) for place in ordered]  # type: ignore[misc]
+        return [lambda place=place: load(base, place, **options.trained) for place in ordered]  # type: ignore[misc]
+    return [lambda place=place: load(place, **options.trained) for place in ordered]  # type: ignore[misc]
 
 
 # what a run is about: other ones are another run
@@ -192,6 +195,9 @@ def options_of_run(options: Options, typed: set[str]) -> Options:
             "give --model, --data and --output"
         ) from error
     chosen = {name: getattr(options, name) for name in typed - {"run", "traceback"}}
+    if chosen.get("queries", GENERATED) != GENERATED:
+        # what the run's own pictures were drawn from says nothing of these
+        chosen = {"classes": None, "prompts": None, **chosen}
     return replace(kept, **chosen, output=options.run)
 
 

@@ -80,7 +80,7 @@ def images(
     if labels is not None or ids is not None:
         found = Samples(
             found.pixels,
-            found.ids if ids is None else list(ids),
+            found.ids if ids is None else _names(ids),
             found.labels if labels is None else [int(label) for label in labels],
             found.source,
             found.conditions,
@@ -93,6 +93,13 @@ def images(
         own = read_captions(name, found)
         return found if own is None else found.conditioned(own)
     return found
+
+
+def _names(ids: Sequence[str]) -> list[str]:
+    names = [str(name) for name in ids]
+    if len(set(names)) < len(names):
+        raise ValueError("ids must be different, got some twice: noise goes by them")
+    return names
 
 
 def _collect(source: Any, how: dict[str, Any]) -> Samples:
@@ -110,11 +117,23 @@ def _collect(source: Any, how: dict[str, Any]) -> Samples:
     if not len(source):
         raise DataError("images must be at least one, got none")
     first, _ = _split(source[0])
+    _refuse_changes(source)
     if isinstance(first, Image.Image):
         return decode_records(_picture_records(source), "images", **how)
     if isinstance(first, Tensor):
         return _of_items(source, how["limit"])
     raise ValueError(f"images must be {_KINDS}, got items that are a {type(first).__name__}")
+
+
+def _refuse_changes(source: Any) -> None:
+    """Refuse a data set that gives other pixels each time; the first, the middle and the last."""
+    for row in sorted({0, len(source) // 2, len(source) - 1}):
+        one, two = (np.asarray(_split(source[row])[0]) for _ in range(2))
+        if one.shape != two.shape or not np.array_equal(one, two):
+            raise DataError(
+                "images must be the same each time they are asked for, got a data set that changes "
+                f"them (at {row}): leave out its random transforms"
+            )
 
 
 def _of_tensor(tensor: Tensor) -> Samples:
@@ -135,7 +154,12 @@ def _split(item: Any) -> tuple[Any, int | None]:
     """An item of a data set as (picture, label)."""
     if isinstance(item, tuple | list):
         picture, label = item[0], item[1] if len(item) > 1 else None
-        return picture, None if label is None else int(label)
+        try:
+            return picture, None if label is None else int(label)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DataError(
+                f"labels must be whole numbers, got {str(label)[:40]!r}: give them as labels=[…]"
+            ) from error
     return item, None
 
 
@@ -172,12 +196,6 @@ class _Items(Rows):
 
 def _of_items(source: Any, limit: int | None) -> Samples:
     count = len(source) if limit is None else min(limit, len(source))
-    first, again = (_split(source[0])[0] for _ in range(2))
-    if not torch.equal(first, again):
-        raise DataError(
-            "images must be the same each time they are asked for, got a data set that changes "
-            "them: leave out its random transforms"
-        )
     labels = [_split(source[row])[1] for row in range(count)]
     known = [label for label in labels if label is not None]
     return Samples(

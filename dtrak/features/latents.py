@@ -13,8 +13,9 @@ from torch import Tensor
 from ..data.rows import Stored
 from ..data.samples import Samples
 from ..models.denoiser import Denoiser
+from ..runs.stages import Stages
 from .extraction import fill_store
-from .store import FeatureStore
+from .store import FeatureStore, StoreInMemory
 
 # images an encoder takes at a time: at 512 pixels each takes about a gigabyte
 _BATCH = 4
@@ -102,6 +103,39 @@ def fill_latents(
     # of the pictures themselves, whatever else there is of them
     pictures = data.encoded(data.pixels).conditioned(None)
     fill_store(store, encoder, pictures, progress=progress)
+
+
+def encode(
+    model: Denoiser, data: Samples, stages: Stages, role: str, folder: Path | None = None
+) -> Samples:
+    """``data`` with what the model is given for it, made once.
+
+    Args:
+        model: encodes, on the device of the stages.
+        data: N pictures.
+        stages: where the work is shown.
+        role: ``"train"`` or ``"query"``.
+        folder: of a run, in which it is kept and found again; None keeps it in memory.
+
+    Raises:
+        ValueError: as `open_latents`.
+    """
+    if model.encoding is None or data.is_encoded:
+        return data
+    label = f"latents of {'training images' if role == 'train' else 'queries'}"
+    name = role if role == "train" else f"{role}-{data.conditioned(None).fingerprint[:12]}"
+    store: Any
+    if folder is None:
+        size = math.prod(model.input_shape(data.shape))
+        store = StoreInMemory(data.ids, size, _BATCH)
+    else:
+        store = open_latents(folder / "latents" / name, model, data)
+    if not store.missing():
+        stages.reuse(label, name)
+    else:
+        with stages.stage(label, name) as progress:
+            fill_latents(store, model, data, stages.clock.device, progress=progress)
+    return read_latents(store, model, data)
 
 
 def read_latents(store: FeatureStore, model: Denoiser, data: Samples) -> Samples:

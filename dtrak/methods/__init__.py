@@ -102,3 +102,42 @@ def get_method(name: str | Method, option: str = "--method") -> Method:
         ValueError: there is none; the message names the closest.
     """
     return name if isinstance(name, Method) else METHODS[check_choice(option, name, METHODS)]
+
+
+def check_needs(
+    method: Method,
+    *,
+    checkpoints: Any = None,
+    drawing: Any = None,
+    clip: Any = None,
+    retrained: Any = None,
+) -> None:
+    """Refuse a method whose needs are not met.
+
+    Args:
+        method: that is asked for.
+        checkpoints: what there is of them; nothing, or None, for none.
+        drawing: how the queries were drawn, or whatever says that they will be.
+        clip: a CLIP model, or where it lies.
+        retrained: models trained on parts of the data.
+
+    Raises:
+        ValueError: what is missing, with what makes it.
+    """
+    missing = None
+    if method.needs == CHECKPOINTS and not checkpoints:
+        missing = (
+            "the model at several points of its training, --checkpoints FOLDER: python -m "
+            "dtrak.train --keep-checkpoints 5 … keeps them in its output folder"
+        )
+    elif method.needs == TRAJECTORY and not drawing:
+        missing = "queries that the model draws itself, whose paths it follows: --queries generated"
+    elif method.needs == CLIP and clip is None:
+        missing = "a CLIP model: --clip FOLDER"
+    elif method.needs == MODELS and retrained is None:
+        missing = (
+            "models that were retrained on parts of the data: python -m dtrak.lds prepare "
+            f"--num-retrain 64 …, then python -m dtrak.lds evaluate --methods {method.name}"
+        )
+    if missing is not None:
+        raise ValueError(f"--method {method.name} needs {missing}")

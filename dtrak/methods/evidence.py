@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,11 +29,13 @@ from ..features.extraction import (
 from ..features.settings import FeatureSettings
 from ..features.store import FeatureStore, Store, StoreInMemory
 from ..models.denoiser import Denoiser, Drawn
+from ..models.hashing import hash_model, hash_tensors
 from ..runs.console import format_seconds
+from ..runs.files import write_atomically
 from ..runs.measure import TensorMeter, available_bytes, format_bytes
 from ..runs.options import ExplainOptions
 from ..runs.stages import Stages
-from . import CHECKPOINTS, CLIP, FEATURES, MODELS, TRAJECTORY
+from . import CHECKPOINTS, CLIP, FEATURES, MODELS, NOTHING, TRAJECTORY, check_needs
 from .damping import damping_unit
 from .scores import journey_query_features
 
@@ -113,6 +117,10 @@ class Evidence:
         self.drawing, self.checkpoints, self.clip = drawing, checkpoints, clip
         self.retrained = retrained
         self.facts: dict[str, str] = {}
+        # of the checkpoints, and of CLIP
+        self._identities: list[str] = []
+        self._batch: int | None = None
+        self._is_new = False
         self._extractor: Extractor | None = None
 
     def check(self) -> None:
@@ -121,25 +129,13 @@ class Evidence:
         Raises:
             ValueError: what is missing, with what makes it.
         """
-        method, missing = self.how.what, None
-        if method.needs == CHECKPOINTS and not self.checkpoints:
-            missing = (
-                "the model at several points of its training, --checkpoints FOLDER: python -m "
-                "dtrak.train --keep-checkpoints 5 … keeps them in its output folder"
-            )
-        elif method.needs == TRAJECTORY and self.drawing is None:
-            missing = (
-                "pictures that the model draws itself, whose paths it follows: --queries generated"
-            )
-        elif method.needs == CLIP and self.clip is None:
-            missing = "a CLIP model, --clip FOLDER"
-        elif method.needs == MODELS and self.retrained is None:
-            missing = (
-                "models that were retrained on parts of the data: python -m dtrak.lds prepare "
-                "--num-retrain 64 …, then python -m dtrak.lds evaluate --methods " + method.name
-            )
-        if missing is not None:
-            raise ValueError(f"--method {method.name} needs {missing}")
+        check_needs(
+            self.how.what,
+            checkpoints=self.checkpoints,
+            drawing=self.drawing,
+            clip=self.clip,
+            retrained=self.retrained,
+        )
 
     def scores(self) -> tuple[Tensor, dict[str, Any]]:
         """Scores ``[M, N]`` float32, positive for proponents, and the settings that decided them.
@@ -164,7 +160,7 @@ class Evidence:
             arguments = self._arguments()
             with self.stages.stage("scores"):
                 scores = method.score(*arguments)
-        return scores.float(), settings | gradients
+        return scores.float(), settings | gradients | self._decided()
 
     def _arguments(self) -> tuple[Any, Any]:
         """What a method without damping is called with."""
@@ -193,6 +189,23 @@ class Evidence:
             "queries": self.queries.fingerprint,
             **({} if self.how.what.output_function is None else self.model.identity()),
         }
+
+    def _decided(self) -> dict[str, Any]:
+        """What else decided the scores, once it is known."""
+        found: dict[str, Any] = {"device": self.device.type}
+        if self._batch is not None:
+            found["batch size"] = self._batch
+        if self._identities:
+            found["checkpoints"] = self._identities
+        if self.how.what.needs == TRAJECTORY:
+            found["steps of the drawing"] = len(self._journey_timesteps())
+        if self.how.what.needs == NOTHING and self.train.is_encoded:
+            found["inputs"] = _hash(self.model.encoding)
+        if self.how.what.needs == MODELS and self.retrained is not None:
+            found["retrained"] = hash_tensors(
+                {"subsets": self.retrained.subsets, "losses": self.retrained.losses}
+            )
+        return found
 
     def _gradient_settings(self) -> dict[str, Any]:
         how, extractor = self.how, self.extractor
@@ -268,9 +281,13 @@ class Evidence:
             store = StoreInMemory(data.ids, extractor.proj_dim, batch_size)
         else:
             store = FeatureStore.open(folder, deciding, data.ids, extractor.proj_dim, batch_size)
+        key = f"{self.how.function} {part} {name}"
+        if role == TRAIN:
+            self._batch = store.batch_size
         if not store.missing():
-            self.stages.reuse(label, name)
+            self.stages.reuse(label, key)
             return store
+        self._is_new |= role == TRAIN
         if folder is not None and role == TRAIN:
             size = format_bytes(4 * math.prod(store.shape))
             seconds = seconds_per_row(extractor, data, self.how.batch_size)
@@ -279,7 +296,7 @@ class Evidence:
                 f"{label}: {store.shape[0]:,} x {store.shape[1]:,}, {size} in {folder}, "
                 f"{format_seconds(seconds * left)} or less"
             )
-        with self.stages.stage(label, name) as progress:
+        with self.stages.stage(label, key) as progress:
             fill_store(
                 store,
                 extractor,
@@ -291,18 +308,27 @@ class Evidence:
         return store
 
     def _measure(self, batch_size: int) -> dict[str, str]:
-        """What one batch of the feature stage holds."""
+        """What one batch of the feature stage holds; kept with the features."""
         if not isinstance(self.extractor, FusedExtractor):
             return {}
+        file = None
+        if self.folder is not None:
+            file = self.how.feature_folder(self.folder) / "facts.json"
+            if not self._is_new and file.is_file():
+                known: dict[str, str] = json.loads(file.read_text())
+                return known
         weights = self.extractor.model.module.state_dict().values()
         with TensorMeter(known=weights) as meter:
             extract_rows(self.extractor, self.train, slice(0, batch_size))
         never = 4 * self.extractor.grad_dim * len(self.train)
-        return {
+        facts = {
             "largest tensor": format_bytes(meter.largest_bytes),
             "live tensors at the peak": format_bytes(meter.peak_bytes),
             "gradients never stored": format_bytes(never),
         }
+        if file is not None:
+            write_atomically(file, json.dumps(facts, indent=1).encode())
+        return facts
 
     def _checkpoint_features(self) -> tuple[list[Tensor], list[Store]]:
         """Features at every checkpoint, of the queries and of the training samples."""
@@ -310,7 +336,8 @@ class Evidence:
         for number, checkpoint in enumerate(self.checkpoints):
             model = checkpoint() if callable(checkpoint) else checkpoint
             extractor = self._extractor_of(model)
-            where = f"checkpoint-{next(iter(model.identity().values()))[:12]}"
+            self._identities.append(_hash(model.identity()))
+            where = f"checkpoint-{self._identities[-1][:12]}"
             label = f"checkpoint {number + 1} of {len(self.checkpoints)}"
             train.append(self._fill(extractor, self.train, TRAIN, f"{label}: training", where))
             queries.append(
@@ -324,8 +351,7 @@ class Evidence:
         The clean sample predicted at each step is given fresh noise of that step's timestep.
         """
         assert self.drawing is not None
-        steps = self.drawing.how.get("num_inference_steps")
-        timesteps = self.model.drawing_timesteps(*([] if steps is None else [steps]))
+        timesteps = self._journey_timesteps()
         one = replace(self.feature_settings, timesteps=tuple(timesteps[:1]))
         extractor = self._extractor_of(self.model, one)
         with self.stages.stage("features of journeys") as progress:
@@ -336,6 +362,11 @@ class Evidence:
                     for drawn in batches
                 ]
             )
+
+    def _journey_timesteps(self) -> list[int]:
+        assert self.drawing is not None
+        steps = self.drawing.how.get("num_inference_steps")
+        return self.model.drawing_timesteps(*([] if steps is None else [steps]))
 
     def _items_of(self, seeds: Sequence[int]) -> list[Any] | None:
         assert self.drawing is not None
@@ -350,9 +381,14 @@ class Evidence:
 
         assert self.clip is not None
         model = load_clip(self.clip, self.device)
+        self._identities.append(hash_model(model.model))
         with self.stages.stage("CLIP embeddings") as progress:
             train = clip_embeddings(self.train, model, progress=progress)
             return clip_embeddings(self.queries, model), train
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def journey_features(

@@ -311,6 +311,7 @@ class _Own(Denoiser):
     ) -> None:
         super().__init__(module, process)
         self._predict, self._condition = predict, condition
+        self.reads = None if condition is None else "conditions"
 
     def identity(self) -> dict[str, str]:
         functions = [f for f in (self._predict, self._condition) if f is not None]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +21,7 @@ from ..features.output_names import describe_output_function
 from ..methods import FEATURES, NOTHING
 from .files import picture_name
 from .folders import alone_in
-from .options import Options
+from .options import Options, lasting
 from .record import MANIFEST, PICTURE, REPORT, RUN_FILE, SCORES, list_queries
 from .run import Plan, make_plan, print_summary
 
@@ -84,7 +83,7 @@ def reuse_finished(options: Options, console: Console) -> bool:
             continue
         with alone_in(plan.output):
             if not _is_unchanged(plan, results, manifest):
-                return False
+                continue
         once = {stage["name"]: stage["seconds"] for stage in manifest["stages"]}
         print_summary(results, manifest["reused"] | once, [], manifest["facts"])
         return True
@@ -106,7 +105,7 @@ def _read_manifest(plan: Plan, results: Path) -> dict[str, Any] | None:
     try:
         manifest: dict[str, Any] = json.loads((results / MANIFEST).read_text())
         # a folder may be called by another name
-        same = manifest["options"] | {"output": None} == asdict(plan.options) | {"output": None}
+        same = manifest["options"] == lasting(plan.options)
         whole = isinstance(manifest["finished"], dict) and isinstance(manifest["facts"], dict)
     except (OSError, ValueError, KeyError, TypeError):
         return None

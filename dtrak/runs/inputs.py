@@ -17,7 +17,7 @@ from ..data.captions import (
 )
 from ..data.images import DataError, load_data
 from ..data.samples import Samples
-from ..features.latents import fill_latents, open_latents, read_latents
+from ..features.latents import encode
 from ..methods.evidence import Drawing
 from ..models import load
 from ..models.denoiser import Denoiser
@@ -189,17 +189,7 @@ def _captions(run: Run, source: str, data: Samples) -> list[str]:
 
 def _encode(run: Run, model: Denoiser, data: Samples, role: str) -> Samples:
     """``data`` with what the model is given for it, kept in the output folder."""
-    if model.encoding is None:
-        return data
-    label = {"train": "latents of training images", "query": "latents of queries"}[role]
-    name = role if role == "train" else f"{role}-{data.conditioned(None).fingerprint[:12]}"
-    store = open_latents(run.plan.output / "latents" / name, model, data)
-    if not store.missing():
-        run.reuse(label, name)
-    else:
-        with run.stage(label, name) as progress:
-            fill_latents(store, model, data, run.plan.device, progress=progress)
-    return read_latents(store, model, data)
+    return encode(model, data, run, role, run.plan.output)
 
 
 def load_queries(run: Run, model: Denoiser) -> tuple[Samples, Drawing | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from dtrak_kernels.projection import KINDS, Projection
 from ..features.output_names import OUTPUT_NAMES, check_output_function
 from ..features.settings import FeatureSettings
 from ..features.timesteps import TIMESTEP_STRATEGIES, Timesteps
-from ..methods import CLIP, DEFAULT, METHODS, Method, get_method
+from ..methods import DEFAULT, METHODS, Method, check_needs, get_method
 from ..methods.damping import Damping
 from ..training.presets import PRESETS
 from .choices import (
@@ -102,7 +102,9 @@ class ExplainOptions:
     )
 
     def __post_init__(self) -> None:
-        # from Python: numbers, and lists of them
+        # from Python: numbers, and lists of them, which are the timesteps themselves
+        if not isinstance(self.timesteps, str | int) and self.timestep_strategy is None:
+            object.__setattr__(self, "timestep_strategy", "explicit")
         object.__setattr__(self, "timesteps", _as_text(self.timesteps))
         object.__setattr__(self, "damping", _as_text(self.damping))
         method = get_method(self.method)
@@ -286,10 +288,12 @@ class Options(ExplainOptions):
         _ = self.class_numbers
         if self.preset is not None:
             check_choice("--preset", self.preset, PRESETS)
-        if self.what.needs == CLIP and self.clip is None:
-            raise ValueError(
-                f"--clip must name a folder with a CLIP model for --method {self.method}"
-            )
+        check_needs(
+            self.what,
+            checkpoints=self.checkpoints,
+            drawing=self.queries == "generated",
+            clip=self.clip,
+        )
         if self.density is not None:
             check_choice("--density", self.density, DENSITIES)
         if self.shift is not None:
@@ -314,6 +318,28 @@ class Options(ExplainOptions):
     def class_numbers(self) -> list[int] | None:
         """The classes asked for, None for all; raises as `choices.parse_numbers`."""
         return None if self.classes is None else parse_numbers("--classes", self.classes)
+
+
+# options that may be paths, which are kept so that they hold wherever they are read from
+_PLACES = ("model", "lora", "data", "queries", "prompts", "checkpoints", "clip")
+_WORDS = ("digits", "generated", "validation")
+
+
+def lasting(options: Options) -> dict[str, Any]:
+    """The options of a run as they are kept, without the folder they are kept in."""
+    found = asdict(options)
+    for name in _PLACES:
+        if found[name] is not None and found[name] not in _WORDS:
+            found[name] = _lasting_path(found[name])
+    return {**found, "output": None, "run": None, "compare": False}
+
+
+def _lasting_path(text: str) -> str:
+    try:
+        return str(Path(text).resolve()) if Path(text).exists() else text
+    # a prompt may be longer than a path can be
+    except (OSError, ValueError):
+        return text
 
 
 def _as_text(value: object) -> str:

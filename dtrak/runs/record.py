@@ -33,6 +33,9 @@ def results_folder(run: Path, queries: str, fingerprint: str, variant: str) -> P
         variant: how they were scored; the default has no folder of its own.
     """
     stem = queries if queries in (GENERATED, VALIDATION) else Path(queries).stem or "queries"
+    if stem != queries and stem in (GENERATED, VALIDATION):
+        # a folder of that name is something else than what the word stands for
+        stem = f"{stem}-folder"
     folder = run / QUERIES / f"{stem}-{fingerprint[:8]}"
     return folder if variant == DEFAULT else folder / variant
 

@@ -111,6 +111,15 @@ class Attribution:
                     f"the {what} must be those {self.folder} was made with, got {len(found)} "
                     "images with other names"
                 )
+        for what, samples, hashed in (
+            ("training images", train, self.manifest["data"]),
+            ("queries", queries, self.manifest["queries"]),
+        ):
+            if samples.fingerprint != hashed:
+                raise ResultsError(
+                    f"the {what} must be those {self.folder} was made with, got others of the same "
+                    "names"
+                )
         return Inputs(model, train, queries, run)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from ..methods.damping import Damping
 from .console import choose_device
 from .folders import OutputError, alone_in, check_folder, claim_folder
 from .measure import Stage, format_bytes
-from .options import Options, check_options
+from .options import Options, check_options, lasting
 from .record import REPORT, RUN_FILE, SCORES
 from .stages import Stages
 
@@ -116,16 +116,8 @@ class Run(Stages):
         """
         self.check_output(deciding)
         self.lock()
-        claim_folder(self.plan.output, RUN_FILE, deciding, also={"options": self._again()})
-
-    def _again(self) -> dict[str, Any]:
-        """The options, with paths that hold wherever they are read from."""
-        options = asdict(self.plan.options)
-        for name in ("model", "lora", "data", "queries", "caption", "checkpoints", "clip"):
-            place = options[name]
-            if place is not None and Path(place).exists():
-                options[name] = str(Path(place).resolve())
-        return {**options, "output": None, "compare": False}
+        again = {"options": lasting(self.plan.options)}
+        claim_folder(self.plan.output, RUN_FILE, deciding, also=again)
 
     def check_output(self, deciding: dict[str, Any], *, partly: bool = False) -> bool:
         """Refuse an output folder that cannot be ours; nothing is written.

@@ -51,11 +51,11 @@ class Stages:
             with self.clock.stage(name), progress_bar(self.console, name) as progress:
                 yield progress
         finally:
-            self._keep(name + of, time.perf_counter() - start)
+            self._keep(_key(name, of), time.perf_counter() - start)
 
     def reuse(self, name: str, of: str = "") -> None:
         """Note that a stage needs no work."""
-        self.reused[name] = read_seconds(self.folder).get(name + of)
+        self.reused[name] = read_seconds(self.folder).get(_key(name, of))
 
     def say(self, line: str) -> None:
         """One line for whoever waits."""
@@ -78,6 +78,10 @@ class Stages:
         kept = read_seconds(self.folder)
         kept[name] = round(kept.get(name, 0.0) + seconds, 3)
         write_atomically(self.folder / _FILE, json.dumps(kept, indent=1).encode())
+
+
+def _key(name: str, of: str) -> str:
+    return f"{name}: {' '.join(of.split())}" if of else name
 
 
 def read_seconds(folder: Path | None) -> dict[str, float]:
