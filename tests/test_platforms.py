@@ -109,7 +109,7 @@ from rich.console import Console
 import finished_run
 torch.set_num_threads(1)
 folder = pathlib.Path(sys.argv[1])
-run = finished_run.make_run(folder)
+run = finished_run.results(finished_run.make_run(folder))
 import dtrak.cli.attribution, dtrak.cli.counterfactual_experiment, dtrak.cli.lds_stages
 import dtrak.methods.baselines, dtrak.pages.report, dtrak.training.drawing
 import dtrak.evaluation.retraining, dtrak.training.command

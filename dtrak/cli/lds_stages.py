@@ -236,8 +236,6 @@ def evaluate_models(folder: Path, options: EvaluateOptions, console: Console) ->
     if sizes and not losses_only:
         find_members(experiment, sizes[-1])
     encoder = None if clip is None or losses_only else ClipEncoder(clip, main_device)
-    if not losses_only:
-        _check_enough(experiment)
     families = _families(experiment, options.family, bounds)
     wanted = [name for each in families for name in experiment.names(*bounds, each)]
     trained = trained_names(experiment, wanted)
@@ -245,6 +243,8 @@ def evaluate_models(folder: Path, options: EvaluateOptions, console: Console) ->
         T = experiment.load_model().process.num_timesteps
         _check_timesteps(T, "--loss-timesteps", losses.num_timesteps)
         _check_timesteps(T, "--timesteps", max(each.num_timesteps for each in settings))
+    if not losses_only:
+        _check_enough(experiment)
     queries = query_sets(experiment, main_device)
     done = {name for each in families for name in measured_names(experiment, each, queries)}
     missing = [name for name in trained if name not in done]

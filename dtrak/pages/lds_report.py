@@ -225,7 +225,9 @@ def read_table(file: Path, results: Results) -> dict[str, Any] | None:
     try:
         table = json.loads(file.read_text(encoding="utf-8"))
         fits = table["results"] == digest(results) and isinstance(table["num_resamples"], int)
-        shown = [row["held_out"]["bca"] for row in table["rows"]]
+        # of few models there are no intervals
+        figure = "bca" if len(results.subsets) >= FEWEST_WITH_INTERVALS else "lds"
+        shown = [row["held_out"][figure] for row in table["rows"]]
         is_whole = bool(shown and table["about"]) and "differences" in table
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -343,8 +343,12 @@ class Predictor:
             raise ValueError("clip must be given for the methods that compare CLIP's embeddings")
         experiment, folder = self.experiment, self.experiment.folder / "clip"
         # the pictures, whatever the model is given in their place
-        pictures = dict.fromkeys(self.sizes, experiment.validation)
-        pictures[GENERATED] = generated_queries(experiment, self.device)
+        pictures = {
+            kind: generated_queries(experiment, self.device)
+            if kind == GENERATED
+            else experiment.validation
+            for kind in self.sizes
+        }
         with self.progress_bar("CLIP") as progress:
             queries = [
                 self.clip.embed(folder / f"{kind}.safetensors", images)
