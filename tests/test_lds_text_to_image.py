@@ -332,7 +332,7 @@ def test_features_are_those_of_the_main_command(folder, base, predictor, tmp_pat
     setting = Setting(BY_NAME["D-TRAK"], 2, "sjlt")
     train, queries = predictor._features(setting, -1)
     for found, name in ((train.load(), "train"), (queries[:3], "query-*")):
-        (place,) = (output / "features").glob(name)
+        (place,) = (output / "features").glob(f"*/{name}")
         manifest = json.loads((place / "manifest.json").read_text())
         expected = FeatureStore(place, manifest).load()
         assert relative_error(found, expected.double()) < 1e-5
