@@ -234,15 +234,16 @@ def test_methods_of_checkpoints_read_them_in_order(run, tmp_path, model_folder, 
     assert [one in stages for one in ("checkpoint 1 of 2: training", "checkpoint 2 of 2: queries")]
     scores = read_scores(tmp_path / "run")[0]
     each = []
+    alone = ["--method", "gradient-dot", "--queries", tmp_path / "run" / "generated"]
     for step in (2, 10):
-        assert run("--method", "gradient-dot", "--queries", tmp_path / "run" / "generated",
-                   model=trained / f"checkpoint-{step}", output=tmp_path / f"{step}")[0] == 0  # fmt: skip
+        places = {"model": trained / f"checkpoint-{step}", "output": tmp_path / f"{step}"}
+        assert run(*alone, **places)[0] == 0
         each.append(read_scores(tmp_path / f"{step}")[0])
     assert relative_error(scores, (each[0] + each[1]) / 2) < 1e-5
     failing(
         run, "--checkpoints must be an existing folder", "--method", "gas", "--checkpoints", "no"
     )
-    empty = ["--method", "gas", "--checkpoints", tmp_path]
+    empty = ["--method", "gas", "--checkpoints", tmp_path / "run"]
     failing(run, "must be a folder of folders with model_index.json", *empty)
     failing(run, "--method gas needs the model at several points", "--method", "gas")
 

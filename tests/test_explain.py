@@ -368,13 +368,10 @@ def test_what_goes_with_samples_reaches_a_network_of_ones_own():
     plain = dtrak.Denoiser.of(
         small_unet().float(), linear_process(), lambda net, x, t, c: net(x, t).sample
     )
+    train, queries = (dtrak.images(pictures(n), labels=[2] * n) for n in (N, M))
     scores = [
-        dtrak.explain(
-            one, dtrak.images(pictures(N), labels=[2] * N), dtrak.images(pictures(M), labels=[2] * M),
-            damping="1x", **HOW,
-        ).scores
-        for one in (own, plain)
-    ]  # fmt: skip
+        dtrak.explain(one, train, queries, damping="1x", **HOW).scores for one in (own, plain)
+    ]
     # twice the output is four times its square, everywhere alike
     assert torch.allclose(scores[0], scores[1], rtol=1e-3, atol=1e-6)
     with pytest.raises(ValueError, match="data must have conditions"):
