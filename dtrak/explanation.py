@@ -101,12 +101,11 @@ def explain(
             explained = _fit(denoiser, queries, "queries")
         train = encode(denoiser, train, stages, TRAIN, folder)
         explained = encode(denoiser, explained, stages, QUERY, folder)
-        evidence = Evidence(
+        return explain_samples(
             denoiser,
             train,
             explained,
             how,
-            device,
             stages,
             folder=folder,
             drawing=drawing,
@@ -114,8 +113,32 @@ def explain(
             clip=clip,
             retrained=retrained,
         )
-        scores, settings = evidence.scores()
-    return Attribution(scores.cpu(), train, explained, settings, evidence.facts)
+
+
+def explain_samples(
+    model: Denoiser,
+    train: Samples,
+    queries: Samples,
+    how: ExplainOptions,
+    stages: Stages,
+    **evidence: Any,
+) -> Attribution:
+    """What `explain` and ``python -m dtrak.attribute`` do once everything is loaded.
+
+    Args:
+        model: that is explained.
+        train: N samples, encoded, with what the model reads beside each.
+        queries: M samples, likewise.
+        how: the options.
+        stages: where the work is timed and shown, and on which device it is done.
+        evidence: what more there is, as `Evidence` takes it.
+
+    Raises:
+        ValueError: as `Evidence.scores`.
+    """
+    known = Evidence(model, train, queries, how, stages.clock.device, stages, **evidence)
+    scores, settings = known.scores()
+    return Attribution(scores.cpu(), train, queries, settings, known.facts)
 
 
 def as_denoiser(model: Any) -> Denoiser:

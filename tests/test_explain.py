@@ -268,6 +268,7 @@ def test_images_as_people_hold_them(folder):
         (torch.zeros(4, 8, 8, dtype=torch.int32), ValueError, r"got \[4, 8, 8\] torch.int32"),
         ([torch.rand(1, 8, 8), torch.rand(1, 7, 8)], DataError, r"got \[1, 7, 8\] at 1"),
         (Pairs(lambda pixels: torch.rand(1, 8, 8)), DataError, "leave out its random transforms"),
+        (to_uint8(pictures(2)).float(), ValueError, "got floating values up to 2"),
         ("absent.parquet", FileNotFoundError, "no file or folder at"),
     ],
 )

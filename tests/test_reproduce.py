@@ -13,13 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dtrak.training.presets import PRESETS
 
-TEXT = (Path(__file__).parents[1] / "docs" / "reproduce.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[1] / "docs"
+TEXT = (DOCS / "reproduce.md").read_text(encoding="utf-8")
 
 
-def commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
+def commands(text: str = TEXT) -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    inline = re.findall(r"`(python -m dtrak[^`]*)`", TEXT)
+    inline = re.findall(r"`(python -m dtrak[^`…]*)`", text)
     return [line.strip() for line in lines if line.strip()] + inline
 
 
@@ -110,3 +111,10 @@ def test_hours_follow_from_the_table():
     assert "CelebA's LDS 208 or 58 hours" in text
     for hours, losses in ((208, 35.8), (58, 3.58)):
         assert hours == round((0.0931 + 8.94 + losses) * pixel)
+
+
+@pytest.mark.parametrize("line", [line for line in commands(
+    (DOCS / "training.md").read_text(encoding="utf-8")) if line.startswith("python -m dtrak.")
+    and len(line.split()) > 3])  # fmt: skip
+def test_commands_of_ones_own_models_parse(line):
+    parse(line)

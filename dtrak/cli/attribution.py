@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
-from ..attribution import Attribution
 from ..data.samples import Samples
+from ..explanation import explain_samples
 from ..features.extraction import FusedExtractor, fitting_batch_size, item_identity
-from ..methods.evidence import Drawing, Evidence
+from ..methods.evidence import Drawing
 from ..models import load
 from ..models.denoiser import Denoiser
 from ..models.lora import LORA_FILES
@@ -67,20 +67,17 @@ def _explain(
     run: Run, model: Denoiser, data: Samples, queries: Samples, drawing: Drawing | None
 ) -> Path:
     plan, options = run.plan, run.plan.options
-    evidence = Evidence(
+    found = explain_samples(
         model,
         data,
         queries,
         options,
-        plan.device,
         run,
         folder=plan.output,
         drawing=drawing,
         checkpoints=_checkpoints(options),
         clip=options.clip,
     )
-    scores, settings = evidence.scores()
-    found = Attribution(scores, data, queries, settings, evidence.facts)
     results = results_folder(plan.output, options.queries, queries.fingerprint, options.variant)
     results.mkdir(parents=True, exist_ok=True)
     places = {
@@ -89,14 +86,14 @@ def _explain(
         **({} if options.lora is None else {"LoRA": options.lora}),
         "queries": options.queries,
     }
-    facts = {"pictures": str(len(queries)), **evidence.facts}
+    facts = {"pictures": str(len(queries)), **found.facts}
     facts |= drawing_facts(run, model, queries)
     with run.stage("report", f" {results.name}"):
         found.write_scores(results / SCORES)
         explained = Explained(
             data,
             queries,
-            scores,
+            found.scores,
             options.top_k,
             "generated picture" if options.queries == GENERATED else "picture",
             places | found.shown_settings,
@@ -108,7 +105,7 @@ def _explain(
         write_atomically(results / REPORT, page.encode())
         write_picture(results / PICTURE, explained)
     manifest = {
-        "settings": places | settings,
+        "settings": places | found.settings,
         "options": lasting(options),
         "facts": facts,
         "stages": [asdict(stage) for stage in run.clock.stages],

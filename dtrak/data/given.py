@@ -18,6 +18,8 @@ from .rows import Rows
 from .samples import Samples
 from .sources import Record, dataset_records
 
+# no pixel in [-1, 1] is that far off, and those of 0 to 255 are
+_BRIGHT = 8
 _KINDS = (
     "a folder, file or name of a data set, PIL images, a tensor [N, C, H, W], or a Dataset of x or "
     "(x, label)"
@@ -143,6 +145,12 @@ def _of_tensor(tensor: Tensor) -> Samples:
             f"{list(tensor.shape)} {tensor.dtype}"
         )
     pixels = _floating(tensor.detach().cpu())
+    is_picture = pixels.ndim == 4 and pixels.shape[1] in (1, 3) and len(pixels)
+    if is_picture and float(pixels.min()) >= 0 and float(pixels.max()) > _BRIGHT:
+        raise ValueError(
+            "images must be floating in [-1, 1] or uint8, got floating values up to "
+            f"{float(pixels.max()):g}: divide by 127.5 and subtract 1"
+        )
     return Samples(pixels, [str(row) for row in range(len(pixels))], None, "a tensor")
 
 
