@@ -235,9 +235,19 @@ def test_missing_path_is_one_line(name):
 
 
 def test_other_file_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    expected = r"a.txt' is a file but neither an image nor a .parquet file; data must be"
+    with pytest.raises(DataError, match=expected):
+        load_data(tmp_path / "a.txt")
+
+
+def test_one_image_is_a_source(tmp_path):
     write(tmp_path / "a.png", pixels())
-    with pytest.raises(DataError, match=r"a.png' is a file but not a .parquet file; data must be"):
-        load_data(tmp_path / "a.png")
+    data = load_data(tmp_path / "a.png")
+    assert data.ids == ["a.png"]
+    assert torch.equal(data.images, load_data(tmp_path).images)
+    with pytest.raises(ValueError, match="split must be 'train' for an image"):
+        load_data(tmp_path / "a.png", split="validation")
 
 
 @pytest.mark.parametrize("name", ["image", "img"])

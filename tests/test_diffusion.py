@@ -255,7 +255,7 @@ def test_pipeline_without_its_schedule(tmp_path):
     "content, message",
     [
         ("{", "must be JSON"),
-        ('{"_class_name": "FlowMatchEulerDiscreteScheduler"}', "schedule of betas, got 'FlowMatch"),
+        ('{"_class_name": "EDMEulerScheduler"}', "got 'EDMEulerScheduler'"),
         ('{"beta_start": 0.1, "beta_schedule": "steep"}', "could not be used: steep is not"),
     ],
 )

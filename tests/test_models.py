@@ -303,7 +303,7 @@ def test_a_condition_of_your_own():
     shifted = extract_rows(extractor, data.conditioned([0.0, 0.0, 1.0, 1.0]), slice(0, 4))
     assert relative_error(shifted[:2], plain[:2]) < 1e-12
     assert relative_error(shifted[2:], plain[2:]) > 1e-2
-    with pytest.raises(ValueError, match="items must be given for a model with a condition"):
+    with pytest.raises(ValueError, match="conditions must be 4, one for each image, got none"):
         extract_rows(extractor, data, slice(0, 4))
 
 
