@@ -10,6 +10,8 @@ import torch
 from diffusers import DDPMPipeline
 from PIL import Image
 from test_sketcher import small_unet
+from tiny_encoders import build_clip
+from tiny_stable_diffusion import build_pipeline, load_tiny
 
 import dtrak
 from dtrak.data.images import DataError, encode_png, to_uint8
@@ -165,10 +167,12 @@ def test_an_unknown_option_is_no_option(model):
         dtrak.explain(model, pictures(N), pictures(M), nonsense=3)
 
 
-@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.needs not in ("clip",)])
+# those of latents and of CLIP have models of their own below
+OTHERS = {"raw-latents-dot", "raw-latents-cosine", "clip-dot", "clip-cosine"}
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in OTHERS])
 def test_every_method_scores_everything(model, name):
-    if name.startswith("raw-latents"):
-        pytest.skip("of a model that is given latents")
     needs = METHODS[name].needs
     subsets = torch.rand(12, N, generator=torch.Generator().manual_seed(0)) > 0.5
     more = {
@@ -176,13 +180,47 @@ def test_every_method_scores_everything(model, name):
         "models": {"retrained": Retrained(subsets, torch.rand(12, M))},
     }.get(needs, {})
     queries = M if needs == "trajectory" else pictures(M)
-    if needs == "trajectory":
-        model.process.scheduler.register_to_config(num_train_timesteps=1000)
     found = dtrak.explain(model, pictures(N), queries, method=name, **more, **HOW)
     assert found.scores.shape == (M, N)
     assert found.scores.dtype == torch.float32
     assert torch.isfinite(found.scores).all()
     assert found.settings["method"] == name
+
+
+def test_methods_of_latents(tmp_path):
+    latent = load_tiny(build_pipeline(tmp_path / "pipeline"))
+    colours = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    given = dtrak.images(colours, captions=list("abcd"))
+    # as the encoder's own numbers say, scale included
+    config = latent.vae.config
+    with torch.no_grad():
+        latents = latent.vae.encode(colours).latent_dist.mode() * config.scaling_factor
+    flat = latents.flatten(1).double()
+    lengths = flat.norm(dim=1)
+    expected = {"dot": flat @ flat.T, "cosine": flat @ flat.T / (lengths[:, None] * lengths)}
+    for kind, scores in expected.items():
+        for store in (None, tmp_path / kind):
+            found = dtrak.explain(
+                latent, given, given, method=f"raw-latents-{kind}", store=store, **HOW
+            )
+            assert (found.scores - scores).norm() < 1e-5 * scores.norm()
+
+
+def test_methods_of_clip(model, tmp_path):
+    from dtrak.methods.baselines import clip_embeddings, load_clip
+
+    folder = build_clip(tmp_path / "clip")
+    train, queries = (
+        clip_embeddings(pictures(count), load_clip(folder)).double() for count in (N, M)
+    )
+    product = queries @ train.T
+    lengths = queries.norm(dim=1)[:, None] * train.norm(dim=1)
+    expected = {"dot": product, "cosine": product / lengths}
+    for kind, scores in expected.items():
+        found = dtrak.explain(
+            model, pictures(N), pictures(M), method=f"clip-{kind}", clip=folder, **HOW
+        )
+        assert (found.scores - scores).norm() < 1e-5 * scores.norm()
 
 
 def test_methods_are_their_formulas(model):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..data.samples import Samples
+from .baselines import random_scores
 from .scores import gradient_cosine, gradient_dot
 
 
@@ -35,8 +35,7 @@ def latent_cosine(queries: Samples, train: Samples) -> Tensor:
 
 def chance(queries: Samples, train: Samples) -> Tensor:
     """The baseline that knows nothing: ``[M, N]`` independent scores, uniform in [0, 1)."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.rand(len(queries), len(train), generator=generator)
+    return random_scores(len(queries), len(train), 0)
 
 
 class _Vectors:

@@ -35,7 +35,7 @@ from ...features.settings import FeatureSettings
 from ...features.store import FeatureStore
 from ...features.timesteps import select_timesteps
 from ...methods import CHECKPOINTS, CLIP, TRAJECTORY, Method
-from ...methods.scores import journey_query_features
+from ...methods.evidence import journey_features
 from ...models.denoiser import Denoiser
 from ...models.hashing import hash_tensors
 from ...runs.choices import DEFAULT_PROJ_DIM
@@ -441,13 +441,6 @@ class Predictor:
             for drawn in retraining.draw(
                 model, seeds, items, self.device, trajectories=True, progress=progress
             ):
-                assert drawn.trajectories is not None
-                ids = [f"journey/{seed}" for seed in drawn.seeds]
                 read = None if items is None else [items[seed] for seed in drawn.seeds]
-                features = []
-                for step, timestep in enumerate(timesteps):
-                    extractor.settings = replace(extractor.settings, timesteps=(timestep,))
-                    predicted = drawn.trajectories[:, step]
-                    features.append(extractor.extract(predicted, ids, read).cpu())
-                batches.append(journey_query_features(torch.stack(features)))
+                batches.append(journey_features(extractor, drawn, timesteps, read))
         return torch.cat(batches)
