@@ -38,6 +38,8 @@ REFUSALS = {
         ("--projection rademacer", "did you mean 'rademacher'?"),
         ("--proj-dim 100", "proj_dim must be at least 256 for kind 'sjlt', got 100"),
         ("--seed -1", "seed must be in [0, 2**63), got -1"),
+        ("--method clip-dot --clip nowhere", "--clip must be an existing folder, got nowhere"),
+        ("--method gas --checkpoints nowhere", "--checkpoints must be an existing folder, got now"),
         ("--timesteps 0", "--timesteps must be at least 1, got 0"),
         ("--output-function los", "did you mean 'loss'?"),
         ("--dtype float", "--dtype must be one of float32"),

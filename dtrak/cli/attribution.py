@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -137,14 +138,11 @@ def _checkpoints(options: Options) -> list[Callable[[], Denoiser]]:
     """The models in the folder of checkpoints, in the order of their names' numbers.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it holds no models.
+        ValueError: the folder holds no models.
     """
     if options.checkpoints is None:
         return []
     folder = Path(options.checkpoints)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"--checkpoints must be an existing folder, got {folder}")
     model = ("model_index.json",) if options.lora is None else LORA_FILES
     found = [place for place in folder.iterdir() if any((place / name).is_file() for name in model)]
     if not found:
@@ -153,11 +151,10 @@ def _checkpoints(options: Options) -> list[Callable[[], Denoiser]]:
             f"--keep-checkpoints leaves them, got none in {folder}"
         )
     ordered = sorted(found, key=lambda place: (len(place.name), place.name))
-    if options.lora is not None:
-        base = options.model
-        assert base is not None
-        return [lambda place=place: load(base, place, **options.trained) for place in ordered]  # type: ignore[misc]
-    return [lambda place=place: load(place, **options.trained) for place in ordered]  # type: ignore[misc]
+    if options.lora is None:
+        return [partial(load, place, **options.trained) for place in ordered]
+    assert options.model is not None
+    return [partial(load, options.model, place, **options.trained) for place in ordered]
 
 
 # what a run is about: other ones are another run

@@ -349,10 +349,14 @@ def _as_text(value: object) -> str:
 
 
 def check_options(options: Options) -> None:
-    """Refuse a model that is not there, before anything heavy is imported.
+    """Refuse what is not there, before anything heavy is imported or anything trained.
 
     Raises:
-        FileNotFoundError: there is no folder of the model.
+        FileNotFoundError: there is no folder of the model, of its checkpoints or of CLIP.
     """
     if options.model is not None:
         check_model_folder(options.model)
+    for name in ("checkpoints", "clip"):
+        folder = getattr(options, name)
+        if folder is not None and not Path(folder).is_dir():
+            raise FileNotFoundError(f"--{name} must be an existing folder, got {folder}")
