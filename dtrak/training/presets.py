@@ -417,6 +417,19 @@ _PIXEL_RECIPE = Recipe(
     dropout=0.1,
     warm_up_from_zero=True,
 )
+_CIFAR16_UNET = {
+    "sample_size": 16,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": (16, 24, 48),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 8,
+    "attention_head_dim": 8,
+    "resnet_time_scale_shift": "scale_shift",
+    "add_attention": False,
+}
 _LORA_RECIPE = Recipe(
     epochs=100,
     batch_size=64,
@@ -430,9 +443,9 @@ _LORA_RECIPE = Recipe(
     caption_dropout=0.1,
 )
 _LORA = LoraRecipe()
+_CIFAR2_LABELS = (CIFAR10_CLASSES.index("automobile"), CIFAR10_CLASSES.index("horse"))
 _cifar = partial(
     Preset,
-    recipe=_PIXEL_RECIPE,
     classes=CIFAR10_CLASSES,
     hub_name="uoft-cs/cifar10",
     unet=_CIFAR_UNET,
@@ -462,15 +475,33 @@ PRESETS: dict[str, Preset] = {
         _cifar(
             "cifar2",
             "CIFAR-2",
+            _PIXEL_RECIPE,
             train=Draw(10_000, 5_000),
             validation=Draw(2_000, 1_000),
-            labels=(CIFAR10_CLASSES.index("automobile"), CIFAR10_CLASSES.index("horse")),
+            labels=_CIFAR2_LABELS,
             num_retrain=512,
             stems=("cifar2", "cifar10"),
+        ),
+        # not a published one: natural images at a laptop's scale, minutes a model on one core
+        _cifar(
+            "cifar2-16",
+            "CIFAR-2 at 16 x 16",
+            Recipe(steps=1000, learning_rate=3e-3),
+            Draw(10_000, 1_000),
+            Draw(2_000, 100),
+            size=16,
+            num_generated=64,
+            num_subsets=48,
+            num_model_seeds=1,
+            labels=_CIFAR2_LABELS,
+            stems=("cifar2", "cifar10"),
+            unet=_CIFAR16_UNET,
+            num_parameters=400_843,
         ),
         _cifar(
             "cifar10",
             "CIFAR-10",
+            _PIXEL_RECIPE,
             train=Draw(50_000),
             validation=Draw(10_000, 1_000),
             stems=("cifar10",),
