@@ -22,6 +22,7 @@ from ..methods.evidence import Drawing
 from ..models import load
 from ..models.denoiser import Denoiser
 from ..models.lora import LORA_FILES
+from ..models.places import MODEL_FILES
 from ..pages.index import write_index
 from ..pages.report import Explained, gather_report, write_picture
 from ..runs.files import write_atomically
@@ -143,7 +144,7 @@ def _checkpoints(options: Options) -> list[Callable[[], Denoiser]]:
     if options.checkpoints is None:
         return []
     folder = Path(options.checkpoints)
-    model = ("model_index.json",) if options.lora is None else LORA_FILES
+    model = MODEL_FILES if options.lora is None else LORA_FILES
     found = [place for place in folder.iterdir() if any((place / name).is_file() for name in model)]
     if not found:
         raise ValueError(
@@ -158,7 +159,7 @@ def _checkpoints(options: Options) -> list[Callable[[], Denoiser]]:
 
 
 # what a run is about: other ones are another run
-_OF_THE_RUN = ("model", "lora", "data", "preset", "caption", "output")
+_OF_THE_RUN = ("model", "weights", "lora", "data", "preset", "caption", "output")
 
 
 def options_of_run(options: Options, typed: set[str]) -> Options:

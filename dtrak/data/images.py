@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..runs.files import picture_name, write_atomically
+from ..runs.files import expand_path, picture_name, write_atomically
 from .rows import KEPT_BYTES, Decoded, from_uint8
 from .samples import Samples, hash_pixels
 from .sources import (
@@ -185,7 +185,7 @@ def save_images(images: Tensor, folder: str | os.PathLike[str], prefix: str = ""
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images must be [M, 1 or 3, H, W], got {list(images.shape)}")
-    folder = Path(folder)
+    folder = expand_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for index, pixels in enumerate(to_uint8(images)):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..methods.scores import top_k
 from ..runs.console import progress_bar
+from ..runs.files import expand_path
 from ..runs.record import RUN_FILE, ResultsError, check_report, list_queries
 from .html import format_seconds, render_page, render_table
 from .influence import (
@@ -207,7 +208,7 @@ def gather_report(
         FileNotFoundError: a folder, or what a run was about, is not there.
         ValueError: there is nothing to show, or something is damaged; one clear line.
     """
-    folder = Path(folder)
+    folder = expand_path(folder)
     check_report(folder, num_queries)
     # read first: what follows takes minutes where the intervals of an LDS are still to be made
     changed = _find_counterfactual(folder, lds, counterfactual)

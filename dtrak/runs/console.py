@@ -165,7 +165,9 @@ def _warnings_on(console: Console) -> Iterator[None]:
                 if str(message) not in shown:
                     shown.add(str(message))
                     text = f"warning: {message}"
-                    console.print(text, style="yellow", highlight=False, markup=False)
+                    console.print(
+                        text, style="yellow", highlight=False, markup=False, soft_wrap=True
+                    )
             else:
                 show(message, category, filename, *rest)
 

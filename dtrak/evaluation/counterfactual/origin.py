@@ -31,7 +31,7 @@ from ...methods.scores import trak
 from ...models.denoiser import Denoiser
 from ...runs.choices import DEFAULT_PROJ_DIM
 from ...runs.console import progress_bar
-from ...runs.files import claim, picture_seed
+from ...runs.files import claim, expand_path, picture_seed
 from ...runs.record import GENERATED, list_queries
 from ...runs.results import load_attribution
 from ...training.drawing import fitting_steps
@@ -174,7 +174,7 @@ def open_origin(
             another model.
         ValueError: the folder holds no finished run, or the preset is unknown.
     """
-    folder, output = Path(folder), Path(output)
+    folder, output = expand_path(folder), expand_path(output)
     if (folder / "experiment.json").is_file():
         return _open_lds(folder, output, timesteps)
     if queries is None and any(name.startswith(GENERATED) for name in list_queries(folder)):
