@@ -80,6 +80,7 @@ def images(
     else:
         name, found = "images", _collect(source, how)
     if labels is not None or ids is not None:
+        before = found
         found = Samples(
             found.pixels,
             found.ids if ids is None else _names(ids),
@@ -87,6 +88,7 @@ def images(
             found.source,
             found.conditions,
         )
+        found.tables, found.taken, found.left_out = before.tables, before.taken, before.left_out
     if isinstance(captions, str):
         return found.conditioned(caption_all(captions, name, found))
     if captions is not None:

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -39,6 +40,9 @@ class Samples:
         conditions: as above.
         pixels: the rows themselves.
         inputs: what noise is added to: the pixels, or what `encoded` put in their place.
+        taken: how many of what there are, in words.
+        left_out: what lies with them and was left out, and why, in words; empty for nothing.
+        tables: the file behind each id ``<name of the file>/<row>``, by that name.
 
     Raises:
         ValueError: if images are not ``[N, ...]`` float32, or the others are not N long.
@@ -71,6 +75,8 @@ class Samples:
         # of pixels alone, shared by all that have the same ones
         self._digests: dict[int, bytes] = dict(enumerate(digests or ()))
         self._fingerprint: str | None = None
+        self.taken, self.left_out = f"{len(images):,} images of {source}", ""
+        self.tables: dict[str, Path] = {}
 
     def __len__(self) -> int:
         return len(self.ids)

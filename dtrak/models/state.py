@@ -83,7 +83,7 @@ def _read(file: Path) -> dict[str, Any]:
     # a damaged file raises whatever its bytes happen to ask for
     except Exception as error:
         reason = " ".join(str(error).split())
-        if "Unsupported" in reason or "allowed global" in reason:
+        if "Unsupported global" in reason or "allowed global" in reason:
             # torch's own message recommends to run the code
             raise ModelError(
                 f"{file} holds Python objects beside weights, which could run code and are not "

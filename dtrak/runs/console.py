@@ -32,6 +32,8 @@ from .interrupts import keep_quiet
 if TYPE_CHECKING:
     import torch
 
+    from ..data.samples import Samples
+
 _PACKAGE = Path(__file__).parents[1]
 # seconds between two lines about one stage, where they go to a file
 _LOGGED_EVERY, _MODELS_LOGGED_EVERY = 10.0, 60.0
@@ -196,6 +198,13 @@ def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None = None)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(130)
+
+
+def tell(console: Console, what: str, samples: Samples) -> None:
+    """Say in one line what was taken; where something was left out, loading it has said so."""
+    if not samples.left_out:
+        text = f"{what}: {samples.taken}"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def check_device(name: str) -> None:

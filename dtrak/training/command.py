@@ -22,7 +22,7 @@ from ..models import load
 from ..models.denoiser import Denoiser
 from ..models.lora import LORA_FILES, PEFT_FILES
 from ..runs.choices import TRAINING_FILE
-from ..runs.console import progress_bar
+from ..runs.console import progress_bar, tell
 from ..runs.files import write_atomically
 from ..runs.folders import check_folder, claim_folder
 from .options import Options, check_options, plan_training
@@ -120,6 +120,7 @@ def _train(options: Options, console: Console, held: ExitStack) -> Path:
     # images take minutes to read: another model is refused before
     check_folder(output, TRAINING_FILE, settings, partly=True)
     data = training.data.load(model)
+    tell(console, "training images", data)
     chosen = training.data.select(data)
     part = data if len(chosen) == len(data) else data.select(chosen)
     steps = recipe.num_steps(len(part))
