@@ -160,6 +160,7 @@ def _fit(model: Denoiser, given: Any, name: str) -> Samples:
             f"{name} must be images [N, {model.channels}, H, W], as the model takes them, got "
             f"{[len(found), *found.shape]}"
         )
+    model.input_shape(found.shape)
     if model.reads is None:
         return found.conditioned(None)
     # a caption beside a label is for other models

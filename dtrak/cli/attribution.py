@@ -25,7 +25,7 @@ from ..models.lora import LORA_FILES
 from ..models.places import MODEL_FILES
 from ..pages.index import write_index
 from ..pages.report import Explained, gather_report, write_picture
-from ..runs.files import write_atomically
+from ..runs.files import encode_text, write_atomically
 from ..runs.finished import record_finish
 from ..runs.inputs import drawing_facts, load_model_and_data, load_queries
 from ..runs.measure import format_bytes
@@ -104,7 +104,7 @@ def _explain(
             _environment(plan.device),
         )
         page = gather_report(plan.output, explained=explained, num_queries=len(queries))
-        write_atomically(results / REPORT, page.encode())
+        write_atomically(results / REPORT, encode_text(page))
         write_picture(results / PICTURE, explained)
     manifest = {
         "settings": places | found.settings,

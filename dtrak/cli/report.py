@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..runs.files import write_atomically
+from ..runs.files import encode_text, write_atomically
 from ..runs.record import REPORT, RUN_FILE, check_report, find_queries
 from ..runs.stated import Stated, argument, option
 from .options import make_app
@@ -72,7 +72,7 @@ def report(options: Options, console: Console) -> None:
         num_queries=options.num_queries,
         console=console,
     )
-    write_atomically(file, page.encode())
+    write_atomically(file, encode_text(page))
     Console().print(f"report: {file}", soft_wrap=True, highlight=False)
     if is_attributed and options.output is None:
         Console().print(f"index: {write_index(run)}", soft_wrap=True, highlight=False)

@@ -50,7 +50,23 @@ def read_captions(source: str, data: Samples) -> list[str] | None:
                 f"the caption of '{name}' in '{source}' must be text, got "
                 f"{'none' if caption is None else type(caption).__name__}"
             )
+    check_texts(captions, data.ids)
     return captions
+
+
+def check_texts(captions: Sequence[Any], names: Sequence[str]) -> None:
+    """Refuse captions that no tokenizer reads: halves of letters, or bytes that are no text.
+
+    Raises:
+        DataError: names the first.
+    """
+    for name, caption in zip(names, captions, strict=True):
+        try:
+            str(caption).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"the caption of '{name}' must be text in Unicode, got {caption!a}"
+            ) from error
 
 
 def caption_all(template: str, source: str, data: Samples) -> list[str]:
@@ -83,7 +99,9 @@ def caption_all(template: str, source: str, data: Samples) -> list[str]:
     if not fields:
         return [template.format()] * len(data)
     labels = _class_names(source, data)
-    return [template.format(label=label.replace("_", " ").lower()) for label in labels]
+    captions = [template.format(label=label.replace("_", " ").lower()) for label in labels]
+    check_texts(captions, data.ids)
+    return captions
 
 
 def load_captions(source: str, data: Samples, template: str | None = None) -> list[str]:
@@ -124,6 +142,7 @@ def read_prompts(text: str) -> list[str]:
     if not os.path.isfile(file):
         if text.endswith(".txt"):
             raise FileNotFoundError(f"--prompts must be a text or a file of them, got {text}")
+        check_texts([text], ["--prompts"])
         return [text]
     try:
         prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]

@@ -118,9 +118,10 @@ def load_data(
         description=_describe(name, split),
     )
     first = f", the first {len(samples):,}" if limit == len(samples) else ""
-    samples.taken = f"{len(samples):,} images of {name}{f' ({found.taken})' * bool(found.taken)}"
+    count = "1 image" if len(samples) == 1 else f"{len(samples):,} images"
+    samples.taken = f"{count} of {name}{f' ({found.taken})' * bool(found.taken)}"
     samples.taken += first
-    samples.tables = found.tables
+    samples.tables, samples.class_names = found.tables, found.class_names
     if found.left_out:
         # the same line in every place that loads them
         samples.left_out = "; ".join(found.left_out)

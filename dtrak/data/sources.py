@@ -69,6 +69,7 @@ class Found:
         records: one for each, in an order that is always the same.
         taken: what they are of, in words; empty for the source as a whole.
         left_out: what lies there and was not taken, in words.
+        class_names: of labels, where they are known.
         tables: the file behind each id ``<name of the file>/<row>``, by that name.
     """
 
@@ -76,6 +77,7 @@ class Found:
     taken: str = ""
     left_out: Sequence[str] = ()
     tables: dict[str, Path] = field(default_factory=dict)
+    class_names: dict[int, str] = field(default_factory=dict)
 
 
 def digits_split(seed: int = 42) -> tuple[list[int], list[int]]:
@@ -320,7 +322,8 @@ def _folder_records(folder: Path, name: str, split: str) -> Found:
         Record(name, None if labels is None else labels[_class_of(name, found.parts)], path)
         for name, path in found.images
     )
-    return Found(records, taken, found.left_out)
+    names = {label: name for name, label in (labels or {}).items() if not name.isdecimal()}
+    return Found(records, taken, found.left_out, class_names=names)
 
 
 def _below(name: str, parts: Sequence[str]) -> str:

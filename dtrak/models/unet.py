@@ -79,6 +79,22 @@ class UNet(Denoiser):
         prediction: Tensor = called(noisy, time, **condition).sample
         return prediction
 
+    def input_shape(self, pixels: Sequence[int]) -> tuple[int, ...]:
+        """See `Denoiser.input_shape`.
+
+        Raises:
+            ValueError: a side is no multiple of what the U-Net halves it by.
+        """
+        *_, height, width = pixels
+        # every block but the last halves both sides, and doubling them must give the same again
+        step = 2 ** (len(self.module.config["down_block_types"]) - 1)
+        if height % step or width % step:
+            raise ValueError(
+                f"images must have sides that are multiples of {step}, as the U-Net halves them, "
+                f"got {width}x{height} pixels"
+            )
+        return tuple(pixels)
+
     def image_shape(self, size: int | None = None) -> tuple[int, int, int]:
         """(C, H, W) of a picture the model draws.
 
@@ -88,7 +104,9 @@ class UNet(Denoiser):
         chosen = self.size if size is None else size
         if chosen is None:
             raise ValueError("the model must have a sample_size to draw from it, got None")
-        return self.channels, *check_size(chosen)
+        shape = self.channels, *check_size(chosen)
+        self.input_shape(shape)
+        return shape
 
     def drawing_timesteps(self, num_inference_steps: int) -> list[int]:
         """See `Denoiser.drawing_timesteps`."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import errno
+import io
 import os
 import re
 import signal
@@ -34,6 +36,11 @@ if TYPE_CHECKING:
 
     from ..data.samples import Samples
 
+_IN_WORDS = "dtrak-in-words"
+_WORDS = {
+    "λ": "lambda", "φ": "phi", "σ": "sigma", "ε": "eps", "η": "eta", "β": "beta", "α": "alpha",
+    "Φ": "Phi", "Ψ": "Psi", "ᵀ": "^T", "−": "-", "…": "...", "“": '"', "”": '"', "×": "x", "·": "*",
+}  # fmt: skip
 _PACKAGE = Path(__file__).parents[1]
 # seconds between two lines about one stage, where they go to a file
 _LOGGED_EVERY, _MODELS_LOGGED_EVERY = 10.0, 60.0
@@ -41,6 +48,18 @@ _NO_SPACE = (
     "no space left on the device: free some and run the same command again; "
     "what was finished is kept"
 )
+
+
+def _in_words(error: UnicodeError) -> tuple[str, int]:
+    """What stands for letters that a stream cannot write."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    letters = error.object[error.start : error.end]
+    plain = (_WORDS.get(c) or c.encode("ascii", "backslashreplace").decode() for c in letters)
+    return "".join(plain), error.end
+
+
+codecs.register_error(_IN_WORDS, _in_words)
 
 
 @contextmanager
@@ -186,6 +205,10 @@ def fail(console: Console, message: str) -> NoReturn:
 def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> None:
     """Run a command as ``python -m name``; Ctrl-C ends it with 130 whenever it comes."""
     keep_quiet()
+    for stream in (sys.stdout, sys.stderr):
+        # a terminal in ASCII or Latin-1 shows what it has no letter for in words
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_IN_WORDS)
     try:
         app(
             args=list(arguments) if arguments is not None else sys.argv[1:],

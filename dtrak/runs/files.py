@@ -44,6 +44,11 @@ def expand_path(path: str | os.PathLike[str]) -> Path:
     return expanded
 
 
+def encode_text(text: str) -> bytes:
+    """UTF-8 of a text for readers; bytes of a file name that are no text are shown in hex."""
+    return text.encode("utf-8", "backslashreplace")
+
+
 def write_atomically(file: Path, content: bytes | memoryview) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new one."""
     temporary = file.with_name(file.name + ".partial")

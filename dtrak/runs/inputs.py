@@ -75,6 +75,7 @@ def load_model_and_data(run: Run) -> tuple[Denoiser, Samples]:
     run.check_output(deciding, partly=True)
     data = _load_images(run, model, "train")
     tell(run.console, "training images", data)
+    model.input_shape(data.shape)
     data = data.conditioned(_train_items(run, model, data))
     run.claim_output(
         {
@@ -215,6 +216,7 @@ def load_queries(run: Run, model: Denoiser) -> tuple[Samples, Drawing | None]:
         source = options.queries
         pictures = load_data(source, **_image_options(run, model))
     tell(run.console, "queries", pictures)
+    model.input_shape(pictures.shape)
     items = _query_items(run, model, source, pictures)
     return _encode(run, model, pictures.conditioned(items), "query"), None
 

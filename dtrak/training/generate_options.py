@@ -19,12 +19,12 @@ class Options(Stated):
         "kind in docs/models.md.",
         is_path=True,
     )
+    output: str = option(help="Folder of the pictures.", is_path=True)
     weights: str | None = option(
         None,
         help=f"Of a training checkpoint: {', '.join(WEIGHTS)}, their moving average. Default: what "
         "--model names, else trained.",
     )
-    output: str = option(help="Folder of the pictures.", is_path=True)
     num_images: int = option(16, help="How many to draw.")
     first_seed: int = option(0, help="Picture i is drawn from this seed + i.")
     num_inference_steps: int | None = option(

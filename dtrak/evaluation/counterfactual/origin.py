@@ -32,6 +32,7 @@ from ...models.denoiser import Denoiser
 from ...runs.choices import DEFAULT_PROJ_DIM
 from ...runs.console import progress_bar
 from ...runs.files import claim, expand_path, picture_seed
+from ...runs.folders import refuse_inside
 from ...runs.record import GENERATED, list_queries
 from ...runs.results import load_attribution
 from ...training.drawing import fitting_steps
@@ -187,6 +188,7 @@ def open_origin(
             f"the queries of {folder} must be generated to be drawn again, got {options.queries!r}"
         )
     trained = find_trained(folder, recipe=recipe, preset=preset, source=source, queries=queries)
+    refuse_inside(output, data=source or options.data)
     inputs = run.load_inputs(source)
     drawing = Drawing(fitting_steps(inputs.model), options.guidance_scale, options.resolution)
     retraining = Retraining(trained.training, output, drawing, data=inputs.train)
