@@ -77,7 +77,8 @@ def test_nothing_is_cut_off_at_the_edges():
             figure.draw_without_rendering()
             axes = figure.axes[0]
             for artist in (axes.xaxis.label, axes.yaxis.label, *figure.legends):
-                assert min(edges(figure, artist)) >= -1
+                if not hasattr(artist, "get_text") or artist.get_text():
+                    assert min(edges(figure, artist)) >= -1
 
 
 def test_a_group_of_few_values_has_no_box():

@@ -120,6 +120,7 @@ def gather(
                 f"got {int(indices.min())} to {int(indices.max())}"
             )
     quantised = to_uint8(queries)
+    labels = [None] * len(train_ids) if train_labels is None else list(train_labels)
     rows = []
     for m, name in enumerate(query_ids):
         strongest = max((abs(s) for _, scores in ranked.values() for s in scores[m].tolist()))
@@ -128,9 +129,7 @@ def gather(
                 Match(
                     pixels=to_uint8(train[index]),
                     id=train_ids[index],
-                    label=_label(
-                        train_ids[index], None if train_labels is None else train_labels[index]
-                    ),
+                    label=_label(train_ids[index], labels[index]),
                     score=score,
                     share=abs(score) / strongest if strongest else 0.0,
                     caption=None if train_captions is None else train_captions[index],

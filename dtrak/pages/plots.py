@@ -85,16 +85,17 @@ def _dashes(label: str, is_reference: bool) -> str:
 
 def _keep_within(figure: Any) -> Any:
     """Break the labels of axes that would be cut off at an edge of the figure."""
-    figure.draw_without_rendering()
     axes = figure.axes[0]
     for label, low, high in ((axes.xaxis.label, "x0", "x1"), (axes.yaxis.label, "y0", "y1")):
-        found, edges = label.get_window_extent(), figure.bbox
-        first, last = getattr(found, low), getattr(found, high)
-        middle = (first + last) / 2
-        room = 2 * min(middle - getattr(edges, low), getattr(edges, high) - middle)
-        if last - first > room:
-            text = label.get_text()
-            label.set_text(textwrap.fill(text, max(8, int(len(text) * room / (last - first)))))
+        text, edges = label.get_text(), figure.bbox
+        for letters in range(len(text), 7, -4):
+            # what is broken takes room from the axes, which the label stands in the middle of
+            figure.draw_without_rendering()
+            found = label.get_window_extent()
+            inside = getattr(found, low) >= getattr(edges, low) - 0.5
+            if inside and getattr(found, high) <= getattr(edges, high) + 0.5:
+                break
+            label.set_text(textwrap.fill(text, letters))
     return figure
 
 
