@@ -86,7 +86,7 @@ def _dashes(label: str, is_reference: bool) -> str:
 def _keep_within(figure: Any) -> Any:
     """Break the labels of axes that would be cut off at an edge of the figure."""
     axes = figure.axes[0]
-    for label, low, high in ((axes.xaxis.label, "x0", "x1"), (axes.yaxis.label, "y0", "y1")):
+    for label, low, high in ((axes.yaxis.label, "y0", "y1"), (axes.xaxis.label, "x0", "x1")):
         text, edges = label.get_text(), figure.bbox
         for letters in range(len(text), 7, -4):
             # what is broken takes room from the axes, which the label stands in the middle of

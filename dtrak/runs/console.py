@@ -192,6 +192,8 @@ def _warnings_on(console: Console) -> Iterator[None]:
             else:
                 show(message, category, filename, *rest)
 
+        # a second guess is said again, whatever Python was told of warnings
+        warnings.filterwarnings("always", module=r"dtrak(\.|$)")
         warnings.showwarning = one_line  # type: ignore[assignment]
         yield
 
