@@ -4,9 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OUT ?= out
+FLOORS := .venv-floors
+FLOOR_TESTS := tests/test_attribute_lora.py tests/test_console.py tests/test_data.py tests/test_kinds.py \
+	tests/test_lora.py tests/test_models.py tests/test_places.py tests/test_text_to_image.py tests/test_walk.py
 TEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help run test test-full lint compile smoke bench gpu tune clean
+.PHONY: help run test test-full floors lint compile smoke bench gpu tune clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +30,15 @@ test: $(READY) ## set everything up and run the fast lane of the tests: every co
 
 test-full: $(READY) ## all tests: whole sweeps, slow and statistical proofs
 	$(TEST) --full
+
+# the oldest of everything that pyproject.toml allows, but for torch, which is as in constraints.txt
+floors: pyproject.toml constraints.txt ## loaders, adapters and the command line on the floors of pyproject.toml
+	$(PYTHON) -m venv $(FLOORS)
+	$(PYTHON) .ci/floors.py > $(FLOORS)/floors.txt
+	$(FLOORS)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(FLOORS)/bin/python -m pip install --quiet --constraint $(FLOORS)/floors.txt \
+		pytest pytest-timeout pytest-xdist hypothesis --editable .
+	$(FLOORS)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(FLOOR_TESTS)
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .
@@ -51,4 +63,4 @@ tune: ## on a machine with a GPU: launch configurations for its card, at most ha
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/tune.py --journal $(OUT)/tune.jsonl
 
 clean: ## remove the environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(FLOORS) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .data.samples import Samples
 from .methods.scores import top_k
-from .runs.files import encode_tensors, write_atomically
+from .runs.files import encode_tensors, expand_path, write_atomically
 from .runs.record import RUN_FILE, SCORES, ResultsError
 from .runs.results import read_scores
 
@@ -107,7 +107,7 @@ class Attribution:
         Raises:
             ValueError: as `top`.
         """
-        file = Path(file)
+        file = expand_path(file)
         with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as opened:
             writer = csv.writer(opened)
             writer.writerow(["query", "rank", "training image", "score"])
@@ -122,7 +122,7 @@ class Attribution:
         Returns:
             The file, which `open` reads.
         """
-        folder = Path(folder)
+        folder = expand_path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         return self.write_scores(folder / SCORES)
 
@@ -149,7 +149,7 @@ class Attribution:
             FileNotFoundError: there is nothing.
             ResultsError: it is damaged, holds no scores, or several sets of which none is named.
         """
-        file = Path(folder)
+        file = expand_path(folder)
         if (file / RUN_FILE).is_file() and not (file / SCORES).is_file():
             from .runs.record import find_queries
 
@@ -178,7 +178,7 @@ class Attribution:
         """
         from .pages.report import ranked_matches, write_report
 
-        file = Path(file)
+        file = expand_path(file)
         train, queries = self._pictures()
         write_report(
             file,

@@ -22,7 +22,7 @@ from .methods.evidence import QUERY, TRAIN, Drawing, Evidence, Retrained
 from .models import load, wrap
 from .models.denoiser import Denoiser
 from .runs.console import choose_device
-from .runs.files import picture_name
+from .runs.files import expand_path, picture_name
 from .runs.folders import claim_folder
 from .runs.options import ExplainOptions
 from .runs.record import RUN_FILE
@@ -84,7 +84,7 @@ def explain(
         denoiser = denoiser.with_module(copy.deepcopy(denoiser.module))
     train = _fit(denoiser, data, "data")
     with ExitStack() as held:
-        folder = None if store is None else Path(store)
+        folder = None if store is None else expand_path(store)
         if folder is not None:
             settings = {
                 "data": {"fingerprint": train.fingerprint, "rows": len(train)},
@@ -160,6 +160,7 @@ def _fit(model: Denoiser, given: Any, name: str) -> Samples:
             f"{name} must be images [N, {model.channels}, H, W], as the model takes them, got "
             f"{[len(found), *found.shape]}"
         )
+    model.input_shape(found.shape)
     if model.reads is None:
         return found.conditioned(None)
     # a caption beside a label is for other models

@@ -381,6 +381,7 @@ def test_the_label_that_is_wrong_is_named():
 
 
 def test_the_published_way_gives_a_model_of_your_own_its_timesteps_in_rows():
+    pytest.importorskip("trak", reason="TRAK is not installed")
     settings = FeatureSettings("loss", (10, 600), 0, Projection("rademacher", 16), "float64")
     model = Denoiser.of(Mlp(), linear_process(), predict)
     data = Samples(torch.randn(3, 5), list("abc"), None, "vectors")

@@ -1,11 +1,10 @@
 """Plots: what is drawn is what was given, and an SVG fits into a page."""
 
 import matplotlib
-import numpy as np
-import pytest
 from page import HOSTILE, Page
 from PIL import Image
 
+from dtrak.methods import METHODS
 from dtrak.pages.canvas import INK, LINE, SOFT, default_style
 from dtrak.pages.html import STYLE
 from dtrak.pages.plots import (
@@ -37,11 +36,57 @@ def lines(figure, **wanted):
 
 
 def test_colours_of_the_papers_methods_never_change():
-    assert colours(["TRAK", "a", "D-TRAK", "b", "r"], ["r"]) == {
-        "TRAK": SERIES[1], "a": SERIES[2], "D-TRAK": SERIES[0], "b": SERIES[3], "r": REFERENCE,
-    }  # fmt: skip
-    many = colours([str(n) for n in range(9)])
+    found = colours(["TRAK", "a", "D-TRAK", "b", "r"], ["r"])
+    assert (found["D-TRAK"], found["TRAK"], found["r"]) == (SERIES[0], SERIES[1], REFERENCE)
+    many = colours([str(n) for n in range(30)])
     assert set(many.values()) == set(SERIES[2:])
+
+
+def test_a_method_looks_the_same_whatever_is_beside_it():
+    titles = [method.title for method in METHODS.values()]
+    together = colours(titles)
+    assert together == {title: colours([title])[title] for title in titles}
+    assert together == colours(titles[::-1])
+    # lines of one colour differ in their dashes
+    others = [title for title in titles if title not in ("D-TRAK", "TRAK")][:16]
+    with default_style():
+        figure = plot_curves([Curve(title, [1, 2], [0, 1]) for title in others], "x", "y")
+    looks = {(line.get_color(), line.get_linestyle()) for line in lines(figure)}
+    assert len(looks) == len(others)
+    with default_style():
+        bars = plot_bars(dict.fromkeys(("TRAK", "D-TRAK"), (1.0, None)), "LDS")
+    assert [line.get_color() for line in lines(bars, marker="o")] == [SERIES[1], SERIES[0]]
+
+
+def edges(figure, artist):
+    """How far an artist stays within a figure on its four sides, in pixels."""
+    found, page = artist.get_window_extent(), figure.bbox
+    return (found.x0 - page.x0, found.y0 - page.y0, page.x1 - found.x1, page.y1 - found.y1)
+
+
+def test_nothing_is_cut_off_at_the_edges():
+    long = "Gradient of the squared distance of raw latents, cosine, averaged over timesteps"
+    with default_style():
+        curves = [Curve(f"{long[:50]} {n}", [1, 10], [0.0, n]) for n in range(3)]
+        figures = [
+            plot_boxes({long[:40]: [1.0]}, f"{long}: {long}"),
+            plot_bars({long[:40]: (1.0, (0.5, 2.0))}, long),
+            plot_curves(curves, f"{long}, {long}", long, log_x=True),
+        ]
+        for figure in figures:
+            figure.draw_without_rendering()
+            axes = figure.axes[0]
+            for artist in (axes.xaxis.label, axes.yaxis.label, *figure.legends):
+                if not hasattr(artist, "get_text") or artist.get_text():
+                    assert min(edges(figure, artist)) >= -1
+
+
+def test_a_group_of_few_values_has_no_box():
+    with default_style():
+        figure = plot_boxes({"one": [3.0], "two": [1.0, 2.0], "many": [1.0] * 5}, "distance")
+    assert len(lines(figure, linewidth=3)) == 1
+    points = lines(figure, marker="o")
+    assert [list(line.get_xdata()) for line in points] == [[3.0], [1.0, 2.0], [1.0] * 5]
 
 
 def test_every_colour_has_a_name_in_the_style_sheet_for_light_and_dark():
@@ -63,9 +108,9 @@ def test_curves_show_their_points_intervals_and_choices():
         (line,) = lines(figure, label=curve.label)
         assert line.get_color() == colour
         assert list(line.get_ydata()) == list(curve.y)
-        # set apart by no more than a few percent
-        assert np.asarray(line.get_xdata()) == pytest.approx(curve.x, rel=0.05)
+        assert list(line.get_xdata()) == list(curve.x)
     (bars,) = axes.collections
+    assert [segment[0][0] for segment in bars.get_segments()] == list(CURVES[1].x)
     ends = [(segment[0][1], segment[1][1]) for segment in bars.get_segments()]
     assert ends == CURVES[1].interval
     (mark,) = lines(figure, markersize=9)
@@ -75,14 +120,14 @@ def test_curves_show_their_points_intervals_and_choices():
 
 
 def test_boxes_show_medians_and_every_value():
-    groups = {"D-TRAK": [1.0, 2.0, 9.0], "random": [4.0, 6.0]}
+    groups = {"D-TRAK": [0.0, 1.0, 2.0, 9.0, 9.5], "random": [4.0, 4.0, 5.0, 6.0, 6.0]}
     with default_style():
         figure = plot_boxes(groups, "distance", ["random"])
     medians = lines(figure, linewidth=3)
     assert [set(line.get_xdata()) for line in medians] == [{2.0}, {5.0}]
     assert [line.get_color() for line in medians] == [SERIES[0], REFERENCE]
     points = lines(figure, marker="o")
-    assert [list(line.get_xdata()) for line in points] == [[1.0, 2.0, 9.0], [4.0, 6.0]]
+    assert [list(line.get_xdata()) for line in points] == list(groups.values())
     ticks = [text.get_text() for text in figure.axes[0].get_yticklabels()]
     assert ticks == ["D-TRAK", "random"]
     low, high = figure.axes[0].get_ylim()
@@ -94,7 +139,7 @@ def test_bars_show_values_and_intervals():
         figure = plot_bars({"a": (3.0, (1.0, 4.0)), "b": (-1.0, None)}, "LDS", ["b"])
     points = lines(figure, marker="o")
     assert [list(line.get_xdata()) for line in points] == [[3.0], [-1.0]]
-    assert [line.get_color() for line in points] == [SERIES[0], REFERENCE]
+    assert [line.get_color() for line in points] == [*colours(["a"]).values(), REFERENCE]
     assert [list(line.get_xdata()) for line in lines(figure, linewidth=1.6)] == [[1.0, 4.0]]
 
 

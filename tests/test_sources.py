@@ -39,9 +39,11 @@ def ids(source, split="train", **options):
 
 
 def test_names_of_parts():
-    assert split_names("train") == ("train",)
-    assert split_names("validation") == ("validation", "valid", "val", "test")
-    assert split_names("test") == ("test",)
+    assert split_names("train") == ("train", "training")
+    held_out = ("validation", "valid", "val", "dev", "test", "testing", "eval")
+    assert split_names("validation") == held_out
+    assert split_names("test") == ("test", "testing", "eval")
+    assert split_names("extra") == ("extra",)
 
 
 @pytest.mark.parametrize("part", ["validation", "valid", "val", "test"])
@@ -53,8 +55,9 @@ def test_class_folders_with_parts(tmp_path, part):
     assert [(r.id, r.label) for r in train] == [("train/cat/a.png", 0), ("train/dog/b.png", 1)]
     held_out = list(open_records(str(tmp_path), "validation", classes=classes))
     assert [(r.id, r.label) for r in held_out] == [(f"{part}/dog/c.png", 1)]
-    # and without classes, as any folder of images, everything is for training
-    assert len(ids(tmp_path)) == 3
+    # and without given classes, as any folder of images, likewise
+    assert ids(tmp_path) == ["train/cat/a.png", "train/dog/b.png"]
+    assert ids(tmp_path, "validation") == [f"{part}/dog/c.png"]
 
 
 def test_class_folders_without_parts(tmp_path):
@@ -74,7 +77,9 @@ def test_class_folders_without_parts(tmp_path):
 
 def test_parts_that_are_missing(tmp_path):
     write_png(tmp_path / "test" / "cat" / "a.png")
-    with pytest.raises(ValueError, match="must have a folder train for the split 'train', got"):
+    with pytest.raises(
+        ValueError, match="must have a folder train or training for the split 'train', got"
+    ):
         ids(tmp_path, "train", classes=["cat"])
 
 

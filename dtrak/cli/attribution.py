@@ -22,9 +22,10 @@ from ..methods.evidence import Drawing
 from ..models import load
 from ..models.denoiser import Denoiser
 from ..models.lora import LORA_FILES
+from ..models.places import MODEL_FILES
 from ..pages.index import write_index
 from ..pages.report import Explained, gather_report, write_picture
-from ..runs.files import write_atomically
+from ..runs.files import encode_text, write_atomically
 from ..runs.finished import record_finish
 from ..runs.inputs import drawing_facts, load_model_and_data, load_queries
 from ..runs.measure import format_bytes
@@ -103,7 +104,7 @@ def _explain(
             _environment(plan.device),
         )
         page = gather_report(plan.output, explained=explained, num_queries=len(queries))
-        write_atomically(results / REPORT, page.encode())
+        write_atomically(results / REPORT, encode_text(page))
         write_picture(results / PICTURE, explained)
     manifest = {
         "settings": places | found.settings,
@@ -143,7 +144,7 @@ def _checkpoints(options: Options) -> list[Callable[[], Denoiser]]:
     if options.checkpoints is None:
         return []
     folder = Path(options.checkpoints)
-    model = ("model_index.json",) if options.lora is None else LORA_FILES
+    model = MODEL_FILES if options.lora is None else LORA_FILES
     found = [place for place in folder.iterdir() if any((place / name).is_file() for name in model)]
     if not found:
         raise ValueError(
@@ -158,7 +159,7 @@ def _checkpoints(options: Options) -> list[Callable[[], Denoiser]]:
 
 
 # what a run is about: other ones are another run
-_OF_THE_RUN = ("model", "lora", "data", "preset", "caption", "output")
+_OF_THE_RUN = ("model", "weights", "lora", "data", "preset", "caption", "output")
 
 
 def options_of_run(options: Options, typed: set[str]) -> Options:

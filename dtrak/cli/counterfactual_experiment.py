@@ -47,6 +47,7 @@ from ..methods.baselines import (
 )
 from ..pages.counterfactual import write_box_plot, write_strips
 from ..runs.console import choose_device, progress_bar
+from ..runs.files import expand_path
 from ..runs.measure import available_bytes
 from ..runs.results import read_scores
 from ..runs.workers import NAME_BYTES, work
@@ -71,7 +72,7 @@ class _Scorer:
         """``[M, N]``, positive for proponents."""
         name, _, file = method.partition("=")
         if file:
-            return self._read(file)
+            return self._read(str(expand_path(file)))
         if name == RANDOM:
             return self.draw.random_scores(len(self.origin.queries), len(self.origin.data))
         if name in GRADIENT_METHODS:

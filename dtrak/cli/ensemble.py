@@ -13,16 +13,18 @@ from pathlib import Path
 from rich.console import Console
 
 from ..runs.record import check_runs
-from ..runs.stated import argument, option
+from ..runs.stated import Stated, argument, option
 from .options import make_app
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Stated):
     """What the command line asked for."""
 
-    runs: list[str] = argument(help="Folders of finished runs of dtrak.attribute.")  # noqa: RUF009
-    output: str = option(help="File of the mean scores, *.safetensors; what was there is lost.")
+    runs: list[str] = argument(help="Folders of finished runs of dtrak.attribute.", is_path=True)  # noqa: RUF009
+    output: str = option(
+        help="File of the mean scores, *.safetensors; what was there is lost.", is_path=True
+    )
     queries: str | None = option(
         None,
         help="Which set of queries of the first run, such as generated-1a2b3c4d; the others' set "

@@ -72,7 +72,8 @@ from ..features.extraction import Samples
 from ..methods import CHECKPOINTS, Method
 from ..pages.lds_report import print_table, read_table, render_markdown, write_plots
 from ..runs.console import choose_device, model_bar, progress_bar
-from ..runs.files import write_atomically
+from ..runs.files import encode_text, write_atomically
+from ..runs.folders import refuse_inside
 from ..runs.measure import format_bytes
 from ..runs.workers import Job, work
 from ..training.presets import get_preset
@@ -171,6 +172,7 @@ def prepare_experiment(folder: Path, name: str, options: PrepareOptions, console
 
 def _prepare_own(folder: Path, options: PrepareOptions, console: Console) -> Experiment:
     trained = find_trained(str(options.run), recipe=options.recipe, source=options.data)
+    refuse_inside(folder, data=trained.training.data.source, validation=options.validation)
     subject = subject_of_run(
         trained,
         prompts=options.prompts,
@@ -471,7 +473,7 @@ def show_table(folder: Path, name: str, options: ReportOptions, console: Console
     files = write_plots(table, reports)
     write_atomically(reports / "table.json", json.dumps(table, indent=1).encode())
     if markdown is not None:
-        write_atomically(Path(markdown), render_markdown(table).encode())
+        write_atomically(Path(markdown), encode_text(render_markdown(table)))
     console.print(
         f"table: {reports / 'table.json'}\nplots: {', '.join(map(str, files))}",
         highlight=False,

@@ -11,17 +11,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..runs.files import write_atomically
+from ..runs.files import encode_text, write_atomically
 from ..runs.record import REPORT, RUN_FILE, check_report, find_queries
-from ..runs.stated import argument, option
+from ..runs.stated import Stated, argument, option
 from .options import make_app
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Stated):
     """What `dtrak.report` was asked for."""
 
-    run: str = argument(help="Folder of dtrak.attribute or dtrak.lds.")
+    run: str = argument(help="Folder of dtrak.attribute or dtrak.lds.", is_path=True)
     queries: str | None = option(
         None, help="Which of the run's sets of queries. Default: the only one."
     )
@@ -29,16 +29,21 @@ class Options:
         None,
         help="Run folder of dtrak.lds to show too. Default: the run itself, or lds-<name> beside "
         "it on the same images.",
+        is_path=True,
     )
     counterfactual: str | None = option(
-        None, help="Folder of dtrak.counterfactual to show too. Default: counterfactual in the run."
+        None,
+        help="Folder of dtrak.counterfactual to show too. Default: counterfactual in the run.",
+        is_path=True,
     )
     data: str | None = option(
-        None, help="Where the training images lie now. Default: as in the run."
+        None, help="Where the training images lie now. Default: as in the run.", is_path=True
     )
     num_queries: int = option(16, help="Queries whose pictures are shown.")
     output: str | None = option(
-        None, help="The HTML file. Default: report.html beside the scores of the queries."
+        None,
+        help="The HTML file. Default: report.html beside the scores of the queries.",
+        is_path=True,
     )
 
 
@@ -67,7 +72,7 @@ def report(options: Options, console: Console) -> None:
         num_queries=options.num_queries,
         console=console,
     )
-    write_atomically(file, page.encode())
+    write_atomically(file, encode_text(page))
     Console().print(f"report: {file}", soft_wrap=True, highlight=False)
     if is_attributed and options.output is None:
         Console().print(f"index: {write_index(run)}", soft_wrap=True, highlight=False)

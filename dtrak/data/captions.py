@@ -11,9 +11,10 @@ from pathlib import Path, PurePosixPath
 from string import Formatter
 from typing import Any
 
-from ..runs.files import write_atomically
+from ..runs.files import expand_path, write_atomically
 from .samples import Samples
-from .sources import IMAGE_SUFFIXES, DataError, first_line
+from .sources import first_line
+from .walk import IMAGE_SUFFIXES, TABLE_SUFFIX, DataError, walk
 
 CAPTION_COLUMNS = ("text", "caption")
 _HOW = (
@@ -49,7 +50,23 @@ def read_captions(source: str, data: Samples) -> list[str] | None:
                 f"the caption of '{name}' in '{source}' must be text, got "
                 f"{'none' if caption is None else type(caption).__name__}"
             )
+    check_texts(captions, data.ids)
     return captions
+
+
+def check_texts(captions: Sequence[Any], names: Sequence[str]) -> None:
+    """Refuse captions that no tokenizer reads: halves of letters, or bytes that are no text.
+
+    Raises:
+        DataError: names the first.
+    """
+    for name, caption in zip(names, captions, strict=True):
+        try:
+            str(caption).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"the caption of '{name}' must be text in Unicode, got {caption!a}"
+            ) from error
 
 
 def caption_all(template: str, source: str, data: Samples) -> list[str]:
@@ -82,7 +99,9 @@ def caption_all(template: str, source: str, data: Samples) -> list[str]:
     if not fields:
         return [template.format()] * len(data)
     labels = _class_names(source, data)
-    return [template.format(label=label.replace("_", " ").lower()) for label in labels]
+    captions = [template.format(label=label.replace("_", " ").lower()) for label in labels]
+    check_texts(captions, data.ids)
+    return captions
 
 
 def load_captions(source: str, data: Samples, template: str | None = None) -> list[str]:
@@ -118,11 +137,12 @@ def read_prompts(text: str) -> list[str]:
         FileNotFoundError: the name of a ``.txt`` file that is not there.
         ValueError: the file holds no line of text.
     """
-    file = Path(text)
     # not Path.is_file, which raises where a long prompt is no valid name
-    if not os.path.isfile(text):
+    file = Path(os.path.expanduser(text))
+    if not os.path.isfile(file):
         if text.endswith(".txt"):
             raise FileNotFoundError(f"--prompts must be a text or a file of them, got {text}")
+        check_texts([text], ["--prompts"])
         return [text]
     try:
         prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
@@ -141,7 +161,7 @@ def choose_prompts(prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
 
 def _find(source: str, data: Samples) -> Callable[[str], Any] | None:
     """What gives the caption of an id, or None where the source has no captions."""
-    path = Path(source).expanduser()
+    path = expand_path(source)
     if path.name.lower().endswith(IMAGE_SUFFIXES):
         # of one image, as of the folder it lies in
         return _by_file(path.parent)
@@ -150,7 +170,7 @@ def _find(source: str, data: Samples) -> Callable[[str], Any] | None:
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return _by_row(_dataset_column(source, data, CAPTION_COLUMNS))
-        files = _parquet_files(path, data)
+        files = _parquet_files(data)
         if files:
             return _by_row({file.name: _parquet_column(file, CAPTION_COLUMNS) for file in files})
         return _by_file(path)
@@ -176,9 +196,11 @@ def _by_row(columns: dict[str, list[Any] | None]) -> Callable[[str], Any] | None
 def _by_file(folder: Path) -> Callable[[str], Any] | None:
     """Captions by paths relative to ``folder``, from every metadata file in it."""
     captions: dict[str, Any] = {}
-    files = sorted({*folder.rglob("metadata.jsonl"), *folder.rglob("metadata.csv")})
-    for file in files:
-        above = PurePosixPath(file.parent.relative_to(folder).as_posix())
+    files = walk(folder).metadata
+    for name, file in files:
+        above = PurePosixPath(name).parent
+        if file.suffix == TABLE_SUFFIX:
+            raise DataError(f"captions must be in metadata.jsonl or metadata.csv, got {file}")
         for number, row in enumerate(_read_rows(file), 1):
             if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
                 raise DataError(f"{file}, row {number} must have a file_name, got {row}")
@@ -187,8 +209,21 @@ def _by_file(folder: Path) -> Callable[[str], Any] | None:
                 raise DataError(
                     f"{file}, row {number} must have a caption as 'text', got {', '.join(row)}"
                 )
-            captions[(above / row["file_name"]).as_posix()] = row[column]
+            image = os.path.normpath(file.parent / expand_path(row["file_name"]))
+            if not os.path.exists(image):
+                raise DataError(
+                    f"{file}, row {number} must name an image that is there, got "
+                    f"{row['file_name']!r}"
+                )
+            captions[_relative(image, folder, above / row["file_name"])] = row[column]
     return captions.get if files else None
+
+
+def _relative(image: str, folder: Path, name: PurePosixPath) -> str:
+    """An image's path below a folder, as its id has it."""
+    if name.is_absolute() or name.parts[:1] == ("~",):
+        return os.path.relpath(image, folder.absolute())
+    return os.path.normpath(name)
 
 
 def _read_rows(file: Path) -> list[Any]:
@@ -205,11 +240,10 @@ def _read_rows(file: Path) -> list[Any]:
         raise DataError(f"{file} must be {kind} in UTF-8, got {first_line(error)}") from error
 
 
-def _parquet_files(folder: Path, data: Samples) -> list[Path]:
+def _parquet_files(data: Samples) -> list[Path]:
     """The parquet files of a folder that images came from."""
     names = {name.rsplit("/", 1)[0] for name in data.ids}
-    files = sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet"))
-    return [file for file in files if file.name in names]
+    return [file for name, file in data.tables.items() if name in names]
 
 
 def _parquet_column(file: Path, columns: Sequence[str]) -> list[Any] | None:
@@ -243,8 +277,8 @@ def _dataset_column(
     found: dict[str, list[Any] | None] = {}
     for table in sorted({name.rsplit("/", 1)[0] for name in data.ids}):
         part = table.rsplit("/", 1)[-1]
-        if Path(source).exists():
-            loaded = datasets.load_from_disk(source)
+        if expand_path(source).exists():
+            loaded = datasets.load_from_disk(str(expand_path(source)))
             if isinstance(loaded, datasets.DatasetDict):
                 loaded = loaded[part]
         else:
@@ -260,12 +294,12 @@ def _dataset_column(
 
 
 def _class_names(source: str, data: Samples) -> list[str]:
-    path = Path(source).expanduser()
+    path = expand_path(source)
     columns: dict[str, list[Any] | None]
     if path.is_file():
         columns = {path.name: _parquet_column(path, ("label",))}
-    elif path.is_dir() and _parquet_files(path, data):
-        columns = {f.name: _parquet_column(f, ("label",)) for f in _parquet_files(path, data)}
+    elif path.is_dir() and _parquet_files(data):
+        columns = {f.name: _parquet_column(f, ("label",)) for f in _parquet_files(data)}
     elif path.is_dir() and not any(
         (path / name).is_file() for name in ("dataset_dict.json", "state.json")
     ):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .captions import caption_all, read_captions
+from .captions import caption_all, check_texts, read_captions
 from .images import DataError, decode_records, from_uint8, load_data
 from .rows import Rows
 from .samples import Samples
@@ -80,6 +80,7 @@ def images(
     else:
         name, found = "images", _collect(source, how)
     if labels is not None or ids is not None:
+        before = found
         found = Samples(
             found.pixels,
             found.ids if ids is None else _names(ids),
@@ -87,10 +88,13 @@ def images(
             found.source,
             found.conditions,
         )
+        found.tables, found.taken, found.left_out = before.tables, before.taken, before.left_out
     if isinstance(captions, str):
         return found.conditioned(caption_all(captions, name, found))
     if captions is not None:
-        return found.conditioned(list(captions))
+        given = found.conditioned(list(captions))
+        check_texts(captions, found.ids)
+        return given
     if isinstance(source, str | os.PathLike):
         own = read_captions(name, found)
         return found if own is None else found.conditioned(own)

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..runs.files import picture_name, write_atomically
+from ..runs.files import expand_path, picture_name, write_atomically
 from .rows import KEPT_BYTES, Decoded, from_uint8
 from .samples import Samples, hash_pixels
 from .sources import (
@@ -24,9 +24,9 @@ from .sources import (
     Record,
     digits_positions,
     digits_split,
+    find_records,
     first_line,
     missing_path,
-    open_records,
 )
 
 __all__ = [
@@ -64,15 +64,17 @@ def load_data(
     Args:
         source: ``"digits"`` (scikit-learn's 1,797 handwritten digits, 8 x 8; splits ``train``,
             ``validation`` and ``all``); a folder of images (searched recursively, in the order of
-            their paths); a parquet file with a column ``image`` or ``img`` of {bytes, path} and
+            their paths, hidden ones left out; of folders ``train`` and ``validation`` or ``test``
+            beside each other only that of ``split``; labelled by folders ``<class>/<image>``); a
+            parquet file with a column ``image`` or ``img`` of {bytes, path} and
             optionally an integer column ``label``, or a folder with one such file for each part,
             ``…-train.parquet`` and ``…-test.parquet``; a folder written by
             ``Dataset.save_to_disk``; CIFAR-10's, CelebA's or ArtBench-10's own files (see
             `dtrak.data.layouts`); or a name for ``datasets.load_dataset``.
         channels: 1 (grey) or 3 (RGB); None takes the first image's.
         size: pixels, side or (height, width); None takes the first image's.
-        split: which part of a source that has parts; a folder of images and a parquet file have
-            only ``train``. Where no part is called ``validation``, that is one called ``valid``,
+        split: which part of a source that has parts; an image and a parquet file have only
+            ``train``. Where no part is called ``validation``, that is one called ``valid``,
             ``val`` or ``test``.
         limit: keep at most this many images, the first ones; None keeps all.
         labels: keep only images of these classes; None keeps all.
@@ -99,14 +101,13 @@ def load_data(
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be positive, got {limit}")
     name = os.fspath(source)
-    if isinstance(source, os.PathLike) and not Path(source).exists():
+    if isinstance(source, os.PathLike) and not expand_path(source).exists():
         raise missing_path(name)
     if name == "digits" and shape in (None, (DIGITS_SIZE, DIGITS_SIZE)):
         return _load_digits(channels or 1, split, limit, labels)
-    records = open_records(name, split)
-    if labels is not None:
-        records = _with_labels(records, set(labels), name)
-    return decode_records(
+    found = find_records(name, split)
+    records = found.records if labels is None else _with_labels(found.records, set(labels), name)
+    samples = decode_records(
         records,
         name,
         channels=channels,
@@ -116,6 +117,16 @@ def load_data(
         resize=resize,
         description=_describe(name, split),
     )
+    first = f", the first {len(samples):,}" if limit == len(samples) else ""
+    count = "1 image" if len(samples) == 1 else f"{len(samples):,} images"
+    samples.taken = f"{count} of {name}{f' ({found.taken})' * bool(found.taken)}"
+    samples.taken += first
+    samples.tables, samples.class_names = found.tables, found.class_names
+    if found.left_out:
+        # the same line in every place that loads them
+        samples.left_out = "; ".join(found.left_out)
+        warnings.warn(f"{samples.taken}; left out: {samples.left_out}", stacklevel=2)
+    return samples
 
 
 def decode_records(
@@ -185,7 +196,7 @@ def save_images(images: Tensor, folder: str | os.PathLike[str], prefix: str = ""
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images must be [M, 1 or 3, H, W], got {list(images.shape)}")
-    folder = Path(folder)
+    folder = expand_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for index, pixels in enumerate(to_uint8(images)):

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -39,6 +40,10 @@ class Samples:
         conditions: as above.
         pixels: the rows themselves.
         inputs: what noise is added to: the pixels, or what `encoded` put in their place.
+        taken: how many of what there are, in words.
+        left_out: what lies with them and was left out, and why, in words; empty for nothing.
+        class_names: of labels, where they are known.
+        tables: the file behind each id ``<name of the file>/<row>``, by that name.
 
     Raises:
         ValueError: if images are not ``[N, ...]`` float32, or the others are not N long.
@@ -71,6 +76,9 @@ class Samples:
         # of pixels alone, shared by all that have the same ones
         self._digests: dict[int, bytes] = dict(enumerate(digests or ()))
         self._fingerprint: str | None = None
+        self.taken, self.left_out = f"{len(images):,} images of {source}", ""
+        self.tables: dict[str, Path] = {}
+        self.class_names: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -83,6 +91,13 @@ class Samples:
     def shape(self) -> tuple[int, ...]:
         """Of one sample, ``(C, H, W)`` for pictures."""
         return self.pixels.shape[1:]
+
+    @property
+    def classes(self) -> list[int | str] | None:
+        """N names of classes where they are known, numbers where not, None where there are none."""
+        if self.labels is None:
+            return None
+        return [self.class_names.get(label, label) for label in self.labels]
 
     @property
     def is_encoded(self) -> bool:

@@ -6,29 +6,43 @@ Nothing is decoded here: a record holds the encoded bytes, the path or the raw p
 from __future__ import annotations
 
 import json
-import os
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+from ..runs.files import expand_path
+from .walk import (
+    IMAGE_SUFFIXES,
+    TABLE_SUFFIX,
+    DataError,
+    Walk,
+    check_shards,
+    class_folders,
+    part_of,
+    shard_of,
+    split_names,
+    walk,
+)
+
+__all__ = ["DataError", "split_names"]
+
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMN = "label"
 KINDS = (
     "'digits', a folder of images, one image, a .parquet file, "
     "a folder written by datasets' save_to_disk, or a hub name"
 )
-# the held-out part goes by several names; the first that is there counts
-_SPLIT_NAMES = {"validation": ("validation", "valid", "val", "test")}
-
-
-class DataError(ValueError):
-    """Images that cannot be used as they are; the message says which and why, in one line."""
+# each that is not there is a question to the hub
+_HUB_PARTS = {"validation": ("validation", "valid", "val", "test")}
+_SHOWN = 10
 
 
 class Record(NamedTuple):
@@ -45,6 +59,25 @@ class Record(NamedTuple):
     label: int | None
     content: Any
     reread: Callable[[], Any] | None = None
+
+
+@dataclass
+class Found:
+    """The images of a source.
+
+    Attributes:
+        records: one for each, in an order that is always the same.
+        taken: what they are of, in words; empty for the source as a whole.
+        left_out: what lies there and was not taken, in words.
+        class_names: of labels, where they are known.
+        tables: the file behind each id ``<name of the file>/<row>``, by that name.
+    """
+
+    records: Iterator[Record]
+    taken: str = ""
+    left_out: Sequence[str] = ()
+    tables: dict[str, Path] = field(default_factory=dict)
+    class_names: dict[int, str] = field(default_factory=dict)
 
 
 def digits_split(seed: int = 42) -> tuple[list[int], list[int]]:
@@ -86,84 +119,156 @@ def open_records(
     classes: Sequence[str] | None = None,
     stems: Sequence[str] = (),
 ) -> Iterator[Record]:
+    """The records of `find_records`."""
+    return find_records(name, split, classes=classes, stems=stems).records
+
+
+def find_records(
+    name: str,
+    split: str,
+    *,
+    classes: Sequence[str] | None = None,
+    stems: Sequence[str] = (),
+) -> Found:
     """Find out what ``name`` is and walk its images, in an order that is always the same.
 
     Args:
         name: as ``source`` of `dtrak.data.images.load_data`.
-        split: which part; where there is none called ``"validation"``, a part called ``"valid"``,
-            ``"val"`` or ``"test"`` is meant.
+        split: which part; `walk.split_names` lists what it may be called.
         classes: names of the classes, in the order of their labels. A folder of images is then read
             as ``<split>/<class>/<image>`` or, without parts, ``<class>/<image>``; an empty list
-            leaves the classes out. None reads every image of the folder, without labels.
+            leaves the classes out. None reads every image of the part, labelled by class folders
+            where there are any.
         stems: of the parquet files that are meant in a folder of several, in order of preference.
 
     Raises:
         FileNotFoundError: ``name`` is a path and nothing is there.
         ValueError: the source has no part ``split``.
-        DataError: the source is damaged, empty, or of none of the known kinds.
+        DataError: the source is damaged, incomplete, empty, or of none of the known kinds.
     """
     if name == "digits":
-        return _digit_records(split)
-    path = Path(name).expanduser()
+        return Found(_digit_records(split))
+    path = expand_path(name)
     if path.is_dir():
         return _open_folder(path, name, split, classes, stems)
     if path.is_file():
         if path.suffix.lower() in IMAGE_SUFFIXES:
             _refuse_split(name, split, "an image")
-            return iter([Record(path.name, None, path)])
-        if path.suffix.lower() != ".parquet":
+            return Found(iter([Record(path.name, None, path)]))
+        if path.suffix.lower() != TABLE_SUFFIX:
             raise DataError(
                 f"'{name}' is a file but neither an image nor a .parquet file; data must be {KINDS}"
             )
         _refuse_split(name, split, "a parquet file")
-        return _parquet_records(path, classes)
+        total = shard_of(path)
+        others = () if total is None else (f"the others of {total} files (one is named)",)
+        return Found(_parquet_records(path, classes), "", others, {path.name: path})
     if _looks_like_a_path(name):
         raise missing_path(name)
-    return _hub_records(name, split, classes)
+    return Found(_hub_records(name, split, classes))
 
 
 def _open_folder(
     folder: Path, name: str, split: str, classes: Sequence[str] | None, stems: Sequence[str]
-) -> Iterator[Record]:
+) -> Found:
     from .layouts import open_layout
 
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return _saved_records(folder, split, classes)
+        return Found(_saved_records(folder, split, classes))
     published = open_layout(folder, split)
     if published is not None:
-        return published
-    files = sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet"))
-    pictures = any(f.name.lower().endswith(IMAGE_SUFFIXES) for f in folder.iterdir())
-    if files and not pictures:
-        chosen = _parquet_files(folder, files, split, stems)
-        return (record for file in chosen for record in _parquet_records(file, classes))
-    if classes is None:
-        _refuse_split(name, split, "a folder of images")
-        return _folder_records(folder)
-    return _class_records(folder, split, classes)
+        return Found(published)
+    everything = walk(folder)
+    if everything.tables and not _are_pictures(everything):
+        files = choose_tables(folder, [file for _, file in everything.tables], split, stems)
+        records = (record for file in files for record in _parquet_records(file, classes))
+        named = [file.relative_to(folder).as_posix() for file in files]
+        taken = named[0] if len(named) == 1 else f"{named[0]} and {len(named) - 1} more files"
+        others = len(everything.tables) - len(files)
+        left_out = [f"{others} other parquet files (in another part)"] if others else []
+        return Found(records, taken, left_out, {file.name: file for file in files})
+    if classes is not None:
+        return _class_records(folder, split, classes)
+    return _folder_records(folder, name, split)
 
 
-def split_names(split: str) -> tuple[str, ...]:
-    """What a part may be called where it lies, in order of preference."""
-    return _SPLIT_NAMES.get(split, (split,))
+def _are_pictures(found: Walk) -> bool:
+    """Whether a folder with tables is one of images all the same.
+
+    Raises:
+        DataError: it cannot be told.
+    """
+    if any("/" not in name for name, _ in found.images):
+        return True
+    near = [name for name, _ in found.tables if "/" not in name.removeprefix("data/")]
+    if found.images and not near:
+        raise DataError(
+            f"'{found.folder}' holds images ('{found.images[0][0]}') and tables "
+            f"('{found.tables[0][0]}'): name the folder or the file that is meant"
+        )
+    return False
 
 
-def _parquet_files(
-    folder: Path, files: Sequence[Path], split: str, stems: Sequence[str]
+def choose_tables(
+    folder: Path, files: Sequence[Path], split: str, stems: Sequence[str] = ()
 ) -> list[Path]:
-    """The files of one data set that hold ``split``, named ``<stem>-<split>…``."""
-    for stem in (*stems, ""):
+    """The parquet files of one data set that hold ``split``, all of them.
+
+    A folder says so (``default/train/0000.parquet``), or the name of a file (``<stem>-<split>…``).
+
+    Raises:
+        ValueError: folders are parts, and none is that one.
+        DataError: it cannot be told which, they are of several data sets, or one is missing.
+    """
+    found = _of_part(folder, files, split, stems)
+    places = sorted({file.parent for file in found})
+    if len(places) > 1:
+        names = ", ".join(place.relative_to(folder).as_posix() for place in places)
+        raise DataError(f"'{folder}' must hold one data set, got {names}: name the folder of one")
+    check_shards(found)
+    return found
+
+
+def _of_part(folder: Path, files: Sequence[Path], split: str, stems: Sequence[str]) -> list[Path]:
+    parts = {file: _part_above(file.parent.relative_to(folder).parts) for file in files}
+    if any(parts.values()):
         for part in split_names(split):
-            found = [f for f in files if f.name.startswith(f"{stem}-{part}" if stem else part)]
+            found = [file for file in files if parts[file] == part]
             if found:
                 return found
-    parts = [f for f in files for part in split_names(split) if f.stem.endswith(f"-{part}")]
-    if len(parts) == 1:
-        return parts
+        raise ValueError(
+            f"'{folder}' must have a folder {' or '.join(split_names(split))} for the split "
+            f"'{split}', got {', '.join(sorted({part for part in parts.values() if part}))}"
+        )
+    # a clone of a data set keeps them in data/, and the folder's own come first
+    nearest = min(len(file.relative_to(folder).parts) for file in files)
+    near = [f for f in files if len(f.relative_to(folder).parts) == nearest]
+    if folder / "data" in {file.parent for file in near}:
+        near = [file for file in near if file.parent == folder / "data"]
+    for stem in (*stems, ""):
+        for part in split_names(split):
+            found = [f for f in near if f.name.startswith(f"{stem}-{part}" if stem else part)]
+            if found:
+                return found
+    ends = [f for f in near for part in split_names(split) if f.stem.endswith(f"-{part}")]
+    if len(ends) == 1:
+        return ends
+    within = [f for f in near for part in split_names(split) if f"-{part}-" in f.stem]
+    if within:
+        return within
+    of_none = [f for f in near if part_of(f.stem, loosely=True) is None]
+    stemless = {re.sub(r"\d+(-of-\d+)?(-[0-9a-f]+)?$", "", file.stem) for file in of_none}
+    if split == "train" and of_none and len(of_none) == len(near) and len(stemless) == 1:
+        return of_none
     raise DataError(
         f"'{folder}' must hold one parquet file of the part '{split}', "
         f"got {', '.join(file.name for file in files)}; name the file itself"
     )
+
+
+def _part_above(folders: Sequence[str]) -> str | None:
+    """The name of the innermost folder that is called after a part."""
+    return next((name.lower() for name in reversed(folders) if part_of(name)), None)
 
 
 def missing_path(name: str) -> FileNotFoundError:
@@ -194,27 +299,43 @@ def _digit_records(split: str) -> Iterator[Record]:
         yield Record(f"digits/{position:04d}", int(digits.target[position]), pixels)
 
 
-def _image_paths(folder: Path) -> list[tuple[str, Path]]:
-    """Every image below ``folder`` with its path relative to it, in the order of these paths."""
-    paths = [
-        Path(parent, file)
-        for parent, _, files in os.walk(folder)
-        for file in files
-        # a leading dot marks the resource forks some archives carry: not images
-        if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith(".")
-    ]
-    if not paths:
+def _refuse_none(found: Walk) -> None:
+    if not found.images:
         kinds = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
-        raise DataError(f"no images ({kinds}) in the folder '{folder}'")
-    return sorted((path.relative_to(folder).as_posix(), path) for path in paths)
+        left = f"; left out: {'; '.join(found.left_out)}" if found.left_out else ""
+        raise DataError(f"no images ({kinds}) in the folder '{found.folder}'{left}")
 
 
-def _folder_records(folder: Path) -> Iterator[Record]:
-    for name, path in _image_paths(folder):
-        yield Record(name, None, path)
+def _folder_records(folder: Path, name: str, split: str) -> Found:
+    found = walk(folder, split)
+    if split != "train" and not found.parts:
+        _refuse_split(name, split, "a folder of images without parts")
+    _refuse_none(found)
+    labels = class_folders([_below(name, found.parts) for name, _ in found.images])
+    taken = ", ".join(found.parts)
+    if labels is not None:
+        listed = [f"{name} {label}" for name, label in sorted(labels.items(), key=itemgetter(1))]
+        more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
+        told = f"classes by folder: {', '.join(listed[:_SHOWN])}{more}"
+        taken = f"{taken}; {told}" if taken else told
+    records = (
+        Record(name, None if labels is None else labels[_class_of(name, found.parts)], path)
+        for name, path in found.images
+    )
+    names = {label: name for name, label in (labels or {}).items() if not name.isdecimal()}
+    return Found(records, taken, found.left_out, class_names=names)
 
 
-def _class_records(folder: Path, split: str, classes: Sequence[str]) -> Iterator[Record]:
+def _below(name: str, parts: Sequence[str]) -> str:
+    """The name of an image below the part that it lies in."""
+    return next((name[len(part) + 1 :] for part in parts if name.startswith(f"{part}/")), name)
+
+
+def _class_of(name: str, parts: Sequence[str]) -> str:
+    return _below(name, parts).rpartition("/")[0]
+
+
+def _class_records(folder: Path, split: str, classes: Sequence[str]) -> Found:
     """Walk ``<split>/<class>/<image>``; the classes may be missing, and the parts for training."""
     parts = [part for part in split_names(split) if (folder / part).is_dir()]
     others = [part for part in ("train", *split_names("validation")) if (folder / part).is_dir()]
@@ -223,10 +344,17 @@ def _class_records(folder: Path, split: str, classes: Sequence[str]) -> Iterator
             f"'{folder}' must have a folder {' or '.join(split_names(split))} for the split "
             f"'{split}', got {', '.join(others) or 'none'}"
         )
-    root = folder / parts[0] if parts else folder
-    for name, path in _image_paths(root):
-        label = class_label(path.parent.name, classes, path) if classes else None
-        yield Record(f"{parts[0]}/{name}" if parts else name, label, path)
+    found = walk(folder / parts[0] if parts else folder)
+    _refuse_none(found)
+    records = (
+        Record(
+            f"{parts[0]}/{name}" if parts else name,
+            class_label(path.parent.name, classes, path) if classes else None,
+            path,
+        )
+        for name, path in found.images
+    )
+    return Found(records, parts[0] if parts else "", found.left_out)
 
 
 def class_label(name: str, classes: Sequence[str], where: str | Path) -> int:
@@ -279,7 +407,7 @@ def _parquet_records(path: Path, classes: Sequence[str] | None) -> Iterator[Reco
             for batch in file.iter_batches(batch_size=256, columns=columns):
                 for values in batch.to_pylist():
                     record = _row_record(
-                        f"{path.name}/{row}", values[image], values.get(LABEL_COLUMN)
+                        f"{path.name}/{row}", values[image], values.get(LABEL_COLUMN), path.parent
                     )
                     yield _with_bytes(record, partial(_reread, reader, row))
                     row += 1
@@ -357,16 +485,16 @@ def _saved_records(folder: Path, split: str, classes: Sequence[str] | None) -> I
             raise ValueError(
                 f"split of '{folder}' must be one of {', '.join(loaded)}, got '{split}'"
             )
-        yield from dataset_records(loaded[part], f"{folder.name}/{part}", classes)
+        yield from dataset_records(loaded[part], f"{folder.name}/{part}", classes, folder)
     else:
         _refuse_split(str(folder), split, "a single saved data set")
-        yield from dataset_records(loaded, folder.name, classes)
+        yield from dataset_records(loaded, folder.name, classes, folder)
 
 
 def _hub_records(name: str, split: str, classes: Sequence[str] | None) -> Iterator[Record]:
     import datasets
 
-    parts = split_names(split)
+    parts = _HUB_PARTS.get(split, (split,))
     with _offline_without_a_hub(name):
         for part in parts:
             try:
@@ -411,8 +539,13 @@ def _offline_without_a_hub(name: str) -> Iterator[None]:
             module.HF_HUB_OFFLINE = value
 
 
-def dataset_records(dataset: Any, name: str, classes: Sequence[str] | None) -> Iterator[Record]:
-    """Walk a ``datasets.Dataset`` with its images left encoded, for our own decoding."""
+def dataset_records(
+    dataset: Any, name: str, classes: Sequence[str] | None, folder: Path = Path()
+) -> Iterator[Record]:
+    """Walk a ``datasets.Dataset`` with its images left encoded, for our own decoding.
+
+    Images that are not in it lie relative to ``folder``.
+    """
     import datasets
 
     features = dataset.features
@@ -432,7 +565,7 @@ def dataset_records(dataset: Any, name: str, classes: Sequence[str] | None) -> I
         _check_classes(getattr(features[LABEL_COLUMN], "names", None), classes, name)
     pictures = encoded.select_columns([image])
     for row, values in enumerate(encoded.select_columns(columns)):
-        record = _row_record(f"{name}/{row}", values[image], values.get(LABEL_COLUMN))
+        record = _row_record(f"{name}/{row}", values[image], values.get(LABEL_COLUMN), folder)
         yield _with_bytes(record, partial(_reread_column, pictures, row, image))
 
 
@@ -446,11 +579,12 @@ def _with_bytes(record: Record, reread: Callable[[], bytes]) -> Record:
     return record._replace(reread=reread) if isinstance(record.content, bytes) else record
 
 
-def _row_record(name: str, image: dict[str, Any] | None, label: int | None) -> Record:
+def _row_record(name: str, image: dict[str, Any] | None, label: int | None, folder: Path) -> Record:
+    """A row of a table; an image that is not in it lies relative to ``folder``."""
     image = image or {}
     content: bytes | Path | None = image.get("bytes")
     if content is None and image.get("path"):
-        content = Path(image["path"])
+        content = folder / expand_path(image["path"])
     return Record(name, label, content)
 
 

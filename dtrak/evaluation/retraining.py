@@ -449,7 +449,8 @@ def sample_weights(folder: Path) -> str:
         if file.suffix not in _WEIGHT_SUFFIXES:
             continue
         size = file.stat().st_size
-        digest.update(f"{file.relative_to(folder).as_posix()} {size}\n".encode())
+        name = file.relative_to(folder).as_posix().encode("utf-8", "surrogateescape")
+        digest.update(name + f" {size}\n".encode())
         with file.open("rb") as opened:
             if size <= _BLOCKS * _BLOCK_BYTES:
                 digest.update(opened.read())

@@ -14,6 +14,7 @@ from ..data.captions import read_prompts
 from ..data.samples import Samples
 from ..models import load
 from ..models.denoiser import Denoiser
+from ..runs.files import expand_path
 from ..runs.record import list_queries
 from ..runs.results import Attribution, load_attribution
 from ..training.command import checkpoint_step, is_saved
@@ -249,7 +250,7 @@ def find_trained(
         RetrainingError: it is not said how the model was trained.
         ValueError: the folder holds neither a model nor a finished run, or the recipe is none.
     """
-    folder = Path(folder)
+    folder = expand_path(folder)
     attribution = None if is_saved(folder) else _open_run(folder, queries)
     weights, base, data = folder, None, DataSource()
     if attribution is not None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..data.images import to_uint8
 from ..data.samples import Samples, as_samples
 from ..runs.choices import check_choice
+from ..runs.files import expand_path
 from .scores import gradient_cosine, gradient_dot
 
 SIMILARITIES = ("dot", "cosine")
@@ -103,7 +104,7 @@ def load_clip(folder: str | Path, device: torch.device | str = "cpu") -> Clip:
         EncoderError: it holds no CLIP model, or its configuration, weights or preprocessing are
             missing or unreadable.
     """
-    folder = Path(folder)
+    folder = expand_path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"CLIP must be an existing folder of a transformers CLIPModel, got {folder}"
@@ -200,7 +201,7 @@ def load_vae(folder: str | Path, device: torch.device | str = "cpu") -> Any:
         FileNotFoundError: there is no such folder.
         EncoderError: it holds no ``AutoencoderKL``, or its weights are missing or unreadable.
     """
-    folder = Path(folder)
+    folder = expand_path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"VAE must be an existing folder of an AutoencoderKL, got {folder}")
     found = next((f for f in (folder / "vae", folder) if (f / "config.json").is_file()), None)

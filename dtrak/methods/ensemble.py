@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from ..runs.files import write_atomically
+from ..runs.files import expand_path, write_atomically
 from ..runs.record import (
     MANIFEST,
     ResultsError,
@@ -53,7 +53,7 @@ def average_runs(
     """
     output = Path(output)
     check_runs(folders, output)
-    names = _common_queries([Path(folder) for folder in folders], queries)
+    names = _common_queries([expand_path(folder) for folder in folders], queries)
     runs = [load_attribution(folder, name) for folder, name in zip(folders, names, strict=True)]
     for run in runs[1:]:
         _check_alike(runs[0], run)

@@ -7,6 +7,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ..runs.choices import check_weights
+from ..runs.files import expand_path
 from .denoiser import Denoiser as Denoiser
 from .denoiser import Drawn as Drawn
 from .denoiser import ModelError as ModelError
@@ -39,7 +41,7 @@ _REFUSED = {
     "Wan, LTX, CogVideoX, HunyuanVideo, Mochi, Cosmos, SkyReels": "video",
     "ConsistencyModel, KarrasVe, EDM": "noise of another process",
 }
-# what a folder without an index is read as: it may hold a bare network
+# what a network without a pipeline is read as
 _BARE = "DDPMPipeline"
 _HUB_HINT = "a folder that Diffusers wrote, or a hub name such as owner/name"
 
@@ -48,6 +50,7 @@ def load(
     name: str | Path,
     lora: str | Path | None = None,
     *,
+    weights: str | None = None,
     guidance: float | None = None,
     density: str | None = None,
     weighting: str | None = None,
@@ -55,11 +58,17 @@ def load(
 ) -> Denoiser:
     """Load a model from what Diffusers wrote; its ``model_index.json`` says of which kind it is.
 
+    What no file says and is guessed, a noise schedule for instance, is said as a warning.
+
     Args:
-        name: a folder with a pipeline, or with a bare UNet2DModel; or a hub name ``owner/name``, of
+        name: a folder with a pipeline; a network of one, in it or alone (a UNet2DModel); a
+            checkpoint of a training, a folder with ``unet`` or a file of weights with the network's
+            configuration beside it, from which no code is run; or a hub name ``owner/name``, of
             which only what is needed is downloaded, once.
         lora: an adapter, a folder, file or hub name, for a kind that has one; only it is attributed
             then.
+        weights: ``"trained"`` or ``"ema"``, the exponential moving average that a training kept
+            beside them; None is what ``name`` says, else the trained ones.
         guidance: that a model with embedded guidance (FLUX.1 dev) was trained with, which no file
             says; 3.5 by default.
         density: of the timesteps a flow is trained on, one of `choices.DENSITIES`; None is what is
@@ -73,27 +82,38 @@ def load(
     Raises:
         FileNotFoundError: there is no such folder, adapter or hub name.
         ModelError: no kind of model here serves it (its class is named), it is incomplete or
-            unreadable, or an adapter or a way of training is given for a kind that has none.
+            unreadable, its files contradict each other, it has no such weights, or an adapter or a
+            way of training is given for a kind that has none.
         LoraError: as in `lora.load_lora`.
     """
-    from .weights import read_json
+    from .places import locate
 
-    base = find(name)
+    check_weights(weights)
+    place = locate(find(name), weights)
     if lora is not None:
         lora = find_adapter(lora)
-    index = base / "model_index.json"
-    pipeline = read_json(index).get("_class_name") if index.is_file() else _BARE
-    if pipeline not in _KINDS:
+    pipeline = _BARE if place.pipeline is None else _pipeline_in(place.pipeline)
+    chosen = {"guidance": guidance, "density": density, "weighting": weighting, "shift": shift}
+    trained = {**_recorded(lora), **{k: v for k, v in chosen.items() if v is not None}}
+    loaded: Denoiser = _class_of(pipeline).load(place, lora, **trained)
+    return loaded
+
+
+def _pipeline_in(folder: Path) -> str:
+    """The class that a pipeline's index names, if it is one of a kind here."""
+    from .places import INDEX
+    from .weights import read_json
+
+    index = folder / INDEX
+    pipeline = read_json(index).get("_class_name")
+    if not isinstance(pipeline, str) or pipeline not in _KINDS:
         reason = _reason(str(pipeline))
         raise ModelError(
             f"{index} must describe one of {', '.join(_KINDS)}, got {pipeline!r}, which no kind of "
             f"model here serves{reason and f' ({reason})'}: wrap its network with "
             "dtrak.models.Denoiser.of to explain it from Python"
         )
-    chosen = {"guidance": guidance, "density": density, "weighting": weighting, "shift": shift}
-    trained = {**_recorded(lora), **{k: v for k, v in chosen.items() if v is not None}}
-    loaded: Denoiser = _class_of(pipeline).load(base, lora, **trained)
-    return loaded
+    return pipeline
 
 
 def find_adapter(name: str | Path) -> Path:
@@ -102,7 +122,7 @@ def find_adapter(name: str | Path) -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
-    text, path = str(name), Path(name).expanduser()
+    text, path = str(name), expand_path(name)
     is_hub = text.count("/") == 1 and not text.startswith((".", "/", "~"))
     # `lora.load_lora` says what is not there
     if path.exists() or isinstance(name, Path) or not is_hub or path.parent.is_dir():
@@ -140,6 +160,11 @@ def wrap(pipeline: Any, **trained: Any) -> Denoiser:
             f"dtrak.Denoiser, got a {name}"
         )
     wrapped: Denoiser = _class_of(name).wrap(pipeline, **trained)
+    if not wrapped.parameters():
+        raise ModelError(
+            f"the {name} must have parameters that require gradients, those that were trained, got "
+            "none: requires_grad_(True) of its network says that all were"
+        )
     return wrapped
 
 
@@ -194,7 +219,7 @@ def read_config(file: str | Path) -> dict[str, Any]:
     """
     from .weights import read_json
 
-    file = Path(file)
+    file = expand_path(file)
     if not file.is_file():
         raise FileNotFoundError(f"--config must be a file with a configuration, got {file}")
     network = read_json(file)
@@ -225,13 +250,14 @@ def make(config: Mapping[str, Any], seed: int) -> Denoiser:
 
 
 def find(name: str | Path) -> Path:
-    """The folder of a model, downloaded if it is a hub's.
+    """The folder or file of a model, downloaded if it is a hub's.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    if Path(name).is_dir():
-        return Path(name)
+    path = expand_path(name)
+    if path.is_dir() or (path.is_file() and path.suffix):
+        return path
     text = str(name)
     if isinstance(name, Path) or text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise FileNotFoundError(f"model must be {_HUB_HINT}, got {name}")

@@ -41,6 +41,7 @@ from .lora import (
     remove_lora,
     save_lora,
 )
+from .places import INDEX, Place
 from .process import FlowMatching, Process
 from .weights import load_component, load_process, quiet, read_json, read_process
 
@@ -118,8 +119,8 @@ class LatentPipeline(Denoiser):
         return bool(lora_names(self.module))
 
     def parameters(self) -> list[str]:
-        """Those of the adapter where there is one, else all."""
-        return lora_names(self.module) or [name for name, _ in self.module.named_parameters()]
+        """Those of the adapter where there is one, else all that require gradients."""
+        return lora_names(self.module) or super().parameters()
 
     @property
     def encoders(self) -> dict[str, Any]:
@@ -442,11 +443,11 @@ class LatentPipeline(Denoiser):
             pipeline.save_pretrained(folder)
 
     @classmethod
-    def load(cls, base: Path, lora: str | Path | None = None, **trained: Any) -> Self:
+    def load(cls, place: Place, lora: str | Path | None = None, **trained: Any) -> Self:
         """Load a pipeline, and an adapter.
 
         Args:
-            base: a folder that Diffusers wrote.
+            place: of a folder that Diffusers wrote, and of its network if that lies elsewhere.
             lora: as in `lora.load_lora`; None loads the base alone.
             trained: as in `models.load`.
 
@@ -460,7 +461,9 @@ class LatentPipeline(Denoiser):
                 this kind is not trained in such ways.
             LoraError: as in `lora.load_lora`, or the LoRA says that it was trained on another base.
         """
-        index = read_json(base / "model_index.json")
+        base = place.pipeline
+        assert base is not None
+        index = read_json(base / INDEX)
         options = cls._options(trained)
         parts: dict[str, Any] = {}
         for name in cls.parts:
@@ -470,7 +473,9 @@ class LatentPipeline(Denoiser):
                 raise ModelError(f"{base} must hold the folder {name}")
         cls._check_folder(base)
         for name, kind in cls.parts.items():
-            if name not in parts:
+            if name == cls.network and place.config is not None:
+                parts[name] = load_component(kind, place.config, place.network, place.weights)
+            elif name not in parts:
                 parts[name] = load_component(kind, base / name)
         _match_tokenizers(parts)
         flow = cls._flow_options(parts[cls.network], trained, str(base))
@@ -492,7 +497,7 @@ class LatentPipeline(Denoiser):
         model._check_parts(base)
         for part in (model.vae, *model.encoders.values()):
             part.requires_grad_(False).eval()
-        model.module.requires_grad_(True).eval()
+        model.module.eval()
         if lora is not None:
             model.load_adapter(lora)
             _check_origin(model, Path(lora), base)

@@ -177,8 +177,6 @@ def adopt_lora(module: nn.Module) -> None:
         raise LoraError("the adapter must be at work, got one that is merged or disabled")
     if layers:
         _finish(module)
-    else:
-        module.requires_grad_(True)
 
 
 def _name_of(module: nn.Module) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..runs.choices import DENSITIES, SHIFTS, check_choice
 from .hashing import hash_tensors
 
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
 WEIGHTINGS = ("none", "sigma_sqrt", "cosmap")
 # of the mode density, as in Diffusers' training scripts
 _MODE_SCALE = 1.29

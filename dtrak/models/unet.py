@@ -21,8 +21,9 @@ from .denoiser import (
     check_size,
     check_steps,
 )
+from .places import CONFIG, INDEX, Place
 from .process import DiscreteProcess, FlowMatching, linear_process, shift_of, take_step
-from .weights import load_part, load_process, read_json, read_process
+from .weights import guessed_process, load_part, load_process, read_json, read_process
 
 # pictures drawn at a time
 _BATCH = 64
@@ -63,10 +64,6 @@ class UNet(Denoiser):
         size = self.module.config["sample_size"]
         return size if size is None or isinstance(size, int) else (int(size[0]), int(size[1]))
 
-    def parameters(self) -> list[str]:
-        """All of them."""
-        return [name for name, _ in self.module.named_parameters()]
-
     def condition(self, items: Sequence[int] | None, device: torch.device) -> Condition:
         """See `Denoiser.condition`: the labels, for a U-Net of classes."""
         if self.num_classes is None:
@@ -82,6 +79,22 @@ class UNet(Denoiser):
         prediction: Tensor = called(noisy, time, **condition).sample
         return prediction
 
+    def input_shape(self, pixels: Sequence[int]) -> tuple[int, ...]:
+        """See `Denoiser.input_shape`.
+
+        Raises:
+            ValueError: a side is no multiple of what the U-Net halves it by.
+        """
+        *_, height, width = pixels
+        # every block but the last halves both sides, and doubling them must give the same again
+        step = 2 ** (len(self.module.config["down_block_types"]) - 1)
+        if height % step or width % step:
+            raise ValueError(
+                f"images must have sides that are multiples of {step}, as the U-Net halves them, "
+                f"got {width}x{height} pixels"
+            )
+        return tuple(pixels)
+
     def image_shape(self, size: int | None = None) -> tuple[int, int, int]:
         """(C, H, W) of a picture the model draws.
 
@@ -91,7 +104,9 @@ class UNet(Denoiser):
         chosen = self.size if size is None else size
         if chosen is None:
             raise ValueError("the model must have a sample_size to draw from it, got None")
-        return self.channels, *check_size(chosen)
+        shape = self.channels, *check_size(chosen)
+        self.input_shape(shape)
+        return shape
 
     def drawing_timesteps(self, num_inference_steps: int) -> list[int]:
         """See `Denoiser.drawing_timesteps`."""
@@ -227,13 +242,12 @@ class UNet(Denoiser):
         return cls(unet, linear_process() if scheduler is None else read_process(scheduler))
 
     @classmethod
-    def load(cls, folder: Path, lora: str | Path | None = None, **trained: Any) -> UNet:
-        """Load a folder that Diffusers wrote: a UNet2DModel, or a pipeline around one.
+    def load(cls, place: Place, lora: str | Path | None = None, **trained: Any) -> UNet:
+        """Load what Diffusers wrote: a UNet2DModel, or a pipeline around one.
 
         Args:
-            folder: a pipeline with ``unet/`` and ``scheduler/``, or with both in the folder itself
-                as older ones have; or a bare U-Net, which gets the linear DDPM schedule unless
-                ``scheduler_config.json`` lies beside it.
+            place: of a pipeline with ``unet/`` and ``scheduler/``, or with both in the folder
+                itself as older ones have; or of a bare U-Net.
             lora: refused.
             trained: as in `models.load`, of a flow.
 
@@ -242,26 +256,72 @@ class UNet(Denoiser):
 
         Raises:
             ModelError: its configuration, weights or schedule are missing or unreadable, it returns
-                something else than a picture, the names or shapes of its weights do not match
-                its configuration, or an adapter is given.
+                something else than a picture or sees something else, the names or shapes of its
+                weights do not match its configuration, or an adapter is given.
         """
+        base = place.pipeline
+        name = str(base or place.network)
         if lora is not None:
             raise ModelError(
-                f"--lora must go with a pipeline that takes one, got the model in {folder}, which "
+                f"--lora must go with a pipeline that takes one, got the model in {name}, which "
                 "takes none"
             )
-        part = next((f for f in (folder / "unet", folder) if (f / "config.json").is_file()), None)
-        if part is None:
-            raise ModelError(
-                "model must be a folder with config.json of a UNet2DModel, in itself or in unet/, "
-                f"got {folder} without one"
-            )
-        _check_config(part / "config.json", read_json(part / "config.json"))
-        process = load_process(folder)
-        options = _flow_options(trained, str(folder), process.describe())
+        if base is not None:
+            _check_parts(base)
+        folder = place.config or _network_of(base)
+        _check_config(folder / CONFIG, read_json(folder / CONFIG))
+        process = _process(place, folder)
+        options = _flow_options(trained, name, process.describe())
         if options:
-            process = load_process(folder, **options)
-        return cls(load_part(UNet2DModel, part).eval(), process)
+            process = _process(place, folder, **options)
+        unet = load_part(UNet2DModel, folder, place.network, place.weights)
+        return cls(unet.eval(), process)
+
+
+def _process(place: Place, network: Path, **flow: Any) -> Any:
+    if place.pipeline is not None:
+        return load_process(place.pipeline, **flow)
+    if place.schedule is not None:
+        return read_process(read_json(place.schedule), str(place.schedule), **flow)
+    return guessed_process(network)
+
+
+def _network_of(base: Path | None) -> Path:
+    """The folder of a pipeline's U-Net.
+
+    Raises:
+        ModelError: there is none.
+    """
+    assert base is not None
+    found = next((f for f in (base / "unet", base) if (f / CONFIG).is_file()), None)
+    if found is None:
+        raise ModelError(
+            f"model must be a folder with {CONFIG} of a UNet2DModel, in itself or in unet/, got "
+            f"{base} without one"
+        )
+    return found
+
+
+def _check_parts(base: Path) -> None:
+    """Refuse a pipeline whose U-Net sees something else than pixels and reads something else.
+
+    Raises:
+        ModelError: it has parts beside the U-Net and the schedule.
+    """
+    index = read_json(base / INDEX)
+    others = sorted(
+        name
+        for name, part in index.items()
+        if not name.startswith("_")
+        and name not in ("unet", "scheduler")
+        and isinstance(part, list)
+        and part[0] is not None
+    )
+    if others:
+        raise ModelError(
+            f"{base / INDEX} must name a U-Net of pixels and its schedule, got {', '.join(others)} "
+            "beside them"
+        )
 
 
 def _flow_options(trained: dict[str, Any], name: str, about: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from .denoiser import ModelError
-from .process import DiscreteProcess, FlowMatching, Process, linear_process
+from .process import PREDICTIONS, DiscreteProcess, FlowMatching, Process, linear_process
 
 _SHOWN = 4
 
@@ -33,16 +35,29 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def load_part(kind: Any, folder: Path) -> Any:
+def load_part(kind: Any, folder: Path, file: Path | None = None, weights: str | None = None) -> Any:
     """A network of Diffusers in float32, on the CPU; what does not fit its configuration is named.
 
     Args:
         kind: its class.
         folder: with its configuration and weights, of half precision if there are no others.
+        file: of the weights, where it is not one of the names of Diffusers.
+        weights: which of them, as in `state.load_state`.
 
     Raises:
         ModelError: weights are missing, unknown or of another shape, or it cannot be loaded.
     """
+    if file is not None and file.is_file():
+        from .state import load_state
+
+        try:
+            made = kind.from_config(kind.load_config(folder))
+        # whatever a broken configuration makes the constructor raise
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise ModelError(f"no {kind.__name__} can be made from {folder}: {reason}") from error
+        load_state(made, file, weights)
+        return made.float()
     try:
         # Diffusers' own remarks on mismatched weights: each becomes an error, or is fine
         with quiet("diffusers.models.modeling_utils"):
@@ -63,7 +78,9 @@ def load_part(kind: Any, folder: Path) -> Any:
     return part.float()
 
 
-def load_component(kind: str, folder: Path) -> Any:
+def load_component(
+    kind: str, folder: Path, file: Path | None = None, weights: str | None = None
+) -> Any:
     """A part of a pipeline by its class of Diffusers or Transformers; networks as `load_part`.
 
     Raises:
@@ -73,11 +90,11 @@ def load_component(kind: str, folder: Path) -> Any:
     import transformers
 
     if hasattr(diffusers, kind):
-        file = folder / "config.json"
-        found = read_json(file).get("_class_name", kind) if file.is_file() else kind
+        config = folder / "config.json"
+        found = read_json(config).get("_class_name", kind) if config.is_file() else kind
         if found != kind:
-            raise ModelError(f"{file} must describe a {kind}, got a {found}")
-        return load_part(getattr(diffusers, kind), folder)
+            raise ModelError(f"{config} must describe a {kind}, got a {found}")
+        return load_part(getattr(diffusers, kind), folder, file, weights)
     made: Any = getattr(transformers, kind)
     options: dict[str, Any] = {"local_files_only": True}
     is_network = issubclass(made, torch.nn.Module)
@@ -97,6 +114,8 @@ def load_component(kind: str, folder: Path) -> Any:
     return loaded[0].float()
 
 
+# how Diffusers calls the weights of a network
+PART_WEIGHTS = "diffusion_pytorch_model"
 # files of weights, without a variant's name
 _WEIGHTS = (
     "diffusion_pytorch_model.{}safetensors",
@@ -112,11 +131,24 @@ _TEXT_WEIGHTS = (
 
 
 def _variant(folder: Path, names: Sequence[str]) -> str | None:
-    """``fp16`` for a folder that was downloaded in half precision only."""
+    """Of a folder without weights in full, such as ``fp16``: the one variant that is there.
+
+    Raises:
+        ModelError: there are several.
+    """
     there = {file.name for file in folder.iterdir()}
     if any(name.format("") in there for name in names):
         return None
-    return "fp16" if any(name.format("fp16.") in there for name in names) else None
+    patterns = [re.escape(name).replace(r"\{\}", r"(?P<variant>[\w-]+)\.") for name in names]
+    matches = [re.fullmatch(pattern, file) for pattern in patterns for file in there]
+    found = sorted({match["variant"] for match in matches if match})
+    # a shard of one is none itself
+    found = [name for name in found if not re.search(r"\d+-of-\d+$", name)]
+    if len(found) > 1:
+        raise ModelError(
+            f"{folder} must hold one variant of the weights, got {', '.join(found)}: keep one"
+        )
+    return found[0] if found else None
 
 
 def refuse_misfits(info: dict[str, Any], folder: Path) -> None:
@@ -146,23 +178,32 @@ def refuse_misfits(info: dict[str, Any], folder: Path) -> None:
 
 
 def load_process(folder: Path, **flow: Any) -> Process:
-    """The process of a pipeline's training schedule; the linear one for a bare model.
+    """The process of a pipeline's training schedule.
 
     Args:
         folder: of the pipeline.
         flow: options of `process.FlowMatching`, for a schedule of that kind; None for its own.
 
     Raises:
-        ModelError: a pipeline without one, or one that cannot be used; options of flow matching are
-            given for another kind.
+        ModelError: there is none, or one that cannot be used; options of flow matching are given
+            for another kind.
     """
     files = (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json")
     file = next((file for file in files if file.is_file()), None)
     if file is None:
-        if (folder / "model_index.json").is_file():
-            raise ModelError(f"{folder} is a pipeline and must hold {files[0].relative_to(folder)}")
-        return linear_process()
+        raise ModelError(f"{folder} is a pipeline and must hold {files[0].relative_to(folder)}")
     return read_process(read_json(file), str(file), **flow)
+
+
+def guessed_process(network: Path) -> Process:
+    """The process of a bare network beside which no schedule lies: DDPM's, which is said."""
+    warnings.warn(
+        f"no noise schedule lies with {network}: that of DDPM is a guess (1,000 timesteps, betas "
+        "linear from 0.0001 to 0.02, a network that predicts the noise); scheduler_config.json "
+        "beside it says another",
+        stacklevel=2,
+    )
+    return linear_process()
 
 
 def read_process(
@@ -180,9 +221,8 @@ def read_process(
             return FlowMatching(FlowMatchEulerDiscreteScheduler.from_config(config), **chosen)
         if config.get("trained_betas") is None and "beta_start" not in config:
             raise ModelError(f"{name} must describe a schedule of betas or of flows, got {kind!r}")
-        if config.get("predict_epsilon") is False:
-            # what it was called before Diffusers 0.10
-            config = {"prediction_type": "sample", **config}
+        config = {**config, "prediction_type": _predicted(config, name)}
+        config.pop("predict_epsilon", None)
         # any scheduler's betas and prediction type, read as the training schedule they come from
         return DiscreteProcess(DDPMScheduler.from_config(config))
     except ModelError:
@@ -190,6 +230,23 @@ def read_process(
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"{name} could not be used: {reason}") from error
+
+
+def _predicted(config: Mapping[str, Any], name: str) -> str:
+    """What a network returns: ``prediction_type``, or what said it before Diffusers 0.10."""
+    found, old = config.get("prediction_type"), config.get("predict_epsilon")
+    implied = None if old is None else "epsilon" if old else "sample"
+    if found is not None and implied is not None and found != implied:
+        raise ModelError(
+            f"{name} must say once what the network predicts, got prediction_type {found!r} and "
+            f"predict_epsilon {old}, which is {implied!r}: take the wrong one away"
+        )
+    predicted = str(found or implied or "epsilon")
+    if predicted not in PREDICTIONS:
+        raise ModelError(
+            f"prediction_type of {name} must be one of {', '.join(PREDICTIONS)}, got {predicted!r}"
+        )
+    return predicted
 
 
 @contextmanager

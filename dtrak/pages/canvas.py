@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from torch import Tensor
+
+from ..runs.files import encode_text
 
 INK, SOFT, LINE = "#1d1f23", "#5d6168", "#dfddd7"
 PLUS, MINUS = "#0d7268", "#b34f0b"
@@ -30,6 +33,20 @@ def fit(pixels: Tensor, room: int) -> int:
     """The longest side, in pixels, at which an image ``[C, H, W]`` fits: a multiple of its own."""
     longest = max(pixels.shape[1:])
     return room // longest * longest if longest <= room else room
+
+
+def text_width(text: str, pixels: float, *, bold: bool = False) -> int:
+    """How wide a line is on a `Canvas`, in pixels; call it within `default_style`."""
+    blank = Canvas(1, 1)
+    artist = blank.figure.text(
+        0,
+        0,
+        encode_text(text).decode(),
+        fontsize=pixels * 72 / blank.dpi,
+        fontweight="bold" if bold else "normal",
+        parse_math=False,
+    )
+    return math.ceil(artist.get_window_extent(blank.renderer).width)
 
 
 class Canvas:
@@ -56,6 +73,8 @@ class Canvas:
         bold: bool = False,
     ) -> None:
         """Write one line with its top at ``y``, cut before its end where it is too wide."""
+        # fonts know no bytes of file names that are no text
+        text = encode_text(text).decode()
         artist = self.figure.text(
             x / self.width,
             1 - y / self.height,

@@ -10,13 +10,17 @@ from torch import Tensor
 
 from ..evaluation.counterfactual.options import NOTHING, RANDOM
 from ..evaluation.counterfactual.results import METRICS, Counterfactual, Summary
-from .canvas import LINE, SOFT, Canvas, default_style, fit
+from .canvas import LINE, SOFT, Canvas, default_style, fit, text_width
 from .html import render_columns, render_image
 from .plots import plot_boxes, render_svg, write_png
 
 CELL, GAP, MARGIN = 160, 20, 48
 PNG_QUERIES = 16
-REFERENCES = (RANDOM, NOTHING)
+# likenesses are there for comparison, as in the plots of an LDS
+_LIKENESSES = tuple(
+    f"{what}-{kind}" for what in ("raw", "latent", "clip") for kind in ("dot", "cosine")
+)
+REFERENCES = (RANDOM, NOTHING, *_LIKENESSES)
 NAMES = {
     "d-trak": "D-TRAK",
     "trak": "TRAK",
@@ -66,21 +70,22 @@ def write_strips(path: Path, results: Counterfactual) -> None:
 def _draw(results: Counterfactual) -> Canvas:
     shown = range(min(PNG_QUERIES, len(results.query_ids)))
     side = fit(results.originals[0], CELL)
-    pitch, width = side + GAP, 2 * MARGIN + (1 + len(results.methods)) * (side + GAP) + GAP
+    heads = ["original", *(name_method(method) for method in results.methods)]
+    room = max(side, *(text_width(head, 18, bold=True) for head in heads))
+    pitch, width = room + GAP, (1 + len(results.methods)) * (room + GAP) + GAP
     top, height = MARGIN + 120, side + 64
-    canvas = Canvas(max(width, 760), top + len(shown) * height + 70)
-    inner = canvas.width - 2 * MARGIN
-    canvas.write(MARGIN, MARGIN - 8, TITLE, pixels=30, width=inner, bold=True)
     settings = results.settings
     text = (
         f"retrained without {settings['removed']:,} of {settings['training images']:,} images, "
         "drawn from the same seed"
     )
+    inner = max(width, text_width(TITLE, 30, bold=True), text_width(text, 19))
+    canvas = Canvas(inner + 2 * MARGIN, top + len(shown) * height + 70)
+    canvas.write(MARGIN, MARGIN - 8, TITLE, pixels=30, width=inner, bold=True)
     canvas.write(MARGIN, MARGIN + 34, text, pixels=19, width=inner, colour=SOFT)
     starts = [MARGIN] + [MARGIN + 2 * GAP + pitch * (n + 1) for n in range(len(results.methods))]
-    heads = ["original", *(name_method(method) for method in results.methods)]
     for x, head in zip(starts, heads, strict=True):
-        canvas.write(x, top - 34, head, pixels=18, width=side, bold=True)
+        canvas.write(x, top - 34, head, pixels=18, width=room, bold=True)
     canvas.fill(starts[0] + pitch + 0.5 * GAP, top - 34, 2, len(shown) * height + 20, LINE)
     for row in shown:
         y = top + row * height

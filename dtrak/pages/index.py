@@ -6,7 +6,7 @@ import html
 from pathlib import Path
 from typing import Any
 
-from ..runs.files import write_atomically
+from ..runs.files import encode_text, write_atomically
 from ..runs.measure import format_bytes
 from ..runs.record import MANIFEST, PICTURE, REPORT, SCORES, list_queries, read_json
 from ..runs.stages import read_seconds
@@ -51,7 +51,7 @@ def write_index(run: Path) -> Path:
     )
     lead = f'<p class="lead">{html.escape(run.resolve().name)}</p>'
     file = run / INDEX
-    write_atomically(file, render_page(_TITLE, lead, body).encode())
+    write_atomically(file, encode_text(render_page(_TITLE, lead, body)))
     return file
 
 

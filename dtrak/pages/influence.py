@@ -6,15 +6,16 @@ import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..data.images import to_uint8
+from ..data.walk import IMAGE_SUFFIXES
 from ..methods.scores import top_k
-from .canvas import LINE, MINUS, PLUS, SOFT, Canvas, default_style, fit
+from .canvas import LINE, MINUS, PLUS, SOFT, Canvas, default_style, fit, text_width
 from .html import render_image, render_name
 
 TITLE = "Which training images made these pictures?"
@@ -46,7 +47,7 @@ class Match:
 
     pixels: Tensor
     id: str
-    label: int | None
+    label: str | None
     score: float
     share: float
     caption: str | None = None
@@ -69,7 +70,7 @@ def gather(
     opponents: tuple[Tensor, Tensor],
     train_ids: Sequence[str],
     query_ids: Sequence[str],
-    train_labels: Sequence[int] | None,
+    train_labels: Sequence[int | str] | None,
     train_captions: Sequence[str] | None = None,
     query_captions: Sequence[str] | None = None,
 ) -> list[Row]:
@@ -82,7 +83,7 @@ def gather(
         opponents: positions and scores.
         train_ids: names of the training images.
         query_ids: names of the queries.
-        train_labels: class indices, or None.
+        train_labels: class numbers or names, or None.
         train_captions: texts, or None.
         query_captions: texts, or None.
 
@@ -119,6 +120,7 @@ def gather(
                 f"got {int(indices.min())} to {int(indices.max())}"
             )
     quantised = to_uint8(queries)
+    labels = [None] * len(train_ids) if train_labels is None else list(train_labels)
     rows = []
     for m, name in enumerate(query_ids):
         strongest = max((abs(s) for _, scores in ranked.values() for s in scores[m].tolist()))
@@ -127,7 +129,7 @@ def gather(
                 Match(
                     pixels=to_uint8(train[index]),
                     id=train_ids[index],
-                    label=None if train_labels is None else train_labels[index],
+                    label=_label(train_ids[index], labels[index]),
                     score=score,
                     share=abs(score) / strongest if strongest else 0.0,
                     caption=None if train_captions is None else train_captions[index],
@@ -142,6 +144,14 @@ def gather(
         caption = None if query_captions is None else query_captions[m]
         rows.append(Row(quantised[m], name, matches, caption))
     return rows
+
+
+def _label(name: str, label: int | str | None) -> str | None:
+    """The class of an image in words: its number, its name, or the folder it lies in."""
+    if label is None:
+        folder = PurePosixPath(name).parent.name
+        return folder if name.lower().endswith(IMAGE_SUFFIXES) and folder else None
+    return label if isinstance(label, str) else f"label {label}"
 
 
 def lead(query_kind: str) -> str:
@@ -213,7 +223,7 @@ def _quote(caption: str) -> str:
 
 def _render_match(match: Match, exponent: int) -> str:
     shown = _format_score(match.score, exponent)
-    label = "" if match.label is None else f'<span class="soft">label {match.label}</span>'
+    label = "" if match.label is None else f'<span class="soft">{html.escape(match.label)}</span>'
     colour = "minus" if match.score < 0 else "plus"
     return (
         f"<li><figure>{render_image(match.pixels, f'training image {match.id}, score {shown}')}"
@@ -238,17 +248,21 @@ def draw(rows: Sequence[Row], query_kind: str, total: int | None = None) -> Canv
     matches = [match for row in shown for kind in row.matches.values() for match in kind]
     cell = max((fit(match.pixels, CELL) for match in matches), default=CELL)
     subject = max((fit(row.pixels, SUBJECT) for row in shown), default=SUBJECT)
+    subject = max(subject, text_width(query_kind.capitalize(), 20, bold=True))
     widths = {
-        # room for the word "none" where there is no match at all
-        kind: max(1, *(len(row.matches[kind]) for row in shown)) * (cell + GAP) - GAP
-        for kind, _, _ in HEADINGS
+        # room for the heading, and for the word "none" where there is no match at all
+        kind: max(
+            max(1, *(len(row.matches[kind]) for row in shown)) * (cell + GAP) - GAP,
+            text_width(f"{heading}: {meaning}", 20, bold=True),
+        )
+        for kind, heading, meaning in HEADINGS
         if shown and kind in shown[0].matches
     }
     starts, x = {}, MARGIN + subject + 2 * GAP
     for kind, width in widths.items():
         starts[kind] = x
         x += width + 3 * GAP
-    width = max(x - 3 * GAP + MARGIN, 1100)
+    width = max(x - 3 * GAP + MARGIN, 1100, text_width(lead(query_kind), 21) + 2 * MARGIN)
     top, pitch = MARGIN + 150, max(subject + 32, cell + 94) + 2 * GAP
     canvas = Canvas(width, top + len(shown) * pitch + 96)
     inner = width - 2 * MARGIN
@@ -301,7 +315,7 @@ def _draw_match(canvas: Canvas, x: int, y: int, match: Match, cell: int, exponen
     if match.caption is not None:
         canvas.write(x, y + 61, _quote(match.caption), pixels=17, width=cell, colour=SOFT)
     elif match.label is not None:
-        canvas.write(x, y + 61, f"label {match.label}", pixels=17, width=cell, colour=SOFT)
+        canvas.write(x, y + 61, match.label, pixels=17, width=cell, colour=SOFT)
 
 
 def render_strips(train: Any, queries: Any, scores: Tensor, num_proponents: int) -> str:
@@ -326,7 +340,7 @@ def render_strips(train: Any, queries: Any, scores: Tensor, num_proponents: int)
         none,
         train.ids,
         queries.ids[:M],
-        train.labels,
+        train.classes,
     )
     exponent = _exponent(rows)
     lines = []

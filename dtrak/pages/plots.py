@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import textwrap
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .canvas import INK, LINE, MINUS, PLUS, SOFT, default_style
+from ..methods import METHODS
+from ..runs.files import encode_text
+from .canvas import INK, LINE, MINUS, PLUS, SOFT, default_style, text_width
 
 # one colour per series, and the grey of what is there for comparison only
 SERIES = (PLUS, MINUS, "#35589c", "#7d3f98", "#8a6d00", "#a3265e")
@@ -22,6 +26,10 @@ VARIABLES = {INK: "--ink", SOFT: "--soft", LINE: "--line"} | {
 }
 SERIES_DARK = ("#53cdb8", "#f2a45f", "#93b4f5", "#d0a2e6", "#d9be5a", "#f08bb6")
 _DPI = 150
+# inches: of a figure, and of a legend's handle with the room between columns
+_WIDTH, _BESIDE = 6.0, 0.55
+_DASHES = ("-", "--", ":", "-.")
+FEWEST_IN_A_BOX = 5
 
 
 class Curve(NamedTuple):
@@ -34,7 +42,7 @@ class Curve(NamedTuple):
     is_reference: bool = False
 
 
-def new_figure(width: float = 6.0, height: float = 3.4) -> Any:
+def new_figure(width: float = _WIDTH, height: float = 3.4) -> Any:
     """A figure with one axes, sizes in inches; call it within `canvas.default_style`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -54,20 +62,49 @@ def new_figure(width: float = 6.0, height: float = 3.4) -> Any:
     return figure
 
 
+def _number(label: str) -> int:
+    """The same for a label wherever it is drawn: its place among the methods, or a hash."""
+    titles = [method.title for method in METHODS.values() if method.title not in FIXED]
+    return titles.index(label) if label in titles else zlib.crc32(encode_text(label))
+
+
 def colours(labels: Sequence[str], references: Sequence[str] = ()) -> dict[str, str]:
-    """A colour for every label: the two methods of the paper have the same ones everywhere."""
-    others = [label for label in labels if label not in (*FIXED, *references)]
+    """A colour for every label, the same in every plot, whatever else is in it."""
     free = SERIES[len(FIXED) :]
-    found = dict(zip(FIXED, SERIES, strict=False))
-    found |= {label: free[number % len(free)] for number, label in enumerate(others)}
-    found |= dict.fromkeys(references, REFERENCE)
+    found = {label: free[_number(label) % len(free)] for label in labels}
+    found |= dict(zip(FIXED, SERIES, strict=False)) | dict.fromkeys(references, REFERENCE)
     return {label: found[label] for label in labels}
+
+
+def _dashes(label: str, is_reference: bool) -> str:
+    """What tells lines of one colour apart, likewise the same in every plot."""
+    if label in FIXED or is_reference:
+        return "-"
+    return _DASHES[_number(label) // (len(SERIES) - len(FIXED)) % len(_DASHES)]
+
+
+def _keep_within(figure: Any) -> Any:
+    """Break the labels of axes that would be cut off at an edge of the figure."""
+    axes = figure.axes[0]
+    for label, low, high in ((axes.yaxis.label, "y0", "y1"), (axes.xaxis.label, "x0", "x1")):
+        text, edges = label.get_text(), figure.bbox
+        for letters in range(len(text), 7, -4):
+            # what is broken takes room from the axes, which the label stands in the middle of
+            figure.draw_without_rendering()
+            found = label.get_window_extent()
+            inside = getattr(found, low) >= getattr(edges, low) - 0.5
+            if inside and getattr(found, high) <= getattr(edges, high) + 0.5:
+                break
+            label.set_text(textwrap.fill(text, letters))
+    return figure
 
 
 def plot_boxes(
     groups: Mapping[str, Sequence[float]], label: str, references: Sequence[str] = ()
 ) -> Any:
     """Horizontal boxes, the first group on top, with every value as a point.
+
+    A group of fewer than `FEWEST_IN_A_BOX` values has no quartiles worth a box: its points alone.
 
     Args:
         groups: values by name; at least one value each.
@@ -79,10 +116,12 @@ def plot_boxes(
     for place, (name, colour) in enumerate(colours(list(groups), references).items()):
         values = list(groups[name])
         line = {"color": colour, "linewidth": 1.6}
-        axes.boxplot(
-            [values], positions=[place], orientation="horizontal", widths=0.55, showfliers=False,
-            boxprops=line, whiskerprops=line, capprops=line, medianprops={**line, "linewidth": 3},
-        )  # fmt: skip
+        if len(values) >= FEWEST_IN_A_BOX:
+            axes.boxplot(
+                [values], positions=[place], orientation="horizontal", widths=0.55,
+                showfliers=False, boxprops=line, whiskerprops=line, capprops=line,
+                medianprops={**line, "linewidth": 3},
+            )  # fmt: skip
         # points of one value lie beside each other
         offsets = [0.16 * ((7 * index) % 5 - 2) / 2 for index in range(len(values))]
         axes.plot(
@@ -93,7 +132,7 @@ def plot_boxes(
     axes.set_ylim(len(groups) - 0.4, -0.6)
     axes.grid(False, axis="y")
     axes.set_xlabel(label)
-    return figure
+    return _keep_within(figure)
 
 
 def plot_curves(
@@ -104,7 +143,7 @@ def plot_curves(
     log_x: bool = False,
     marked: Mapping[str, float] | None = None,
 ) -> Any:
-    """Lines with their intervals as bars, set apart where they would cover each other.
+    """Lines through their points, each at its own x, with their intervals as bars.
 
     Args:
         curves: at least one.
@@ -117,13 +156,12 @@ def plot_curves(
     axes = figure.axes[0]
     references = [curve.label for curve in curves if curve.is_reference]
     palette = colours([curve.label for curve in curves], references)
-    spread = [x for curve in curves for x in curve.x]
-    step = (max(spread) - min(spread)) / 80
-    for number, curve in enumerate(curves):
-        colour = palette[curve.label]
-        place = number - (len(curves) - 1) / 2 if curve.interval is not None else 0
-        x = [at * 1.04**place if log_x else at + step * place for at in curve.x]
-        axes.plot(x, curve.y, "-o", color=colour, label=curve.label, linewidth=1.8, markersize=3.5)
+    for curve in curves:
+        colour, x = palette[curve.label], list(curve.x)
+        axes.plot(
+            x, curve.y, marker="o", linestyle=_dashes(curve.label, curve.is_reference),
+            color=colour, label=curve.label, linewidth=1.8, markersize=3.5,
+        )  # fmt: skip
         if curve.interval is not None:
             low, high = zip(*curve.interval, strict=True)
             axes.vlines(x, low, high, color=colour, alpha=0.6, linewidth=1.4)
@@ -135,10 +173,16 @@ def plot_curves(
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     figure.legend(
-        loc="outside upper left", ncols=3, frameon=False, labelcolor=INK, fontsize=10,
-        handlelength=1.2, columnspacing=1.2,
+        loc="outside upper left", ncols=_columns([curve.label for curve in curves]), frameon=False,
+        labelcolor=INK, fontsize=10, handlelength=1.2, columnspacing=1.2,
     )  # fmt: skip
-    return figure
+    return _keep_within(figure)
+
+
+def _columns(labels: Sequence[str]) -> int:
+    """Of a legend, so that the longest label is not cut off."""
+    widest = max(text_width(label, 10 * _DPI / 72) for label in labels) / _DPI + _BESIDE
+    return max(1, min(3, int(_WIDTH / widest)))
 
 
 def plot_bars(
@@ -156,8 +200,9 @@ def plot_bars(
     figure = new_figure(6.0, 1.0 + 0.3 * len(values))
     axes = figure.axes[0]
     axes.axvline(0, color=SOFT, linewidth=1)
+    palette = colours(list(values), references)
     for place, (name, (value, interval)) in enumerate(values.items()):
-        colour = REFERENCE if name in references else SERIES[0]
+        colour = palette[name]
         axes.plot([0, value], [place, place], color=LINE, linewidth=5, solid_capstyle="butt")
         if interval is not None:
             axes.plot(interval, [place, place], color=colour, linewidth=1.6)
@@ -166,7 +211,7 @@ def plot_bars(
     axes.set_ylim(len(values) - 0.4, -0.6)
     axes.grid(False, axis="y")
     axes.set_xlabel(label)
-    return figure
+    return _keep_within(figure)
 
 
 def write_png(figure: Any, path: Path) -> None:
@@ -186,7 +231,7 @@ def render_svg(figure: Any, title: str) -> str:
     import matplotlib
 
     buffer = io.StringIO()
-    salt = hashlib.sha256(title.encode()).hexdigest()[:12]
+    salt = hashlib.sha256(encode_text(title)).hexdigest()[:12]
     # text stays text; ids depend on the title alone and differ between the plots of a page
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
         figure.savefig(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..methods.scores import top_k
 from ..runs.console import progress_bar
+from ..runs.files import encode_text, expand_path
 from ..runs.record import RUN_FILE, ResultsError, check_report, list_queries
 from .html import format_seconds, render_page, render_table
 from .influence import (
@@ -47,7 +48,7 @@ def write_report(
     settings: Mapping[str, Any],
     stages: Sequence[tuple[str, float]] = (),
     facts: Mapping[str, str] | None = None,
-    train_labels: Sequence[int] | None = None,
+    train_labels: Sequence[int | str] | None = None,
     train_captions: Sequence[str] | None = None,
     query_captions: Sequence[str] | None = None,
     query_kind: str = "generated picture",
@@ -71,7 +72,7 @@ def write_report(
         settings: what decided the numbers, as name and value.
         stages: name and wall time in seconds of each step of the run, in order.
         facts: other figures of the run, as name and text.
-        train_labels: class indices of the training images, shown where given.
+        train_labels: class numbers or names of the training images, shown where given.
         train_captions: their captions, shown where given.
         query_captions: captions of the queries, shown where given.
         query_kind: what one query is, in words.
@@ -94,7 +95,7 @@ def write_report(
     header = f'<p class="lead">{html.escape(lead(query_kind))}</p>\n{render_explanation(rows)}'
     tables = _render_tables(settings, facts or {}, stages)
     page = render_page(TITLE, header, f"{render_rows(rows, query_kind)}\n{tables}")
-    Path(path_html).write_text(page, encoding="utf-8")
+    expand_path(path_html).write_bytes(encode_text(page))
     write_png(Path(path_png), rows, query_kind)
 
 
@@ -133,7 +134,7 @@ def ranked_matches(
         "opponents": (opposed.opponents, opposed.opponent_scores),
         "train_ids": train.ids,
         "query_ids": queries.ids[:M],
-        "train_labels": train.labels,
+        "train_labels": train.classes,
         "train_captions": _captions(train),
         "query_captions": _captions(queries, M),
     }
@@ -207,7 +208,7 @@ def gather_report(
         FileNotFoundError: a folder, or what a run was about, is not there.
         ValueError: there is nothing to show, or something is damaged; one clear line.
     """
-    folder = Path(folder)
+    folder = expand_path(folder)
     check_report(folder, num_queries)
     # read first: what follows takes minutes where the intervals of an LDS are still to be made
     changed = _find_counterfactual(folder, lds, counterfactual)

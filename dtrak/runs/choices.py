@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
+from .files import expand_path
+
 # of the weights and the forward pass, as torch calls them; 16-bit ones run under autocast
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 # of the forward pass while training, as accelerate calls them
@@ -18,6 +20,11 @@ GUIDANCE_SCALE = 7.5
 DENSITIES = ("uniform", "logit_normal", "mode")
 # of a flow's noise levels: as its scheduler is made, or as pictures of a resolution are drawn
 SHIFTS = ("scheduler", "resolution")
+# of a training checkpoint: as they were trained, or their exponential moving average
+TRAINED, EMA = "trained", "ema"
+WEIGHTS = (TRAINED, EMA)
+# says of which kind a pipeline is
+MODEL_INDEX = "model_index.json"
 # what a trainer writes beside a model or an adapter
 TRAINING_FILE = "training.json"
 # pictures drawn from prompts, and kept, at a time
@@ -53,17 +60,29 @@ def check_counts(**counts: int | None) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {count}")
 
 
-def check_model_folder(folder: str | Path) -> None:
-    """Refuse a folder of a model that is not there; ``owner/name`` may be one of a hub.
+def check_weights(weights: str | None) -> None:
+    """Refuse what is no kind of weights; None leaves it open.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        ValueError: it is not one of `WEIGHTS`.
+    """
+    if weights is not None:
+        check_choice("--weights", weights, WEIGHTS)
+
+
+def check_model_folder(folder: str | Path) -> None:
+    """Refuse a folder or file of a model that is not there; ``owner/name`` may be one of a hub.
+
+    Raises:
+        FileNotFoundError: there is none.
     """
     owner, _, name = str(folder).partition("/")
     may_be_hub = owner and name and not owner.startswith((".", "~")) and "/" not in name
-    if not Path(folder).is_dir() and not (may_be_hub and not Path(owner).is_dir()):
+    path = expand_path(folder)
+    if not path.is_dir() and not path.is_file() and not (may_be_hub and not Path(owner).is_dir()):
         raise FileNotFoundError(
-            f"model must be an existing folder that Diffusers wrote, got {folder}"
+            "model must be an existing folder that Diffusers wrote, or a file of its weights, got "
+            f"{folder}"
         )
 
 

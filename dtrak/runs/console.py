@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import errno
+import io
 import os
 import re
 import signal
@@ -32,6 +34,13 @@ from .interrupts import keep_quiet
 if TYPE_CHECKING:
     import torch
 
+    from ..data.samples import Samples
+
+_IN_WORDS = "dtrak-in-words"
+_WORDS = {
+    "λ": "lambda", "φ": "phi", "σ": "sigma", "ε": "eps", "η": "eta", "β": "beta", "α": "alpha",
+    "Φ": "Phi", "Ψ": "Psi", "ᵀ": "^T", "−": "-", "…": "...", "“": '"', "”": '"', "×": "x", "·": "*",
+}  # fmt: skip
 _PACKAGE = Path(__file__).parents[1]
 # seconds between two lines about one stage, where they go to a file
 _LOGGED_EVERY, _MODELS_LOGGED_EVERY = 10.0, 60.0
@@ -39,6 +48,18 @@ _NO_SPACE = (
     "no space left on the device: free some and run the same command again; "
     "what was finished is kept"
 )
+
+
+def _in_words(error: UnicodeError) -> tuple[str, int]:
+    """What stands for letters that a stream cannot write."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    letters = error.object[error.start : error.end]
+    plain = (_WORDS.get(c) or c.encode("ascii", "backslashreplace").decode() for c in letters)
+    return "".join(plain), error.end
+
+
+codecs.register_error(_IN_WORDS, _in_words)
 
 
 @contextmanager
@@ -165,10 +186,14 @@ def _warnings_on(console: Console) -> Iterator[None]:
                 if str(message) not in shown:
                     shown.add(str(message))
                     text = f"warning: {message}"
-                    console.print(text, style="yellow", highlight=False, markup=False)
+                    console.print(
+                        text, style="yellow", highlight=False, markup=False, soft_wrap=True
+                    )
             else:
                 show(message, category, filename, *rest)
 
+        # a second guess is said again, whatever Python was told of warnings
+        warnings.filterwarnings("always", module=r"dtrak(\.|$)")
         warnings.showwarning = one_line  # type: ignore[assignment]
         yield
 
@@ -182,6 +207,10 @@ def fail(console: Console, message: str) -> NoReturn:
 def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> None:
     """Run a command as ``python -m name``; Ctrl-C ends it with 130 whenever it comes."""
     keep_quiet()
+    for stream in (sys.stdout, sys.stderr):
+        # a terminal in ASCII or Latin-1 shows what it has no letter for in words
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_IN_WORDS)
     try:
         app(
             args=list(arguments) if arguments is not None else sys.argv[1:],
@@ -194,6 +223,13 @@ def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None = None)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(130)
+
+
+def tell(console: Console, what: str, samples: Samples) -> None:
+    """Say in one line what was taken; where something was left out, loading it has said so."""
+    if not samples.left_out:
+        text = f"{what}: {samples.taken}"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def check_device(name: str) -> None:

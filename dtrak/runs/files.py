@@ -25,6 +25,30 @@ def picture_seed(name: str) -> int:
     return int(Path(name).stem)
 
 
+def expand_path(path: str | os.PathLike[str]) -> Path:
+    """A path as it is meant: ``~`` and ``~user`` are home folders, wherever a path is taken.
+
+    Shells leave ``--output=~/runs`` as it is, and notebooks know no shell. Variables such as
+    ``$HOME`` are part of a name.
+
+    Raises:
+        ValueError: there is no such user, and nothing of that name.
+    """
+    text = os.fspath(path)
+    expanded = Path(os.path.expanduser(text))
+    if text.startswith("~") and str(expanded).startswith("~") and not expanded.exists():
+        raise ValueError(
+            f"a path that begins with ~ must be of a user's home folder, got {text!r}: "
+            f"'./{text}' is one here"
+        )
+    return expanded
+
+
+def encode_text(text: str) -> bytes:
+    """UTF-8 of a text for readers; bytes of a file name that are no text are shown in hex."""
+    return text.encode("utf-8", "backslashreplace")
+
+
 def write_atomically(file: Path, content: bytes | memoryview) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new one."""
     temporary = file.with_name(file.name + ".partial")

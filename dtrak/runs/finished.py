@@ -19,6 +19,7 @@ from rich.console import Console
 
 from ..features.output_names import describe_output_function
 from ..methods import FEATURES, NOTHING
+from .choices import MODEL_INDEX
 from .files import picture_name
 from .folders import alone_in
 from .options import Options, lasting
@@ -93,8 +94,8 @@ def reuse_finished(options: Options, console: Console) -> bool:
 def _is_recognised(options: Options) -> bool:
     """Whether all that a run reads is cheaper to compare than to load."""
     alone = options.lora is None and options.preset is None
-    # not one of a hub, whose folder is not known here
-    alone = alone and (options.model is None or Path(options.model).is_dir())
+    # not one of a hub, or with parts that lie elsewhere: which, is not known here
+    alone = alone and (options.model is None or (Path(options.model) / MODEL_INDEX).is_file())
     return alone and options.fused and options.what.needs in (FEATURES, NOTHING)
 
 

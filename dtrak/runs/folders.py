@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from .files import LOCK_FILE, claim, write_atomically
+from .files import LOCK_FILE, claim, expand_path, write_atomically
 
 
 class OutputError(ValueError):
@@ -33,6 +33,27 @@ def alone_in(folder: Path, part: range | None = None) -> Iterator[None]:
                 "another --output"
             )
         yield
+
+
+def refuse_inside(folder: Path, **sources: str | None) -> None:
+    """Refuse an output folder whose pictures would be read as images of a source.
+
+    Args:
+        folder: of the output.
+        sources: folders of images by the names of their options, or whatever else they are.
+
+    Raises:
+        OutputError: it lies in one, or is one.
+    """
+    for name, source in sources.items():
+        given = None if source is None else expand_path(source)
+        if given is None or not given.is_dir():
+            continue
+        if folder.resolve().is_relative_to(given.resolve()):
+            raise OutputError(
+                f"--output must not lie in the folder of --{name}, whose images it would join: "
+                f"got {folder} in {given}"
+            )
 
 
 def is_unclaimed(folder: Path) -> bool:

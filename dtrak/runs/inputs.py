@@ -31,7 +31,7 @@ from ..training.drawing import (
 from ..training.presets import get_preset
 from ..training.recipe import Recipe
 from ..training.trainer import one_thread, train
-from .console import check_source
+from .console import check_source, tell
 from .files import picture_name
 from .folders import OutputError
 from .run import Run
@@ -74,6 +74,8 @@ def load_model_and_data(run: Run) -> tuple[Denoiser, Samples]:
     # images take minutes to read: another model is refused before
     run.check_output(deciding, partly=True)
     data = _load_images(run, model, "train")
+    tell(run.console, "training images", data)
+    model.input_shape(data.shape)
     data = data.conditioned(_train_items(run, model, data))
     run.claim_output(
         {
@@ -213,6 +215,8 @@ def load_queries(run: Run, model: Denoiser) -> tuple[Samples, Drawing | None]:
         check_source("--queries", options.queries, ["generated", "validation", "digits"])
         source = options.queries
         pictures = load_data(source, **_image_options(run, model))
+    tell(run.console, "queries", pictures)
+    model.input_shape(pictures.shape)
     items = _query_items(run, model, source, pictures)
     return _encode(run, model, pictures.conditioned(items), "query"), None
 

@@ -20,13 +20,15 @@ from .choices import (
     DENSITIES,
     DTYPES,
     SHIFTS,
+    WEIGHTS,
     check_choice,
     check_counts,
     check_model_folder,
+    check_weights,
     parse_numbers,
 )
 from .console import check_device
-from .stated import option
+from .stated import Stated, option
 
 if TYPE_CHECKING:
     from ..models.process import Process
@@ -36,7 +38,7 @@ _TRAINED = "How a flow-matching model was trained, which no file says"
 
 
 @dataclass(frozen=True)
-class ExplainOptions:
+class ExplainOptions(Stated):
     """How a model is explained, whatever it is: the options of `dtrak.explain`.
 
     Raises:
@@ -102,6 +104,7 @@ class ExplainOptions:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         # from Python: numbers, and lists of them, which are the timesteps themselves
         if not isinstance(self.timesteps, str | int) and self.timestep_strategy is None:
             object.__setattr__(self, "timestep_strategy", "explicit")
@@ -196,19 +199,29 @@ class Options(ExplainOptions):
         None,
         help="Folder of a Diffusers pipeline, or its hub name. Default: train the digits model, or "
         "reuse the one in the output folder.",
+        is_path=True,
+    )
+    weights: str | None = option(
+        None,
+        help=f"Of a training checkpoint: {', '.join(WEIGHTS)}, their moving average. Default: what "
+        "--model names, else trained.",
     )
     lora: str | None = option(
-        None, help="LoRA folder or file of a text-to-image model: its parameters are attributed."
+        None,
+        help="LoRA folder or file of a text-to-image model: its parameters are attributed.",
+        is_path=True,
     )
     data: str = option(
         "digits",
         help="Training images: 'digits', a folder of images, a parquet file, a datasets folder or "
         "a hub name; for a text-to-image model with captions: metadata.jsonl of {file_name, "
         "text}, or a column 'text'.",
+        is_path=True,
     )
     queries: str = option(
         "generated",
         help="Images to explain: 'generated', 'validation', a folder of images or one image.",
+        is_path=True,
     )
     num_queries: int = option(16, help="How many to generate, or to take from validation.")
     preset: str | None = option(
@@ -217,20 +230,24 @@ class Options(ExplainOptions):
         f"data set lies at --data: {', '.join(PRESETS)}.",
     )
     output: str | None = option(
-        None, help="Output folder. Default: runs/<name of the data or model>."
+        None, help="Output folder. Default: runs/<name of the data or model>.", is_path=True
     )
     run: str | None = option(
         None,
         help="Explain other queries with a finished run: model, data and options are its own, and "
         "its features are used again.",
+        is_path=True,
     )
     top_k: int = option(5, help="Proponents shown per query.")
     checkpoints: str | None = option(
         None,
         help="Folder whose folders are the model's checkpoints (dtrak.train --keep-checkpoints), "
         "for the methods that need them.",
+        is_path=True,
     )
-    clip: str | None = option(None, help="Folder of a CLIP model, for the methods that need one.")
+    clip: str | None = option(
+        None, help="Folder of a CLIP model, for the methods that need one.", is_path=True
+    )
     compare: bool = option(
         False, help="Run both ways on one batch and print agreement, times and memory."
     )
@@ -254,6 +271,7 @@ class Options(ExplainOptions):
         panel=_DRAWING,
         help="What a text-to-image model draws: a text, or a file with one per line, of which "
         "picture i takes line i, from the first again after the last.",
+        is_path=True,
     )
     classes: str | None = option(
         None,
@@ -294,6 +312,9 @@ class Options(ExplainOptions):
             drawing=self.queries == "generated",
             clip=self.clip,
         )
+        check_weights(self.weights)
+        if self.weights is not None and self.model is None:
+            raise ValueError(f"--weights must go with --model, got {self.weights} alone")
         if self.density is not None:
             check_choice("--density", self.density, DENSITIES)
         if self.shift is not None:
@@ -307,8 +328,9 @@ class Options(ExplainOptions):
 
     @property
     def trained(self) -> dict[str, Any]:
-        """How the model was trained, as `dtrak.models.load` takes it."""
+        """Which weights and how they were trained, as `dtrak.models.load` takes it."""
         return {
+            "weights": self.weights,
             "guidance": self.trained_guidance,
             "density": self.density,
             "shift": self.shift,

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..data.samples import Samples
 from ..models import load
 from ..models.denoiser import Denoiser
+from .files import expand_path
 from .inputs import load_model_and_data, load_queries
 from .options import Options
 from .record import GENERATED, SCORES, ResultsError, find_queries, read_record
@@ -135,7 +136,7 @@ def load_attribution(folder: str | Path, queries: str | None = None) -> Attribut
         ResultsError: it holds no finished run, a damaged one, or several sets of queries of which
             none is named.
     """
-    folder = Path(folder)
+    folder = expand_path(folder)
     manifest, deciding = read_record(folder, queries)
     results = find_queries(folder, queries)
     scores, metadata = read_scores(results / SCORES)

@@ -15,7 +15,7 @@ from rich.table import Table
 from ..features.settings import FeatureSettings
 from ..methods.damping import Damping
 from .console import choose_device
-from .folders import OutputError, alone_in, check_folder, claim_folder
+from .folders import alone_in, check_folder, claim_folder, refuse_inside
 from .measure import Stage, format_bytes
 from .options import Options, check_options, lasting
 from .record import REPORT, RUN_FILE, SCORES
@@ -55,7 +55,9 @@ def make_plan(options: Options) -> Plan:
         ValueError: the device is not there.
     """
     check_options(options)
-    stem = Path(options.lora or options.model or options.preset or options.data).stem or "run"
+    named = options.lora or options.model or options.preset or options.data
+    # "." and ".." have no name of their own
+    stem = Path(named).stem.strip(".") or Path(named).resolve().stem or "run"
     output = Path(options.output) if options.output else Path("runs") / stem
     settings = None if options.function is None else options.feature_settings()
     return Plan(options, choose_device(options.device), output, settings)
@@ -132,14 +134,8 @@ class Run(Stages):
         Raises:
             OutputError: as `claim_output`.
         """
-        folder = self.plan.output
-        for name in ("data", "queries"):
-            given = Path(getattr(self.plan.options, name))
-            if given.is_dir() and folder.resolve().is_relative_to(given.resolve()):
-                raise OutputError(
-                    f"--output must not lie in the folder of --{name}, whose images it would join: "
-                    f"got {folder} in {given}"
-                )
+        folder, options = self.plan.output, self.plan.options
+        refuse_inside(folder, data=options.data, queries=options.queries)
         return check_folder(folder, RUN_FILE, deciding, partly=partly) is not None
 
 

@@ -22,9 +22,9 @@ from ..models import load
 from ..models.denoiser import Denoiser
 from ..models.lora import LORA_FILES, PEFT_FILES
 from ..runs.choices import TRAINING_FILE
-from ..runs.console import progress_bar
+from ..runs.console import progress_bar, tell
 from ..runs.files import write_atomically
-from ..runs.folders import check_folder, claim_folder
+from ..runs.folders import check_folder, claim_folder, refuse_inside
 from .options import Options, check_options, plan_training
 from .trainer import check_trainable, make_accelerator, train
 
@@ -105,6 +105,7 @@ def check_precision(accelerator: Accelerator) -> None:
 def _train(options: Options, console: Console, held: ExitStack) -> Path:
     check_options(options)
     output = Path(options.output)
+    refuse_inside(output, data=options.data)
     accelerator = make_accelerator(options.device, options.mixed_precision)
     check_precision(accelerator)
     console.quiet = not accelerator.is_main_process
@@ -120,6 +121,8 @@ def _train(options: Options, console: Console, held: ExitStack) -> Path:
     # images take minutes to read: another model is refused before
     check_folder(output, TRAINING_FILE, settings, partly=True)
     data = training.data.load(model)
+    tell(console, "training images", data)
+    model.input_shape(data.shape)
     chosen = training.data.select(data)
     part = data if len(chosen) == len(data) else data.select(chosen)
     steps = recipe.num_steps(len(part))

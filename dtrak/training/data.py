@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..runs.files import expand_path
 from .presets import get_preset
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def read_ids(file: str | Path) -> list[str]:
         ValueError: it is not text.
     """
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = expand_path(file).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         raise FileNotFoundError(f"no file of ids at {file}") from None
     except UnicodeDecodeError as error:

@@ -18,7 +18,7 @@ from ..data.images import encode_png, to_uint8
 from ..models import load
 from ..models.denoiser import Denoiser, Drawn
 from ..runs.console import choose_device, progress_bar
-from ..runs.files import picture_name, write_atomically
+from ..runs.files import expand_path, picture_name, write_atomically
 from ..runs.folders import claim_folder
 from .generate_options import Options, check_options
 
@@ -154,7 +154,7 @@ def run_generation(options: Options, console: Console) -> Path:
 def _draw(options: Options, console: Console, held: ExitStack) -> Path:
     check_options(options)
     device, output = choose_device(options.device), Path(options.output)
-    model = load(options.model, options.lora)
+    model = load(options.model, options.lora, weights=options.weights)
     if model.channels not in (1, 3):
         raise ValueError(f"the model must draw grey or RGB images, got {model.channels} channels")
     seeds = range(options.first_seed, options.first_seed + options.num_images)
@@ -223,7 +223,7 @@ def load_trajectories(folder: str | Path, seeds: Sequence[int] | None = None) ->
         FileNotFoundError: there are none, or not of this seed.
         ValueError: a file is damaged, or has another shape than the first.
     """
-    folder = Path(folder)
+    folder = expand_path(folder)
     if seeds is None:
         found = (folder / "trajectories").glob("*.safetensors")
         seeds = sorted(int(file.stem) for file in found)

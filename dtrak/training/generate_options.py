@@ -5,20 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..runs.choices import check_counts, check_model_folder, parse_numbers
+from ..runs.choices import WEIGHTS, check_counts, check_model_folder, check_weights, parse_numbers
 from ..runs.console import check_device
-from ..runs.stated import option
+from ..runs.stated import Stated, option
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Stated):
     """What `dtrak.generate` was asked for."""
 
     model: str = option(
         help="Folder that Diffusers wrote, or a hub name: a bare UNet2DModel, or a pipeline of a "
-        "kind in docs/models.md."
+        "kind in docs/models.md.",
+        is_path=True,
     )
-    output: str = option(help="Folder of the pictures.")
+    output: str = option(help="Folder of the pictures.", is_path=True)
+    weights: str | None = option(
+        None,
+        help=f"Of a training checkpoint: {', '.join(WEIGHTS)}, their moving average. Default: what "
+        "--model names, else trained.",
+    )
     num_images: int = option(16, help="How many to draw.")
     first_seed: int = option(0, help="Picture i is drawn from this seed + i.")
     num_inference_steps: int | None = option(
@@ -26,11 +32,14 @@ class Options:
         help="Steps of DDIM (η = 0), or of Euler's method for a flow. Default: what suits the "
         "model, 50 for most.",
     )
-    lora: str | None = option(None, help="LoRA folder or file of a text-to-image model.")
+    lora: str | None = option(
+        None, help="LoRA folder or file of a text-to-image model.", is_path=True
+    )
     prompts: str | None = option(
         None,
         help="What a text-to-image model draws: a text, or a file with one per line, of which "
         "picture i takes line i, from the first again after the last.",
+        is_path=True,
     )
     classes: str | None = option(
         None,
@@ -72,6 +81,7 @@ def check_options(options: Options) -> None:
             f"--first-seed must be in [0, 2**32 - --num-images], got {options.first_seed}"
         )
     check_device(options.device)
+    check_weights(options.weights)
     _ = options.class_numbers
     # with a LoRA it may be a hub name
     if options.lora is None:

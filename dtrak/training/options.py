@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..runs.choices import LORA_TARGETS, PRECISIONS, check_choice, check_counts
-from ..runs.stated import option
+from ..runs.stated import Stated, option
 from .data import DataSource, read_ids
 from .presets import PRESETS, SUBSET_FAMILIES, get_preset
 from .recipe import SCHEDULES, Recipe
@@ -27,10 +27,10 @@ OWN_RECIPE = Recipe(
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Stated):
     """What the command line asked for."""
 
-    output: str = option(help="Folder of what is trained.")
+    output: str = option(help="Folder of what is trained.", is_path=True)
     preset: str | None = option(
         None, help=f"Published experiment, its data, model and recipe: {', '.join(PRESETS)}."
     )
@@ -39,16 +39,19 @@ class Options:
         help="Training images: a folder, a parquet file, a datasets folder or a hub name, with "
         "captions or a column 'label' for a model that reads them. For a preset: where its data "
         "set lies. Default: the preset's hub name.",
+        is_path=True,
     )
     config: str | None = option(
         None,
         help="Configuration of a UNet2DModel of Diffusers, a JSON file: train it from scratch. A "
         "scheduler_config.json beside it is its noise schedule; else that of DDPM.",
+        is_path=True,
     )
     model: str | None = option(
         None,
         help="Folder that Diffusers wrote, or a hub name: go on from that model, or with "
         "--lora-rank train an adapter of it. For a preset that fine-tunes: its base.",
+        is_path=True,
     )
     lora_rank: int | None = option(
         None, help="Train a LoRA of this rank instead of the model. Default: the preset's, if any."
@@ -66,7 +69,7 @@ class Options:
     )
     family: str = option("lds-val", help=f"Of the subset: {', '.join(SUBSET_FAMILIES)}.")
     without: str | None = option(
-        None, help="Text file of ids, one a line: train without these images."
+        None, help="Text file of ids, one a line: train without these images.", is_path=True
     )
     seed: int | None = option(
         None,
@@ -125,6 +128,7 @@ class Options:
         None,
         help="Folder where latents of all images are kept, to share between runs of a model of "
         "latents. Default: in the output folder.",
+        is_path=True,
     )
     device: str = option("auto", help="auto (what accelerate finds) or cpu.")
 

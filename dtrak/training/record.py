@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runs.choices import PRECISIONS, TRAINING_FILE, check_choice
+from ..runs.files import expand_path
 from .data import DataSource
 from .recipe import Recipe
 from .start import Start
@@ -92,7 +93,7 @@ def read_training(file: str | Path) -> Training:
         FileNotFoundError: there is no such file.
         RecordError: it is no record of a training.
     """
-    file = Path(file)
+    file = expand_path(file)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -144,7 +145,7 @@ def parse_training(content: Mapping[str, Any]) -> Training:
 
 def find_record(folder: str | Path) -> Path | None:
     """The record beside a trained model or adapter, a folder or a file in one; None for none."""
-    place = Path(folder)
+    place = expand_path(folder)
     file = (place if place.is_dir() else place.parent) / TRAINING_FILE
     return file if file.is_file() else None
 

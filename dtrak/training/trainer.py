@@ -538,6 +538,7 @@ def _check(model: Denoiser, data: Samples, recipe: Recipe) -> None:
         raise ValueError("images must hold at least one image to train on, got 0")
     if isinstance(data.inputs, InMemory) and not torch.isfinite(data.inputs.tensor).all():
         raise ValueError("images must be finite, got NaN or infinity")
+    model.input_shape(data.shape)
     if recipe.flip and len(data.shape) != 3:
         raise ValueError(
             f"samples must be pictures [C, H, W] to be mirrored (flip), got {list(data.shape)}"

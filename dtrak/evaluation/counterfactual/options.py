@@ -10,7 +10,7 @@ from typing import Any
 from ...runs.choices import check_choice, check_counts
 from ...runs.console import check_device
 from ...runs.record import list_queries, read_record
-from ...runs.stated import argument, option
+from ...runs.stated import Stated, argument, option
 from ...training.presets import get_preset
 
 # methods that need no scores: any images, and none
@@ -38,13 +38,14 @@ class CounterfactualError(ValueError):
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Stated):
     """What the command line asked for."""
 
     run: str = argument(
         "runs/digits",
         help="Finished run of dtrak.attribute whose queries were generated, or a run folder of "
         "dtrak.lds with its full model.",
+        is_path=True,
     )
     methods: str = option(
         "d-trak,trak,random",
@@ -79,27 +80,31 @@ class Options:
         None,
         help="File that says how the run's model was trained, for a model from elsewhere "
         "(docs/training.md). Default: what trained it wrote.",
+        is_path=True,
     )
     preset: str | None = option(
         None, help="Preset that trained the run's model. Default: what trained it wrote."
     )
     data: str | None = option(
-        None, help="Where the training images lie now. Default: as in the run."
+        None, help="Where the training images lie now. Default: as in the run.", is_path=True
     )
     timesteps: int | None = option(
         None, help="S of gradient features. Default: the run's; 10 for one of dtrak.lds."
     )
     clip: str | None = option(
-        None, help="Folder of a CLIP model, for CLIP similarity and the clip methods."
+        None, help="Folder of a CLIP model, for CLIP similarity and the clip methods.", is_path=True
     )
     vae: str | None = option(
         None,
         help="Folder of a VAE, for the distance of latents and the latent methods. Default: that "
         "of a text-to-image model, for the distance.",
+        is_path=True,
     )
     processes: int = option(1, help="Models trained at once.")
     device: str = option("auto", help="auto, cpu, cuda or cuda:N.")
-    output: str | None = option(None, help="Output folder. Default: counterfactual in the run's.")
+    output: str | None = option(
+        None, help="Output folder. Default: counterfactual in the run's.", is_path=True
+    )
 
     @property
     def method_names(self) -> list[str]:

@@ -31,7 +31,8 @@ from ...methods.scores import trak
 from ...models.denoiser import Denoiser
 from ...runs.choices import DEFAULT_PROJ_DIM
 from ...runs.console import progress_bar
-from ...runs.files import claim, picture_seed
+from ...runs.files import claim, expand_path, picture_seed
+from ...runs.folders import refuse_inside
 from ...runs.record import GENERATED, list_queries
 from ...runs.results import load_attribution
 from ...training.drawing import fitting_steps
@@ -174,7 +175,7 @@ def open_origin(
             another model.
         ValueError: the folder holds no finished run, or the preset is unknown.
     """
-    folder, output = Path(folder), Path(output)
+    folder, output = expand_path(folder), expand_path(output)
     if (folder / "experiment.json").is_file():
         return _open_lds(folder, output, timesteps)
     if queries is None and any(name.startswith(GENERATED) for name in list_queries(folder)):
@@ -187,6 +188,7 @@ def open_origin(
             f"the queries of {folder} must be generated to be drawn again, got {options.queries!r}"
         )
     trained = find_trained(folder, recipe=recipe, preset=preset, source=source, queries=queries)
+    refuse_inside(output, data=source or options.data)
     inputs = run.load_inputs(source)
     drawing = Drawing(fitting_steps(inputs.model), options.guidance_scale, options.resolution)
     retraining = Retraining(trained.training, output, drawing, data=inputs.train)

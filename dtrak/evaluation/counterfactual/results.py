@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...data.images import from_uint8
 from ...methods.baselines import Clip, clip_embeddings, vae_latents
-from ...runs.files import write_atomically
+from ...runs.files import expand_path, write_atomically
 from .options import NOTHING, RANDOM, CounterfactualError
 
 RESAMPLES, CONFIDENCE = 9_999, 0.95
@@ -262,7 +262,7 @@ def load_counterfactual(folder: str | Path) -> Counterfactual:
     Raises:
         CounterfactualError: there are none, or they are damaged.
     """
-    file = Path(folder) / FILE
+    file = expand_path(folder) / FILE
     if not file.is_file():
         raise CounterfactualError(
             f"{folder} must hold the results of dtrak.counterfactual, got no {FILE}"

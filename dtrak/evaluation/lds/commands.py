@@ -9,7 +9,7 @@ from dtrak_kernels.projection import KINDS
 from ...methods import Method
 from ...runs.choices import PRECISIONS, check_choice, check_counts, parse_numbers
 from ...runs.console import check_device
-from ...runs.stated import option
+from ...runs.stated import Stated, option
 from ...training.presets import PRESETS
 from .names import CLIP_METHODS, METHODS, parse_methods
 from .options import (
@@ -35,13 +35,13 @@ _OWN = "A model of your own"
 
 
 @dataclass(frozen=True)
-class PrepareOptions:
+class PrepareOptions(Stated):
     """What ``prepare`` was asked for."""
 
     preset: str | None = option(None, help=_PRESET)
-    output: str | None = option(None, help=_OUTPUT)
+    output: str | None = option(None, help=_OUTPUT, is_path=True)
     data: str | None = option(
-        None, help="Where the data set lies. Default: the run's, or the preset's."
+        None, help="Where the data set lies. Default: the run's, or the preset's.", is_path=True
     )
     num_subsets: int | None = option(
         None, help="M, subsets to draw. Default: the run's, or the preset's; 64 with --run."
@@ -68,6 +68,7 @@ class PrepareOptions:
         None,
         help="Base of artbench2 and artbench5: a Stable Diffusion folder that Diffusers wrote, or "
         "a hub name. Default: the run's, or the preset's.",
+        is_path=True,
     )
     mixed_precision: str | None = option(
         None,
@@ -80,24 +81,28 @@ class PrepareOptions:
         help="Folder that dtrak.train wrote, or a finished run of dtrak.attribute: the experiment "
         "is on that model, which is the full one.",
         panel=_OWN,
+        is_path=True,
     )
     recipe: str | None = option(
         None,
         help="File that says how that model was trained, if it was trained elsewhere "
         "(docs/training.md). Default: what trained it wrote beside it.",
         panel=_OWN,
+        is_path=True,
     )
     validation: str | None = option(
         None,
         help="Held-out images, queries beside those the model draws. Default: the validation part "
         "of its data, if there is one.",
         panel=_OWN,
+        is_path=True,
     )
     prompts: str | None = option(
         None,
         help="What it draws: a text, or a file with one prompt per line. Default: those of the "
         "run, or the captions of its data.",
         panel=_OWN,
+        is_path=True,
     )
     classes: str | None = option(
         None,
@@ -146,12 +151,12 @@ class PrepareOptions:
 
 
 @dataclass(frozen=True)
-class TrainOptions:
+class TrainOptions(Stated):
     """What ``train`` was asked for."""
 
     preset: str | None = option(None, help=_PRESET)
-    output: str | None = option(None, help=_OUTPUT)
-    run: str | None = option(None, help=_RUN)
+    output: str | None = option(None, help=_OUTPUT, is_path=True)
+    run: str | None = option(None, help=_RUN, is_path=True)
     family: str = option(LDS, help=f"Whose models: {', '.join(FAMILIES)}; both have the full one.")
     first: int = option(0, help=_FIRST)
     last: int | None = option(None, help=_LAST)
@@ -166,12 +171,12 @@ class TrainOptions:
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
+class EvaluateOptions(Stated):
     """What ``evaluate`` was asked for."""
 
     preset: str | None = option(None, help=_PRESET)
-    output: str | None = option(None, help=_OUTPUT)
-    run: str | None = option(None, help=_RUN)
+    output: str | None = option(None, help=_OUTPUT, is_path=True)
+    run: str | None = option(None, help=_RUN, is_path=True)
     family: str | None = option(
         None,
         help=f"Whose losses are measured: {', '.join(FAMILIES)}. Default: of both, or with "
@@ -212,7 +217,7 @@ class EvaluateOptions:
         "with the first alone; several N separated by commas (published: 2,4,8).",
     )
     clip: str | None = option(
-        None, help="Folder of a CLIP model: adds CLIP similarity, dot and cosine."
+        None, help="Folder of a CLIP model: adds CLIP similarity, dot and cosine.", is_path=True
     )
     losses_only: bool = option(False, help="Measure losses, leave the methods for later.")
 
@@ -251,16 +256,18 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True)
-class ReportOptions:
+class ReportOptions(Stated):
     """What ``report`` was asked for."""
 
     preset: str | None = option(None, help=_PRESET)
-    output: str | None = option(None, help=_OUTPUT)
-    run: str | None = option(None, help=_RUN)
+    output: str | None = option(None, help=_OUTPUT, is_path=True)
+    run: str | None = option(None, help=_RUN, is_path=True)
     resamples: int = option(
         NUM_RESAMPLES, help="Resamples of the models for intervals, at least 1,000."
     )
-    markdown: str | None = option(None, help="Write the table as Markdown to this file too.")
+    markdown: str | None = option(
+        None, help="Write the table as Markdown to this file too.", is_path=True
+    )
 
     def check(self) -> None:
         """As `PrepareOptions.check`."""

@@ -21,7 +21,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from ...methods.baselines import datamodel, empirical_influence
-from ...runs.files import write_atomically
+from ...runs.files import encode_text, write_atomically
 from .options import NUM_RESAMPLES
 from .statistics import (
     Interval,
@@ -216,7 +216,7 @@ def save_results(file: Path, results: Results) -> None:
         fields["dampings"] = [d if np.isfinite(d) else None for d in entry.dampings]
         about["entries"].append(fields)
         arrays[f"ranks {number}"] = np.diff(ranks, axis=0, prepend=ranks[:1] * 0)
-    text = json.dumps(about, ensure_ascii=False).encode()
+    text = encode_text(json.dumps(about, ensure_ascii=False))
     arrays["about"] = np.frombuffer(text, dtype=np.uint8)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
