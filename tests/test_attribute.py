@@ -180,6 +180,31 @@ def test_killed_runs_resume_with_the_same_bits(run, tmp_path, model_folder, imag
         assert (broken / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_flips_average_training_images_with_their_mirror_images(run, tmp_path, images_folder):
+    where = ["--queries", images_folder / "003.png", "--damping", "0.5"]
+    assert run(*where)[0] == 0
+    plain, _ = read_scores(tmp_path / "run")
+    code, output = run(*where, "--flips")
+    assert code == 0, output
+    (file,) = (tmp_path / "run").glob("queries/*/*-flips*/scores.safetensors")
+    flipped = read_file(file)
+    with safe_open(file, "pt") as opened:
+        assert json.loads(opened.metadata()["settings"])["flips"] is True
+
+    # dense algebra in float64 on features computed apart, each way round with noise of its own
+    settings = FeatureSettings("mean_squared_l2_norm", (0, 500), 0, Projection("sjlt", 512))
+    model = UNet(small_unet().float(), linear_process())
+    extractor = FusedExtractor(model, settings, torch.device("cpu"))
+    data = load_data(images_folder)
+    ids = [f"train/{name}" for name in data.ids]
+    phi = extractor.extract(data.images, ids).double()
+    phi = (phi + extractor.extract(data.images.flip(-1), [f"mirrored/{i}" for i in ids])) / 2
+    psi = extractor.extract(data.images[3:4], ["query/003.png"]).double()
+    expected = psi @ torch.linalg.inv(phi.T @ phi + 0.5 * torch.eye(512).double()) @ phi.T
+    assert relative_error(flipped, expected) < 1e-4
+    assert relative_error(plain, expected) > 0.05
+
+
 def test_listed_timesteps_and_a_function_of_ones_own(run, tmp_path, monkeypatch, images_folder):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own_output.py").write_text(

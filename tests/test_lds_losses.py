@@ -20,6 +20,7 @@ from dtrak.evaluation.lds.experiment import (
 from dtrak.evaluation.lds.losses import (
     LossSettings,
     claim_settings,
+    estimate,
     evaluate_one,
     is_outdated,
     load_losses,
@@ -27,7 +28,9 @@ from dtrak.evaluation.lds.losses import (
     query_losses,
 )
 from dtrak.evaluation.lds.queries import query_sets
+from dtrak.features import cost
 from dtrak.features.noise import sample_noise
+from dtrak.models.unet import UNet
 
 SETTINGS = LossSettings(num_timesteps=4, num_noise_seeds=2)
 
@@ -207,6 +210,24 @@ def test_losses_of_other_queries_are_measured_again(tmp_path):
     file = experiment.folder / "losses" / "001-1.safetensors"
     save_file(load_file(file), file)
     assert measured_names(experiment, queries=queries) == ["000-1", "001-1"]
+
+
+def test_the_cost_of_losses_is_said_of_what_is_missing(tmp_path, monkeypatch):
+    experiment = prepare(tmp_path / "run", PRESET, num_subsets=2)
+    train_one(experiment, "001-1", CPU)
+    queries = {"validation": images(), "generated": images(3)}
+    rows, predict = [], UNet.predict
+    monkeypatch.setattr(UNet, "predict", lambda *a: rows.append(len(a[1])) or predict(*a))
+    # two queries at four timesteps are a batch, and eight queries at two noises have to be measured
+    monkeypatch.setattr(cost.time, "perf_counter", iter([3.0, 13.0]).__next__)
+    text = estimate(experiment, queries, SETTINGS, ["001-1"], CPU, batch_size=8)
+    assert text == "losses: 8 queries under 1 models to measure, 256 B on disk, 80 s or less"
+    assert rows == [8, 8], "tables are made in the first"
+    assert measured_names(experiment) == []
+    claim_settings(experiment, SETTINGS)
+    evaluate_one(experiment, queries, SETTINGS, "001-1", CPU)
+    measured = load_file(experiment.folder / "losses" / "001-1.safetensors").values()
+    assert sum(each.nbytes for each in measured) == 256
 
 
 def test_a_model_another_process_measures_is_left_alone(tmp_path):

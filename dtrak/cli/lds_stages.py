@@ -32,6 +32,7 @@ from ..evaluation.lds.experiment import (
 )
 from ..evaluation.lds.losses import (
     claim_settings,
+    estimate,
     evaluate_one,
     is_outdated,
     load_losses,
@@ -251,6 +252,10 @@ def evaluate_models(folder: Path, options: EvaluateOptions, console: Console) ->
     _say_what_is_outdated(experiment, queries, missing, console)
     claim_settings(experiment, losses)
     if missing:
+        cost = estimate(
+            experiment, queries, losses, missing, main_device, batch_size=options.batch_size
+        )
+        console.print(cost, highlight=False, soft_wrap=True)
         with model_bar(console, "losses", len(missing)) as report:
             work(
                 _LossJob(folder, device, losses, options.batch_size),
@@ -278,9 +283,9 @@ def evaluate_models(folder: Path, options: EvaluateOptions, console: Console) ->
         batch_size=options.feature_batch_size,
         flips=options.flips,
     )
-    estimate = predictor.estimate(settings)
-    if estimate is not None:
-        console.print(estimate, highlight=False, soft_wrap=True)
+    of_features = predictor.estimate(settings)
+    if of_features is not None:
+        console.print(of_features, highlight=False, soft_wrap=True)
     results = _predict(predictor, queries, losses, settings, sizes, console)
     if options.flips:
         results.about["flips"] = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -24,14 +25,18 @@ def seconds_per_row(extractor: Extractor, data: Samples, batch_size: int | None 
         batch_size: of the batches to come, where it is known.
     """
     rows = slice(0, min(_MEASURED, batch_size or _MEASURED, len(data)))
-    # the first time tables are made, and memory is found
-    extract_rows(extractor, data, rows)
-    _wait(extractor.device)
-    begin = time.perf_counter()
-    extract_rows(extractor, data, rows)
-    _wait(extractor.device)
     # where mirror images are averaged in, a row is both of them
-    return (time.perf_counter() - begin) / rows.stop
+    return seconds_of(lambda: extract_rows(extractor, data, rows), extractor.device) / rows.stop
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds that a call takes once tables are made and memory is found, which the first does."""
+    call()
+    _wait(device)
+    begin = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - begin
 
 
 def _wait(device: torch.device) -> None:

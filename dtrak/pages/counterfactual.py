@@ -16,6 +16,8 @@ from .plots import plot_boxes, render_svg, write_png
 
 CELL, GAP, MARGIN = 160, 20, 48
 PNG_QUERIES = 16
+# of a page, in pixels: its title fits
+_NARROWEST = 980
 REFERENCES = (RANDOM, NOTHING)
 NAMES = {
     "d-trak": "D-TRAK",
@@ -68,7 +70,7 @@ def _draw(results: Counterfactual) -> Canvas:
     side = fit(results.originals[0], CELL)
     pitch, width = side + GAP, 2 * MARGIN + (1 + len(results.methods)) * (side + GAP) + GAP
     top, height = MARGIN + 120, side + 64
-    canvas = Canvas(max(width, 760), top + len(shown) * height + 70)
+    canvas = Canvas(max(width, _NARROWEST), top + len(shown) * height + 70)
     inner = canvas.width - 2 * MARGIN
     canvas.write(MARGIN, MARGIN - 8, TITLE, pixels=30, width=inner, bold=True)
     settings = results.settings

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,17 @@ from torch import Tensor
 from dtrak_kernels import Projection
 
 from ...data.samples import Samples
+from ...features.cost import seconds_of
 from ...features.extraction import autocast, check_prediction, condition_rows, given, noisy_rows
 from ...features.outputs import evaluate_output
 from ...features.settings import FeatureSettings
 from ...features.timesteps import select_timesteps
 from ...models.denoiser import Denoiser
+from ...runs.console import format_seconds
 from ...runs.files import write_atomically
 from ...runs.folders import describe_differences
+from ...runs.measure import format_bytes
+from ...training.trainer import one_thread
 from ..retraining import Progress
 from .experiment import Experiment, claim
 from .options import LDS, ExperimentError, LossSettings
@@ -69,7 +74,7 @@ def query_losses(
     model.to(device)
     T = model.process.num_timesteps
     timesteps = select_timesteps(settings.num_timesteps, "uniform", T, model.process.spread)
-    size, num_queries = max(1, batch_size // len(timesteps)), len(queries)
+    size, num_queries = _together(settings, batch_size), len(queries)
     losses = torch.empty(settings.num_noise_seeds, len(timesteps), num_queries)
     done, total = 0, settings.num_noise_seeds * num_queries
     for seed in range(settings.num_noise_seeds):
@@ -99,6 +104,44 @@ def query_losses(
             if progress is not None:
                 progress(done, total)
     return losses
+
+
+def estimate(
+    experiment: Experiment,
+    queries: Mapping[str, Samples],
+    settings: LossSettings,
+    names: Sequence[str],
+    device: torch.device,
+    *,
+    batch_size: int = 256,
+) -> str:
+    """What measuring the losses under the models called ``names`` will cost, one after the other.
+
+    The time of a query and noise is measured on the first batch, under the first model.
+    """
+    model = experiment.load_model(names[0])
+    images = next(iter(queries.values()))
+    first = images.select(range(min(len(images), _together(settings, batch_size))))
+    once = replace(settings, num_noise_seeds=1)
+    dtype = experiment.retraining.dtype(device)
+    # as the workers do
+    with one_thread():
+        seconds = seconds_of(
+            lambda: query_losses(model, first, once, device, batch_size=batch_size, dtype=dtype),
+            device,
+        )
+    count = sum(map(len, queries.values()))
+    rows = count * settings.num_noise_seeds * len(names)
+    return (
+        f"losses: {count:,} queries under {len(names)} models to measure, "
+        f"{format_bytes(4 * rows * settings.num_timesteps)} on disk, "
+        f"{format_seconds(seconds / len(first) * rows)} or less"
+    )
+
+
+def _together(settings: LossSettings, batch_size: int) -> int:
+    """Queries of a forward pass: each has a row for every timestep."""
+    return max(1, batch_size // settings.num_timesteps)
 
 
 def claim_settings(experiment: Experiment, settings: LossSettings) -> None:
