@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from dtrak.cli.attribute import app
 from dtrak.data.images import encode_png, load_data, to_uint8
+from dtrak.features import extraction
 from dtrak.features.extraction import FeatureSettings, FusedExtractor
 from dtrak.models.process import DiscreteProcess, linear_process
 from dtrak.models.unet import UNet
@@ -149,7 +150,9 @@ def test_a_second_run_reuses_everything_and_other_queries_join(run, done, tmp_pa
     assert re.search(r"features of training images\W+reused", output)
 
 
-def test_killed_runs_resume_with_the_same_bits(run, tmp_path, model_folder, images_folder):
+def test_killed_runs_resume_with_the_same_bits(
+    run, tmp_path, model_folder, images_folder, monkeypatch
+):
     """kill -9 while the features are computed, then the same command again."""
     broken = tmp_path / "broken"
     command = [
@@ -157,7 +160,8 @@ def test_killed_runs_resume_with_the_same_bits(run, tmp_path, model_folder, imag
         "--data", str(images_folder), "--output", str(broken), "--batch-size", "4", *SMALL,
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    first = broken / "features" / "mean_squared_l2_norm" / "train" / "000000.safetensors"
+    store = "features/mean_squared_l2_norm/train"
+    first = broken / store / "000000-from-0.safetensors"
     deadline = time.monotonic() + 240
     while not first.is_file() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -165,19 +169,28 @@ def test_killed_runs_resume_with_the_same_bits(run, tmp_path, model_folder, imag
     process.wait()
     assert first.is_file()
     assert not (broken / "queries").exists()
-    assert not first.with_name("000002.safetensors").exists()
-    kept = first.stat().st_mtime_ns
+    assert not first.with_name("000000.safetensors").exists()
 
-    # shards keep the size they were begun with
+    # what was kept is not made again, and batches stay what they were begun with
+    made, extract_rows = [], extraction.extract_rows
+    monkeypatch.setattr(
+        extraction, "extract_rows", lambda *a: made.append(a[2:]) or extract_rows(*a)
+    )
     code, output = run(output=broken, batch_size=None)
     assert code == 0, output
-    assert first.stat().st_mtime_ns == kept
+    trained = [rows for rows, *role in made if role == ["train/"]]
+    assert trained[0].start in (64, 128)
+    assert {rows.stop - rows.start for rows in trained} == {4, 2}
+    monkeypatch.undo()
     code, output = run(output=tmp_path / "whole", batch_size=4)
     assert code == 0, output
     assert torch.equal(read_scores(broken)[0], read_scores(tmp_path / "whole")[0])
-    for shard in range(3):
-        name = f"features/mean_squared_l2_norm/train/{shard:06d}.safetensors"
-        assert (broken / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    for folder in (broken, tmp_path / "whole"):
+        assert [file.name for file in (folder / store).glob("*.safetensors")] == [
+            "000000.safetensors"
+        ]
+    files = [folder / store / "000000.safetensors" for folder in (broken, tmp_path / "whole")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_flips_average_training_images_with_their_mirror_images(run, tmp_path, images_folder):
@@ -475,7 +488,7 @@ def test_another_model_is_refused_before_the_data_is_read(run, done, tmp_path, m
     failing(run, "holds another run: model.model is", model=tmp_path / "other")
     failing(run, "holds another run: model.model is", model=None, data="digits")
     (tmp_path / "run" / "run.json").write_text("3")
-    failing(run, "run.json is damaged: delete")
+    failing(run, "run.json is damaged: choose another --output, or delete")
     (tmp_path / "run" / "run.json").write_bytes(before[tmp_path / "run" / "run.json"])
     assert contents(tmp_path / "run") == before
 

@@ -215,7 +215,7 @@ def test_a_place_that_is_no_folder_of_this_is_refused(run, tmp_path):
     (tmp_path / "photos" / "me.png").write_bytes(b"mine")
     code, output = run("--methods", "trak", output=tmp_path / "photos")
     assert code == 2
-    assert "is not empty and holds no plan.json of dtrak.counterfactual" in output
+    assert "is not empty and holds no plan.json: choose another" in output
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["me.png"]
     code, output = run("--methods", "trak", output=tmp_path / "photos" / "me.png")
     assert code == 2

@@ -13,7 +13,6 @@ from dtrak.data.samples import Samples
 from dtrak.evaluation.lds.experiment import (
     RETRAIN,
     ExperimentError,
-    claim,
     prepare,
     train_one,
 )
@@ -31,6 +30,7 @@ from dtrak.evaluation.lds.queries import query_sets
 from dtrak.features import cost
 from dtrak.features.noise import sample_noise
 from dtrak.models.unet import UNet
+from dtrak.runs.files import claim
 
 SETTINGS = LossSettings(num_timesteps=4, num_noise_seeds=2)
 
@@ -252,7 +252,7 @@ def test_refusals(tmp_path):
     claim_settings(experiment, SETTINGS)
     claim_settings(experiment, SETTINGS)
     (experiment.folder / "losses" / "001-1.safetensors").write_bytes(b"")
-    with pytest.raises(ExperimentError, match=r"num_timesteps is 4 there and 5 here\. Delete it"):
+    with pytest.raises(ExperimentError, match=r"num_timesteps is 4 there and 5 here\. Choose"):
         claim_settings(experiment, LossSettings(5, 2))
     with pytest.raises(ExperimentError, match=r"'000-1' of .* is not trained yet"):
         evaluate_one(experiment, {"validation": images()}, SETTINGS, "000-1", CPU)

@@ -47,6 +47,7 @@ from ..evaluation.lds.methods import (
 )
 from ..evaluation.lds.names import names_of, of_latents
 from ..evaluation.lds.options import (
+    EXPERIMENT,
     FAMILIES,
     FEWEST_SUBSETS,
     FULL,
@@ -489,7 +490,7 @@ def _table(folder: Path, name: str, options: ReportOptions, console: Console) ->
     file, kept = folder / "results.npz", folder / "report" / "table.json"
     if not file.is_file():
         packaged = None if options.run is not None else packaged_results(name)
-        is_run = (folder / "experiment.json").is_file()
+        is_run = EXPERIMENT.is_in(folder)
         if options.output is not None or is_run or packaged is None:
             raise ValueError(f"{folder} must hold results.npz: run evaluate first")
         console.print(f"no run in {folder}: these are the results in the package", highlight=False)

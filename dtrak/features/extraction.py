@@ -11,14 +11,14 @@ from torch import Tensor
 
 from dtrak_kernels import GradientSketcher, check_features
 
-from .. import __version__
+from .. import NUMERICS
 from ..data.samples import Samples
 from ..models.denoiser import Condition, Denoiser
 from ..runs.measure import TensorMeter, available_bytes
 from .noise import sample_noise
 from .outputs import evaluate_output
 from .settings import FeatureSettings
-from .store import Store
+from .store import ROWS_PER_PART, Store
 
 # before the id that decides the noise of a mirror image
 _MIRRORED = "mirrored/"
@@ -210,7 +210,7 @@ def deciding_settings(
 ) -> dict[str, Any]:
     """Everything that decides the features of ``data``, for the manifest of their store."""
     return {
-        "version": __version__,
+        "numerics": NUMERICS,
         "method": method,
         **model.identity(),
         "schedule": model.process.describe(),
@@ -234,6 +234,14 @@ def item_identity(model: Denoiser, data: Samples) -> dict[str, str]:
         return {}
     found = model.identify_items(data.conditions)
     return {} if found is None else {model.reads: found}
+
+
+def left_in(store: Store) -> int:
+    """Rows of a store that are still to be computed."""
+    return sum(
+        len(range(*store.rows(shard).indices(len(store)))) - len(store.begun(shard))
+        for shard in store.missing()
+    )
 
 
 def fill_store(
@@ -262,22 +270,24 @@ def fill_store(
     """
     step = batch_size or store.batch_size
     missing = store.missing()
-    todo = sum(store.rows(shard).stop - store.rows(shard).start for shard in missing)
-    done = len(store) - todo
+    done = len(store) - left_in(store)
     if progress is not None:
         progress(done, len(store))
     if missing:
         extractor.model.prepare(data.conditions, extractor.device)
     for shard in missing:
-        rows = store.rows(shard)
-        parts = []
-        for first in range(rows.start, rows.stop, step):
+        rows, made = store.rows(shard), store.begun(shard)
+        kept, new = len(made), []
+        for first in range(rows.start + kept, rows.stop, step):
             last = min(first + step, rows.stop)
             features = extract_rows(extractor, data, slice(first, last), role)
             ends = [repr(role + data.ids[row]) for row in (first, last - 1)]
             check_features(features, f"features of samples {' to '.join(ends)}")
-            parts.append(features.cpu())
+            new.append(features.cpu())
             done += last - first
             if progress is not None:
                 progress(done, len(store))
-        store.write(shard, torch.cat(parts))
+            if last - rows.start - kept >= ROWS_PER_PART and last < rows.stop:
+                store.keep(shard, kept, torch.cat(new))
+                made, new, kept = torch.cat([made, *new]), [], last - rows.start
+        store.write(shard, torch.cat([made, *new]))

@@ -25,9 +25,10 @@ from ..features.extraction import (
     extract_rows,
     fill_store,
     fitting_batch_size,
+    left_in,
 )
 from ..features.settings import FeatureSettings
-from ..features.store import FeatureStore, Store, StoreInMemory
+from ..features.store import MANIFEST, FeatureStore, Store, StoreInMemory
 from ..models.denoiser import Denoiser, Drawn
 from ..models.hashing import hash_model, hash_tensors
 from ..runs.console import format_seconds
@@ -274,7 +275,7 @@ class Evidence:
         # sets of queries live side by side, each under the first digits of its fingerprint
         name = role if role == TRAIN else f"{role}-{data.fingerprint[:12]}"
         folder = None if self.folder is None else self.how.feature_folder(self.folder, part) / name
-        is_known = folder is not None and (folder / "manifest.json").is_file()
+        is_known = folder is not None and MANIFEST.is_in(folder)
         batch_size = 1 if is_known else self._batch_size(extractor, data)
         store: Store
         if folder is None:
@@ -291,10 +292,9 @@ class Evidence:
         if folder is not None and role == TRAIN:
             size = format_bytes(4 * math.prod(store.shape))
             seconds = seconds_per_row(extractor, data, self.how.batch_size)
-            left = sum(len(range(*store.rows(n).indices(len(store)))) for n in store.missing())
             self.stages.say(
                 f"{label}: {store.shape[0]:,} x {store.shape[1]:,}, {size} in {folder}, "
-                f"{format_seconds(seconds * left)} or less"
+                f"{format_seconds(seconds * left_in(store))} or less"
             )
         with self.stages.stage(label, key) as progress:
             fill_store(

@@ -15,10 +15,10 @@ from rich.table import Table
 from ..features.settings import FeatureSettings
 from ..methods.damping import Damping
 from .console import choose_device
-from .folders import OutputError, alone_in, check_folder, claim_folder
+from .folders import OutputError, alone_in
 from .measure import Stage, format_bytes
 from .options import Options, check_options, lasting
-from .record import REPORT, RUN_FILE, SCORES
+from .record import REPORT, RUN, RUN_FILE, SCORES
 from .stages import Stages
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class Run(Stages):
         self.check_output(deciding)
         self.lock()
         again = {"options": lasting(self.plan.options)}
-        claim_folder(self.plan.output, RUN_FILE, deciding, also=again)
+        RUN.claim(self.plan.output, deciding, also=again)
 
     def check_output(self, deciding: dict[str, Any], *, partly: bool = False) -> bool:
         """Refuse an output folder that cannot be ours; nothing is written.
@@ -140,7 +140,7 @@ class Run(Stages):
                     f"--output must not lie in the folder of --{name}, whose images it would join: "
                     f"got {folder} in {given}"
                 )
-        return check_folder(folder, RUN_FILE, deciding, partly=partly) is not None
+        return RUN.check(folder, deciding, partly=partly) is not None
 
 
 def print_summary(

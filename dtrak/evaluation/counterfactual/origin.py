@@ -31,11 +31,13 @@ from ...methods.scores import trak
 from ...models.denoiser import Denoiser
 from ...runs.choices import DEFAULT_PROJ_DIM
 from ...runs.console import progress_bar
-from ...runs.files import claim, picture_seed
+from ...runs.files import picture_seed
+from ...runs.folders import alone_at
 from ...runs.record import GENERATED, list_queries
 from ...runs.results import load_attribution
 from ...training.drawing import fitting_steps
 from ..lds.experiment import load_experiment as load_lds
+from ..lds.options import EXPERIMENT
 from ..lds.options import GENERATED as LDS_GENERATED
 from ..lds.queries import drawn_from, generated_queries
 from ..retraining import TRAIN, Drawing, Retraining
@@ -110,7 +112,7 @@ class Origin:
         if output_function in self.scores:
             return self.scores[output_function]
         # two commands would begin stores of different shards
-        with claim(folder / "features.lock", wait=True):
+        with alone_at(folder, "features", wait=True):
             stores = self._fill_stores(output_function, folder, device, console)
         solver = RidgeSolver(stores[0])
         return solver.scores(stores[1].load(), self.damping.resolve(solver)).float()
@@ -175,7 +177,7 @@ def open_origin(
         ValueError: the folder holds no finished run, or the preset is unknown.
     """
     folder, output = Path(folder), Path(output)
-    if (folder / "experiment.json").is_file():
+    if EXPERIMENT.is_in(folder):
         return _open_lds(folder, output, timesteps)
     if queries is None and any(name.startswith(GENERATED) for name in list_queries(folder)):
         # what others there are cannot be drawn again

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,15 +23,16 @@ from ...features.timesteps import select_timesteps
 from ...models.denoiser import Denoiser
 from ...runs.console import format_seconds
 from ...runs.files import write_atomically
-from ...runs.folders import describe_differences
+from ...runs.folders import Record, alone_at
 from ...runs.measure import format_bytes
 from ...training.trainer import one_thread
 from ..retraining import Progress
-from .experiment import Experiment, claim
+from .experiment import Experiment
 from .options import LDS, ExperimentError, LossSettings
 
 # before the ids that decide the noise: no query meets here the noise its features were made with
 _ROLE = "lds/"
+_SETTINGS = Record("settings.json", "losses measured otherwise", ExperimentError)
 # key in a file of losses, of the digest of the weights they were measured under
 _WEIGHTS = "weights"
 # likewise, of the fingerprints of the queries by their kind
@@ -151,20 +151,10 @@ def claim_settings(experiment: Experiment, settings: LossSettings) -> None:
         ExperimentError: losses are there that were measured otherwise (what differs).
     """
     folder = experiment.folder / "losses"
-    file = folder / "settings.json"
-    wanted: dict[str, Any] = {
-        "num_timesteps": settings.num_timesteps,
-        "num_noise_seeds": settings.num_noise_seeds,
-    }
-    # settings that nothing was measured with yet bind nobody
-    if file.is_file() and any(folder.glob("*.safetensors")):
-        differing = describe_differences(json.loads(file.read_text()), wanted)
-        if differing:
-            raise ExperimentError(
-                f"{folder} holds losses measured otherwise: {differing}. Delete it to measure anew"
-            )
-    folder.mkdir(exist_ok=True)
-    write_atomically(file, json.dumps(wanted, indent=1).encode())
+    if not any(folder.glob("*.safetensors")):
+        # settings that nothing was measured with yet bind nobody
+        (folder / _SETTINGS.file_name).unlink(missing_ok=True)
+    _SETTINGS.claim(folder, asdict(settings))
 
 
 def evaluate_one(
@@ -187,7 +177,7 @@ def evaluate_one(
     """
     if is_measured(experiment, name, queries):
         return False
-    with claim(experiment.folder / "locks" / f"losses-{name}.lock") as is_ours:
+    with alone_at(experiment.folder, f"losses-{name}") as is_ours:
         if not is_ours or is_measured(experiment, name, queries):
             return False
         weights = experiment.sample_weights(name)
