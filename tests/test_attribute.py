@@ -27,6 +27,7 @@ from dtrak.features import extraction
 from dtrak.features.extraction import FeatureSettings, FusedExtractor
 from dtrak.models.process import DiscreteProcess, linear_process
 from dtrak.models.unet import UNet
+from dtrak.pages.index import refresh_index
 from dtrak.runs import inputs
 from dtrak.runs.files import LOCK_FILE, claim
 from dtrak.runs.results import load_attribution
@@ -296,6 +297,16 @@ def test_other_queries_of_a_finished_run(run, done, tmp_path, images_folder):
     assert len(list((done / "queries").iterdir())) == 2
     index = (done / "index.html").read_text()
     assert index.count("report.html") == 2
+    assert "how far its scores can be trusted was not measured" in index
+    for name in ("run/counterfactual/strips.png", "lds-run/report/table.json"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    refresh_index(done)
+    index = (done / "index.html").read_text()
+    links = re.findall(r'href="([^"]+)"', index)
+    assert all((done / link).is_file() for link in links)
+    assert {"counterfactual/strips.png", "../lds-run/report/table.json"} < {*links}
+    assert "was not measured" not in index
     for arguments, message in (
         (["--run", str(done), "--data", "digits"], "--run takes the run's own --data"),
         (["--run", str(tmp_path / "absent")], "--run must be an existing folder"),

@@ -72,6 +72,7 @@ from ..evaluation.lds.table import (
 from ..evaluation.subject import find_trained, subject_of_run
 from ..features.extraction import Samples
 from ..methods import CHECKPOINTS, Method
+from ..pages.index import refresh_index
 from ..pages.lds_report import print_table, read_table, render_markdown, write_plots
 from ..runs.console import choose_device, model_bar, progress_bar
 from ..runs.files import write_atomically
@@ -483,6 +484,9 @@ def show_table(folder: Path, name: str, options: ReportOptions, console: Console
         highlight=False,
         soft_wrap=True,
     )
+    # of the run whose scores it judges, in the same folder or beside it
+    for run in (folder, folder.with_name(folder.name.removeprefix("lds-"))):
+        refresh_index(run)
 
 
 def _table(folder: Path, name: str, options: ReportOptions, console: Console) -> dict[str, Any]:
