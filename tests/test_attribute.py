@@ -333,6 +333,28 @@ def test_several_methods_of_one_run(run, done, tmp_path):
     assert (first / "scores.safetensors").read_bytes() == kept
 
 
+def test_results_of_one_damping_leave_those_of_another(run, done):
+    kept, first = (results(done) / "scores.safetensors").read_bytes(), results(done)
+    for damping, folder in (("1", "1"), ("2x", "2x"), ("0.50", "0.5")):
+        code, output = run("--damping", damping)
+        assert (code, "other settings" in output) == (0, False), output
+        assert results(done) == first / f"d-trak-damping-{folder}"
+    found = {file.read_bytes() for file in done.rglob("scores.safetensors")}
+    assert len(found) == 4
+    assert kept in found
+    # for a method that is not damped it changes nothing
+    assert run("--method", "gradient-dot", "--damping", "1")[0] == 0
+    assert results(done) == first / "gradient-dot"
+    # what else may differ is said
+    file = first / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["settings"]["checkpoints"] = "others"
+    manifest["settings"]["batch size"] = 63
+    file.write_text(json.dumps(manifest))
+    code, output = run("--top-k", "2")
+    assert (code, "with other settings: batch size is 63 there and 64 here" in output) == (0, True)
+
+
 def test_compare_prints_agreement_times_and_memory(run):
     pytest.importorskip("trak", reason="TRAK is not installed")
     code, output = run("--compare", batch_size=6)

@@ -27,6 +27,7 @@ from ..pages.summary import print_summary
 from ..pages.tables import Table
 from ..runs.files import write_atomically
 from ..runs.finished import record_finish
+from ..runs.folders import describe_differences
 from ..runs.inputs import drawing_facts, load_model_and_data, load_queries
 from ..runs.measure import format_bytes
 from ..runs.options import Options, lasting
@@ -82,6 +83,12 @@ def _explain(
     )
     results = results_folder(plan.output, options.queries, queries.fingerprint, options.variant)
     results.mkdir(parents=True, exist_ok=True)
+    if (results / MANIFEST).is_file():
+        before = read_json(results / MANIFEST)["settings"]
+        settings = json.loads(json.dumps(found.settings))
+        differing = describe_differences({k: before.get(k) for k in settings}, settings)
+        if differing:
+            run.say(f"{results} is written anew with other settings: {differing}")
     places = {
         "data": data.source,
         "model": options.model or "trained on the spot",
