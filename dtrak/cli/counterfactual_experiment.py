@@ -39,9 +39,10 @@ from ..methods.baselines import (
     clip_embeddings,
     load_clip,
     load_vae,
-    raw_similarity,
     vae_latents,
 )
+from ..methods.scores import gradient_cosine, gradient_dot
+from ..methods.similarity import pixel_cosine, pixel_dot
 from ..pages.counterfactual import distance_table, write_box_plot, write_strips
 from ..runs.console import choose_device, progress_bar
 from ..runs.measure import available_bytes
@@ -76,14 +77,15 @@ class _Scorer:
                 GRADIENT_METHODS[name], self.folder / "scores" / name, self.device, self.console
             )
         kind, similarity = name.split("-")
-        # all of them in memory, which only what compares pictures needs
-        train, queries = self.origin.data.images, self.origin.queries.images
+        sides = self.origin.queries, self.origin.data
+        if kind == "raw":
+            return {"dot": pixel_dot, "cosine": pixel_cosine}[similarity](*sides)
         if kind == "clip":
             assert self.clip is not None
-            train, queries = clip_embeddings(train, self.clip), clip_embeddings(queries, self.clip)
-        if kind == "latent":
-            train, queries = vae_latents(train, self.vae), vae_latents(queries, self.vae)
-        return raw_similarity(queries, train, similarity)
+            vectors = [clip_embeddings(side, self.clip) for side in sides]
+        else:
+            vectors = [vae_latents(side.images, self.vae).flatten(1) for side in sides]
+        return {"dot": gradient_dot, "cosine": gradient_cosine}[similarity](*vectors)
 
     def _read(self, file: str) -> Tensor:
         scores, metadata = read_scores(file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,10 @@ from ...data.images import to_uint8
 from ...data.samples import Samples
 from ...features.extraction import (
     FusedExtractor,
-    deciding_settings,
-    fill_store,
-    fitting_batch_size,
+    complete_store,
 )
 from ...features.settings import FeatureSettings
-from ...features.store import FeatureStore
+from ...features.store import Store
 from ...features.timesteps import select_timesteps
 from ...methods import DEFAULT, FEATURES
 from ...methods.damping import Damping
@@ -119,25 +118,21 @@ class Origin:
 
     def _fill_stores(
         self, output_function: str, folder: Path, device: torch.device, console: Console
-    ) -> list[FeatureStore]:
+    ) -> list[Store]:
         """Complete stores of the training images and of the queries."""
         model = self.load_model()
         settings = replace(self.settings, output_function=output_function)
         extractor = FusedExtractor(model, settings, device)
-        stores = []
-        for role, data in (("train", self.train), ("query", self.drawn)):
-            store = FeatureStore.open(
+        return [
+            complete_store(
                 folder / role,
-                {**deciding_settings(model, settings, data, extractor.method), "role": role},
-                data.ids,
-                extractor.proj_dim,
-                fitting_batch_size(extractor, data),
+                extractor,
+                data,
+                role,
+                partial(progress_bar, console, f"{folder.name} features, {role}"),
             )
-            if store.missing():
-                with progress_bar(console, f"{folder.name} features, {role}") as progress:
-                    fill_store(store, extractor, data, role=f"{role}/", progress=progress)
-            stores.append(store)
-        return stores
+            for role, data in (("train", self.train), ("query", self.drawn))
+        ]
 
     def identity(self) -> dict[str, Any]:
         """What decides the retrained models, besides what is removed; JSON-serialisable."""

@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,10 @@ from ...data.samples import Samples, join
 from ...features.cost import seconds_per_row
 from ...features.extraction import (
     FusedExtractor,
-    deciding_settings,
-    fill_store,
-    fitting_batch_size,
+    complete_store,
 )
 from ...features.settings import FeatureSettings
-from ...features.store import MANIFEST, FeatureStore
+from ...features.store import MANIFEST, Store
 from ...features.timesteps import select_timesteps
 from ...methods import CHECKPOINTS, CLIP, TRAJECTORY, Method
 from ...methods.evidence import journey_features
@@ -394,7 +392,7 @@ class Predictor:
             self._loaded = name, self.experiment.load_model(name)
         return self._loaded[1]
 
-    def _features(self, setting: Setting, number: int) -> tuple[FeatureStore, Tensor]:
+    def _features(self, setting: Setting, number: int) -> tuple[Store, Tensor]:
         """Features of the training images and of the queries at a checkpoint of the model."""
         model = self._model(number, setting.model)
         process = model.process
@@ -407,26 +405,10 @@ class Predictor:
         stores = []
         for role, data in (("train", self.train), ("query", self.queries)):
             extractor.flips = self.flips and role == TRAIN
-            decided = replace(settings, flips=extractor.flips)
-            known = MANIFEST.is_in(folder / role)
-            store = FeatureStore.open(
-                folder / role,
-                {**deciding_settings(model, decided, data, extractor.method), "role": role},
-                data.ids,
-                extractor.proj_dim,
-                1 if known else self.batch_size or fitting_batch_size(extractor, data),
+            bar = partial(self.progress_bar, f"features {folder.name} {role}")
+            stores.append(
+                complete_store(folder / role, extractor, data, role, bar, self.batch_size)
             )
-            if store.missing():
-                with self.progress_bar(f"features {folder.name} {role}") as progress:
-                    fill_store(
-                        store,
-                        extractor,
-                        data,
-                        role=f"{role}/",
-                        batch_size=self.batch_size,
-                        progress=progress,
-                    )
-            stores.append(store)
         return stores[0], stores[1].load()
 
     def _journey_features(self, setting: Setting) -> Tensor:
