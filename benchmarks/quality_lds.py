@@ -8,6 +8,7 @@ date. The digits' full model, the queries it draws and the exact gradients (1.7 
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,7 @@ from dtrak.evaluation.lds.queries import query_sets
 from dtrak.evaluation.lds.statistics import lds
 from dtrak.evaluation.lds.table import AUTO, Results, packaged_results
 from dtrak.evaluation.retraining import TRAIN
-from dtrak.features.extraction import (
-    FeatureSettings,
-    FusedExtractor,
-    deciding_settings,
-    fill_store,
-    fitting_batch_size,
-)
-from dtrak.features.store import FeatureStore
+from dtrak.features.extraction import FeatureSettings, FusedExtractor, complete_store
 from dtrak.features.timesteps import select_timesteps
 from dtrak.methods.scores import trak
 from dtrak.runs.console import progress_bar
@@ -83,17 +77,8 @@ def exact_gradients(
     for name, data in parts.items():
         role = "train" if name == TRAIN else "query"
         folder = experiment.folder / "gradients" / f"{function}-{num_timesteps}" / name
-        store = FeatureStore.open(
-            folder,
-            {**deciding_settings(model, settings, data, extractor.method), "role": role},
-            data.ids,
-            extractor.proj_dim,
-            fitting_batch_size(extractor, data),
-        )
-        if store.missing():
-            with progress_bar(Console(stderr=True), f"{function} {name}") as progress:
-                fill_store(store, extractor, data, role=f"{role}/", progress=progress)
-        gradients[name] = store.load()
+        bar = partial(progress_bar, Console(stderr=True), f"{function} {name}")
+        gradients[name] = complete_store(folder, extractor, data, role, bar).load()
     return gradients, extractor.sketcher.shapes
 
 

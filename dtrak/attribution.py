@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import html
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -213,17 +212,12 @@ class Attribution:
             return render_strips(train, queries, self.scores[:_SHOWN_ROWS], k)
         # samples that are no pictures have names
         except ValueError:
-            rows = "".join(
-                f"<tr><th>{html.escape(query)}</th>"
-                + "".join(f"<td>{html.escape(m.id)} {m.score:+.3g}</td>" for m in row)
-                + "</tr>"
-                for query, row in zip(
-                    self.query_ids[:_SHOWN_ROWS],
-                    self.top(min(_SHOWN_MATCHES, len(self.ids))),
-                    strict=False,
-                )
-            )
-            return f"<p>{html.escape(repr(self))}</p><table>{rows}</table>"
+            from .pages.tables import values_table
+
+            best = self.top(min(_SHOWN_MATCHES, len(self.ids)))[:_SHOWN_ROWS]
+            texts = [", ".join(f"{m.id} {m.score:+.3g}" for m in row) for row in best]
+            pairs = list(zip(self.query_ids, texts, strict=False))
+            return values_table(repr(self), pairs).html()
 
 
 def _shorten(value: Any) -> Any:

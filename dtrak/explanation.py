@@ -23,9 +23,8 @@ from .models import load, wrap
 from .models.denoiser import Denoiser
 from .runs.console import choose_device
 from .runs.files import expand_path, picture_name
-from .runs.folders import claim_folder
 from .runs.options import ExplainOptions
-from .runs.record import RUN_FILE
+from .runs.record import RUN
 from .runs.stages import Stages
 from .training.drawing import choose_items, draw_all, fitting_steps
 
@@ -91,7 +90,7 @@ def explain(
                 "model": denoiser.identity(),
                 "schedule": denoiser.process.describe(),
             }
-            claim_folder(folder, RUN_FILE, settings, held)
+            RUN.claim(folder, settings, held)
             stages.folder = folder
         drawing = None
         if drawn is not None:

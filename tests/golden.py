@@ -147,7 +147,9 @@ def read_features(run: Path, kind: str) -> dict[str, torch.Tensor]:
 
 def read_scores(run: Path, queries: str = "") -> dict[str, torch.Tensor]:
     (folder,) = (run / "queries").glob(f"{queries}*")
-    return load_file(folder / "scores.safetensors")
+    # a damping that was asked for has a folder of its own
+    (file,) = folder.rglob("scores.safetensors")
+    return load_file(file)
 
 
 def read_drawn(run: Path) -> dict[str, torch.Tensor]:

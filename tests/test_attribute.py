@@ -23,9 +23,11 @@ from typer.testing import CliRunner
 
 from dtrak.cli.attribute import app
 from dtrak.data.images import encode_png, load_data, to_uint8
+from dtrak.features import extraction
 from dtrak.features.extraction import FeatureSettings, FusedExtractor
 from dtrak.models.process import DiscreteProcess, linear_process
 from dtrak.models.unet import UNet
+from dtrak.pages.index import refresh_index
 from dtrak.runs import inputs
 from dtrak.runs.files import LOCK_FILE, claim
 from dtrak.runs.results import load_attribution
@@ -149,7 +151,9 @@ def test_a_second_run_reuses_everything_and_other_queries_join(run, done, tmp_pa
     assert re.search(r"features of training images\W+reused", output)
 
 
-def test_killed_runs_resume_with_the_same_bits(run, tmp_path, model_folder, images_folder):
+def test_killed_runs_resume_with_the_same_bits(
+    run, tmp_path, model_folder, images_folder, monkeypatch
+):
     """kill -9 while the features are computed, then the same command again."""
     broken = tmp_path / "broken"
     command = [
@@ -157,7 +161,8 @@ def test_killed_runs_resume_with_the_same_bits(run, tmp_path, model_folder, imag
         "--data", str(images_folder), "--output", str(broken), "--batch-size", "4", *SMALL,
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    first = broken / "features" / "mean_squared_l2_norm" / "train" / "000000.safetensors"
+    store = "features/mean_squared_l2_norm/train"
+    first = broken / store / "000000-from-0.safetensors"
     deadline = time.monotonic() + 240
     while not first.is_file() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -165,19 +170,53 @@ def test_killed_runs_resume_with_the_same_bits(run, tmp_path, model_folder, imag
     process.wait()
     assert first.is_file()
     assert not (broken / "queries").exists()
-    assert not first.with_name("000002.safetensors").exists()
-    kept = first.stat().st_mtime_ns
+    assert not first.with_name("000000.safetensors").exists()
 
-    # shards keep the size they were begun with
+    # what was kept is not made again, and batches stay what they were begun with
+    made, extract_rows = [], extraction.extract_rows
+    monkeypatch.setattr(
+        extraction, "extract_rows", lambda *a: made.append(a[2:]) or extract_rows(*a)
+    )
     code, output = run(output=broken, batch_size=None)
     assert code == 0, output
-    assert first.stat().st_mtime_ns == kept
+    trained = [rows for rows, *role in made if role == ["train/"]]
+    assert trained[0].start in (64, 128)
+    assert {rows.stop - rows.start for rows in trained} == {4, 2}
+    monkeypatch.undo()
     code, output = run(output=tmp_path / "whole", batch_size=4)
     assert code == 0, output
     assert torch.equal(read_scores(broken)[0], read_scores(tmp_path / "whole")[0])
-    for shard in range(3):
-        name = f"features/mean_squared_l2_norm/train/{shard:06d}.safetensors"
-        assert (broken / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    for folder in (broken, tmp_path / "whole"):
+        assert [file.name for file in (folder / store).glob("*.safetensors")] == [
+            "000000.safetensors"
+        ]
+    files = [folder / store / "000000.safetensors" for folder in (broken, tmp_path / "whole")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_flips_average_training_images_with_their_mirror_images(run, tmp_path, images_folder):
+    where = ["--queries", images_folder / "003.png", "--damping", "0.5"]
+    assert run(*where)[0] == 0
+    plain, _ = read_scores(tmp_path / "run")
+    code, output = run(*where, "--flips")
+    assert code == 0, output
+    (file,) = (tmp_path / "run").glob("queries/*/*-flips*/scores.safetensors")
+    flipped = read_file(file)
+    with safe_open(file, "pt") as opened:
+        assert json.loads(opened.metadata()["settings"])["flips"] is True
+
+    # dense algebra in float64 on features computed apart, each way round with noise of its own
+    settings = FeatureSettings("mean_squared_l2_norm", (0, 500), 0, Projection("sjlt", 512))
+    model = UNet(small_unet().float(), linear_process())
+    extractor = FusedExtractor(model, settings, torch.device("cpu"))
+    data = load_data(images_folder)
+    ids = [f"train/{name}" for name in data.ids]
+    phi = extractor.extract(data.images, ids).double()
+    phi = (phi + extractor.extract(data.images.flip(-1), [f"mirrored/{i}" for i in ids])) / 2
+    psi = extractor.extract(data.images[3:4], ["query/003.png"]).double()
+    expected = psi @ torch.linalg.inv(phi.T @ phi + 0.5 * torch.eye(512).double()) @ phi.T
+    assert relative_error(flipped, expected) < 1e-4
+    assert relative_error(plain, expected) > 0.05
 
 
 def test_listed_timesteps_and_a_function_of_ones_own(run, tmp_path, monkeypatch, images_folder):
@@ -258,6 +297,16 @@ def test_other_queries_of_a_finished_run(run, done, tmp_path, images_folder):
     assert len(list((done / "queries").iterdir())) == 2
     index = (done / "index.html").read_text()
     assert index.count("report.html") == 2
+    assert "how far its scores can be trusted was not measured" in index
+    for name in ("run/counterfactual/strips.png", "lds-run/report/table.json"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    refresh_index(done)
+    index = (done / "index.html").read_text()
+    links = re.findall(r'href="([^"]+)"', index)
+    assert all((done / link).is_file() for link in links)
+    assert {"counterfactual/strips.png", "../lds-run/report/table.json"} < {*links}
+    assert "was not measured" not in index
     for arguments, message in (
         (["--run", str(done), "--data", "digits"], "--run takes the run's own --data"),
         (["--run", str(tmp_path / "absent")], "--run must be an existing folder"),
@@ -282,6 +331,28 @@ def test_several_methods_of_one_run(run, done, tmp_path):
     # the same again leaves the same bytes
     assert run("--top-k", "2")[0] == 0
     assert (first / "scores.safetensors").read_bytes() == kept
+
+
+def test_results_of_one_damping_leave_those_of_another(run, done):
+    kept, first = (results(done) / "scores.safetensors").read_bytes(), results(done)
+    for damping, folder in (("1", "1"), ("2x", "2x"), ("0.50", "0.5")):
+        code, output = run("--damping", damping)
+        assert (code, "other settings" in output) == (0, False), output
+        assert results(done) == first / f"d-trak-damping-{folder}"
+    found = {file.read_bytes() for file in done.rglob("scores.safetensors")}
+    assert len(found) == 4
+    assert kept in found
+    # for a method that is not damped it changes nothing
+    assert run("--method", "gradient-dot", "--damping", "1")[0] == 0
+    assert results(done) == first / "gradient-dot"
+    # what else may differ is said
+    file = first / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["settings"]["checkpoints"] = "others"
+    manifest["settings"]["batch size"] = 63
+    file.write_text(json.dumps(manifest))
+    code, output = run("--top-k", "2")
+    assert (code, "with other settings: batch size is 63 there and 64 here" in output) == (0, True)
 
 
 def test_compare_prints_agreement_times_and_memory(run):
@@ -450,7 +521,7 @@ def test_another_model_is_refused_before_the_data_is_read(run, done, tmp_path, m
     failing(run, "holds another run: model.model is", model=tmp_path / "other")
     failing(run, "holds another run: model.model is", model=None, data="digits")
     (tmp_path / "run" / "run.json").write_text("3")
-    failing(run, "run.json is damaged: delete")
+    failing(run, "run.json is damaged: choose another --output, or delete")
     (tmp_path / "run" / "run.json").write_bytes(before[tmp_path / "run" / "run.json"])
     assert contents(tmp_path / "run") == before
 

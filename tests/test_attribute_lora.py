@@ -103,8 +103,8 @@ def test_end_to_end(run, folder, pictures, tmp_path):
     assert {key: manifest[key] for key in identity} == identity
     features = tmp_path / "run" / "features" / "mean_squared_l2_norm"
     store = json.loads((features / "train" / "manifest.json").read_text())
-    assert {"lora", "vae", "captions", "text_encoder", "model"} <= store["deciding"].keys()
-    assert manifest["captions"] == store["deciding"]["captions"]
+    assert {"lora", "vae", "captions", "text_encoder", "model"} <= store["settings"].keys()
+    assert manifest["captions"] == store["settings"]["captions"]
     assert manifest["facts"]["parameters"] == "1,968"
     page = (results(tmp_path / "run") / "report.html").read_text()
     # below each picture, and among the facts of the run

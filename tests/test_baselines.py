@@ -20,7 +20,6 @@ from dtrak.methods.baselines import (
     load_clip,
     load_vae,
     random_scores,
-    raw_similarity,
     vae_latents,
 )
 
@@ -43,28 +42,6 @@ def models(R=40, N=15, M=6, noise=0.5, seed=0):
 def images(count, channels=3, size=20, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(count, channels, size, size, generator=generator) * 2 - 1
-
-
-def test_raw_similarity_is_numpys():
-    a, b = images(4).double(), images(7, seed=1).double()
-    x, y = a.reshape(4, -1).numpy(), b.reshape(7, -1).numpy()
-    dots = np.array([[sum(p * q) for q in y] for p in x])
-    lengths = np.sqrt((x**2).sum(1))[:, None] * np.sqrt((y**2).sum(1))
-    assert raw_similarity(a, b, "dot").numpy() == pytest.approx(dots, rel=1e-6)
-    assert raw_similarity(a, b, "cosine").numpy() == pytest.approx(dots / lengths, rel=1e-6)
-    assert (raw_similarity(a, torch.zeros_like(b), "cosine") == 0).all()
-
-
-def test_raw_similarity_refuses():
-    a = images(2)
-    with pytest.raises(ValueError, match="kind must be one of dot, cosine, got 'euclid'"):
-        raw_similarity(a, a, "euclid")
-    with pytest.raises(ValueError, match=r"of one shape, got \[2, 3, 20, 20\] and \[2, 3, 10, 10"):
-        raw_similarity(a, images(2, size=10), "dot")
-    bad = a.clone()
-    bad[1, 0, 3, 3] = float("nan")
-    with pytest.raises(ValueError, match="train must be finite, got row 1 that is not"):
-        raw_similarity(a, bad, "dot")
 
 
 def test_random_scores_are_seeded_uniform_and_leave_the_global_state():

@@ -71,7 +71,7 @@ def test_features_another_command_makes_are_waited_for(finished, tmp_path, opene
     origin, folder, found = opened(finished), tmp_path / "trak", []
     arguments = "loss", folder, CPU, QUIET
     other = threading.Thread(target=lambda: found.append(origin.gradient_scores(*arguments)))
-    with claim(folder / "features.lock") as ours:
+    with claim(folder / "locks" / "features.lock") as ours:
         assert ours
         other.start()
         other.join(1)

@@ -8,9 +8,10 @@ from PIL import Image
 from test_counterfactual_results import example
 
 from dtrak.evaluation.counterfactual.results import save_counterfactual
-from dtrak.pages.canvas import default_style
+from dtrak.pages.canvas import Canvas, default_style
 from dtrak.pages.counterfactual import (
     PNG_QUERIES,
+    TITLE,
     name_method,
     plot_distances,
     render_section,
@@ -35,6 +36,17 @@ def test_strips_show_every_picture_of_the_first_retraining(tmp_path):
         for method in results.methods:
             assert shows(picture, rgb(results.pictures[method][q, 0], 20))
             assert not shows(picture, rgb(results.pictures[method][q, 1], 20))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_no_line_of_the_strips_is_cut(count, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Canvas, "save", lambda self, path: seen.extend(self.figure.texts))
+    write_strips(tmp_path / "s.png", example(Q=1, methods=count))
+    texts = [text.get_text() for text in seen]
+    assert len(texts) == 3 + (1 + count) * 2
+    assert TITLE in texts
+    assert not [text for text in texts if "…" in text]
 
 
 def test_strips_stop_and_say_so(tmp_path):

@@ -27,12 +27,13 @@ def pictures(*shape, seed=0):
     return torch.randint(256, shape, generator=generator).to(torch.uint8)
 
 
-def example(Q=6, R=2, size=8, **encoders):
+def example(Q=6, R=2, size=8, methods=3, **encoders):
     drawn = {
         "d-trak": pictures(Q, R, 1, size, size, seed=1),
         "random": pictures(Q, R, 1, size, size, seed=2),
         "none": pictures(Q, R, 1, size, size, seed=3),
     }
+    drawn = dict(list(drawn.items())[:methods])
     names = [f"{q:05d}.png" for q in range(Q)]
     settings = {"removed": 20, "training images": 100}
     return compare_pictures(names, pictures(Q, 1, size, size), drawn, settings, **encoders)

@@ -78,7 +78,11 @@ def test_sets_of_queries_are_matched_by_their_pictures(runs, tmp_path):
         ({"captions": "0"}, "must have the captions of the training images of"),
         ({"queries": "0"}, r"must have the pictures \(--queries\) of"),
         ({"queries": None}, "must say which pictures it explains"),
-        ({"settings": {"output function": "loss"}}, "mean_squared_l2_norm, got loss"),
+        (
+            {"settings": {"method": "d-trak", "output function": "loss"}},
+            "mean_squared_l2_norm, got loss",
+        ),
+        ({"settings": {"method": "raw-pixels-dot"}}, "d-trak, got raw-pixels-dot"),
     ],
 )
 def test_runs_that_do_not_fit_are_refused(runs, tmp_path, change, message):

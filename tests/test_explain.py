@@ -342,7 +342,8 @@ def test_an_attribution_is_looked_at_saved_and_read(model, folder, tmp_path):
     # a query and its five best
     assert html.count("<img") == sum(1 + sum(m.score > 0 for m in row) for row in found.top(5))
     assert "Attribution(d-trak, 3 queries x 9 training images)" in repr(read)
-    assert "<table>" in read._repr_html_()
+    shown = read._repr_html_()
+    assert all(f"{m.id} {m.score:+.3g}" in shown for row in read.top(5) for m in row)
     with pytest.raises(ValueError, match="got one read from a file"):
         read.report(tmp_path / "other.html")
     with pytest.raises(FileNotFoundError):

@@ -15,6 +15,7 @@ from dtrak.features.extraction import (
     deciding_settings,
     fill_store,
     fitting_batch_size,
+    left_in,
 )
 from dtrak.features.store import FeatureStore, StoreError
 from dtrak.models.process import linear_process
@@ -60,32 +61,49 @@ def make_store(folder, data, batch_size=4, **changes):
 
 
 def test_an_interrupted_store_resumes_with_the_same_rows(tmp_path):
-    data = make_data(150)
+    data = make_data(700)
     store = make_store(tmp_path / "broken", data)
     with pytest.raises(KeyboardInterrupt):
-        fill_store(store, Counting(batches=20), data)
-    assert store.missing() == [1, 2]
+        fill_store(store, Counting(batches=52), data)
+    # 208 rows were made, and the first 192 are kept
+    assert (store.missing(), len(store.begun(0)), left_in(store)) == ([0, 1], 192, 508)
+    with pytest.raises(KeyboardInterrupt):
+        fill_store(store, Counting(batches=85), data)
+    assert (store.missing(), len(store.begun(1)), left_in(store)) == ([1], 0, 188)
+    assert [file.name for file in (tmp_path / "broken").iterdir() if "from" in file.name] == []
     seen = []
     # another batch size was asked for: the store keeps the one its rows were computed with
     store = make_store(tmp_path / "broken", data, batch_size=7)
     assert store.batch_size == 4
     counting = Counting()
     fill_store(store, counting, data, progress=lambda done, total: seen.append((done, total)))
-    assert seen[0] == (64, 150)
-    assert seen[-1] == (150, 150)
-    assert 10**9 - counting.left == 16 + 6
+    assert seen[0] == (512, 700)
+    assert seen[-1] == (700, 700)
+    assert 10**9 - counting.left == 47
     assert torch.equal(store.load(), data.images.flatten(1)[:, :3])
     assert store.missing() == []
 
 
-@pytest.mark.parametrize("rows", [(0, 150), (3, 5), (60, 130), (64, 128), (149, 200), (20, 20)])
+def test_shards_are_of_one_size_whatever_the_batch(tmp_path):
+    data = make_data(1100)
+    for batch_size in (4, 100, 1000):
+        store = make_store(tmp_path / str(batch_size), data, batch_size=batch_size)
+        fill_store(store, Counting(), data)
+        assert [len(store[slice(*store.rows(n).indices(1100))]) for n in range(3)] == [512, 512, 76]
+        assert torch.equal(store.load(), data.images.flatten(1)[:, :3])
+    # a shard is held in memory: of exact gradients it has fewer rows
+    wide = FeatureStore.open(tmp_path / "wide", {}, data.ids, 2**20, 4)
+    assert wide.rows(0) == slice(0, 64)
+
+
+@pytest.mark.parametrize("rows", [(0, 600), (3, 5), (500, 520), (512, 600), (599, 700), (20, 20)])
 def test_slices(rows, tmp_path):
-    data = make_data(150)
+    data = make_data(600)
     store = make_store(tmp_path, data)
     fill_store(store, Counting(), data)
     expected = data.images.flatten(1)[:, :3][slice(*rows)]
     assert torch.equal(store[slice(*rows)], expected)
-    assert (len(store), store.shape) == (150, (150, 3))
+    assert (len(store), store.shape) == (600, (600, 3))
 
 
 def test_refuses_other_settings_by_name(tmp_path):
@@ -101,7 +119,7 @@ def test_refuses_a_damaged_manifest(tmp_path):
     data = make_data()
     make_store(tmp_path, data)
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(StoreError, match="must be the manifest of a feature store"):
+    with pytest.raises(StoreError, match=r"manifest\.json is damaged: choose another --output"):
         make_store(tmp_path, data)
 
 

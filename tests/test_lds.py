@@ -75,6 +75,7 @@ def test_from_the_first_subset_to_the_table(run, tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "losses").exists(), "said before losses are measured"
     code, text = run("evaluate", *SMALL, "--losses-only")
     assert (code, "losses of 3 of 4 models are measured" in text) == (0, True)
+    assert "losses: 11 queries under 3 models to measure, 528 B on disk, " in text
     code, text = run("train")
     assert (code, "5 of 5 models are trained" in text) == (0, True)
     assert "train 003-1" in text
@@ -83,6 +84,7 @@ def test_from_the_first_subset_to_the_table(run, tmp_path, monkeypatch):
     assert (code, "losses of 4 of 4 models are measured" in text) == (0, True)
     assert "losses 003-1" in text
     assert "losses 002-1" not in text
+    assert "losses: 11 queries under 1 models to measure" in text
     # a subset model that is another one now
     again = tmp_path / "run" / "models" / "002-1"
     shutil.rmtree(again)

@@ -19,7 +19,6 @@ from dtrak.evaluation.lds import experiment as lds_experiment
 from dtrak.evaluation.lds.experiment import (
     RETRAIN,
     ExperimentError,
-    claim,
     load_experiment,
     prepare,
     train_one,
@@ -27,6 +26,8 @@ from dtrak.evaluation.lds.experiment import (
 )
 from dtrak.evaluation.lds.queries import generated_queries, query_sets
 from dtrak.models.hashing import hash_model
+from dtrak.runs import folders
+from dtrak.runs.files import claim
 from dtrak.training.command import save_model
 from dtrak.training.presets import PRESETS
 from dtrak.training.trainer import Recipe, train
@@ -99,10 +100,13 @@ def test_a_prepare_that_was_killed_is_called_again(tmp_path, monkeypatch, killed
         file.write_bytes(content)
 
     with monkeypatch.context() as patch:
+        patch.setattr(folders, "write_atomically", write)
         patch.setattr(lds_experiment, "write_atomically", write)
         with pytest.raises(KeyboardInterrupt):
             prepare(folder, PRESET)
-    assert not (folder / "experiment.json").exists()
+    said = "made, got no experiment" if killed_at == 1 else "subsets.safetensors is damaged: run pr"
+    with pytest.raises(ExperimentError, match=said):
+        load_experiment(folder)
     assert torch.equal(prepare(folder, PRESET).subsets, load_experiment(folder).subsets)
     # somebody else's folder still is
     (tmp_path / "other").mkdir()
@@ -247,7 +251,7 @@ def test_a_claim_ends_with_the_process_that_holds_it(tmp_path):
     lock = tmp_path / "locks" / "a.lock"
     code = (
         "import sys, time, pathlib\n"
-        "from dtrak.evaluation.lds.experiment import claim\n"
+        "from dtrak.runs.files import claim\n"
         f"with claim(pathlib.Path({str(lock)!r})) as ours:\n"
         "    print(ours, flush=True); time.sleep(60)\n"
     )
@@ -382,19 +386,20 @@ def test_refusals(tmp_path):
     manifest = folder / "experiment.json"
     content = json.loads(manifest.read_text())
     for change, message in (
-        ({"deciding": {**content["deciding"], "data": "0"}}, "prepared with something else: data"),
-        ({"deciding": {**content["deciding"], "format": 9}}, "must be of format 2, got 9"),
-        ({"deciding": None}, "is damaged: prepare the run in another folder"),
+        ({"settings": {**content["settings"], "data": "0"}}, "prepared with something else: data"),
+        ({"format": 9}, "must be of format 3, got 9"),
+        ({"format": None}, "must be of format 3, got none"),
+        ({"settings": None}, "is damaged: choose another --output, or delete"),
     ):
         manifest.write_text(json.dumps(content | change))
         with pytest.raises(ExperimentError, match=message):
             load_experiment(folder)
     for key in ("subject", "subsets", "num_model_seeds"):
         manifest.write_text(json.dumps({k: v for k, v in content.items() if k != key}))
-        with pytest.raises(ExperimentError, match="is damaged: prepare the run in another folder"):
+        with pytest.raises(ExperimentError, match="is damaged: choose another --output"):
             load_experiment(folder)
-    manifest.write_text(json.dumps(content | {"deciding": {"format": 2}}))
-    with pytest.raises(ExperimentError, match="is damaged: prepare the run in another folder"):
+    manifest.write_text(json.dumps(content | {"settings": {}}))
+    with pytest.raises(ExperimentError, match="is damaged: choose another --output"):
         prepare(folder, PRESET)
 
 

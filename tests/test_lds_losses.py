@@ -13,13 +13,13 @@ from dtrak.data.samples import Samples
 from dtrak.evaluation.lds.experiment import (
     RETRAIN,
     ExperimentError,
-    claim,
     prepare,
     train_one,
 )
 from dtrak.evaluation.lds.losses import (
     LossSettings,
     claim_settings,
+    estimate,
     evaluate_one,
     is_outdated,
     load_losses,
@@ -27,7 +27,10 @@ from dtrak.evaluation.lds.losses import (
     query_losses,
 )
 from dtrak.evaluation.lds.queries import query_sets
+from dtrak.features import cost
 from dtrak.features.noise import sample_noise
+from dtrak.models.unet import UNet
+from dtrak.runs.files import claim
 
 SETTINGS = LossSettings(num_timesteps=4, num_noise_seeds=2)
 
@@ -209,6 +212,24 @@ def test_losses_of_other_queries_are_measured_again(tmp_path):
     assert measured_names(experiment, queries=queries) == ["000-1", "001-1"]
 
 
+def test_the_cost_of_losses_is_said_of_what_is_missing(tmp_path, monkeypatch):
+    experiment = prepare(tmp_path / "run", PRESET, num_subsets=2)
+    train_one(experiment, "001-1", CPU)
+    queries = {"validation": images(), "generated": images(3)}
+    rows, predict = [], UNet.predict
+    monkeypatch.setattr(UNet, "predict", lambda *a: rows.append(len(a[1])) or predict(*a))
+    # two queries at four timesteps are a batch, and eight queries at two noises have to be measured
+    monkeypatch.setattr(cost.time, "perf_counter", iter([3.0, 13.0]).__next__)
+    text = estimate(experiment, queries, SETTINGS, ["001-1"], CPU, batch_size=8)
+    assert text == "losses: 8 queries under 1 models to measure, 256 B on disk, 80 s or less"
+    assert rows == [8, 8], "tables are made in the first"
+    assert measured_names(experiment) == []
+    claim_settings(experiment, SETTINGS)
+    evaluate_one(experiment, queries, SETTINGS, "001-1", CPU)
+    measured = load_file(experiment.folder / "losses" / "001-1.safetensors").values()
+    assert sum(each.nbytes for each in measured) == 256
+
+
 def test_a_model_another_process_measures_is_left_alone(tmp_path):
     experiment = prepare(tmp_path / "run", PRESET)
     train_one(experiment, "000-1", CPU)
@@ -231,7 +252,7 @@ def test_refusals(tmp_path):
     claim_settings(experiment, SETTINGS)
     claim_settings(experiment, SETTINGS)
     (experiment.folder / "losses" / "001-1.safetensors").write_bytes(b"")
-    with pytest.raises(ExperimentError, match=r"num_timesteps is 4 there and 5 here\. Delete it"):
+    with pytest.raises(ExperimentError, match=r"num_timesteps is 4 there and 5 here\. Choose"):
         claim_settings(experiment, LossSettings(5, 2))
     with pytest.raises(ExperimentError, match=r"'000-1' of .* is not trained yet"):
         evaluate_one(experiment, {"validation": images()}, SETTINGS, "000-1", CPU)

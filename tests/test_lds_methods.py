@@ -17,6 +17,7 @@ from dtrak.evaluation.lds import methods as lds_methods
 from dtrak.evaluation.lds.experiment import ExperimentError, load_experiment, prepare
 from dtrak.evaluation.lds.methods import METHODS, Predictor, Setting, list_settings
 from dtrak.evaluation.lds.queries import query_sets
+from dtrak.features import extraction
 from dtrak.features.extraction import FeatureSettings, FusedExtractor
 from dtrak_kernels import Projection
 
@@ -230,7 +231,7 @@ def test_two_commands_make_features_once(trained_lds, tmp_path, monkeypatch):
     queries = query_sets(experiment, CPU)
     begun, waiting, go_on = (threading.Event() for _ in range(3))
     filled, labels = [], []
-    fill = lds_methods.fill_store
+    fill = extraction.fill_store
 
     def wait_and_fill(store, *arguments, **options):
         filled.append(store.folder.name)
@@ -244,7 +245,7 @@ def test_two_commands_make_features_once(trained_lds, tmp_path, monkeypatch):
         waiting.set()
         yield lambda done, total: None
 
-    monkeypatch.setattr(lds_methods, "fill_store", wait_and_fill)
+    monkeypatch.setattr(extraction, "fill_store", wait_and_fill)
     settings = [Setting(BY_NAME[name], 2, "sjlt") for name in ("TRAK", "Gradient dot")]
     found = [[], []]
 

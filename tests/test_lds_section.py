@@ -46,8 +46,8 @@ def number(text):
 def test_every_row_is_there_with_its_figures(table):
     page = Page(f"<main>{render_section(table)}</main>")
     names = [e["text"] for e in page.all("th", scope="row")]
-    cells = [e["text"] for e in page.all("td", **{"class": "number"})]
-    rows = [cells[n : n + 6] for n in range(0, len(cells), 6)]
+    cells = [e["text"] for e in page.all("td")]
+    rows = [cells[n : n + 8] for n in range(0, len(cells), 8)]
     expected = [
         row
         for kind in ("validation", "generated")
@@ -58,17 +58,21 @@ def test_every_row_is_there_with_its_figures(table):
     ]
     assert names == [row["method"] for row in expected]
     for cells, row in zip(rows, expected, strict=True):
-        lds, interval, in_sample, auto, S, projection = cells
+        S, projection, lds, interval, chosen, unit, auto, in_sample = cells
         assert number(lds) == pytest.approx(100 * row["held_out"]["lds"], abs=0.051)
-        ends = [number(end) for end in interval.strip("[]").split(",")]
+        ends = [number(end) for end in interval.split(" to ")]
         assert ends == pytest.approx([100 * x for x in row["held_out"]["bca"]], abs=0.051)
         shown = {"none": "exact"}.get(row["projection"], row["projection"])
         assert (S, projection) == (str(row["timesteps"] or ""), shown)
         if "in_sample" in row:
-            assert number(in_sample) == pytest.approx(100 * row["in_sample"]["lds"], abs=0.051)
+            value, rule = in_sample.split(" (λ ")
+            assert number(value) == pytest.approx(100 * row["in_sample"]["lds"], abs=0.051)
+            assert rule == f"{row['in_sample']['rule']})"
+            assert chosen.split(", ") == list(dict.fromkeys(row["chosen"]))
+            assert number(unit) == pytest.approx(100 * row["1"]["lds"], abs=0.051)
             assert number(auto) == pytest.approx(100 * row["auto"]["lds"], abs=0.051)
         else:
-            assert (in_sample, auto) == ("", "")
+            assert (in_sample, auto, chosen, unit) == ("", "", "", "")
     assert "12 models" in page.all("p")[0]["text"]
     assert "20 of 40 training images" in page.all("p")[0]["text"]
     assert "100 resamples" in page.all("p")[0]["text"]

@@ -37,6 +37,7 @@ from dtrak.evaluation.lds.names import of_latents
 from dtrak.evaluation.lds.queries import generated_queries, query_sets
 from dtrak.evaluation.lds.table import load_results
 from dtrak.evaluation.retraining import RetrainingError
+from dtrak.features import extraction
 from dtrak.features.extraction import FeatureSettings, FusedExtractor
 from dtrak.features.noise import sample_noise
 from dtrak.features.store import FeatureStore
@@ -58,7 +59,7 @@ def small(monkeypatch):
     register()
     monkeypatch.setattr(lds_methods, "DEFAULT_PROJ_DIM", {"sjlt": K, "none": 0})
     # measuring one sample takes longer here than all of them
-    monkeypatch.setattr(lds_methods, "fitting_batch_size", lambda *_: 8)
+    monkeypatch.setattr(extraction, "fitting_batch_size", lambda *_: 8)
     # it remembers the precision of the first run of a process
     AcceleratorState._reset_state(reset_partial_state=True)
     yield

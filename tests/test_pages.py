@@ -4,7 +4,8 @@ import pytest
 import torch
 from page import HOSTILE, Page, decoded
 
-from dtrak.pages.html import format_seconds, render_columns, render_image, render_name, render_page
+from dtrak.pages.html import render_image, render_name, render_page
+from dtrak.pages.tables import format_seconds
 
 
 def test_a_page_holds_what_it_is_given_and_escapes_its_title():
@@ -12,16 +13,6 @@ def test_a_page_holds_what_it_is_given_and_escapes_its_title():
     assert [e["text"] for e in page.all("title") + page.all("h1")] == [HOSTILE] * 2
     assert page.all("header")[0]["text"].split() == [*HOSTILE.split(), "head"]
     assert page.all("section")[0]["text"] == "body"
-
-
-def test_columns_keep_their_order_and_are_escaped():
-    rows = [("one", 1, "[2, 3]"), (HOSTILE, "", 4)]
-    page = Page(render_columns(HOSTILE, ["name", "a", HOSTILE], rows, HOSTILE))
-    assert [e["text"] for e in page.all("th", scope="col")] == ["name", "a", HOSTILE]
-    assert [e["text"] for e in page.all("th", scope="row")] == ["one", HOSTILE]
-    assert [e["text"] for e in page.all("td", **{"class": "number"})] == ["1", "[2, 3]", "", "4"]
-    assert [e["text"] for e in page.all("h2") + page.all("p")] == [HOSTILE] * 2
-    assert not Page(render_columns("a", ["b"], [])).all("p")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from scipy.stats import spearmanr
 from tiny_lds import PRESET, register
 
 from dtrak.evaluation.lds.table import Results
+from dtrak.features import extraction
 from dtrak.features.extraction import FeatureSettings, FusedExtractor
 from dtrak.features.timesteps import select_timesteps
 from dtrak_kernels import Projection
@@ -115,7 +116,7 @@ def test_gradients_are_those_of_the_full_model_and_kept(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("made anew")
 
-    monkeypatch.setattr(quality, "fill_store", refuse)
+    monkeypatch.setattr(extraction, "fill_store", refuse)
     again, _ = quality.exact_gradients(experiment, queries, "loss", 2)
     assert all(torch.equal(again[name], rows) for name, rows in gradients.items())
 

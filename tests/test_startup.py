@@ -22,7 +22,7 @@ from dtrak.features.outputs import OUTPUT_FUNCTIONS
 from dtrak.runs import finished
 from dtrak.runs.choices import DEFAULT_PROJ_DIM, DTYPES
 from dtrak.runs.files import LOCK_FILE, claim
-from dtrak.runs.finished import reuse_finished
+from dtrak.runs.finished import find_finished
 from dtrak.runs.folders import OutputError
 from dtrak.runs.options import Options
 from dtrak.training.trainer import one_thread
@@ -197,7 +197,7 @@ def copy(run, tmp_path):
 
 def reuses(options, folder):
     options = Options(**{**asdict(options), "output": str(folder / "run")})
-    return reuse_finished(options, Console(quiet=True))
+    return find_finished(options, Console(quiet=True))
 
 
 def test_a_finished_run_is_reused_without_diffusers(run, tmp_path):
@@ -275,10 +275,10 @@ def test_a_folder_another_command_works_in_is_refused(copy):
 
 def test_a_run_that_was_never_finished_is_none(tmp_path):
     options = Options(**{**OPTIONS, "output": str(tmp_path / "run")})
-    assert not reuse_finished(options, Console(quiet=True))
+    assert not find_finished(options, Console(quiet=True))
     queries = tmp_path / "run" / "queries" / "generated-0"
     queries.mkdir(parents=True)
     for text in ("", "[]", "{}", '{"options": {}}', '{"finished": 3, "options": {}, "facts": {}}'):
         (queries / "manifest.json").write_text(text)
-        assert not reuse_finished(options, Console(quiet=True))
+        assert not find_finished(options, Console(quiet=True))
     assert not Path(tmp_path / "run" / LOCK_FILE).exists()

@@ -27,10 +27,15 @@ def attribute(options: Options, console: Console) -> None:
 
         options = options_of_run(options, typed_options())
     check_options(options)
-    from ..runs.finished import reuse_finished
+    from ..pages.summary import print_summary
+    from ..runs.finished import find_finished
 
     compare, options = options.compare, replace(options, compare=False)
-    if not compare and reuse_finished(options, console):
+    found = None if compare else find_finished(options, console)
+    if found is not None:
+        results, manifest = found
+        once = {stage["name"]: stage["seconds"] for stage in manifest["stages"]}
+        print_summary(results, manifest["reused"] | once, [], manifest["facts"])
         return
     from .attribution import run_attribution, run_comparison
 

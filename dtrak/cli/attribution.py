@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from .. import __version__
 from ..data.samples import Samples
@@ -25,8 +24,11 @@ from ..models.lora import LORA_FILES
 from ..models.places import MODEL_FILES
 from ..pages.index import write_index
 from ..pages.report import Explained, gather_report, write_picture
+from ..pages.summary import print_summary
+from ..pages.tables import Table
 from ..runs.files import encode_text, write_atomically
 from ..runs.finished import record_finish
+from ..runs.folders import describe_differences
 from ..runs.inputs import drawing_facts, load_model_and_data, load_queries
 from ..runs.measure import format_bytes
 from ..runs.options import Options, lasting
@@ -41,7 +43,7 @@ from ..runs.record import (
     read_json,
     results_folder,
 )
-from ..runs.run import Run, make_plan, print_summary
+from ..runs.run import Run, make_plan
 
 
 def run_attribution(options: Options, console: Console) -> Path:
@@ -82,6 +84,12 @@ def _explain(
     )
     results = results_folder(plan.output, options.queries, queries.fingerprint, options.variant)
     results.mkdir(parents=True, exist_ok=True)
+    if (results / MANIFEST).is_file():
+        before = read_json(results / MANIFEST)["settings"]
+        settings = json.loads(json.dumps(found.settings))
+        differing = describe_differences({k: before.get(k) for k in settings}, settings)
+        if differing:
+            run.say(f"{results} is written anew with other settings: {differing}")
     places = {
         "data": data.source,
         "model": options.model or "trained on the spot",
@@ -216,27 +224,24 @@ def _compare(run: Run) -> Path:
     fused = FusedExtractor(model, settings, run.plan.device)
     with run.stage(f"both ways on {len(samples)} images"):
         result: Comparison = compare(fused, published, samples, fitting_batch_size(fused, samples))
-    table = Table(header_style="bold")
-    for column in ("", "fused", "published", "ratio"):
-        table.add_column(column, justify="left" if not column else "right")
-    table.add_row("gradients", "", f"{result.gradient_seconds:.2f} s", "")
-    table.add_row("projection", "", f"{result.projection_seconds:.2f} s", "")
-    table.add_row(
-        "features",
-        f"{result.fused_seconds:.2f} s",
-        f"{result.published_seconds:.2f} s",
-        f"{result.published_seconds / result.fused_seconds:.1f}x",
-        style="bold",
-    )
-    table.add_row(
-        "live tensors at the peak",
-        format_bytes(result.fused_peak_bytes),
-        format_bytes(result.published_peak_bytes),
-        f"{result.published_peak_bytes / result.fused_peak_bytes:.1f}x",
-        style="bold",
-    )
+    rows = [
+        ("gradients", "", f"{result.gradient_seconds:.2f} s", ""),
+        ("projection", "", f"{result.projection_seconds:.2f} s", ""),
+        (
+            "features",
+            f"{result.fused_seconds:.2f} s",
+            f"{result.published_seconds:.2f} s",
+            f"{result.published_seconds / result.fused_seconds:.1f}x",
+        ),
+        (
+            "live tensors at the peak",
+            format_bytes(result.fused_peak_bytes),
+            format_bytes(result.published_peak_bytes),
+            f"{result.published_peak_bytes / result.fused_peak_bytes:.1f}x",
+        ),
+    ]
     console = Console()
-    console.print(table)
+    Table(("", "fused", "published", "ratio"), rows, total=(2, 3)).show(console)
     console.print(
         "agreement: features against the same projection of vmap(grad)'s gradients: relative error "
         f"{result.gradient_error:.1e}\n"

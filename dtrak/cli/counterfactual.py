@@ -18,11 +18,13 @@ def run(options: Options, console: Console) -> None:
     """Retrain without the images a method ranks highest, and see how the pictures change."""
     check_options(options)
     # as in dtrak.train
+    from ..pages.index import refresh_index
     from .counterfactual_experiment import print_results, run_counterfactual
 
     results = run_counterfactual(options, console)
     if results is not None:
         print_results(results, options.folder)
+        refresh_index(options.folder.parent)
 
 
 app, main = make_app("dtrak.counterfactual", Options, run)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from ..data.images import to_uint8
@@ -24,9 +23,7 @@ from ..evaluation.counterfactual.options import (
 )
 from ..evaluation.counterfactual.origin import Origin, open_origin
 from ..evaluation.counterfactual.results import (
-    METRICS,
     Counterfactual,
-    Summary,
     compare_pictures,
     save_counterfactual,
 )
@@ -42,10 +39,11 @@ from ..methods.baselines import (
     clip_embeddings,
     load_clip,
     load_vae,
-    raw_similarity,
     vae_latents,
 )
-from ..pages.counterfactual import write_box_plot, write_strips
+from ..methods.scores import gradient_cosine, gradient_dot
+from ..methods.similarity import pixel_cosine, pixel_dot
+from ..pages.counterfactual import distance_table, write_box_plot, write_strips
 from ..runs.console import choose_device, progress_bar
 from ..runs.files import expand_path
 from ..runs.measure import available_bytes
@@ -80,14 +78,15 @@ class _Scorer:
                 GRADIENT_METHODS[name], self.folder / "scores" / name, self.device, self.console
             )
         kind, similarity = name.split("-")
-        # all of them in memory, which only what compares pictures needs
-        train, queries = self.origin.data.images, self.origin.queries.images
+        sides = self.origin.queries, self.origin.data
+        if kind == "raw":
+            return {"dot": pixel_dot, "cosine": pixel_cosine}[similarity](*sides)
         if kind == "clip":
             assert self.clip is not None
-            train, queries = clip_embeddings(train, self.clip), clip_embeddings(queries, self.clip)
-        if kind == "latent":
-            train, queries = vae_latents(train, self.vae), vae_latents(queries, self.vae)
-        return raw_similarity(queries, train, similarity)
+            vectors = [clip_embeddings(side, self.clip) for side in sides]
+        else:
+            vectors = [vae_latents(side.images, self.vae).flatten(1) for side in sides]
+        return {"dot": gradient_dot, "cosine": gradient_cosine}[similarity](*vectors)
 
     def _read(self, file: str) -> Tensor:
         scores, metadata = read_scores(file)
@@ -226,29 +225,9 @@ def print_results(results: Counterfactual, folder: Path) -> None:
     """Show the distances, and where the pictures are."""
     console = Console()
     for metric in results.values:
-        title = METRICS[metric].title + (" (more = more change)" if METRICS[metric].rises else "")
-        table = Table(title=title, header_style="bold", title_justify="left")
-        for column in ("removed by", "median", "95 % interval", "mean", "beyond random"):
-            table.add_column(column, justify="left" if column == "removed by" else "right")
-        for method in results.methods:
-            summary = results.summary(metric, method)
-            beyond = results.beyond_random(metric, method)
-            table.add_row(
-                method,
-                f"{summary.median:.4g}",
-                _interval(summary),
-                f"{summary.mean:.4g}",
-                "" if beyond is None else f"{beyond.median:+.4g} {_interval(beyond)}",
-            )
-        console.print(table)
+        distance_table(results, metric).show(console)
     console.print(
         f"pictures: {folder / 'strips.png'}\nplot: {folder / 'distances.png'}\n"
         f"values: {folder / 'results.json'}",
         soft_wrap=True,
     )
-
-
-def _interval(summary: Summary) -> str:
-    if summary.interval is None:
-        return f"n = {summary.count}"
-    return f"[{summary.interval[0]:.4g}, {summary.interval[1]:.4g}]"

@@ -32,6 +32,7 @@ from ..evaluation.lds.experiment import (
 )
 from ..evaluation.lds.losses import (
     claim_settings,
+    estimate,
     evaluate_one,
     is_outdated,
     load_losses,
@@ -46,6 +47,7 @@ from ..evaluation.lds.methods import (
 )
 from ..evaluation.lds.names import names_of, of_latents
 from ..evaluation.lds.options import (
+    EXPERIMENT,
     FAMILIES,
     FEWEST_SUBSETS,
     FULL,
@@ -70,6 +72,7 @@ from ..evaluation.lds.table import (
 from ..evaluation.subject import find_trained, subject_of_run
 from ..features.extraction import Samples
 from ..methods import CHECKPOINTS, Method
+from ..pages.index import refresh_index
 from ..pages.lds_report import print_table, read_table, render_markdown, write_plots
 from ..runs.console import choose_device, model_bar, progress_bar
 from ..runs.files import encode_text, write_atomically
@@ -253,6 +256,10 @@ def evaluate_models(folder: Path, options: EvaluateOptions, console: Console) ->
     _say_what_is_outdated(experiment, queries, missing, console)
     claim_settings(experiment, losses)
     if missing:
+        cost = estimate(
+            experiment, queries, losses, missing, main_device, batch_size=options.batch_size
+        )
+        console.print(cost, highlight=False, soft_wrap=True)
         with model_bar(console, "losses", len(missing)) as report:
             work(
                 _LossJob(folder, device, losses, options.batch_size),
@@ -280,9 +287,9 @@ def evaluate_models(folder: Path, options: EvaluateOptions, console: Console) ->
         batch_size=options.feature_batch_size,
         flips=options.flips,
     )
-    estimate = predictor.estimate(settings)
-    if estimate is not None:
-        console.print(estimate, highlight=False, soft_wrap=True)
+    of_features = predictor.estimate(settings)
+    if of_features is not None:
+        console.print(of_features, highlight=False, soft_wrap=True)
     results = _predict(predictor, queries, losses, settings, sizes, console)
     if options.flips:
         results.about["flips"] = True
@@ -479,6 +486,9 @@ def show_table(folder: Path, name: str, options: ReportOptions, console: Console
         highlight=False,
         soft_wrap=True,
     )
+    # of the run whose scores it judges, in the same folder or beside it
+    for run in (folder, folder.with_name(folder.name.removeprefix("lds-"))):
+        refresh_index(run)
 
 
 def _table(folder: Path, name: str, options: ReportOptions, console: Console) -> dict[str, Any]:
@@ -486,7 +496,7 @@ def _table(folder: Path, name: str, options: ReportOptions, console: Console) ->
     file, kept = folder / "results.npz", folder / "report" / "table.json"
     if not file.is_file():
         packaged = None if options.run is not None else packaged_results(name)
-        is_run = (folder / "experiment.json").is_file()
+        is_run = EXPERIMENT.is_in(folder)
         if options.output is not None or is_run or packaged is None:
             raise ValueError(f"{folder} must hold results.npz: run evaluate first")
         console.print(f"no run in {folder}: these are the results in the package", highlight=False)

@@ -30,8 +30,7 @@ from ..models import load
 from ..models.denoiser import Denoiser, Drawn
 from ..models.hashing import hash_tensors
 from ..runs.choices import NUM_INFERENCE_STEPS
-from ..runs.files import claim
-from ..runs.folders import describe_differences
+from ..runs.folders import alone_at, describe_differences
 from ..training.command import is_saved, save_model
 from ..training.recipe import Recipe
 from ..training.record import Training
@@ -290,7 +289,7 @@ class Retraining:
         """
         if is_done():
             return False
-        with claim(self.folder / "locks" / f"{name}.lock") as is_ours:
+        with alone_at(self.folder, name) as is_ours:
             if not is_ours or is_done():
                 return False
             weights, order = seeds

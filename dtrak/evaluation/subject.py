@@ -255,14 +255,7 @@ def find_trained(
     weights, base, data = folder, None, DataSource()
     if attribution is not None:
         options = attribution.options
-        data = DataSource(
-            options.data,
-            options.preset,
-            options.caption,
-            options.resolution,
-            options.resize,
-            options.skip_corrupt,
-        )
+        data = DataSource.asked_for(options)
         weights, base = attribution.model_folder, options.lora and options.model
         weights = Path(options.lora) if options.lora else weights
     training = _find_training(folder, weights, attribution, recipe, preset)

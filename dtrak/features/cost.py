@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -13,7 +15,9 @@ from .extraction import Extractor, extract_rows
 _MEASURED = 2
 
 
-def seconds_per_row(extractor: Extractor, data: Samples, batch_size: int | None = None) -> float:
+def seconds_per_row(
+    extractor: Extractor, data: Samples, batch_size: int | None = None, *, is_warm: bool = False
+) -> float:
     """Seconds that the features of one image and timestep take, measured on a few images.
 
     A whole batch is often faster by a bit: it is an estimate from above.
@@ -22,16 +26,23 @@ def seconds_per_row(extractor: Extractor, data: Samples, batch_size: int | None 
         extractor: makes the features.
         data: N images.
         batch_size: of the batches to come, where it is known.
+        is_warm: features were made with it already.
     """
     rows = slice(0, min(_MEASURED, batch_size or _MEASURED, len(data)))
-    # the first time tables are made, and memory is found
-    extract_rows(extractor, data, rows)
-    _wait(extractor.device)
-    begin = time.perf_counter()
-    extract_rows(extractor, data, rows)
-    _wait(extractor.device)
     # where mirror images are averaged in, a row is both of them
-    return (time.perf_counter() - begin) / rows.stop
+    make = partial(extract_rows, extractor, data, rows)
+    return seconds_of(make, extractor.device, is_warm=is_warm) / rows.stop
+
+
+def seconds_of(call: Callable[[], object], device: torch.device, *, is_warm: bool = False) -> float:
+    """Seconds that a call takes once tables are made and memory is found, which the first does."""
+    if not is_warm:
+        call()
+    _wait(device)
+    begin = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - begin
 
 
 def _wait(device: torch.device) -> None:

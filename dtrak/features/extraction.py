@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -11,14 +13,14 @@ from torch import Tensor
 
 from dtrak_kernels import GradientSketcher, check_features
 
-from .. import __version__
+from .. import NUMERICS
 from ..data.samples import Samples
 from ..models.denoiser import Condition, Denoiser
 from ..runs.measure import TensorMeter, available_bytes
 from .noise import sample_noise
 from .outputs import evaluate_output
 from .settings import FeatureSettings
-from .store import Store
+from .store import MANIFEST, ROWS_PER_PART, FeatureStore, Store, StoreInMemory
 
 # before the id that decides the noise of a mirror image
 _MIRRORED = "mirrored/"
@@ -210,7 +212,7 @@ def deciding_settings(
 ) -> dict[str, Any]:
     """Everything that decides the features of ``data``, for the manifest of their store."""
     return {
-        "version": __version__,
+        "numerics": NUMERICS,
         "method": method,
         **model.identity(),
         "schedule": model.process.describe(),
@@ -234,6 +236,37 @@ def item_identity(model: Denoiser, data: Samples) -> dict[str, str]:
         return {}
     found = model.identify_items(data.conditions)
     return {} if found is None else {model.reads: found}
+
+
+def open_store(
+    folder: Path | None, extractor: Any, data: Samples, role: str, batch_size: Callable[[], int]
+) -> Store:
+    """The store of the features of ``data``, to be filled by `fill_store`.
+
+    Args:
+        folder: begun if nothing is there; None keeps them in memory.
+        extractor: computes them, by its ``settings``.
+        data: N images.
+        role: part of what decides the features, as there.
+        batch_size: called for the images per batch of a new store.
+
+    Raises:
+        StoreError: the folder holds features made with other settings, or a damaged manifest.
+    """
+    if folder is None:
+        return StoreInMemory(data.ids, extractor.proj_dim, batch_size())
+    settings = replace(extractor.settings, flips=extractor.flips)
+    deciding = deciding_settings(extractor.model, settings, data, extractor.method)
+    size = 1 if MANIFEST.is_in(folder) else batch_size()
+    return FeatureStore.open(folder, {**deciding, "role": role}, data.ids, extractor.proj_dim, size)
+
+
+def left_in(store: Store) -> int:
+    """Rows of a store that are still to be computed."""
+    return sum(
+        len(range(*store.rows(shard).indices(len(store)))) - len(store.begun(shard))
+        for shard in store.missing()
+    )
 
 
 def fill_store(
@@ -262,22 +295,61 @@ def fill_store(
     """
     step = batch_size or store.batch_size
     missing = store.missing()
-    todo = sum(store.rows(shard).stop - store.rows(shard).start for shard in missing)
-    done = len(store) - todo
+    done = len(store) - left_in(store)
     if progress is not None:
         progress(done, len(store))
     if missing:
         extractor.model.prepare(data.conditions, extractor.device)
     for shard in missing:
-        rows = store.rows(shard)
-        parts = []
-        for first in range(rows.start, rows.stop, step):
+        rows, made = store.rows(shard), store.begun(shard)
+        kept, new = len(made), []
+        for first in range(rows.start + kept, rows.stop, step):
             last = min(first + step, rows.stop)
             features = extract_rows(extractor, data, slice(first, last), role)
             ends = [repr(role + data.ids[row]) for row in (first, last - 1)]
             check_features(features, f"features of samples {' to '.join(ends)}")
-            parts.append(features.cpu())
+            new.append(features.cpu())
             done += last - first
             if progress is not None:
                 progress(done, len(store))
-        store.write(shard, torch.cat(parts))
+            if last - rows.start - kept >= ROWS_PER_PART and last < rows.stop:
+                store.keep(shard, kept, torch.cat(new))
+                made, new, kept = torch.cat([made, *new]), [], last - rows.start
+        store.write(shard, torch.cat([made, *new]))
+
+
+def complete_store(
+    folder: Path,
+    extractor: FusedExtractor,
+    data: Samples,
+    role: str,
+    progress_bar: Callable[[], Any],
+    batch_size: int | None = None,
+) -> Store:
+    """The features of ``data`` in a folder, computed as far as they are not there.
+
+    Args:
+        folder: as `open_store`.
+        extractor: computes them.
+        data: N images.
+        role: as there.
+        progress_bar: opens one, where there is something to compute.
+        batch_size: images per batch; None chooses one.
+
+    Raises:
+        ValueError: as `open_store` and `fill_store`.
+    """
+    store = open_store(
+        folder, extractor, data, role, lambda: batch_size or fitting_batch_size(extractor, data)
+    )
+    if store.missing():
+        with progress_bar() as progress:
+            fill_store(
+                store,
+                extractor,
+                data,
+                role=f"{role}/",
+                batch_size=batch_size,
+                progress=progress,
+            )
+    return store

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,14 +12,19 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..runs.files import write_atomically
-from ..runs.folders import describe_differences
+from ..runs.folders import Record
 
-_FORMAT = 1
-_ROWS_PER_SHARD = 64
+# of a shard, whatever the batch size
+_ROWS_PER_SHARD, _BYTES_PER_SHARD = 512, 2**28
+# rows after which a shard that is being made is kept as far as it has come
+ROWS_PER_PART = 64
 
 
 class StoreError(ValueError):
     """A feature store that does not fit what is asked, or is damaged; the message says which."""
+
+
+MANIFEST = Record("manifest.json", "features made with other settings", StoreError, format=2)
 
 
 class Store(Protocol):
@@ -36,6 +40,14 @@ class Store(Protocol):
 
     def rows(self, shard: int) -> slice:
         """Rows of a shard."""
+        ...
+
+    def begun(self, shard: int) -> Tensor:
+        """The first rows of a missing shard, as far as they are kept, ``[rows, K]``."""
+        ...
+
+    def keep(self, shard: int, first: int, features: Tensor) -> None:
+        """Keep rows of a missing shard, ``[rows, K]``, from its row ``first`` on."""
         ...
 
     def write(self, shard: int, features: Tensor) -> None:
@@ -63,7 +75,7 @@ class StoreInMemory:
     def __init__(self, ids: Sequence[str], num_features: int, batch_size: int) -> None:
         self.ids, self.batch_size = list(ids), batch_size
         self.shape = (len(self.ids), num_features)
-        self._step = _shard_rows(batch_size)
+        self._step = _shard_rows(num_features)
         self._features = torch.empty(self.shape)
         self._done: set[int] = set()
 
@@ -74,6 +86,13 @@ class StoreInMemory:
     def rows(self, shard: int) -> slice:
         """See `Store.rows`."""
         return slice(shard * self._step, min((shard + 1) * self._step, len(self)))
+
+    def begun(self, shard: int) -> Tensor:
+        """See `Store.begun`."""
+        return torch.empty(0, self.shape[1])
+
+    def keep(self, shard: int, first: int, features: Tensor) -> None:
+        """See `Store.keep`: nothing goes on after this process."""
 
     def write(self, shard: int, features: Tensor) -> None:
         """See `Store.write`."""
@@ -138,35 +157,13 @@ class FeatureStore:
                 its manifest is unreadable.
         """
         folder = Path(folder)
-        file = folder / "manifest.json"
-        wanted = json.loads(json.dumps(deciding))
-        if file.is_file():
-            try:
-                manifest = json.loads(file.read_text())
-                found = manifest["deciding"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise StoreError(
-                    f"{file} must be the manifest of a feature store, but is damaged: delete "
-                    f"{folder} to compute the features again"
-                ) from error
-            differing = describe_differences(found, wanted)
-            if differing:
-                raise StoreError(
-                    f"{folder} holds features made with other settings: {differing}. Choose "
-                    "another --output, or delete that folder"
-                )
-            return cls(folder, manifest)
-        manifest = {
-            "format": _FORMAT,
-            "deciding": wanted,
+        layout = {
             "num_features": num_features,
-            "rows_per_shard": _shard_rows(batch_size),
+            "rows_per_shard": _shard_rows(num_features),
             "batch_size": batch_size,
             "ids": list(ids),
         }
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(manifest, indent=1).encode())
-        return cls(folder, manifest)
+        return cls(folder, MANIFEST.claim(folder, deciding, also=layout))
 
     @property
     def num_shards(self) -> int:
@@ -185,9 +182,30 @@ class FeatureStore:
         """Shards that are still to be computed."""
         return [shard for shard in range(self.num_shards) if not self._file(shard).is_file()]
 
+    def begun(self, shard: int) -> Tensor:
+        """See `Store.begun`."""
+        found, first = [torch.empty(0, self.shape[1])], 0
+        while (file := self._part(shard, first)).is_file():
+            found.append(self._load(file))
+            first += len(found[-1])
+        # double precision stays what it is
+        return torch.cat(found[1:] or found)
+
+    def keep(self, shard: int, first: int, features: Tensor) -> None:
+        """See `Store.keep`."""
+        self._write(self._part(shard, first), features)
+
     def write(self, shard: int, features: Tensor) -> None:
         """Write one shard, ``[rows of the shard, K]``, atomically."""
-        write_atomically(self._file(shard), save({"features": features.cpu().contiguous()}))
+        self._write(self._file(shard), features)
+        for part in self.folder.glob(self._part(shard, "*").name):
+            part.unlink()
+
+    def _part(self, shard: int, first: int | str) -> Path:
+        return self.folder / f"{shard:06d}-from-{first}.safetensors"
+
+    def _write(self, file: Path, features: Tensor) -> None:
+        write_atomically(file, save({"features": features.cpu().contiguous()}))
 
     def _read(self, shard: int) -> Tensor:
         file, rows = self._file(shard), self.rows(shard)
@@ -195,6 +213,13 @@ class FeatureStore:
             raise StoreError(
                 f"{self.folder} is incomplete: {file.name} is missing; run again to resume"
             )
+        features = self._load(file)
+        expected = (rows.stop - rows.start, self.shape[1])
+        if tuple(features.shape) != expected:
+            raise StoreError(f"{file} must hold features {expected}, got {tuple(features.shape)}")
+        return features
+
+    def _load(self, file: Path) -> Tensor:
         try:
             with safe_open(file, "pt") as opened:
                 features: Tensor = opened.get_tensor("features")
@@ -203,9 +228,6 @@ class FeatureStore:
                 f"{file} is damaged ({' '.join(str(error).split())}): delete it and run again to "
                 "compute its rows anew"
             ) from error
-        expected = (rows.stop - rows.start, self.shape[1])
-        if tuple(features.shape) != expected:
-            raise StoreError(f"{file} must hold features {expected}, got {tuple(features.shape)}")
         return features
 
     def __len__(self) -> int:
@@ -228,6 +250,6 @@ class FeatureStore:
         return self[:]
 
 
-def _shard_rows(batch_size: int) -> int:
-    """Rows of a shard: whole batches."""
-    return batch_size * -(-_ROWS_PER_SHARD // batch_size)
+def _shard_rows(num_features: int) -> int:
+    """Rows of a shard: fewer where rows are so wide that a shard would not fit memory."""
+    return max(1, min(_ROWS_PER_SHARD, _BYTES_PER_SHARD // (4 * max(num_features, 1))))

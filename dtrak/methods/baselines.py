@@ -19,43 +19,13 @@ from torch import Tensor
 
 from ..data.images import to_uint8
 from ..data.samples import Samples, as_samples
-from ..runs.choices import check_choice
 from ..runs.files import expand_path
-from .scores import gradient_cosine, gradient_dot
 
-SIMILARITIES = ("dot", "cosine")
 DATAMODEL_DAMPINGS = (0.1, 1.0, 10.0)
 
 
 class EncoderError(ValueError):
     """A CLIP model or a VAE that cannot be used; the message says why and what was expected."""
-
-
-def raw_similarity(queries: Tensor, train: Tensor, kind: str) -> Tensor:
-    """How alike images (or their latents, or embeddings) are as plain vectors.
-
-    Args:
-        queries: ``[M, ...]`` floating, pixels in [-1, 1], latents or embeddings.
-        train: ``[N, ...]`` floating, of the same kind.
-        kind: ``"dot"`` or ``"cosine"``; the cosine is 0 where either vector is zero.
-
-    Returns:
-        ``[M, N]`` float32, computed in float64.
-
-    Raises:
-        ValueError: ``kind`` is neither, the shapes of one query and one training sample differ, or
-            a value is not finite.
-    """
-    check_choice("kind", kind, SIMILARITIES)
-    if queries.ndim < 2 or train.ndim < 2 or queries.shape[1:] != train.shape[1:]:
-        raise ValueError(
-            "queries and train must be [M, ...] and [N, ...] of one shape, got "
-            f"{list(queries.shape)} and {list(train.shape)}"
-        )
-    for name, value in (("queries", queries), ("train", train)):
-        _check_finite(name, value)
-    product = {"dot": gradient_dot, "cosine": gradient_cosine}[kind]
-    return product(queries.flatten(1), train.flatten(1))
 
 
 def random_scores(M: int, N: int, seed: int) -> Tensor:
@@ -144,7 +114,7 @@ def clip_embeddings(
     batch_size: int = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """CLIP's embedding of every image; compare them with :func:`raw_similarity`.
+    """CLIP's embedding of every image, to be compared as features are.
 
     Images go through 8 bits a channel and the model's own preprocessing (resize, crop, normalise);
     grey ones are repeated into three channels.

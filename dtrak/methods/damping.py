@@ -46,6 +46,11 @@ class Damping:
             )
         return cls(value, is_relative)
 
+    def __str__(self) -> str:
+        if self.value is None:
+            return _AUTO
+        return repr(self.value).removesuffix(".0") + ("x" if self.is_relative else "")
+
     def resolve(self, solver: RidgeSolver) -> float:
         """λ in units of the Gram of the solver's features, a sum over training samples."""
         if self.value is None:

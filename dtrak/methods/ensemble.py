@@ -64,7 +64,8 @@ def average_runs(
         "columns": json.dumps(runs[0].train_ids),
         "settings": json.dumps(
             {
-                _OUTPUT_FUNCTION: settings[_OUTPUT_FUNCTION],
+                "method": settings["method"],
+                _OUTPUT_FUNCTION: settings.get(_OUTPUT_FUNCTION),
                 "mean of": [run.manifest["settings"] for run in runs],
             }
         ),
@@ -119,9 +120,10 @@ def _check_alike(first: Attribution, other: Attribution) -> None:
                 f"{other.folder} must have the {name} of {first.folder}, got others: scores of "
                 "different images have no mean"
             )
-    functions = [run.manifest["settings"][_OUTPUT_FUNCTION] for run in (first, other)]
-    if functions[0] != functions[1]:
-        raise ResultsError(
-            f"{other.folder} must have the {_OUTPUT_FUNCTION} of {first.folder}, {functions[0]}, "
-            f"got {functions[1]}"
-        )
+    for key in ("method", _OUTPUT_FUNCTION):
+        values = [run.manifest["settings"].get(key) for run in (first, other)]
+        if values[0] != values[1]:
+            raise ResultsError(
+                f"{other.folder} must have the {key} of {first.folder}, {values[0]}, got "
+                f"{values[1]}"
+            )

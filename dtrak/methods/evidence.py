@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ from ..features.cost import seconds_per_row
 from ..features.extraction import (
     Extractor,
     FusedExtractor,
-    deciding_settings,
     extract_rows,
     fill_store,
     fitting_batch_size,
+    left_in,
+    open_store,
 )
 from ..features.settings import FeatureSettings
-from ..features.store import FeatureStore, Store, StoreInMemory
+from ..features.store import MANIFEST, Store
 from ..models.denoiser import Denoiser, Drawn
 from ..models.hashing import hash_model, hash_tensors
 from ..runs.console import format_seconds
@@ -266,21 +267,12 @@ class Evidence:
         """The features of ``data``, computed as far as they are not kept."""
         # a query is what it is, whichever way round training saw its images
         extractor.flips = self.how.flips and role == TRAIN
-        settings = replace(self.feature_settings, flips=extractor.flips)
-        deciding = {
-            **deciding_settings(extractor.model, settings, data, extractor.method),
-            "role": role,
-        }
         # sets of queries live side by side, each under the first digits of its fingerprint
         name = role if role == TRAIN else f"{role}-{data.fingerprint[:12]}"
         folder = None if self.folder is None else self.how.feature_folder(self.folder, part) / name
-        is_known = folder is not None and (folder / "manifest.json").is_file()
-        batch_size = 1 if is_known else self._batch_size(extractor, data)
-        store: Store
-        if folder is None:
-            store = StoreInMemory(data.ids, extractor.proj_dim, batch_size)
-        else:
-            store = FeatureStore.open(folder, deciding, data.ids, extractor.proj_dim, batch_size)
+        is_new = folder is not None and not MANIFEST.is_in(folder)
+        batch_size = partial(self._batch_size, extractor, data)
+        store = open_store(folder, extractor, data, role, batch_size)
         key = f"{self.how.function} {part} {name}"
         if role == TRAIN:
             self._batch = store.batch_size
@@ -290,11 +282,13 @@ class Evidence:
         self._is_new |= role == TRAIN
         if folder is not None and role == TRAIN:
             size = format_bytes(4 * math.prod(store.shape))
-            seconds = seconds_per_row(extractor, data, self.how.batch_size)
-            left = sum(len(range(*store.rows(n).indices(len(store)))) for n in store.missing())
+            # the batch size was chosen by making some
+            is_warm = is_new and self.how.batch_size is None and self.how.fused
+            given = self.how.batch_size
+            seconds = seconds_per_row(extractor, data, given, is_warm=is_warm)
             self.stages.say(
                 f"{label}: {store.shape[0]:,} x {store.shape[1]:,}, {size} in {folder}, "
-                f"{format_seconds(seconds * left)} or less"
+                f"{format_seconds(seconds * left_in(store))} or less"
             )
         with self.stages.stage(label, key) as progress:
             fill_store(

@@ -11,8 +11,9 @@ from torch import Tensor
 from ..evaluation.counterfactual.options import NOTHING, RANDOM
 from ..evaluation.counterfactual.results import METRICS, Counterfactual, Summary
 from .canvas import LINE, SOFT, Canvas, default_style, fit, text_width
-from .html import render_columns, render_image
+from .html import render_image
 from .plots import plot_boxes, render_svg, write_png
+from .tables import Table
 
 CELL, GAP, MARGIN = 160, 20, 48
 PNG_QUERIES = 16
@@ -129,14 +130,15 @@ def render_section(results: Counterfactual, num_shown: int) -> str:
             title = METRICS[metric].title
             svg = render_svg(plot_distances(results, metric), f"Box plot: {title} by method")
             parts.append(
-                f'<div class="pair">\n{_render_table(results, metric)}\n'
+                f'<div class="pair">\n{distance_table(results, metric).html()}\n'
                 f'<figure class="card">{svg}</figure>\n</div>'
             )
     parts.append(_render_strips(results, num_shown))
     return "\n".join(parts)
 
 
-def _render_table(results: Counterfactual, metric: str) -> str:
+def distance_table(results: Counterfactual, metric: str) -> Table:
+    """How far pictures moved in one metric, by who chose what was removed."""
     rows: list[tuple[str, ...]] = []
     for method in results.methods:
         summary = results.summary(metric, method)
@@ -149,28 +151,23 @@ def _render_table(results: Counterfactual, metric: str) -> str:
                 "" if beyond is None else _with_interval(beyond, "+"),
             )
         )
-    count = results.summary(metric, results.methods[0]).count
+    first = results.summary(metric, results.methods[0])
     direction = "more" if METRICS[metric].rises else "less"
     note = (
-        f"Medians over {count} queries, with 95 % percentile bootstrap intervals over queries "
-        "(not over training seeds)"
-        if results.summary(metric, results.methods[0]).interval
-        else f"Medians over {count} queries, too few for an interval"
+        f"Medians over {first.count} queries, with 95 % percentile bootstrap intervals over "
+        "queries (not over training seeds)."
+        if first.interval
+        else f"Medians over {first.count} queries, too few for an interval."
     )
-    columns = ["Removed by", "Median", "Mean", "Beyond random"]
-    if RANDOM not in results.methods:
-        columns, rows = columns[:-1], [row[:-1] for row in rows]
     title = f"{METRICS[metric].title} ({direction} = more change)"
-    return render_columns(title, columns, rows, f"{note}.")
+    columns = ("Removed by", "Median", "Mean", "Beyond random")
+    return Table(columns, rows, title, note).without_empty()
 
 
 def _with_interval(summary: Summary, sign: str) -> str:
-    def shown(value: float) -> str:
-        return format(value, f"{sign}.3g").replace("-", "−")
-
-    if summary.interval is None:
-        return shown(summary.median)
-    return f"{shown(summary.median)} [{shown(summary.interval[0])}, {shown(summary.interval[1])}]"
+    ends = () if summary.interval is None else summary.interval
+    values = [format(value, f"{sign}.3g") for value in (summary.median, *ends)]
+    return values[0] if summary.interval is None else f"{values[0]} [{', '.join(values[1:])}]"
 
 
 def _render_strips(results: Counterfactual, num_shown: int) -> str:

@@ -1,17 +1,14 @@
-"""Self-contained HTML: the style sheet of a report, its skeleton, its tables and its images."""
+"""Self-contained HTML: the style sheet of a report, its skeleton and its images."""
 
 from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from ..data.images import encode_png
 
-NUMBER = ' class="number"'
 STYLE = """
 :root { color-scheme: light dark; --page: #f7f6f3; --card: #fff; --ink: #1d1f23; --soft: #5d6168;
   --line: #dfddd7; --plus: #0d7268; --minus: #b34f0b; --series-0: #0d7268; --series-1: #b34f0b;
@@ -163,67 +160,3 @@ def render_image(pixels: Tensor, alt: str) -> str:
         f'<img{sharp} width="{width}" height="{height}" alt="{html.escape(alt)}" '
         f'src="data:image/png;base64,{encoded}">'
     )
-
-
-def render_table(title: str, values: Sequence[tuple[str, Any]], *, timed: bool = False) -> str:
-    """Names and values, one a line; nothing where there are none.
-
-    Args:
-        title: above the table.
-        values: name and value, both turned into text.
-        timed: values are durations, of which the last is their sum.
-    """
-    if not values:
-        return ""
-    kind = ' class="number"' if timed else ""
-    lines = [
-        f'<tr><th scope="row">{html.escape(str(name))}</th>'
-        f"<td{kind}>{html.escape(str(value))}</td></tr>"
-        for name, value in values
-    ]
-    if timed:
-        lines[-1] = lines[-1].replace("<tr>", '<tr class="total">')
-    return (
-        f'<section class="table">\n<h2>{html.escape(title)}</h2>\n<table>\n'
-        + "\n".join(lines)
-        + "\n</table>\n</section>\n"
-    )
-
-
-def render_columns(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], note: str = ""
-) -> str:
-    """A table with a head: the first column names the row, the others are numbers.
-
-    Args:
-        title: above the table.
-        columns: their heads.
-        rows: as many cells each as there are columns, turned into text.
-        note: below the table.
-    """
-    head = "".join(
-        f'<th scope="col"{"" if number == 0 else NUMBER}>{html.escape(name)}</th>'
-        for number, name in enumerate(columns)
-    )
-    lines = [
-        f'<tr><th scope="row">{html.escape(str(row[0]))}</th>'
-        + "".join(f"<td{NUMBER}>{html.escape(str(cell))}</td>" for cell in row[1:])
-        + "</tr>"
-        for row in rows
-    ]
-    below = f'<p class="note">{html.escape(note)}</p>\n' if note else ""
-    return (
-        f'<section class="table">\n<h2>{html.escape(title)}</h2>\n<div class="scroll">'
-        f'<table class="columns">\n<thead><tr>{head}</tr></thead>\n<tbody>\n'
-        + "\n".join(lines)
-        + f"\n</tbody>\n</table></div>\n{below}</section>\n"
-    )
-
-
-def format_seconds(seconds: float) -> str:
-    """A duration as a reader says it: ``61.3 s``, ``2 min 30 s``, ``2 h 01 min``."""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

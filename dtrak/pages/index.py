@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ from ..runs.files import encode_text, write_atomically
 from ..runs.measure import format_bytes
 from ..runs.record import MANIFEST, PICTURE, REPORT, SCORES, list_queries, read_json
 from ..runs.stages import read_seconds
-from .html import format_seconds, render_page, render_table
+from .html import render_page
+from .tables import times_table, values_table
 
 INDEX = "index.html"
+# what evaluations leave for a reader
+_EVALUATED = ("*.png", "table.json", "results.json")
 _TITLE = "What this run found"
 # what a reader asks first, of the settings of a set
 _SHOWN = ("method", "output function", "timesteps", "projection", "proj_dim", "damping")
@@ -34,16 +38,13 @@ def write_index(run: Path) -> Path:
         _render_set(run, name, folder, read_json(folder / MANIFEST))
         for name, folder in list_queries(run).items()
     ]
-    seconds = [(name, format_seconds(value)) for name, value in read_seconds(run).items()]
-    if seconds:
-        seconds.append(("Total", format_seconds(sum(read_seconds(run).values()))))
     sizes = [
         (place.name, format_bytes(sum(f.stat().st_size for f in place.rglob("*") if f.is_file())))
         for place in sorted(run.iterdir())
         if place.is_dir()
     ]
-    costs = render_table("Time, over all commands", seconds, timed=True)
-    costs += render_table("Disk", sizes)
+    costs = times_table("Time, over all commands", list(read_seconds(run).items())).html()
+    costs += values_table("Disk", sizes).html()
     body = (
         f'<div class="tables">\n{"".join(sets)}</div>\n{_render_evaluations(run)}\n'
         f'<section class="part">\n<h2>What it cost</h2>\n<div class="tables">\n{costs}</div>\n'
@@ -59,35 +60,43 @@ def _render_set(run: Path, name: str, folder: Path, manifest: dict[str, Any]) ->
     settings = manifest["settings"]
     known = [(key, settings[key]) for key in _SHOWN if key in settings]
     count = ("pictures", manifest["facts"].get("pictures", ""))
-    table = render_table(name, [count, *known])
+    table = values_table(name, [count, *known]).html()
     place = folder.relative_to(run).as_posix()
-    links = " · ".join(
-        f'<a href="{html.escape(f"{place}/{file}", quote=True)}">{label}</a>'
-        for file, label in ((REPORT, "report"), (PICTURE, "picture"), (SCORES, "scores"))
-        if (folder / file).is_file()
-    )
+    files = ((REPORT, "report"), (PICTURE, "picture"), (SCORES, "scores"))
+    links = _links({label: f"{place}/{file}" for file, label in files if (folder / file).is_file()})
     # inside the card of the table
     return table.removesuffix("</section>\n") + f'<p class="note">{links}</p>\n</section>\n'
 
 
+def refresh_index(folder: Path) -> None:
+    """Write the first page of a run anew, if it has one, after something was measured in it."""
+    if (folder / INDEX).is_file():
+        write_index(folder)
+
+
+def _links(places: Mapping[str, str]) -> str:
+    """Links to files of a run, by what they are called."""
+    return " · ".join(
+        f'<a href="{html.escape(place, quote=True)}">{html.escape(label)}</a>'
+        for label, place in places.items()
+    )
+
+
 def _render_evaluations(run: Path) -> str:
     """Links to what `dtrak.lds` and `dtrak.counterfactual` left in the folder or beside it."""
-    beside = run.resolve().parent / f"lds-{run.resolve().name}"
-    places = [
-        ("Do scores predict retraining? (LDS)", run / "report" / "table.html", "."),
-        (
-            "Do scores predict retraining? (LDS)",
-            beside / "report" / "table.html",
-            f"../{beside.name}",
-        ),
-        ("Do pictures change without them?", run / "counterfactual" / "report.html", "."),
-    ]
-    found = [
-        f'<li><a href="{html.escape(f"{base}/{file.parent.name}/{file.name}", quote=True)}">'
-        f"{html.escape(title)}</a></li>"
-        for title, file, base in places
-        if file.is_file()
-    ]
+    lds = "Do scores predict retraining? (LDS)"
+    folders = {
+        "report": lds,
+        f"../lds-{run.resolve().name}/report": lds,
+        "counterfactual": "Do pictures change without them?",
+    }
+    found = []
+    for folder, question in folders.items():
+        place = run.resolve() / folder
+        files = [file for kind in _EVALUATED for file in sorted(place.glob(kind))]
+        if files:
+            links = _links({file.stem: f"{folder}/{file.name}" for file in files})
+            found.append(f"<li>{question}<br>{links}</li>\n")
     if not found:
         return (
             '<p class="soft">Neither python -m dtrak.lds nor python -m dtrak.counterfactual has '

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from ..evaluation.lds.options import RETRAIN
 from ..evaluation.lds.table import (
@@ -23,6 +22,7 @@ from ..evaluation.lds.table import (
 from ..training.presets import PRESETS
 from .lds_plots import REFERENCES, plot_lds
 from .plots import default_style, write_png
+from .tables import Table
 
 _COLUMNS = (
     "method",
@@ -42,7 +42,6 @@ _NARROWER = (
     ("method", "S", "projection", "LDS"),
     ("method", "S", "LDS"),
 )
-_INTERVAL = "95 % interval"
 _FEW_MODELS = 20
 _CROSS_FITTED = (
     "Datamodel and empirical influence are cross-fitted: to one half of the models, and judged on "
@@ -105,28 +104,25 @@ def _kinds(table: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(row["queries"] for row in table["rows"]))
 
 
+def lds_table(table: Mapping[str, Any], kind: str, title: str = "") -> Table:
+    """What there is of one kind of query, best first."""
+    rows = select_rows(table, kind)
+    return Table(
+        _COLUMNS,
+        [_cells(row) for row in rows],
+        title,
+        words=("projection",),
+        soft=[number for number, row in enumerate(rows) if row["method"] in REFERENCES],
+    ).without_empty()
+
+
 def print_table(table: Mapping[str, Any], console: Console) -> None:
     """The table, one per kind of query, and what the intervals cover.
 
     A narrow terminal gets fewer columns, never shortened figures.
     """
     for kind in _kinds(table):
-        rows = select_rows(table, kind)
-        has_intervals = any("bca" in row["held_out"] for row in rows)
-        for chosen in (_COLUMNS, *_NARROWER):
-            columns = [name for name in chosen if has_intervals or name != _INTERVAL]
-            shown = Table(title=_title(table, kind), header_style="bold", title_justify="left")
-            for column in columns:
-                is_text = column in ("method", "projection")
-                shown.add_column(column, justify="left" if is_text else "right", no_wrap=True)
-            for row in rows:
-                style = "dim" if row["method"] in REFERENCES else None
-                cells = dict(zip(_COLUMNS, _cells(row), strict=True))
-                shown.add_row(*(cells[column] for column in columns), style=style)
-            unbounded = console.options.update_width(10_000)
-            if console.measure(shown, options=unbounded).maximum <= console.width:
-                break
-        console.print(shown)
+        lds_table(table, kind, _title(table, kind)).show(console, _NARROWER)
     for line in _legend(table):
         console.print(line, style="dim", highlight=False)
 
@@ -178,7 +174,7 @@ def render_markdown(table: Mapping[str, Any]) -> str:
     ]
     for kind in _kinds(table):
         lines += [f"## {kind.capitalize()} queries ({about['queries'][kind]})", ""]
-        lines += _markdown_rows(_COLUMNS, [_cells(row) for row in select_rows(table, kind)], 3)
+        lines += [*lds_table(table, kind).markdown(), ""]
     lines += [
         "## Differences",
         "",
@@ -187,7 +183,7 @@ def render_markdown(table: Mapping[str, Any]) -> str:
         "none, on all models; the others compare the column LDS.",
         "",
     ]
-    lines += _markdown_rows(
+    differences = Table(
         ("difference", "queries", "S", "projection", "points", "95 % interval"),
         [
             (
@@ -200,9 +196,9 @@ def render_markdown(table: Mapping[str, Any]) -> str:
             )
             for entry in table["differences"]
         ],
-        4,
+        words=("queries", "projection"),
     )
-    return "\n".join(lines).rstrip() + "\n"
+    return "\n".join([*lines, *differences.without_empty().markdown()]) + "\n"
 
 
 def _is_packaged(table: Mapping[str, Any]) -> bool:
@@ -232,16 +228,6 @@ def read_table(file: Path, results: Results) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return dict(table) if fits and is_whole else None
-
-
-def _markdown_rows(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], num_left: int
-) -> list[str]:
-    rules = ["---" if place < num_left else "---:" for place in range(len(columns))]
-    # of few models there are no intervals
-    kept = [n for n in range(len(columns)) if columns[n] != _INTERVAL or any(r[n] for r in rows)]
-    lines = [[cells[place] for place in kept] for cells in (columns, rules, *rows)]
-    return [f"| {' | '.join(cells)} |" for cells in lines] + [""]
 
 
 def write_plots(table: Mapping[str, Any], folder: Path) -> list[Path]:

@@ -6,14 +6,13 @@ The figures are those of `table.make_table`; nothing is computed here.
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from ..evaluation.lds.table import AUTO, select_rows
+from ..evaluation.lds.table import select_rows
 from .canvas import default_style
-from .html import render_columns
 from .lds_plots import plot_lds
-from .lds_report import row_notes
+from .lds_report import lds_table, row_notes
 from .plots import render_svg
 
 _AGAINST = {
@@ -22,7 +21,6 @@ _AGAINST = {
     "timesteps": "against number of timesteps",
 }
 _HEADINGS = {"validation": "Held-out images", "generated": "Generated images"}
-_COLUMNS = ("Method", "LDS", "95 % (BCa)", "In-sample λ", "Auto λ", "S", "Projection")
 
 
 def render_section(table: Mapping[str, Any]) -> str:
@@ -36,9 +34,9 @@ def render_section(table: Mapping[str, Any]) -> str:
         f"<p>How well each method's scores rank {about['models']} models, retrained on random "
         f"subsets of {about['subset_size']:,} of {about['samples']:,} training images, by the loss "
         "of a query: mean rank correlation, 100 is perfect and 0 is chance. The damping λ of the "
-        "main figure was chosen on other models than those it is judged on. “In-sample λ” is the "
+        "main figure was chosen on other models than those it is judged on. “In-sample” is the "
         "published protocol, which picks the λ that looks best on the very models it reports: it "
-        "flatters the methods that have one. “Auto λ” looks at no retrained model. Intervals are "
+        "flatters the methods that have one. “λ auto” looks at no retrained model. Intervals are "
         f"bootstraps with {table['num_resamples']:,} resamples of the subset models.</p>",
         *(f"<p>{html.escape(note)}</p>" for note in row_notes(table)),
     ]
@@ -46,7 +44,7 @@ def render_section(table: Mapping[str, Any]) -> str:
         rows = select_rows(table, kind)
         heading = _HEADINGS.get(kind, kind)
         parts.append(f"<h3>{html.escape(heading)}</h3>")
-        parts.append(render_columns(f"LDS on {heading.lower()}, %", _COLUMNS, _cells(rows)))
+        parts.append(lds_table(table, kind, f"LDS on {heading.lower()}, %").html())
         with default_style():
             plots = "".join(
                 f'<figure class="card">'
@@ -55,26 +53,3 @@ def render_section(table: Mapping[str, Any]) -> str:
             )
         parts.append(f'<div class="plots">{plots}</div>')
     return "\n".join(parts)
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}".replace("-", "−")
-
-
-def _interval(ends: Sequence[float]) -> str:
-    return f"[{_percent(ends[0])}, {_percent(ends[1])}]"
-
-
-def _cells(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    return [
-        (
-            row["method"],
-            _percent(row["held_out"]["lds"]),
-            _interval(row["held_out"]["bca"]) if "bca" in row["held_out"] else "",
-            _percent(row["in_sample"]["lds"]) if "in_sample" in row else "",
-            _percent(row[AUTO]["lds"]) if AUTO in row else "",
-            str(row["timesteps"] or ""),
-            "exact" if row["projection"] == "none" else row["projection"],
-        )
-        for row in rows
-    ]

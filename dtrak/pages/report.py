@@ -16,7 +16,7 @@ from ..methods.scores import top_k
 from ..runs.console import progress_bar
 from ..runs.files import encode_text, expand_path
 from ..runs.record import RUN_FILE, ResultsError, check_report, list_queries
-from .html import format_seconds, render_page, render_table
+from .html import render_page
 from .influence import (
     PNG_QUERIES,
     TITLE,
@@ -27,6 +27,7 @@ from .influence import (
     render_rows,
     write_png,
 )
+from .tables import times_table, values_table
 
 if TYPE_CHECKING:
     from ..data.samples import Samples
@@ -94,7 +95,8 @@ def write_report(
     )
     header = f'<p class="lead">{html.escape(lead(query_kind))}</p>\n{render_explanation(rows)}'
     tables = _render_tables(settings, facts or {}, stages)
-    page = render_page(TITLE, header, f"{render_rows(rows, query_kind)}\n{tables}")
+    body = f'{render_rows(rows, query_kind)}\n<div class="tables">\n{tables}</div>'
+    page = render_page(TITLE, header, body)
     expand_path(path_html).write_bytes(encode_text(page))
     write_png(Path(path_png), rows, query_kind)
 
@@ -102,15 +104,12 @@ def write_report(
 def _render_tables(
     settings: Mapping[str, Any], facts: Mapping[str, str], stages: Sequence[tuple[str, float]]
 ) -> str:
-    times = [(name, format_seconds(seconds)) for name, seconds in stages]
-    if times:
-        times.append(("Total", format_seconds(sum(seconds for _, seconds in stages))))
     tables = [
-        render_table("Settings", list(settings.items())),
-        render_table("This run", list(facts.items())),
-        render_table("Time per stage", times, timed=True),
+        values_table("Settings", list(settings.items())),
+        values_table("This run", list(facts.items())),
+        times_table("Time per stage", stages),
     ]
-    return f'<div class="tables">\n{"".join(tables)}</div>'
+    return "".join(table.html() for table in tables)
 
 
 def ranked_matches(
@@ -230,10 +229,10 @@ def gather_report(
 
         body = render_counterfactual(changed, num_queries)
         parts.append(("counterfactual", "Do pictures change without them?", body))
-        tables += render_table("Counterfactual retraining", list(changed.settings.items()))
+        tables += values_table("Counterfactual retraining", list(changed.settings.items())).html()
     if table is not None:
         about = [(name, value) for name, value in table["about"].items() if _is_plain(value)]
-        tables += render_table("LDS", about)
+        tables += values_table("LDS", about).html()
     if not parts:
         raise ResultsError(
             f"{folder} must hold a finished run of dtrak.attribute, or results of dtrak.lds or "
@@ -292,9 +291,7 @@ def _influence_part(explained: Explained, num_queries: int) -> tuple[str, str]:
         else ""
     )
     tables = _render_tables(explained.settings, explained.facts, explained.stages)
-    # without the grid round them: more tables join
-    tables = tables.removeprefix('<div class="tables">\n').removesuffix("</div>")
-    tables += render_table("Environment", list(explained.environment.items()))
+    tables += values_table("Environment", list(explained.environment.items())).html()
     kind = explained.query_kind
     return (
         f"<p>{html.escape(lead(kind))}</p>\n{render_explanation(rows)}\n"

@@ -24,7 +24,7 @@ from .files import picture_name
 from .folders import alone_in
 from .options import Options, lasting
 from .record import MANIFEST, PICTURE, REPORT, RUN_FILE, SCORES, list_queries
-from .run import Plan, make_plan, print_summary
+from .run import Plan, make_plan
 
 if TYPE_CHECKING:
     from ..models.denoiser import Denoiser
@@ -64,15 +64,15 @@ def record_finish(
     }
 
 
-def reuse_finished(options: Options, console: Console) -> bool:
-    """Show the results in the output folder, if the same run made them and nothing has changed.
+def find_finished(options: Options, console: Console) -> tuple[Path, dict[str, Any]] | None:
+    """The results in the output folder, if the same run made them and nothing has changed.
 
     Args:
         options: already checked.
         console: for warnings on images.
 
     Returns:
-        Whether it was so.
+        Their folder and manifest; None where it is not so.
 
     Raises:
         OutputError: another command is at work in the folder.
@@ -85,10 +85,8 @@ def reuse_finished(options: Options, console: Console) -> bool:
         with alone_in(plan.output):
             if not _is_unchanged(plan, results, manifest):
                 continue
-        once = {stage["name"]: stage["seconds"] for stage in manifest["stages"]}
-        print_summary(results, manifest["reused"] | once, [], manifest["facts"])
-        return True
-    return False
+        return results, manifest
+    return None
 
 
 def _is_recognised(options: Options) -> bool:

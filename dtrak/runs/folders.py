@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,95 +57,151 @@ def refuse_inside(folder: Path, **sources: str | None) -> None:
             )
 
 
-def is_unclaimed(folder: Path) -> bool:
-    """Whether ``folder`` is missing, or empty but for locks and what a killed writer left."""
-    return not folder.exists() or all(
-        path.suffix == ".partial" or path.name == LOCK_FILE for path in folder.iterdir()
-    )
+@contextmanager
+def alone_at(folder: Path, name: str, *, wait: bool = False) -> Iterator[bool]:
+    """As `files.claim`, for one piece of the work in a folder, by its name."""
+    with claim(folder / "locks" / f"{name}.lock", wait=wait) as is_ours:
+        yield is_ours
 
 
-def claim_folder(
-    folder: Path,
-    file_name: str,
-    settings: dict[str, Any],
-    held: ExitStack | None = None,
-    part: range | None = None,
-    also: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Make an output folder ours, or refuse it when it belongs to another run.
+@dataclass(frozen=True)
+class Record:
+    """The JSON file in a folder that says what decided its content: whose the folder is.
 
-    Args:
-        folder: made if missing.
-        file_name: of the JSON file in it that says what decided the run.
-        settings: what decides this one, JSON-serialisable; kept under the key ``settings``.
-        held: keeps other commands from writing there until it is closed; None keeps nobody away.
-        part: of the work in the folder that is kept from others, as in `files.claim`; None for all.
-        also: what is written beside the settings and decides nothing.
+    What decides is under the key ``settings``; what is beside it decides nothing.
 
-    Returns:
-        What the file holds, after it was written if it was missing.
-
-    Raises:
-        OutputError: the folder is a file, holds something else, or a run with other settings (which
-            are named); or another command is at work in it.
+    Attributes:
+        file_name: of the file.
+        other: what a folder holds that is another's.
+        error: how it is refused.
+        format: of the file, raised when it is written otherwise; None for one that says none.
+        before: names of what may be in a folder that is nobody's yet.
     """
-    found = check_folder(folder, file_name, settings)
-    if held is not None:
-        held.enter_context(alone_in(folder, part))
-        # another command may have made it its own in between
-        found = check_folder(folder, file_name, settings)
-    if found is not None:
-        return found
-    folder.mkdir(parents=True, exist_ok=True)
-    # as it will be read back: tuples are lists then
-    content: dict[str, Any] = json.loads(json.dumps({"settings": settings, **(also or {})}))
-    write_atomically(folder / file_name, json.dumps(content, indent=1).encode())
-    return content
 
+    file_name: str
+    other: str = "another run"
+    error: type[ValueError] = OutputError
+    format: int | None = None
+    before: frozenset[str] = frozenset()
 
-def check_folder(
-    folder: Path, file_name: str, settings: dict[str, Any], *, partly: bool = False
-) -> dict[str, Any] | None:
-    """Refuse an output folder that `claim_folder` would refuse; nothing is written.
+    def is_in(self, folder: Path) -> bool:
+        """Whether a folder has one."""
+        return (folder / self.file_name).is_file()
 
-    Args:
-        folder: as there.
-        file_name: as there.
-        settings: as there.
-        partly: there are more, which are not known yet.
+    def read(self, folder: Path) -> dict[str, Any] | None:
+        """What the record of a folder holds; None where there is none.
 
-    Returns:
-        What the file holds; None where it is missing.
-
-    Raises:
-        OutputError: as `claim_folder`.
-    """
-    file = folder / file_name
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"--output must be a folder, got the file {folder}")
-    # as it will be read back: tuples are lists then
-    settings = json.loads(json.dumps(settings))
-    if file.is_file():
+        Raises:
+            ValueError: `error`, where it is damaged or of another format.
+        """
+        file = folder / self.file_name
+        if not self.is_in(folder):
+            return None
         try:
             found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            there = dict(found["settings"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise OutputError(
-                f"{file} is damaged: delete {folder} or choose another --output"
-            ) from error
-        if partly:
-            there = {key: value for key, value in there.items() if key in settings}
-        differing = describe_differences(there, settings)
-        if differing:
-            raise OutputError(
-                f"{folder} holds another run: {differing}. Choose another --output, or delete it"
+            known = found.get("format")
+            # one of an older format may have no settings
+            if known == self.format:
+                dict(found["settings"])
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise self.damaged(folder) from error
+        if known != self.format:
+            raise self.error(
+                f"{file} must be of format {self.format}, got {known or 'none'}: choose another "
+                f"--output, or delete {folder}"
             )
         return found
-    if not is_unclaimed(folder):
-        raise OutputError(
-            f"{folder} is not empty and holds no {file_name}: choose another --output"
+
+    def damaged(self, folder: Path) -> ValueError:
+        """That the record of a folder is."""
+        return self.error(
+            f"{folder / self.file_name} is damaged: choose another --output, or delete {folder}"
         )
-    return None
+
+    def check(
+        self, folder: Path, settings: dict[str, Any], *, partly: bool = False
+    ) -> dict[str, Any] | None:
+        """Refuse a folder that `claim` would refuse; nothing is written.
+
+        Args:
+            folder: as there.
+            settings: as there.
+            partly: there are more, which are not known yet.
+
+        Returns:
+            What the file holds; None where it is missing.
+
+        Raises:
+            ValueError: as `claim`.
+        """
+        if folder.exists() and not folder.is_dir():
+            raise self.error(f"--output must be a folder, got the file {folder}")
+        found = self.read(folder)
+        if found is None:
+            if not self.is_free(folder):
+                raise self.error(
+                    f"{folder} is not empty and holds no {self.file_name}: choose another --output"
+                )
+            return None
+        there = found["settings"]
+        if partly:
+            there = {key: value for key, value in there.items() if key in settings}
+        # as it will be read back: tuples are lists then
+        differing = describe_differences(there, json.loads(json.dumps(settings)))
+        if differing:
+            raise self.error(
+                f"{folder} holds {self.other}: {differing}. Choose another --output, or delete it"
+            )
+        return found
+
+    def is_free(self, folder: Path) -> bool:
+        """Whether a folder is missing, or nobody's: empty but for locks and killed writers'."""
+        return not folder.exists() or all(
+            path.suffix == ".partial" or path.name in (LOCK_FILE, *self.before)
+            for path in folder.iterdir()
+        )
+
+    def claim(
+        self,
+        folder: Path,
+        settings: dict[str, Any],
+        held: ExitStack | None = None,
+        part: range | None = None,
+        also: dict[str, Any] | None = None,
+        renew: bool = False,
+    ) -> dict[str, Any]:
+        """Make an output folder ours, or refuse it when it belongs to another run.
+
+        Args:
+            folder: made if missing.
+            settings: what decides this one, JSON-serialisable.
+            held: keeps other commands from writing there until it is closed; None keeps nobody
+                away.
+            part: of the work in the folder that is kept from others, as in `files.claim`; None for
+                all.
+            also: what is written beside the settings and decides nothing.
+            renew: write that anew where the folder is ours already.
+
+        Returns:
+            What the file holds, after it was written if it was missing.
+
+        Raises:
+            ValueError: `error`: the folder is a file, holds something else, or a run with other
+                settings (which are named). `OutputError`: another command is at work in it.
+        """
+        found = self.check(folder, settings)
+        if held is not None:
+            held.enter_context(alone_in(folder, part))
+            # another command may have made it its own in between
+            found = self.check(folder, settings)
+        if found is not None and not renew:
+            return found
+        folder.mkdir(parents=True, exist_ok=True)
+        format_ = {} if self.format is None else {"format": self.format}
+        text = json.dumps({**format_, "settings": settings, **(also or {})}, indent=1)
+        write_atomically(folder / self.file_name, text.encode())
+        content: dict[str, Any] = json.loads(text)
+        return content
 
 
 def describe_differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:

@@ -142,6 +142,8 @@ class ExplainOptions(Stated):
         other = "" if self.function == self.what.output_function else f"-of-{self.function}"
         way = "" if self.fused or self.function is None else "-published"
         way += "-flips" if self.flips and self.function is not None else ""
+        if self.what.is_damped and self.damped.value is not None:
+            way += f"-damping-{self.damped}"
         return f"{self.what.name}{other}{way}".replace(":", "-")
 
     def feature_settings(self, process: Process | None = None) -> FeatureSettings:

@@ -9,11 +9,13 @@ from typing import Any
 
 from ..methods import DEFAULT
 from .choices import check_counts
+from .folders import Record
 from .options import Options
 
 GENERATED, VALIDATION = "generated", "validation"
 # what decided a run's model and data, and how it is run again; in its folder
 RUN_FILE = "run.json"
+RUN = Record(RUN_FILE)
 # of a set of queries, in its folder
 QUERIES, MANIFEST, SCORES = "queries", "manifest.json", "scores.safetensors"
 REPORT, PICTURE = "report.html", "report.png"

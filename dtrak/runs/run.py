@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,15 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from ..features.settings import FeatureSettings
 from ..methods.damping import Damping
 from .console import choose_device
-from .folders import alone_in, check_folder, claim_folder, refuse_inside
-from .measure import Stage, format_bytes
+from .folders import alone_in, refuse_inside
 from .options import Options, check_options, lasting
-from .record import REPORT, RUN_FILE, SCORES
+from .record import RUN, RUN_FILE
 from .stages import Stages
 
 if TYPE_CHECKING:
@@ -119,7 +116,7 @@ class Run(Stages):
         self.check_output(deciding)
         self.lock()
         again = {"options": lasting(self.plan.options)}
-        claim_folder(self.plan.output, RUN_FILE, deciding, also=again)
+        RUN.claim(self.plan.output, deciding, also=again)
 
     def check_output(self, deciding: dict[str, Any], *, partly: bool = False) -> bool:
         """Refuse an output folder that cannot be ours; nothing is written.
@@ -136,40 +133,4 @@ class Run(Stages):
         """
         folder, options = self.plan.output, self.plan.options
         refuse_inside(folder, data=options.data, queries=options.queries)
-        return check_folder(folder, RUN_FILE, deciding, partly=partly) is not None
-
-
-def print_summary(
-    results: Path,
-    reused: Mapping[str, float | None],
-    stages: Sequence[Stage],
-    facts: Mapping[str, str],
-) -> None:
-    """Show what a run cost, its figures and where its results are.
-
-    Args:
-        results: folder of its scores and report.
-        reused: the stages that needed no work, with what they once took, where that is known.
-        stages: the others.
-        facts: figures, as name and text.
-    """
-    table = Table(title=None, show_header=True, header_style="bold")
-    table.add_column("stage")
-    table.add_column("seconds", justify="right")
-    table.add_column("peak memory", justify="right")
-    for name, seconds in reused.items():
-        once = "reused" if seconds is None else f"reused ({seconds:.1f})"
-        table.add_row(name, once, "", style="dim")
-    for stage in stages:
-        peak = format_bytes(stage.peak_bytes) if stage.peak_bytes else "not known"
-        table.add_row(stage.name, f"{stage.seconds:.1f}", peak)
-    total = sum(stage.seconds for stage in stages)
-    table.add_row("total", f"{total:.1f}", "", style="bold")
-    console = Console()
-    console.print(table)
-    grid = Table.grid(padding=(0, 2))
-    for name, value in facts.items():
-        grid.add_row(name, value)
-    console.print(grid)
-    for name, file in (("scores", SCORES), ("report", REPORT)):
-        console.print(f"{name}: {results / file}", highlight=False, soft_wrap=True)
+        return RUN.check(folder, deciding, partly=partly) is not None

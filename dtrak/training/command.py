@@ -24,11 +24,12 @@ from ..models.lora import LORA_FILES, PEFT_FILES
 from ..runs.choices import TRAINING_FILE
 from ..runs.console import progress_bar, tell
 from ..runs.files import write_atomically
-from ..runs.folders import check_folder, claim_folder, refuse_inside
+from ..runs.folders import Record, refuse_inside
 from .options import Options, check_options, plan_training
 from .trainer import check_trainable, make_accelerator, train
 
 # what a folder of a trained model has, and its writer puts there last
+_RECORD = Record(TRAINING_FILE)
 WEIGHT_FILES = ("model_index.json", LORA_FILES[0], PEFT_FILES[0])
 _STATE_FILE = "training.pt"
 
@@ -119,7 +120,7 @@ def _train(options: Options, console: Console, held: ExitStack) -> Path:
     check_trainable(model, recipe)
     settings = training.describe(model)
     # images take minutes to read: another model is refused before
-    check_folder(output, TRAINING_FILE, settings, partly=True)
+    _RECORD.check(output, settings, partly=True)
     data = training.data.load(model)
     tell(console, "training images", data)
     model.input_shape(data.shape)
@@ -135,7 +136,7 @@ def _train(options: Options, console: Console, held: ExitStack) -> Path:
         settings[str(model.reads)] = model.identify_items(part.conditions) or "in the data"
     if accelerator.is_main_process:
         # a finished model is only read
-        claim_folder(output, TRAINING_FILE, settings, None if is_saved(output) else held)
+        _RECORD.claim(output, settings, None if is_saved(output) else held)
     accelerator.wait_for_everyone()
     if is_saved(output):
         console.print(f"already trained: {output}", highlight=False, soft_wrap=True)

@@ -41,6 +41,12 @@ class DataSource:
     family: str = "lds-val"
     without: tuple[str, ...] = ()
 
+    @classmethod
+    def asked_for(cls, options: Any, **more: Any) -> DataSource:
+        """What the options of a command say, and more."""
+        names = ("preset", "caption", "resolution", "resize", "skip_corrupt")
+        return cls(options.data, **{name: getattr(options, name) for name in names}, **more)
+
     def to_dict(self) -> dict[str, Any]:
         """What decides the images, wherever they lie; JSON-serialisable, without defaults."""
         values = asdict(self) | {"without": list(self.without)}

@@ -19,7 +19,7 @@ from ..models import load
 from ..models.denoiser import Denoiser, Drawn
 from ..runs.console import choose_device, progress_bar
 from ..runs.files import expand_path, picture_name, write_atomically
-from ..runs.folders import claim_folder
+from ..runs.folders import Record
 from .generate_options import Options, check_options
 
 SETTINGS_FILE = "generation.json"
@@ -178,9 +178,8 @@ def _draw(options: Options, console: Console, held: ExitStack) -> Path:
     # nothing is drawn yet: what is refused must not claim the folder
     model.draw(seeds, items, **how)
     missing = missing_seeds(output, seeds, options.trajectories)
-    claim_folder(
+    Record(SETTINGS_FILE).claim(
         output,
-        SETTINGS_FILE,
         {
             **model.identity(),
             "schedule": model.process.describe(),

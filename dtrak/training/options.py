@@ -241,15 +241,7 @@ def plan_training(options: Options) -> Training:
     if options.steps is not None:
         recipe = replace(recipe, steps=options.steps, epochs=None)
     without = () if options.without is None else tuple(read_ids(options.without))
-    data = DataSource(
-        options.data,
-        options.preset,
-        options.caption,
-        options.resolution,
-        options.resize,
-        options.skip_corrupt,
-        options.subset,
-        options.family,
-        without,
+    data = DataSource.asked_for(
+        options, subset=options.subset, family=options.family, without=without
     )
     return Training(data, start, recipe, options.mixed_precision)

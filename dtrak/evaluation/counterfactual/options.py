@@ -9,9 +9,11 @@ from typing import Any
 
 from ...runs.choices import check_choice, check_counts
 from ...runs.console import check_device
+from ...runs.folders import Record
 from ...runs.record import list_queries, read_record
 from ...runs.stated import Stated, argument, option
 from ...training.presets import get_preset
+from ..lds.options import EXPERIMENT
 
 # methods that need no scores: any images, and none
 RANDOM, NOTHING = "random", "none"
@@ -35,6 +37,12 @@ PUBLISHED_QUERIES, PUBLISHED_POOL = 60, 1000
 
 class CounterfactualError(ValueError):
     """A folder of counterfactual results that cannot be used; the message says why."""
+
+
+# the scores come before the plan
+PLAN = Record(
+    "plan.json", "another experiment", CounterfactualError, format=3, before=frozenset({"scores"})
+)
 
 
 @dataclass(frozen=True)
@@ -133,10 +141,10 @@ def check_options(options: Options) -> None:
         get_preset(options.preset)
     if options.preset is not None and options.recipe is not None:
         raise ValueError("--preset and --recipe exclude each other, got both")
-    check_output(options.folder)
+    PLAN.check(options.folder, {}, partly=True)
     # one of dtrak.lds is checked when it is loaded
     run = Path(options.run)
-    if not (run / "experiment.json").is_file():
+    if not EXPERIMENT.is_in(run):
         read_record(run, next(iter(list_queries(run)), None))
 
 
@@ -166,21 +174,3 @@ def check_methods(methods: Sequence[str], clip: Any, vae: Any) -> None:
             )
     if not names or len(set(names)) < len(names):
         raise ValueError(f"--methods must be different and at least one, got {','.join(names)!r}")
-
-
-def check_output(folder: Path) -> None:
-    """Refuse a place that is no folder, or whose content is not of an experiment.
-
-    Raises:
-        CounterfactualError: it is one of these.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise CounterfactualError(f"--output must be a folder, got the file {folder}")
-    if not folder.exists() or (folder / "plan.json").is_file():
-        return
-    # the scores come before the plan
-    if any(path.name != "scores" and path.suffix != ".partial" for path in folder.iterdir()):
-        raise CounterfactualError(
-            f"{folder} is not empty and holds no plan.json of dtrak.counterfactual: choose another "
-            "--output"
-        )

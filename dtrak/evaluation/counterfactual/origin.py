@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,10 @@ from ...data.images import to_uint8
 from ...data.samples import Samples
 from ...features.extraction import (
     FusedExtractor,
-    deciding_settings,
-    fill_store,
-    fitting_batch_size,
+    complete_store,
 )
 from ...features.settings import FeatureSettings
-from ...features.store import FeatureStore
+from ...features.store import Store
 from ...features.timesteps import select_timesteps
 from ...methods import DEFAULT, FEATURES
 from ...methods.damping import Damping
@@ -31,12 +30,13 @@ from ...methods.scores import trak
 from ...models.denoiser import Denoiser
 from ...runs.choices import DEFAULT_PROJ_DIM
 from ...runs.console import progress_bar
-from ...runs.files import claim, expand_path, picture_seed
-from ...runs.folders import refuse_inside
+from ...runs.files import expand_path, picture_seed
+from ...runs.folders import alone_at, refuse_inside
 from ...runs.record import GENERATED, list_queries
 from ...runs.results import load_attribution
 from ...training.drawing import fitting_steps
 from ..lds.experiment import load_experiment as load_lds
+from ..lds.options import EXPERIMENT
 from ..lds.options import GENERATED as LDS_GENERATED
 from ..lds.queries import drawn_from, generated_queries
 from ..retraining import TRAIN, Drawing, Retraining
@@ -111,32 +111,28 @@ class Origin:
         if output_function in self.scores:
             return self.scores[output_function]
         # two commands would begin stores of different shards
-        with claim(folder / "features.lock", wait=True):
+        with alone_at(folder, "features", wait=True):
             stores = self._fill_stores(output_function, folder, device, console)
         solver = RidgeSolver(stores[0])
         return solver.scores(stores[1].load(), self.damping.resolve(solver)).float()
 
     def _fill_stores(
         self, output_function: str, folder: Path, device: torch.device, console: Console
-    ) -> list[FeatureStore]:
+    ) -> list[Store]:
         """Complete stores of the training images and of the queries."""
         model = self.load_model()
         settings = replace(self.settings, output_function=output_function)
         extractor = FusedExtractor(model, settings, device)
-        stores = []
-        for role, data in (("train", self.train), ("query", self.drawn)):
-            store = FeatureStore.open(
+        return [
+            complete_store(
                 folder / role,
-                {**deciding_settings(model, settings, data, extractor.method), "role": role},
-                data.ids,
-                extractor.proj_dim,
-                fitting_batch_size(extractor, data),
+                extractor,
+                data,
+                role,
+                partial(progress_bar, console, f"{folder.name} features, {role}"),
             )
-            if store.missing():
-                with progress_bar(console, f"{folder.name} features, {role}") as progress:
-                    fill_store(store, extractor, data, role=f"{role}/", progress=progress)
-            stores.append(store)
-        return stores
+            for role, data in (("train", self.train), ("query", self.drawn))
+        ]
 
     def identity(self) -> dict[str, Any]:
         """What decides the retrained models, besides what is removed; JSON-serialisable."""
@@ -176,7 +172,7 @@ def open_origin(
         ValueError: the folder holds no finished run, or the preset is unknown.
     """
     folder, output = expand_path(folder), expand_path(output)
-    if (folder / "experiment.json").is_file():
+    if EXPERIMENT.is_in(folder):
         return _open_lds(folder, output, timesteps)
     if queries is None and any(name.startswith(GENERATED) for name in list_queries(folder)):
         # what others there are cannot be drawn again

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,12 +22,9 @@ from torch import Tensor
 from ...models.denoiser import Denoiser
 from ...models.hashing import hash_tensors
 from ...runs.files import write_atomically
-from ...runs.folders import describe_differences
 from ...runs.workers import Job
-from .options import NOTHING, CounterfactualError
+from .options import NOTHING, PLAN, CounterfactualError
 from .origin import Origin, open_origin
-
-_FORMAT = 2
 
 Progress = Callable[[int, int], None]
 
@@ -243,23 +240,7 @@ def prepare(
     """
     if retrainings < 1:
         raise ValueError(f"--retrainings must be at least 1, got {retrainings}")
-    file = folder / "plan.json"
-    deciding = {"format": _FORMAT, "top_k": top_k, **origin.identity()}
-    if file.is_file():
-        found = _read_plan(folder)
-        differing = describe_differences(found["deciding"], deciding)
-        if differing:
-            raise CounterfactualError(
-                f"{folder} holds another experiment: {differing}. Choose another --output, or "
-                "delete it"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        folder / "removed.safetensors",
-        save({method: rows.contiguous() for method, rows in removed.items()}),
-    )
     plan = {
-        "deciding": deciding,
         "run": str(origin.folder),
         "recipe": recipe,
         "preset": preset,
@@ -269,7 +250,13 @@ def prepare(
         "methods": list(removed),
         "retrainings": retrainings,
     }
-    write_atomically(file, json.dumps(plan, indent=1).encode())
+    with ExitStack() as held:
+        deciding = {"top_k": top_k, **origin.identity()}
+        PLAN.claim(folder, deciding, held, also=plan, renew=True)
+        write_atomically(
+            folder / "removed.safetensors",
+            save({method: rows.contiguous() for method, rows in removed.items()}),
+        )
     return Experiment(folder, origin, list(query_ids), dict(removed), retrainings)
 
 
@@ -279,7 +266,9 @@ def load_experiment(folder: Path) -> Experiment:
     Raises:
         CounterfactualError: it holds no experiment, or a damaged one.
     """
-    plan = _read_plan(folder)
+    plan = PLAN.read(folder)
+    if plan is None:
+        raise CounterfactualError(f"{folder} must hold {PLAN.file_name}, got none")
     file = folder / "removed.safetensors"
     try:
         removed = load_file(file)
@@ -299,21 +288,6 @@ def load_experiment(folder: Path) -> Experiment:
         {method: removed[method] for method in plan["methods"]},
         plan["retrainings"],
     )
-
-
-def _read_plan(folder: Path) -> dict[str, Any]:
-    file = folder / "plan.json"
-    try:
-        plan: dict[str, Any] = json.loads(file.read_text())
-        known = plan["deciding"]["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CounterfactualError(
-            f"{file} must be a plan of dtrak.counterfactual, but is missing or damaged: choose "
-            "another --output"
-        ) from error
-    if known != _FORMAT:
-        raise CounterfactualError(f"{file} must be of format {_FORMAT}, got {known}")
-    return plan
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ influence are fitted to it, and its models make ensembles: no score is judged on
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from ...data.samples import Samples
 from ...models.denoiser import Denoiser
 from ...models.hashing import hash_tensors
 from ...runs.choices import PRECISIONS, check_choice
-from ...runs.files import claim as claim
 from ...runs.files import write_atomically
 from ...runs.folders import describe_differences
 from ...runs.measure import available_bytes, format_bytes
@@ -42,8 +41,8 @@ from ..subject import (
     subject_of_preset,
 )
 from .options import (
+    EXPERIMENT,
     FAMILIES,
-    FORMAT,
     FULL,
     LDS,
     RETRAIN,
@@ -192,7 +191,7 @@ def prepare(
         check_choice("--mixed-precision", mixed_precision, PRECISIONS)
     found = _read_existing(folder)
     precision = default_precision(preset)
-    if found is not None and _name_of(found) == preset.name:
+    if found is not None and found["settings"]["name"] == preset.name:
         there = Subject.from_dict(found["subject"]).training
         source, model = source or there.data.source, model or there.start.model
         precision = there.mixed_precision
@@ -273,7 +272,7 @@ def prepare_subject(
         "num_retrain": num_retrain,
     }
     # what is not said stays as it is: adding subsets to a run must not add seeds to all of them
-    there = {} if found is None else found["deciding"] | found
+    there = {} if found is None else found["settings"] | found
     counts = {
         name: there.get(name, defaults[name]) if count is None else count
         for name, count in given.items()
@@ -281,7 +280,7 @@ def prepare_subject(
     num_validation = there.get("num_validation") if num_validation is None else num_validation
     asked = {} if not num_validation else {"num_validation": num_validation}
     check_numbers({"num_validation": num_validation, **counts} if found is None else counts | asked)
-    recorded = None if found is None else found["deciding"].get("base")
+    recorded = None if found is None else found["settings"].get("base")
     latents = None if found is None else found.get("latents")
     retraining = Retraining(
         subject.training, folder, subject.drawing, base=recorded, latents=latents
@@ -292,7 +291,6 @@ def prepare_subject(
     data = retraining.data
     validation = _load_validation(subject, model, num_validation)
     deciding = {
-        "format": FORMAT,
         "name": subject.name,
         "data": data.fingerprint,
         "validation": None if validation is None else validation.fingerprint,
@@ -306,11 +304,7 @@ def prepare_subject(
     # an existing run is never cut down: what was trained stays part of it
     sizes = {"num_subsets": 0, "num_model_seeds": 0, "num_retrain": 0}
     if found is not None:
-        differing = describe_differences(found["deciding"], deciding)
-        if differing:
-            raise ExperimentError(
-                f"{folder} holds another run: {differing}. Choose another --output, or delete it"
-            )
+        EXPERIMENT.check(folder, deciding)
         # a run prepared before there was a retrain family has none
         sizes = {name: found.get(name, 0) for name in sizes}
     sizes = {name: max(size, counts[name]) for name, size in sizes.items()}
@@ -322,10 +316,7 @@ def prepare_subject(
     _check_memory(len(data), **sizes)
     subsets = subject.subsets(data, sizes["num_subsets"], "lds-val")
     retrain = subject.subsets(data, sizes["num_retrain"], RETRAIN)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / _SUBSETS, save({"subsets": subsets, RETRAIN: retrain}))
     manifest = {
-        "deciding": deciding,
         "subject": subject.to_dict(),
         "num_validation": 0 if validation is None else len(validation),
         "subsets": hash_tensors({"subsets": subsets}),
@@ -333,16 +324,14 @@ def prepare_subject(
         **sizes,
         **({} if latents is None else {"latents": latents}),
     }
-    _write_manifest(folder, manifest)
+    with ExitStack() as held:
+        manifest = EXPERIMENT.claim(folder, deciding, held, also=manifest, renew=True)
+        write_atomically(folder / _SUBSETS, save({"subsets": subsets, RETRAIN: retrain}))
     return _assemble(folder, subject, retraining, subsets, retrain, validation, manifest)
 
 
 def _read_existing(folder: Path) -> dict[str, Any] | None:
-    return None if _is_new(folder) else read_manifest(folder)
-
-
-def _name_of(manifest: Mapping[str, Any]) -> str:
-    return str(manifest["deciding"]["name"])
+    return None if EXPERIMENT.is_free(folder) else read_manifest(folder)
 
 
 def _load_validation(subject: Subject, model: Denoiser, count: int | None) -> Samples | None:
@@ -395,7 +384,9 @@ def encode(experiment: Experiment, device: torch.device, progress_bar: ProgressB
     digest = experiment.retraining.prepare(device, progress_bar)
     if digest is not None:
         manifest = read_manifest(experiment.folder)
-        _write_manifest(experiment.folder, manifest | {"latents": digest})
+        deciding = manifest.pop("settings")
+        latents = {"latents": digest}
+        EXPERIMENT.claim(experiment.folder, deciding, also=manifest | latents, renew=True)
     if experiment.validation is not None:
         # made now, so that the processes of a training find them
         experiment.retraining.samples(VALIDATION, experiment.validation, device)
@@ -408,7 +399,7 @@ def load_experiment(folder: Path) -> Experiment:
         ExperimentError: it holds no run, a damaged one, or one whose data set has changed.
     """
     manifest = read_manifest(folder)
-    deciding = manifest["deciding"]
+    deciding = manifest["settings"]
     subject = Subject.from_dict(manifest["subject"])
     here = {"recipe": deciding["recipe"], "start": deciding["start"]}
     if subject.preset is not None and subject.name == subject.preset:
@@ -470,22 +461,9 @@ def _assemble(
         subsets,
         tuple(itertools.islice(seeds, manifest["num_model_seeds"])),
         validation,
-        manifest["deciding"]["num_generated"],
+        manifest["settings"]["num_generated"],
         retrain,
     )
-
-
-def _is_new(folder: Path) -> bool:
-    """Whether there is no run yet: nothing, or what a killed `prepare` leaves before its record."""
-    if not folder.exists():
-        return True
-    names = {path.name for path in folder.iterdir()}
-    # the record is written last: its partial file is of a prepare that was killed too
-    return names <= {"report", _SUBSETS, f"{_SUBSETS}.partial", "experiment.json.partial"}
-
-
-def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    write_atomically(folder / "experiment.json", json.dumps(manifest, indent=1).encode())
 
 
 def train_one(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,19 +15,24 @@ from torch import Tensor
 from dtrak_kernels import Projection
 
 from ...data.samples import Samples
+from ...features.cost import seconds_of
 from ...features.extraction import autocast, check_prediction, condition_rows, given, noisy_rows
 from ...features.outputs import evaluate_output
 from ...features.settings import FeatureSettings
 from ...features.timesteps import select_timesteps
 from ...models.denoiser import Denoiser
+from ...runs.console import format_seconds
 from ...runs.files import write_atomically
-from ...runs.folders import describe_differences
+from ...runs.folders import Record, alone_at
+from ...runs.measure import format_bytes
+from ...training.trainer import one_thread
 from ..retraining import Progress
-from .experiment import Experiment, claim
+from .experiment import Experiment
 from .options import LDS, ExperimentError, LossSettings
 
 # before the ids that decide the noise: no query meets here the noise its features were made with
 _ROLE = "lds/"
+_SETTINGS = Record("settings.json", "losses measured otherwise", ExperimentError)
 # key in a file of losses, of the digest of the weights they were measured under
 _WEIGHTS = "weights"
 # likewise, of the fingerprints of the queries by their kind
@@ -69,7 +74,7 @@ def query_losses(
     model.to(device)
     T = model.process.num_timesteps
     timesteps = select_timesteps(settings.num_timesteps, "uniform", T, model.process.spread)
-    size, num_queries = max(1, batch_size // len(timesteps)), len(queries)
+    size, num_queries = _together(settings, batch_size), len(queries)
     losses = torch.empty(settings.num_noise_seeds, len(timesteps), num_queries)
     done, total = 0, settings.num_noise_seeds * num_queries
     for seed in range(settings.num_noise_seeds):
@@ -101,6 +106,44 @@ def query_losses(
     return losses
 
 
+def estimate(
+    experiment: Experiment,
+    queries: Mapping[str, Samples],
+    settings: LossSettings,
+    names: Sequence[str],
+    device: torch.device,
+    *,
+    batch_size: int = 256,
+) -> str:
+    """What measuring the losses under the models called ``names`` will cost, one after the other.
+
+    The time of a query and noise is measured on the first batch, under the first model.
+    """
+    model = experiment.load_model(names[0])
+    images = next(iter(queries.values()))
+    first = images.select(range(min(len(images), _together(settings, batch_size))))
+    once = replace(settings, num_noise_seeds=1)
+    dtype = experiment.retraining.dtype(device)
+    # as the workers do
+    with one_thread():
+        seconds = seconds_of(
+            lambda: query_losses(model, first, once, device, batch_size=batch_size, dtype=dtype),
+            device,
+        )
+    count = sum(map(len, queries.values()))
+    rows = count * settings.num_noise_seeds * len(names)
+    return (
+        f"losses: {count:,} queries under {len(names)} models to measure, "
+        f"{format_bytes(4 * rows * settings.num_timesteps)} on disk, "
+        f"{format_seconds(seconds / len(first) * rows)} or less"
+    )
+
+
+def _together(settings: LossSettings, batch_size: int) -> int:
+    """Queries of a forward pass: each has a row for every timestep."""
+    return max(1, batch_size // settings.num_timesteps)
+
+
 def claim_settings(experiment: Experiment, settings: LossSettings) -> None:
     """Make the settings those of the run, or refuse them where its losses were measured otherwise.
 
@@ -108,20 +151,10 @@ def claim_settings(experiment: Experiment, settings: LossSettings) -> None:
         ExperimentError: losses are there that were measured otherwise (what differs).
     """
     folder = experiment.folder / "losses"
-    file = folder / "settings.json"
-    wanted: dict[str, Any] = {
-        "num_timesteps": settings.num_timesteps,
-        "num_noise_seeds": settings.num_noise_seeds,
-    }
-    # settings that nothing was measured with yet bind nobody
-    if file.is_file() and any(folder.glob("*.safetensors")):
-        differing = describe_differences(json.loads(file.read_text()), wanted)
-        if differing:
-            raise ExperimentError(
-                f"{folder} holds losses measured otherwise: {differing}. Delete it to measure anew"
-            )
-    folder.mkdir(exist_ok=True)
-    write_atomically(file, json.dumps(wanted, indent=1).encode())
+    if not any(folder.glob("*.safetensors")):
+        # settings that nothing was measured with yet bind nobody
+        (folder / _SETTINGS.file_name).unlink(missing_ok=True)
+    _SETTINGS.claim(folder, asdict(settings))
 
 
 def evaluate_one(
@@ -144,7 +177,7 @@ def evaluate_one(
     """
     if is_measured(experiment, name, queries):
         return False
-    with claim(experiment.folder / "locks" / f"losses-{name}.lock") as is_ours:
+    with alone_at(experiment.folder, f"losses-{name}") as is_ours:
         if not is_ours or is_measured(experiment, name, queries):
             return False
         weights = experiment.sample_weights(name)

@@ -11,7 +11,8 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,15 @@ from torch import Tensor
 from dtrak_kernels import Projection
 from dtrak_kernels.ridge import RidgeSolver
 
+from ... import NUMERICS
 from ...data.samples import Samples, join
 from ...features.cost import seconds_per_row
 from ...features.extraction import (
     FusedExtractor,
-    deciding_settings,
-    fill_store,
-    fitting_batch_size,
+    complete_store,
 )
 from ...features.settings import FeatureSettings
-from ...features.store import FeatureStore
+from ...features.store import MANIFEST, Store
 from ...features.timesteps import select_timesteps
 from ...methods import CHECKPOINTS, CLIP, TRAJECTORY, Method
 from ...methods.evidence import journey_features
@@ -40,7 +40,8 @@ from ...models.denoiser import Denoiser
 from ...models.hashing import hash_tensors
 from ...runs.choices import DEFAULT_PROJ_DIM
 from ...runs.console import format_seconds
-from ...runs.files import claim, write_atomically
+from ...runs.files import write_atomically
+from ...runs.folders import alone_at
 from ...runs.measure import format_bytes
 from ..retraining import TRAIN
 from .clip import ClipEncoder
@@ -207,7 +208,7 @@ class Predictor:
             last = self._num_checkpoints - 1
             for number in range(0 if method.needs == CHECKPOINTS else last, last + 1):
                 folder = self._feature_folder(setting, number)
-                if not (folder / "query" / "manifest.json").is_file():
+                if not MANIFEST.is_in(folder / "query"):
                     sets.setdefault(folder, setting)
         if not sets:
             return None
@@ -233,11 +234,11 @@ class Predictor:
     def _alone_at(self, setting: Setting) -> Iterator[None]:
         """Wait until no other command makes these features: two would begin different shards."""
         name = self._feature_folder(setting, -1).name
-        lock = self.experiment.folder / "locks" / f"features-{name}.lock"
         with ExitStack() as stack:
-            if not stack.enter_context(claim(lock)):
+            claim = partial(alone_at, self.experiment.folder, f"features-{name}")
+            if not stack.enter_context(claim()):
                 with self.progress_bar(f"wait for another command: {name}"):
-                    stack.enter_context(claim(lock, wait=True))
+                    stack.enter_context(claim(wait=True))
             yield
 
     def _file(self, setting: Setting) -> Path:
@@ -247,6 +248,7 @@ class Predictor:
     def _identity(self, setting: Setting) -> str:
         """What a kept prediction is of, besides its setting: it is made anew when that changes."""
         identity = hash_tensors({"subsets": self.experiment.subsets}) + self.queries.fingerprint
+        identity += f" numerics {NUMERICS}"
         if setting.method.needs == CLIP and self.clip is not None:
             identity += self.clip.identity
         return identity
@@ -390,7 +392,7 @@ class Predictor:
             self._loaded = name, self.experiment.load_model(name)
         return self._loaded[1]
 
-    def _features(self, setting: Setting, number: int) -> tuple[FeatureStore, Tensor]:
+    def _features(self, setting: Setting, number: int) -> tuple[Store, Tensor]:
         """Features of the training images and of the queries at a checkpoint of the model."""
         model = self._model(number, setting.model)
         process = model.process
@@ -403,26 +405,10 @@ class Predictor:
         stores = []
         for role, data in (("train", self.train), ("query", self.queries)):
             extractor.flips = self.flips and role == TRAIN
-            decided = replace(settings, flips=extractor.flips)
-            known = (folder / role / "manifest.json").is_file()
-            store = FeatureStore.open(
-                folder / role,
-                {**deciding_settings(model, decided, data, extractor.method), "role": role},
-                data.ids,
-                extractor.proj_dim,
-                1 if known else self.batch_size or fitting_batch_size(extractor, data),
+            bar = partial(self.progress_bar, f"features {folder.name} {role}")
+            stores.append(
+                complete_store(folder / role, extractor, data, role, bar, self.batch_size)
             )
-            if store.missing():
-                with self.progress_bar(f"features {folder.name} {role}") as progress:
-                    fill_store(
-                        store,
-                        extractor,
-                        data,
-                        role=f"{role}/",
-                        batch_size=self.batch_size,
-                        progress=progress,
-                    )
-            stores.append(store)
         return stores[0], stores[1].load()
 
     def _journey_features(self, setting: Setting) -> Tensor:

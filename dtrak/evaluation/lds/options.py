@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from dtrak_kernels.projection import KINDS
 
 from ...runs.choices import check_choice
+from ...runs.folders import Record
 from ...training.presets import get_preset
 
 FULL = "full"
@@ -23,7 +23,6 @@ NUM_RESAMPLES = 2000
 # with fewer, a correlation of halves is one of a single pair
 FEWEST_SUBSETS = 4
 DEFAULT_PRESET = "digits"
-FORMAT = 2
 # what every record says, the oldest too
 _RECORDED = {"subject", "num_validation", "subsets", "num_subsets", "num_model_seeds"}
 _DECIDING = {"name", "data", "validation", "num_generated", "recipe", "start"}
@@ -33,6 +32,12 @@ _MOST_GENERATED = 10**5
 
 class ExperimentError(ValueError):
     """A run folder that cannot be used; the message says why."""
+
+
+# the report of a packaged experiment may lie in its folder before there is a run
+EXPERIMENT = Record(
+    "experiment.json", error=ExperimentError, format=3, before=frozenset({"report"})
+)
 
 
 @dataclass(frozen=True)
@@ -112,9 +117,8 @@ def recorded_name(folder: Path) -> str | None:
     Raises:
         ExperimentError: its record is damaged.
     """
-    if not (folder / "experiment.json").is_file():
-        return None
-    return str(read_manifest(folder)["deciding"]["name"])
+    found = _read(folder)
+    return None if found is None else str(found["settings"]["name"])
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -123,21 +127,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         ExperimentError: there is no run in ``folder``, or its record is damaged.
     """
-    file = folder / "experiment.json"
-    if not file.is_file():
-        raise ExperimentError(f"{folder} must be a folder that prepare made, got no {file.name}")
-    try:
-        manifest: dict[str, Any] = json.loads(file.read_text())
-        deciding = manifest["deciding"]
-        known = deciding["format"]
-        whole = manifest.keys() >= _RECORDED and deciding.keys() >= _DECIDING
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ExperimentError(f"{file} is damaged: prepare the run in another folder") from error
-    if known != FORMAT:
-        raise ExperimentError(f"{file} must be of format {FORMAT}, got {known}")
-    if not whole:
-        raise ExperimentError(f"{file} is damaged: prepare the run in another folder")
-    return manifest
+    found = _read(folder)
+    if found is None:
+        raise ExperimentError(
+            f"{folder} must be a folder that prepare made, got no {EXPERIMENT.file_name}"
+        )
+    return found
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    found = EXPERIMENT.read(folder)
+    if found and not (found.keys() >= _RECORDED and found["settings"].keys() >= _DECIDING):
+        raise EXPERIMENT.damaged(folder)
+    return found
 
 
 def locate(preset: str | None, output: str | None, run: str | None = None) -> tuple[Path, str]:

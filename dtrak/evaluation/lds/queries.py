@@ -11,7 +11,8 @@ import torch
 from ...data.captions import write_captions
 from ...data.images import load_data
 from ...data.samples import Samples
-from ...runs.files import claim, picture_name, write_atomically
+from ...runs.files import picture_name, write_atomically
+from ...runs.folders import alone_at
 from ...training.drawing import keep, missing_seeds
 from ..retraining import Progress
 from .experiment import Experiment
@@ -41,7 +42,7 @@ def generated_queries(
         check_painter(experiment.folder, experiment.sample_weights())
     if missing_queries(experiment):
         # another device draws other pictures: those that losses were measured of must stay
-        with claim(experiment.folder / "locks" / "generated.lock", wait=True):
+        with alone_at(experiment.folder, GENERATED, wait=True):
             _draw_queries(experiment, folder, device, progress)
     count = experiment.num_generated
     pictures = load_data(folder, channels=experiment.data.shape[0], limit=count)
