@@ -209,7 +209,8 @@ class Emulated:
             else:
                 raise TypeError(f"{name}: no way is known to pass {value!r} to a kernel")
             values.append(number)
-            if number % 16 == 0 and not parameter.do_not_specialize:
+            kept = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
+            if number % 16 == 0 and not kept:
                 attributes[(place,)] = [["tt.divisibility", 16]]
         return signature, constants, attributes, values
 

@@ -33,6 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from ..compiling import launch
 from ..gradients.weight import linear_rows
 from ..random.words import Stream
 from ..random.words_triton import philox_4x32
@@ -226,7 +227,12 @@ def _gradient_tile(  # type: ignore[no-untyped-def]
     return acc
 
 
-@triton.jit(do_not_specialize=["low", "high", "key_low", "key_high", "scale"])
+# neither a 1 nor a multiple of 16 among these makes faster code: each would be compiled apart
+_ANY = ["low", "high", "key_low", "key_high", "scale", "blocks", "rows_per_sample", "H", "W"]
+_ANY += ["pad_h", "pad_w", "rows_per_group"]
+
+
+@triton.jit(do_not_specialize=_ANY, do_not_specialize_on_alignment=["blocks_ptr", "tiles_ptr"])
 def _sketch_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [R, I, H, W]
     d_ptr,  # [R, O, HO, WO]
@@ -525,7 +531,9 @@ def launch_sketch(
     blocks, tiles, overlaps = _tables(sketch, x.device)
     # the last window may reach into the first: its blocks are launched on their own
     for part in (blocks[:-1], blocks[-1:]) if overlaps else (blocks,):
-        _sketch_kernel[(len(part) * len(out),)](
+        launch(
+            _sketch_kernel,
+            (len(part) * len(out),),
             x_ptr=x,
             d_ptr=output_grads,
             blocks_ptr=part,
