@@ -170,6 +170,11 @@ def longest_loop(sass):
     return longest
 
 
+def registers(cubin):
+    """Of a thread."""
+    return int(re.search(r"REG:(\d+)", disassembly("cuobjdump", "-res-usage", cubin=cubin))[1])
+
+
 def report(built):
     """What the compiled code needs: shared and tensor memory, spills, and its instructions."""
     facts = {
@@ -181,7 +186,7 @@ def report(built):
         usage = disassembly("cuobjdump", "-res-usage", cubin=cubin)
         ptx = built.asm["ptx"]
         facts["stack"] = int(re.search(r"STACK:(\d+)", usage)[1])
-        facts["registers"] = int(re.search(r"REG:(\d+)", usage)[1])
+        facts["registers"] = registers(cubin)
         facts["traps"] = len(re.findall(r"\btrap;", ptx))
         facts["matrix"] = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", ptx))
         facts["loop"] = longest_loop(disassembly("nvdisasm", "-c", cubin=cubin))

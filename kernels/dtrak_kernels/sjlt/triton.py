@@ -444,6 +444,16 @@ def _one_axis(x: Tensor) -> int | None:
     return step
 
 
+def _channels_last(x: Tensor) -> Tensor:
+    """The same values with contiguous channels: others are read two bytes at a time.
+
+    A copy moves less than one tile of weights would: every tile reads all positions.
+    """
+    if x.stride(1) == 1 or x.shape[1] == 1:
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def _largest_offset(x: Tensor, rows_per_sample: int) -> int:
     """Elements from the first to the last of one sample of ``[R, I, H, W]``."""
     sizes = (rows_per_sample, *x.shape[1:])
@@ -467,7 +477,8 @@ def launch_sketch(
     Args:
         module: the layer.
         x: its input, ``[R, ..., I]`` or ``[R, I, H, W]`` with ``R = B · rows_per_sample``; float32,
-            float16 or bfloat16, of any strides (channels last is the fast case).
+            float16 or bfloat16, of any strides; images whose channels are not contiguous are
+            copied.
         output_grads: gradient with respect to its output, ``[R, ..., O]`` or ``[R, O, Ho, Wo]``, of
             the same dtype.
         sketch: of the weight.
@@ -497,6 +508,8 @@ def launch_sketch(
             pad_w, _, pad_h, _ = module._reversed_padding_repeated_twice
         else:
             x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+        # a norm gives its output channels first even where its input was not
+        x, output_grads = _channels_last(x), _channels_last(output_grads)
     else:
         # a linear layer is a 1 x 1 convolution of an image of one line
         x, output_grads = (
