@@ -250,7 +250,7 @@ def splits_of(
 
 def product_case(kind: str, B: int, C: int, K: int, dtype: torch.dtype, card: Card) -> Case:
     """The matrix product of a dense kind; a float32 gradient, or a normal one, is two rows."""
-    config = dense_config.default_config(card.arch)
+    config = dense_config.default_config(card.arch, kind)
     rows = 2 * B if dtype == torch.float32 else B
     block_b = min(config.block_b, max(16, 1 << (rows - 1).bit_length()))
     blocks = C // 256

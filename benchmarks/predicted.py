@@ -5,8 +5,8 @@
 Every layer's launch is made on tensors without memory, so its arguments are those of a real one.
 Three sources are put together: ptxas' code, whose instructions go to the pipes that execute them
 (`modelled`) and which says what registers and shared memory a program takes; the emulator, which
-runs that launch on a tile or two and counts wavefronts of shared memory and sectors of global memory;
-and the card's nominal rates. The time is that of the busiest resource: **a model, never a
+runs that launch on a tile or two and counts wavefronts of shared memory and sectors of global
+memory; and the card's nominal rates. The time is that of the busiest resource: **a model, never a
 measurement**, and no kernel reaches it.
 """
 
@@ -27,7 +27,7 @@ import torch
 # an interpreted kernel cannot be compiled
 os.environ.pop("TRITON_INTERPRET", None)
 
-from modelled import CARDS, Card, pipe_seconds, product_case, read_loops
+from modelled import CARDS, Card, cost, pipe_seconds, product_case, read_loops
 from pages import ROOT, Table, newest, record, run
 from torch import Tensor, nn
 from workloads import LayerShape, add_lora, recorded_layers, stable_diffusion_unet
@@ -40,6 +40,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_triton
 
+from dtrak_kernels.dense import config as dense_config
 from dtrak_kernels.sjlt import config as sketch_config
 from dtrak_kernels.sjlt import triton as sketch_kernel
 from dtrak_kernels.sjlt.torch import ParameterSketch
@@ -50,6 +51,8 @@ RANK, WIDTH, S = 16, 32768, 10
 FILL = 600
 # of a multiprocessor: registers, threads, bytes of shared memory
 REGISTERS, THREADS, SHARED = 65536, 2048, {80: 164 * 1024, 90: 228 * 1024}
+# convolutions that stand for the others
+FIRST_LAYERS = ("conv3x3 128→128 @32x32", "conv3x3 256→256 @16x16", "conv3x3 256→256 @4x4")
 # CIFAR-2: training images, parameters
 N, P = 5000, 38_306_691
 
@@ -60,7 +63,7 @@ def cifar() -> list[LayerShape]:
 
 
 def traced(model: nn.Module, call: Callable[[], Any]) -> list[LayerShape]:
-    """The distinct layers with a weight that is asked for, of one row, in the order of a forward."""
+    """The distinct linear layers whose weight is asked for, in the order a forward meets them."""
     found: Counter[LayerShape] = Counter()
 
     def note(module: nn.Module, args: tuple[Tensor, ...], _: Any) -> None:
@@ -135,8 +138,10 @@ class Launch:
         return -(-self.positions // self.arguments["BLOCK_T"])
 
 
-def launches_of(shape: LayerShape, samples: int, arch: int) -> list[Launch]:
-    """What a batch launches for a layer, in bfloat16, channels last."""
+def launches_of(
+    shape: LayerShape, samples: int, arch: int, *, is_last: bool = True
+) -> list[Launch]:
+    """What a batch launches for a layer, in bfloat16; unless ``is_last``, on channels first."""
     found: list[Launch] = []
     stand_in = Emulated(sketch_kernel._sketch_kernel, arch)
 
@@ -153,11 +158,12 @@ def launches_of(shape: LayerShape, samples: int, arch: int) -> list[Launch]:
         module = shape.make().bfloat16()
         x = torch.empty(samples * S, *shape.x, dtype=torch.bfloat16)
         delta = torch.empty_like(module(x))
-        if shape.kind == "conv":
+        if shape.kind == "conv" and is_last:
             x, delta = (a.to(memory_format=torch.channels_last) for a in (x, delta))
         out = torch.empty(samples, WIDTH)
     sketch = ParameterSketch(tuple(module.weight.shape), 0, WIDTH, 1)
     with (
+        mock.patch.object(sketch_kernel, "_channels_last", lambda images: images),
         mock.patch.object(sketch_kernel, "launch", note),
         mock.patch.object(sketch_kernel, "config_on", config_on),
     ):
@@ -280,13 +286,15 @@ def operand_wavefronts(instruction: Any, warps: int) -> int:
     return warps // 4 * (rows + columns) * 32 // 128
 
 
-def predict(shape: LayerShape, samples: int, card: Card, compiler: Compiler) -> dict[str, Any]:
-    """Seconds that each resource is busy with a batch of one layer, and what it would be at best."""
+def predict(
+    shape: LayerShape, samples: int, card: Card, compiler: Compiler, *, is_last: bool = True
+) -> dict[str, Any]:
+    """Seconds that each resource is busy with a batch of one layer, and the least there can be."""
     seconds: Counter[str] = Counter()
     facts: dict[str, Any] = {"variants": [], "launches": 0}
     matrix = moved = 0.0
     # K is a multiple of every tile: no window reaches into another one
-    for launch in launches_of(shape, samples, card.arch):
+    for launch in launches_of(shape, samples, card.arch, is_last=is_last):
         of, program = launch.arguments, compiler.program(launch)
         blocks, warps = of["blocks"], of["num_warps"]
         tiles = of["tiles_ptr"].shape[0] / blocks
@@ -315,6 +323,8 @@ def predict(shape: LayerShape, samples: int, card: Card, compiler: Compiler) -> 
         facts |= {"registers": program.registers, "shared_bytes": program.shared}
         facts |= {"resident": resident, "programs": launch.programs}
         facts["conflicts"] = counts["conflicts"]
+        inputs = math.prod(shape.x) * samples * S
+        facts["outputs_per_input"] = of["O"] * launch.positions * samples / inputs
     seconds["memory"] = moved / card.memory
     limit = max(seconds, key=lambda name: seconds[name])
     return facts | {
@@ -363,20 +373,52 @@ def predict_model(name: str, card: Card, *, smoke: bool = False) -> dict[str, An
     }
 
 
-def dense_seconds(kind: str, card: Card) -> float:
-    """All of CIFAR-2's gradients in bfloat16 (float16 for normals) to K features."""
-    from modelled import cost
-
+def dense_parts(kind: str, card: Card) -> dict[str, float]:
+    """All of CIFAR-2's gradients in bfloat16 (float16 for normals) to K features, by resource."""
     batch, columns = 128, 2**18
     dtype = torch.bfloat16 if kind == "rademacher" else torch.float16
     parts = cost(product_case(kind, batch, columns, WIDTH, dtype, card), card)
-    return max(parts.values()) * N / batch * P / columns
+    return {name: seconds * N / batch * P / columns for name, seconds in parts.items()}
+
+
+def before_and_after(card: Card) -> list[dict[str, Any]]:
+    """What the model found worst, as it was and as it is."""
+    compiler, found = compiler_of(card.arch), []
+    for shape in cifar():
+        if shape.name in FIRST_LAYERS:
+            after = predict(shape, 64, card, compiler)
+            before = predict(shape, 64, card, compiler, is_last=False)
+            # both images are read and written once
+            sizes = math.prod(shape.x) + math.prod(shape.x) * after["outputs_per_input"]
+            copies = 2 * 2 * 64 * S * sizes / card.memory
+            found.append(
+                {
+                    "what": f"{shape.name}, 64 images that come channels first",
+                    "before": before["seconds"],
+                    "after": after["seconds"] + copies,
+                }
+            )
+    sums = [
+        sum(s.count * predict(s, batch, card, compiler)["seconds"] for s in cifar()) * N / batch
+        for batch in (16, 64)
+    ]
+    what = "all sketches of CIFAR-2: batches of 16, of 64"
+    found.append({"what": what, "before": sums[0], "after": sums[1]})
+    if card.arch == 90:
+        after, three = dense_parts("normal", card), dense_config.DenseConfig(128, num_stages=3)
+        with mock.patch.object(dense_config, "default_config", return_value=three):
+            before = dense_parts("normal", card)
+        # ptxas lets each product wait for the one before: nothing else is done meanwhile
+        serialized = before["issue"] + before["matrix"]
+        what = "dense projection, normal: products serialized, or not"
+        found.append({"what": what, "before": serialized, "after": max(after.values())})
+    return [row | {"card": card.name} for row in found]
 
 
 def measure(wanted: bool, smoke: bool) -> None:
     """Predict every model on the two kinds of cards."""
     cards = [CARDS["A100"]] if smoke else [CARDS["A100"], CARDS["H200"]]
-    rows, stages = [], {}
+    rows, stages, changes = [], {}, []
     for card in cards:
         for name in list(MODELS)[:1] if smoke else MODELS:
             print(f"{card.name}, {name}: a model", flush=True)
@@ -386,12 +428,14 @@ def measure(wanted: bool, smoke: bool) -> None:
         stages[card.name] = {"weight gradients and sjlt": cifar_row["seconds"] * batches}
         if not smoke:
             for kind in ("rademacher", "normal"):
-                stages[card.name][f"dense projection, {kind}"] = dense_seconds(kind, card)
+                seconds = max(dense_parts(kind, card).values())
+                stages[card.name][f"dense projection, {kind}"] = seconds
+            changes += before_and_after(card)
         # a forward, and a backward to the layers' inputs, at the nominal rate
         work = 2 * sum(layer["count"] * layer["flop"] for layer in cifar_row["layers"])
         stages[card.name]["forward and data gradient, at best"] = work / card.matrix * batches
     if wanted:
-        record(RESULTS, {"rows": rows, "stages": stages})
+        record(RESULTS, {"rows": rows, "stages": stages, "changes": changes})
 
 
 def make_table() -> list[str]:
@@ -414,6 +458,17 @@ def make_table() -> list[str]:
         cells = [found["model"], found["card"], *map(str, (found["samples"], found["launches"]))]
         cells += [str(found["variants"]), f"{1e3 * found['seconds']:.2f} ms"]
         lines.append(f"| {' | '.join(cells)} | {1e3 * found['ideal']:.2f} ms |")
+    lines += [
+        "",
+        "| changed because of it, modelled | card | before | after |",
+        "|---|---|--:|--:|",
+    ]
+    for change in row["changes"]:
+        before, after = (
+            f"{1e6 * t:.0f} µs" if t < 0.01 else f"{t:.2f} s"
+            for t in (change["before"], change["after"])
+        )
+        lines.append(f"| {change['what']} | {change['card']} | {before} | {after} |")
     for card in cards:
         lines += ["", f"Layers that lose most, {card}:", ""]
         lines += [

@@ -262,19 +262,19 @@ def build_form(form, config, target, *, size=16):
 
 def cases(arch):
     """Every kernel, in every form the default configuration of ``arch`` can launch."""
-    config = dense_config.default_config(TARGETS[arch].arch)
-    widths = sorted({16, config.block_b})
     for kind in ("rademacher", "normal"):
+        config = dense_config.default_config(TARGETS[arch].arch, kind)
+        widths = sorted({16, config.block_b})
         kernel = getattr(dense_kernel, f"_{kind}_partial_kernel")
         for width in widths:
             dtype = "bf16" if kind == "rademacher" and width == 16 else "fp16"
             yield {
                 "kernel": kind,
-                "build": lambda target, kernel=kernel, dtype=dtype, width=width: compile_kernel(
+                "build": partial(
+                    compile_kernel,
                     kernel,
                     PRODUCT.format(dtype=dtype),
                     {"BLOCK_B": width, "BLOCK_K": config.block_k},
-                    target,
                     num_warps=config.num_warps,
                     num_stages=config.num_stages,
                 ),

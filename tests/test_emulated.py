@@ -25,7 +25,7 @@ TELLING = {
     "test_emulator_mutations.py": "not full",
 }
 # the cases that launch kernels, in processes that share the cores evenly, also where everything is
-# still to be compiled; both cards in one share what judges them. The main job has a U-Net of its own
+# still to be compiled; both cards in one share what judges them
 FULL = {
     "sketches": {"test_sketch_kernel.py": "not overlap and not unet"},
     "matrices": {
@@ -37,7 +37,7 @@ FULL = {
     },
     "mistakes and the main job": {
         "test_emulator_mutations.py": "mutations",
-        "test_emulator_traffic.py": "roll",
+        "test_emulator_traffic.py": "roll or wait",
         "test_emulated_main_job.py": "job",
     },
 }

@@ -82,8 +82,8 @@ class ProgressLine:
         is_shown = sys.stderr.isatty()
         if is_shown or not self._said or done == total:
             start, end = ("\r", "" if done < total else "\n") if is_shown else ("", "\n")
-            text = f"{start}kernels compiled for this GPU: {done} of {total}"
-            print(text, end=end, file=sys.stderr, flush=True)
+            sys.stderr.write(f"{start}kernels compiled for this GPU: {done} of {total}{end}")
+            sys.stderr.flush()
             self._said = True
 
 

@@ -508,7 +508,7 @@ def launch_sketch(
             pad_w, _, pad_h, _ = module._reversed_padding_repeated_twice
         else:
             x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
-        # a norm gives its output channels first even where its input was not
+        # models run channels first unless somebody told them otherwise
         x, output_grads = _channels_last(x), _channels_last(output_grads)
     else:
         # a linear layer is a 1 x 1 convolution of an image of one line
