@@ -65,6 +65,7 @@ class Card:
         clock: hertz, boosted.
         matrix: dense 16-bit floating-point operations per second of the matrix units.
         memory: bytes per second.
+        l2: bytes per second from its second cache to the multiprocessors, as others measured it.
         fma: float32 lanes per clock and multiprocessor.
 
     Source:
@@ -77,6 +78,7 @@ class Card:
     clock: float
     matrix: float
     memory: float
+    l2: float
     fma: int
 
     @property
@@ -88,9 +90,9 @@ class Card:
 CARDS = {
     card.name: card
     for card in (
-        Card("A100", 80, 108, 1.41e9, 312e12, 2.0e12, 64),
-        Card("H100", 90, 132, 1.83e9, 989e12, 3.35e12, 128),
-        Card("H200", 90, 132, 1.83e9, 989e12, 4.8e12, 128),
+        Card("A100", 80, 108, 1.41e9, 312e12, 2.0e12, 4.1e12, 64),
+        Card("H100", 90, 132, 1.83e9, 989e12, 3.35e12, 7.85e12, 128),
+        Card("H200", 90, 132, 1.83e9, 989e12, 4.8e12, 7.85e12, 128),
     )
 }
 
@@ -208,17 +210,22 @@ class Case:
     run: Callable[[], Callable[[], Any]]
 
 
+def pipe_seconds(executed: Counter[str], warps: int, card: Card) -> dict[str, float]:
+    """Seconds that pipes of a multiprocessor are busy with that many warps, one after the other."""
+    lanes = Counter({pipe: 32.0 * n * warps for pipe, n in executed.items()})
+    lanes["issue"] = sum(lanes.values())
+    # the multiply-adds of integers share the float pipe
+    lanes["fma"] += lanes["imad"]
+    return {pipe: lanes[pipe] / rate / card.clock for pipe, rate in card.lanes.items()}
+
+
 def cost(case: Case, card: Card) -> dict[str, float]:
     """Seconds each resource of the card is busy."""
     built = case.build(GPUTarget("cuda", card.arch, 32))
     executed = read_loops(disassembly("nvdisasm", "-c", cubin=built.asm["cubin"])).total(case.trips)
     # whole programs per multiprocessor: the fullest one decides
     fullest = -(-case.programs // card.processors)
-    lanes = Counter({pipe: 32.0 * n * case.warps * fullest for pipe, n in executed.items()})
-    lanes["issue"] = sum(lanes.values())
-    # the multiply-adds of integers share the float pipe
-    lanes["fma"] += lanes["imad"]
-    seconds = {pipe: lanes[pipe] / rate / card.clock for pipe, rate in card.lanes.items()}
+    seconds = pipe_seconds(executed, case.warps * fullest, card)
     imbalance = fullest * card.processors / case.programs
     return seconds | {
         "matrix": case.flops * imbalance / card.matrix,
@@ -243,7 +250,7 @@ def splits_of(
 
 def product_case(kind: str, B: int, C: int, K: int, dtype: torch.dtype, card: Card) -> Case:
     """The matrix product of a dense kind; a float32 gradient, or a normal one, is two rows."""
-    config = dense_config.default_config(card.arch)
+    config = dense_config.default_config(card.arch, kind)
     rows = 2 * B if dtype == torch.float32 else B
     block_b = min(config.block_b, max(16, 1 << (rows - 1).bit_length()))
     blocks = C // 256

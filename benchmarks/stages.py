@@ -89,7 +89,7 @@ class Sizes:
     dampings: int
 
 
-REAL = Sizes(N=5000, M=1000, S=10, K=32768, batch=16, dense_batch=128, dampings=27)
+REAL = Sizes(N=5000, M=1000, S=10, K=32768, batch=64, dense_batch=128, dampings=27)
 TINY = Sizes(N=6, M=2, S=2, K=512, batch=2, dense_batch=4, dampings=3)
 
 

@@ -175,7 +175,7 @@ def dense_problems(kind: str, device: torch.device, *, smoke: bool) -> Iterator[
     sizes = (
         [(3, 512, 64)] if smoke else [(B, 2**20, K) for B in (8, 32, 128) for K in (4096, 32768)]
     )
-    default = DenseConfig(16, 64, splits=2) if smoke else default_config(arch_of(device))
+    default = DenseConfig(16, 64, splits=2) if smoke else default_config(arch_of(device), kind)
     wide = device.type != "cuda" or kind == "normal"
     for B, P, K in sizes:
         generator = torch.Generator(device).manual_seed(0)

@@ -170,6 +170,11 @@ def longest_loop(sass):
     return longest
 
 
+def registers(cubin):
+    """Of a thread."""
+    return int(re.search(r"REG:(\d+)", disassembly("cuobjdump", "-res-usage", cubin=cubin))[1])
+
+
 def report(built):
     """What the compiled code needs: shared and tensor memory, spills, and its instructions."""
     facts = {
@@ -181,7 +186,7 @@ def report(built):
         usage = disassembly("cuobjdump", "-res-usage", cubin=cubin)
         ptx = built.asm["ptx"]
         facts["stack"] = int(re.search(r"STACK:(\d+)", usage)[1])
-        facts["registers"] = int(re.search(r"REG:(\d+)", usage)[1])
+        facts["registers"] = registers(cubin)
         facts["traps"] = len(re.findall(r"\btrap;", ptx))
         facts["matrix"] = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", ptx))
         facts["loop"] = longest_loop(disassembly("nvdisasm", "-c", cubin=cubin))
@@ -257,19 +262,19 @@ def build_form(form, config, target, *, size=16):
 
 def cases(arch):
     """Every kernel, in every form the default configuration of ``arch`` can launch."""
-    config = dense_config.default_config(TARGETS[arch].arch)
-    widths = sorted({16, config.block_b})
     for kind in ("rademacher", "normal"):
+        config = dense_config.default_config(TARGETS[arch].arch, kind)
+        widths = sorted({16, config.block_b})
         kernel = getattr(dense_kernel, f"_{kind}_partial_kernel")
         for width in widths:
             dtype = "bf16" if kind == "rademacher" and width == 16 else "fp16"
             yield {
                 "kernel": kind,
-                "build": lambda target, kernel=kernel, dtype=dtype, width=width: compile_kernel(
+                "build": partial(
+                    compile_kernel,
                     kernel,
                     PRODUCT.format(dtype=dtype),
                     {"BLOCK_B": width, "BLOCK_K": config.block_k},
-                    target,
                     num_warps=config.num_warps,
                     num_stages=config.num_stages,
                 ),

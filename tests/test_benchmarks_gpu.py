@@ -189,14 +189,39 @@ def test_pieces_are_what_is_in_the_repository(cuda, tmp_path):
         assert {f"agreement {name}" for name in gpu.KERNELS} <= set(names)
 
 
-def test_eight_minutes_are_enough():
-    """Also if the last piece, and the question what this machine is, have to be given up."""
-    assert gpu.BUDGET - gpu.RESERVE + gpu.PATIENCE + 5 < 8 * 60
+def test_twelve_minutes_are_enough(monkeypatch):
+    """Whatever takes all of its limit, and if the last piece has to be given up."""
+    assert gpu.BUDGET - gpu.RESERVE + gpu.PATIENCE + 5 < gpu.MOST == 12 * 60
     assert max(after for after, _ in gpu.SIGNALS) < gpu.PATIENCE
-    # suites begin in time even if every check takes all of its own, four at a time
+    # nothing is absent
+    monkeypatch.setattr(gpu, "has", lambda module: True)
+    monkeypatch.setattr(gpu, "find_sanitizer", lambda: "compute-sanitizer")
     pieces = gpu.make_pieces(True, Path("out"))
-    checks = [p.limit for p in pieces if not p.is_timing]
-    assert max(*checks, sum(checks) / 4) < gpu.BUDGET / 3
+    assert not any(piece.absent for piece in pieces)
+    for cores in (8, 16, 64):
+        assert gpu.longest(pieces, cores) <= gpu.BUDGET - gpu.RESERVE
+    assert sum(p.limit for p in pieces if p.is_timing) < gpu.longest(pieces, 64)
+
+
+def test_limits_are_added_up_as_pieces_run():
+    limits = ((30, False), (10, False), (10, False), (20, False), (5, True), (7, True))
+    pieces = [
+        piece(str(number), "pass", limit, is_timing=is_timing)
+        for number, (limit, is_timing) in enumerate(limits)
+    ]
+    # two at a time: 30 beside 10, 10 and 20
+    assert gpu.longest(pieces, 4) == 40 + 5 + 7
+    assert gpu.longest(pieces, 2) == 70 + 5 + 7
+    assert gpu.longest([replace_fields(pieces[0], absent="not here"), *pieces[1:]], 2) == 40 + 12
+
+
+def test_the_most_telling_pieces_come_first(monkeypatch):
+    monkeypatch.setattr(gpu, "has", lambda module: True)
+    names = [piece.name for piece in gpu.make_pieces(True, Path("out"))]
+    order = ["agreement rademacher", "memcheck", "suite sketcher", "suite projection", "stages"]
+    assert [name for name in names if name in order] == order
+    assert names[: len(gpu.KERNELS)] == [f"agreement {kernel}" for kernel in gpu.KERNELS]
+    assert names[-1] == "tune"
 
 
 def test_what_only_gpus_run_is_collected_and_nothing_else():

@@ -121,7 +121,8 @@ def test_kernels_launch_what_was_written(tmp_path, monkeypatch):
             return 8
 
     assert dense_config.config_on("rademacher", OnACard(), 64) == dense_config.DenseConfig(**config)
-    assert dense_config.config_on("normal", OnACard(), 64) == dense_config.default_config(90)
+    default = dense_config.default_config(90, "normal")
+    assert dense_config.config_on("normal", OnACard(), 64) == default
     assert gram_kernel._config(OnACard(), 2)["BLOCK_N"] == 32
     # what nobody can launch is an error that names the file
     tune.store(tmp_path, dense, "Some card", {"block_b": 33})

@@ -24,18 +24,20 @@ TELLING = {
     "test_whitening_kernel.py": "entries and (groups or many) and rolled",
     "test_emulator_mutations.py": "not full",
 }
-# the cases that launch kernels, in two processes of about the same length; both cards in one share
-# what judges them. The main job has a U-Net of its own
+# the cases that launch kernels, in processes that share the cores evenly, also where everything is
+# still to be compiled; both cards in one share what judges them
 FULL = {
-    "kernels": {
-        "test_sketch_kernel.py": "not overlap and not unet",
+    "sketches": {"test_sketch_kernel.py": "not overlap and not unet"},
+    "matrices": {
         "test_projection.py": "triton or tiling or anywhere",
         "test_gram.py": "triton or tiling or groups or bit_for_bit",
+    },
+    "whitening": {
         "test_whitening_kernel.py": "entries or second_launch or without or (gradients and conv2d)",
     },
     "mistakes and the main job": {
         "test_emulator_mutations.py": "mutations",
-        "test_emulator_traffic.py": "roll",
+        "test_emulator_traffic.py": "roll or wait",
         "test_emulated_main_job.py": "job",
     },
 }
@@ -79,7 +81,7 @@ def test_a_telling_case_of_every_form(tmp_path):
 @pytest.mark.full
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU here")
-@pytest.mark.parametrize("part, launched", list(zip(FULL, (300, 50), strict=True)))
+@pytest.mark.parametrize("part, launched", list(zip(FULL, (200, 600, 250, 900), strict=True)))
 def test_kernels_are_right_on_emulated_cards(part, launched, tmp_path):
     rows = emulate(FULL[part], CARDS, tmp_path)
     ran = {

@@ -1,12 +1,19 @@
 """What launches move, counted: on patterns whose counts are known, and in the shipped kernels."""
 
+import warnings
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from emulator.errors import SerializedWarning
 from emulator.launch import Emulated
 from emulator.traffic import Traffic
 from torch import nn
 
+from dtrak_kernels.dense.config import default_config
+from dtrak_kernels.dense.triton import launch_project
+from dtrak_kernels.projection import Projection
 from dtrak_kernels.sjlt import triton as sketch_kernel
 from dtrak_kernels.sjlt.config import Form, find_config
 from dtrak_kernels.sjlt.torch import ParameterSketch
@@ -81,3 +88,22 @@ def test_a_roll_meets_no_bank_twice(emulated_card, monkeypatch):
     # what is read at all: both inputs, the features, the tables
     least = 2 * 2 * 64 * 128 + 4 * 16384
     assert least <= variant.traffic.memory_bytes <= least + 1024
+
+
+@pytest.mark.emulated
+@pytest.mark.full
+def test_products_of_normals_do_not_wait_for_one_another(emulated_card, monkeypatch):
+    """With the default configuration; with a deeper pipeline ptxas would serialize them."""
+    torch.manual_seed(0)
+    grads, projection = torch.randn(100, 700).half(), Projection("normal", 128, seed=3)
+    default = default_config(emulated_card.arch, "normal")
+    results = []
+    for config in (default, replace(default, num_stages=3)):
+        out = torch.zeros(100, 128)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", SerializedWarning)
+            launch_project(grads, projection, 0, out, replace(config, splits=2))
+        serialized = any(issubclass(w.category, SerializedWarning) for w in told)
+        assert serialized == (config is not default and emulated_card.arch == 90)
+        results.append(out)
+    assert torch.equal(*results)

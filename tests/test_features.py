@@ -23,6 +23,7 @@ from dtrak.models.unet import UNet
 from dtrak.runs.files import write_atomically
 from dtrak.runs.folders import describe_differences
 from dtrak_kernels import Projection
+from dtrak_kernels.compiling import rehearse
 
 CPU = torch.device("cpu")
 SETTINGS = FeatureSettings("mean_squared_l2_norm", (0, 500), 0, Projection("sjlt", 512))
@@ -209,6 +210,19 @@ def test_features_do_not_depend_on_batch_or_order():
         extractor.extract(shuffled.images[i : i + 2], shuffled.ids[i : i + 2]) for i in (0, 2, 4)
     ]
     assert relative_error(torch.cat(parts), whole[order]) < 1e-6
+
+
+def test_kernels_are_compiled_before_the_first_batch(monkeypatch):
+    """On a GPU: by a rehearsal of that batch, which changes nothing."""
+    data, rehearsed = make_data(3), []
+    expected = FusedExtractor(make_model(), SETTINGS, CPU).extract(data.images, data.ids)
+    extractor = FusedExtractor(make_model(), SETTINGS, CPU)
+    assert not extractor.compiles
+    extractor.compiles = True
+    monkeypatch.setattr(features, "compile_ahead", lambda run: rehearsed.append(rehearse(run)))
+    for _ in range(2):
+        assert torch.equal(extractor.extract(data.images, data.ids), expected)
+    assert len(rehearsed) == 1
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-5), ("bfloat16", 0.1)])

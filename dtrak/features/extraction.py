@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dtrak_kernels import GradientSketcher, check_features
+from dtrak_kernels import GradientSketcher, check_features, compile_ahead
 
 from .. import NUMERICS
 from ..data.samples import Samples
@@ -143,6 +143,8 @@ class FusedExtractor:
             rows_per_sample=len(settings.timesteps),
         )
         self.grad_dim, self.proj_dim = self.sketcher.grad_dim, self.sketcher.proj_dim
+        # on a GPU the kernels of the first batch are compiled side by side, before it
+        self.compiles = device.type == "cuda"
 
     def extract(
         self, inputs: Tensor, ids: Sequence[str], items: Sequence[Any] | None = None
@@ -178,7 +180,14 @@ class FusedExtractor:
         half = self.settings.dtype == "float16"
         # a sum over thousands of elements is large enough, and overflows if it is made larger
         scale = 1024.0 if half and self.settings.output_function != "l1_norm" else 1.0
-        return self.sketcher.sketch(outputs, len(inputs)) / scale
+
+        def run() -> Tensor:
+            return self.sketcher.sketch(outputs, len(inputs))
+
+        if self.compiles:
+            compile_ahead(run)
+            self.compiles = False
+        return run() / scale
 
 
 def autocast(device: torch.device, dtype: str) -> Any:

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .compiling import compile_ahead
     from .gradients.accumulator import Accumulator
     from .gradients.sketcher import GradientSketcher
     from .gradients.weight import LayerGradient
@@ -29,6 +30,7 @@ _PLACES = {
     "TopK": "ridge",
     "Whitening": "gradients.whitening.definition",
     "check_features": "ops",
+    "compile_ahead": "compiling",
     "project": "ops",
     "project_": "ops",
     "top_k": "ridge",
@@ -44,6 +46,7 @@ __all__ = [
     "TopK",
     "Whitening",
     "check_features",
+    "compile_ahead",
     "project",
     "project_",
     "top_k",

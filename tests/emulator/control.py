@@ -21,7 +21,7 @@ def _branch(decoder: Decoder, instruction: Instruction) -> Step:
     if label not in program.labels:
         raise unknown(instruction, "no such label")
     target, guard = program.labels[label], decoder.guard(instruction)
-    pc = next(i for i, other in enumerate(program.instructions) if other is instruction)
+    pc = decoder.place
     if guard is None:
         return lambda group: target
 
@@ -37,7 +37,7 @@ def _branch(decoder: Decoder, instruction: Instruction) -> Step:
 
 @step("ret", "exit")
 def _return(decoder: Decoder, instruction: Instruction) -> Step:
-    pc = next(i for i, other in enumerate(decoder.program.instructions) if other is instruction)
+    pc = decoder.place
     guard = decoder.guard(instruction)
     if guard is None:
         return lambda group: EXIT
@@ -76,7 +76,7 @@ def _barrier(decoder: Decoder, instruction: Instruction) -> Step:
 
     def barrier(group: Group) -> None:
         if guard is not None:
-            arrived = np.broadcast_to(guard(group.registers), group.shape)
+            arrived = group.whole(guard(group.registers))
             if not arrived.all(axis=1).all():
                 raise DivergenceError("a barrier that some threads of a block do not reach")
         group.barrier()
@@ -91,7 +91,7 @@ def _fence(decoder: Decoder, instruction: Instruction) -> Step:
         return lambda group: None
     if instruction.parts[:3] != ["fence", "proxy", "async"]:
         raise unknown(instruction)
-    return lambda group: group.machine.shared.fence(group.start)
+    return lambda group: group.machine.shared.fence(group.rows)
 
 
 @step("griddepcontrol", "nop")

@@ -81,17 +81,21 @@ def _is_type(word: str) -> bool:
 
 
 class Decoder:
-    """Gives registers, constants and special values their slots while it builds steps."""
+    """Gives registers, constants and special values their slots while it builds steps.
 
-    def __init__(self, program: Program) -> None:
+    With ``like`` it goes on where the decoder of that code stopped.
+    """
+
+    def __init__(self, program: Program, like: Code | None = None) -> None:
         self.program = program
-        self.slots: dict[object, int] = {}
-        self.names: list[str] = []
-        self.constants: dict[int, np.ndarray] = {}
+        self.slots: dict[object, int] = dict(like.slots) if like else {}
+        self.names: list[str] = list(like.names) if like else []
+        self.constants: dict[int, np.ndarray] = dict(like.constants) if like else {}
+        self.place = 0
         self.reads: set[int] = set()
         self.writes: set[int] = set()
-        self.shared_grain = 16
-        self.global_grain = 4
+        self.shared_grain = like.shared_grain if like else 16
+        self.global_grain = like.global_grain if like else 4
         self.has_products = any(i.opcode.startswith("wgmma") for i in program.instructions)
 
     def _slot(self, key: object, name: str, constant: np.ndarray | None = None) -> int:
@@ -118,9 +122,10 @@ class Decoder:
 
     def source(self, operand: str, bits: int) -> int:
         """The slot that an operand is read from."""
-        constant = self._constant(operand, bits)
-        if constant is not None:
-            return constant
+        if operand[0] != "%":
+            constant = self._constant(operand, bits)
+            if constant is not None:
+                return constant
         slot = self._slot(operand, operand)
         if operand not in (*_BY_THREAD, *_BY_BLOCK, *_BY_LAUNCH):
             width = self.program.width(operand)
@@ -188,6 +193,10 @@ def merge(mask: np.ndarray, new: np.ndarray, old: np.ndarray | None) -> np.ndarr
 class Code:
     """A decoded program.
 
+    Args:
+        program: to decode.
+        like: code of a program of the same kernel, of which what is equal is taken over.
+
     Attributes:
         steps: one per instruction.
         reads, writes: slots of each.
@@ -196,13 +205,23 @@ class Code:
         global_grain: the same of stores to global memory, at most 4.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, like: Code | None = None) -> None:
         self.program = program
-        decoder = Decoder(program)
+        decoder = Decoder(program, like)
+        known: dict[Instruction, int] = {}
+        if like and like.has_products == decoder.has_products:
+            known = {instruction: i for i, instruction in enumerate(like.program.instructions)}
         self.steps: list[Step] = []
         self.reads: list[frozenset[int]] = []
         self.writes: list[frozenset[int]] = []
-        for instruction in program.instructions:
+        for decoder.place, instruction in enumerate(program.instructions):
+            place = known.get(instruction)
+            # what may jump knows where it stands
+            if like and place is not None and instruction.parts[0] not in ("bra", "ret", "exit"):
+                self.steps.append(like.steps[place])
+                self.reads.append(like.reads[place])
+                self.writes.append(like.writes[place])
+                continue
             builder = BUILDERS.get(instruction.parts[0])
             if builder is None:
                 raise unknown(instruction)
@@ -221,14 +240,14 @@ class Code:
             self.writes.append(writes)
         self.names, self.slots = decoder.names, decoder.slots
         self.shared_grain, self.global_grain = decoder.shared_grain, decoder.global_grain
-        self._constants = decoder.constants
+        self.constants, self.has_products = decoder.constants, decoder.has_products
 
     def launch_constants(
         self, arguments: list[int], grid: tuple[int, int, int]
     ) -> list[np.ndarray | None]:
         """Registers before the first instruction, without what differs between blocks."""
         registers: list[np.ndarray | None] = [None] * len(self.slots)
-        for slot, constant in self._constants.items():
+        for slot, constant in self.constants.items():
             registers[slot] = constant
 
         def put(name: str, array: np.ndarray) -> None:
@@ -272,15 +291,15 @@ def _noting(built: Step, writes: frozenset[int]) -> Step:
     return noting
 
 
-def decode(program: Program) -> Code:
-    """Steps of a program.
+def decode(program: Program, like: Code | None = None) -> Code:
+    """Steps of a program, perhaps an edited one, ``like`` the code it was before.
 
     Raises:
         UnknownInstructionError: it has an instruction of no known meaning.
     """
     from . import control, floats, integers, matrix, moves, transfers  # noqa: F401
 
-    return Code(program)
+    return Code(program, like)
 
 
 __all__ = [

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -84,6 +85,12 @@ def compile_ptx(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -
     return built
 
 
+@lru_cache(maxsize=64)
+def decoded(ptx: str) -> Code:
+    """Steps of what was compiled."""
+    return decode(parse(ptx))
+
+
 @dataclass
 class Variant:
     """A compiled form of a kernel, and what its launches executed.
@@ -154,8 +161,10 @@ class Emulated:
             source = ASTSource(self.kernel, signature, constants, attributes)
             options = {"num_warps": num_warps, "num_stages": num_stages}
             compiled = compile_ptx(source, self.target, options)
-            ptx = self.edit(compiled.ptx) if self.edit else compiled.ptx
-            self.variants[key] = Variant(compiled, decode(parse(ptx)), num_warps)
+            code = decoded(compiled.ptx)
+            if self.edit:
+                code = decode(parse(self.edit(compiled.ptx)), like=code)
+            self.variants[key] = Variant(compiled, code, num_warps)
         variant = self.variants[key]
         grid = grid(bound) if callable(grid) else grid
         sizes = (grid,) if isinstance(grid, int) else tuple(grid)
@@ -200,7 +209,8 @@ class Emulated:
             else:
                 raise TypeError(f"{name}: no way is known to pass {value!r} to a kernel")
             values.append(number)
-            if number % 16 == 0 and not parameter.do_not_specialize:
+            kept = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
+            if number % 16 == 0 and not kept:
                 attributes[(place,)] = [["tt.divisibility", 16]]
         return signature, constants, attributes, values
 

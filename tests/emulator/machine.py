@@ -79,18 +79,26 @@ class Group:
     operands: set[int] = field(default_factory=set)
     # registers written since the last wgmma.fence, kept where there are products
     unfenced: set[int] = field(default_factory=set)
+    # matrices that registers were read as
+    fragments: dict[tuple[int, ...], tuple[list[np.ndarray], np.ndarray]] = field(
+        default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         self.threads = self.machine.code.program.threads
         self.shape = (len(self.rows), self.threads)
         self.warps = (np.arange(self.threads) // 32).astype(np.uint32)[None, :]
-        self.start = (self.rows * self.machine.shared.pitch)[:, None]
+        # of each lane's block: its shared memory, and its number
+        start = (self.rows * self.machine.shared.pitch)[:, None]
+        self.start = np.ascontiguousarray(self.whole(start))
+        self.own = np.ascontiguousarray(self.whole(self.numbers[:, None]))
         self._count_barriers(0)
 
     def _count_barriers(self, passed: int) -> None:
         self.interval += passed
         self.now = np.uint32(self.interval * 64)
-        self.stamps = self.now + self.warps
+        self.stamps = np.ascontiguousarray(self.whole(self.now + self.warps))
+        self.everyone = Access(self.stamps.reshape(-1), self.now, self.own.reshape(-1))
 
     def barrier(self) -> None:
         """Every thread has arrived."""
@@ -98,16 +106,18 @@ class Group:
 
     def who(self, mask: np.ndarray | None) -> Access:
         """The lanes that take part, all of them if ``mask`` is None."""
-        stamps = np.broadcast_to(self.stamps, self.shape)
-        blocks = np.broadcast_to(self.numbers[:, None], self.shape)
         if mask is None:
-            return Access(stamps.reshape(-1), self.now, blocks.reshape(-1))
-        return Access(stamps[mask], self.now, blocks[mask])
+            return self.everyone
+        return Access(self.stamps[mask], self.now, self.own[mask])
 
     def lanes(self, values: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         """One value per lane that takes part."""
-        whole = np.broadcast_to(values, self.shape)
+        whole = self.whole(values)
         return whole.reshape(-1) if mask is None else whole[mask]
+
+    def whole(self, values: np.ndarray) -> np.ndarray:
+        """``[blocks, threads]`` of a register."""
+        return values if values.shape == self.shape else np.broadcast_to(values, self.shape)
 
     def uniform(self, mask: np.ndarray, what: str) -> np.ndarray:
         """``[B]`` of a mask on which each block's threads agree.

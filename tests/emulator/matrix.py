@@ -7,6 +7,8 @@ instruction; a card rounds in ways of its own that are not told.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,9 +28,27 @@ if TYPE_CHECKING:
 
 def _words(group: Group, values: list[Value]) -> np.ndarray:
     """Registers of a fragment, ``[registers, B, W, 8, 4]``."""
-    blocks, threads = group.shape
-    stacked = [np.broadcast_to(value(group.registers), group.shape) for value in values]
-    return np.stack(stacked).reshape(len(values), blocks, threads // 32, 8, 4)
+    return _stacked(group, [value(group.registers) for value in values])
+
+
+def _stacked(group: Group, words: list[np.ndarray]) -> np.ndarray:
+    whole = np.empty((len(words), *group.shape), np.uint32)
+    for row, word in zip(whole, words, strict=True):
+        row[...] = word
+    return whole.reshape(len(words), group.shape[0], group.threads // 32, 8, 4)
+
+
+def _matrix(group: Group, values: list[Value], read: Callable, kind: str) -> np.ndarray:
+    """What registers hold as float64; several products read the same ones."""
+    words = [value(group.registers) for value in values]
+    key = (id(read), *map(id, words))
+    # the arrays are kept, or another one could get an identity
+    if (found := group.fragments.get(key)) is None:
+        if len(group.fragments) >= 64:
+            group.fragments.clear()
+        stacked = _stacked(group, words)
+        found = group.fragments[key] = (words, read(stacked, kind).astype(np.float64))
+    return found[1]
 
 
 @step("mma")
@@ -54,8 +74,8 @@ def _multiply(decoder: Decoder, instruction: Instruction) -> Step:
     slots = [decoder.target(name) for name in d]
 
     def multiply(group: Group) -> None:
-        A = read_left(_words(group, a_values), left).astype(np.float64)
-        B = read_right(_words(group, b_values), right).astype(np.float64)
+        A = _matrix(group, a_values, read_left, left)
+        B = _matrix(group, b_values, read_right, right)
         blocks, warps = A.shape[:2]
         # [B, W, i1, g, t, i0] to [i1, i0, B, W, g, t]
         product = (A @ B).reshape(blocks, warps, 2, 8, 4, 2).transpose(2, 5, 0, 1, 3, 4)
@@ -156,7 +176,7 @@ def _product(decoder: Decoder, instruction: Instruction) -> Step:
         groups = threads // 128
         cells = []
         if a_address is None:
-            fragment = _left_16(_words(group, a_values), left)
+            fragment = _matrix(group, a_values, _left_16, left)
             A = fragment.reshape(blocks, groups, 64, 16)
         else:
             A, used = _operand(group, a_address(group.registers), 64, a_is_transposed, left)
@@ -171,7 +191,7 @@ def _product(decoder: Decoder, instruction: Instruction) -> Step:
         sums = sums.reshape(blocks, groups, 4, 2, 8, N // 8, 4, 2)
         sums = sums.transpose(5, 3, 7, 0, 1, 2, 4, 6).reshape(N // 2, *group.shape)
         if keep.any():
-            old = [np.broadcast_to(value(group.registers), group.shape) for value in values]
+            old = [group.whole(value(group.registers)) for value in values]
             sums = sums + np.stack(old).view(np.float32)
         for slot, row in zip(slots, sums.astype(np.float32).view(np.uint32), strict=True):
             group.registers[slot] = row
@@ -196,7 +216,7 @@ def _note(group: Group, cells: np.ndarray, results: frozenset[int], a: frozenset
 def _per_group(group: Group, descriptors: np.ndarray) -> np.ndarray:
     """``[B, G]`` of a descriptor on which the threads of each warp group agree."""
     blocks, threads = group.shape
-    whole = np.broadcast_to(descriptors, group.shape).reshape(blocks, threads // 128, 128)
+    whole = group.whole(descriptors).reshape(blocks, threads // 128, 128)
     if (whole != whole[..., :1]).any():
         raise DivergenceError("threads of a warp group give different descriptors")
     return whole[..., 0].astype(np.int64)
@@ -218,7 +238,7 @@ def _operand(
     # eight neighbours lie in one chunk of 16 bytes
     chunks = addresses[:, :, ::8] if is_transposed else addresses[..., ::8]
     shared.check(chunks, 16, "read by a wgmma")
-    first = group.start[:, :, None, None]
+    first = group.start[:, :1, None, None]
     cells = shared.cells((first + chunks).reshape(-1), 16)
     _check_operand(group, cells)
     values = shared.data.view(np.uint16)[(first + addresses) >> 1]
@@ -239,6 +259,7 @@ def _check_operand(group: Group, cells: np.ndarray) -> None:
         raise RaceError("a wgmma reads what was written with no fence.proxy.async since")
 
 
+@cache
 def _layout(descriptor: int, rows: int, is_transposed: bool) -> tuple[np.ndarray, int]:
     """Byte offsets ``[rows, 16]`` of an operand before the swizzle, and the swizzle's bits.
 

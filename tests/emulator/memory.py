@@ -260,9 +260,9 @@ class SharedMemory:
         self.unfenced[cells] = True
         self.has_unfenced = True
 
-    def fence(self, first: np.ndarray) -> None:
-        """A proxy fence of the blocks that start at ``first``."""
+    def fence(self, blocks: np.ndarray) -> None:
+        """A proxy fence of these blocks."""
         if self.has_unfenced:
             rows = self.unfenced.reshape(-1, self.pitch // self.grain)
-            rows[first // self.pitch] = False
+            rows[blocks] = False
             self.has_unfenced = bool(self.unfenced.any())

@@ -174,8 +174,8 @@ def _shuffle(decoder: Decoder, instruction: Instruction) -> Step:
         lowest = own & segment
         other, is_inside = _LANES[mode](own, offset, lowest, highest, segment)
         place = warp + np.where(is_inside, other, own)
-        words = np.broadcast_to(word(r), group.shape)
-        r[slot] = np.take_along_axis(words, np.broadcast_to(place, group.shape), axis=1)
+        words = group.whole(word(r))
+        r[slot] = np.take_along_axis(words, group.whole(place), axis=1)
 
     return shuffle
 

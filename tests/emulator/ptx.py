@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 
 from .errors import EmulationError
 
@@ -26,7 +27,7 @@ class Instruction:
     negated: bool = False
     line: int = 0
 
-    @property
+    @cached_property
     def parts(self) -> list[str]:
         """The opcode's words."""
         return self.opcode.split(".")
@@ -56,28 +57,25 @@ class Program:
     registers: dict[str, str] = field(default_factory=dict)
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
+    _widths: dict[str, int] = field(default_factory=dict, repr=False)
 
     def width(self, register: str) -> int:
         """Bits of a register, 1 of a predicate."""
+        if found := self._widths.get(register):
+            return found
         kind = self.registers.get(register) or self.registers.get(register.rstrip("0123456789"))
         if kind is None:
             raise EmulationError(f"no register is called {register!r}")
-        return 1 if kind == "pred" else int(kind.lstrip("bfsu"))
+        self._widths[register] = width = 1 if kind == "pred" else int(kind.lstrip("bfsu"))
+        return width
+
+
+_OPERAND = re.compile(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,{\[])+")
 
 
 def split_operands(text: str) -> tuple[str, ...]:
     """Operands, split at the commas outside of braces and brackets."""
-    parts, depth, current = [], 0, ""
-    for letter in text:
-        depth += (letter in "{[") - (letter in "}]")
-        if letter == "," and depth == 0:
-            parts.append(current.strip())
-            current = ""
-        else:
-            current += letter
-    if current.strip():
-        parts.append(current.strip())
-    return tuple(parts)
+    return tuple(part.strip() for part in _OPERAND.findall(text) if part.strip())
 
 
 def members(operand: str) -> list[str]:
@@ -104,6 +102,15 @@ def _declare(program: Program, kind: str, names: str) -> None:
         program.registers[numbered[1] if numbered else name] = kind
 
 
+# most statements stand in other variants of a kernel, too
+@lru_cache(maxsize=2**17)
+def _read(text: str) -> tuple[str, tuple[str, ...], str | None, bool]:
+    """The fields of an instruction but its line."""
+    found = _GUARDED.match(text)
+    assert found is not None
+    return found[3], split_operands(found[4]), found[2], found[1] == "!"
+
+
 def _statement(program: Program, text: str, line: int) -> None:
     """Adds what stands before one semicolon."""
     while True:
@@ -123,10 +130,7 @@ def _statement(program: Program, text: str, line: int) -> None:
         return
     if text.startswith("."):
         raise EmulationError(f"line {line}: unknown directive {text[:60]!r}")
-    found = _GUARDED.match(text)
-    assert found is not None
-    operands = split_operands(found[4])
-    program.instructions.append(Instruction(found[3], operands, found[2], found[1] == "!", line))
+    program.instructions.append(Instruction(*_read(text), line))
 
 
 def parse(text: str) -> Program:

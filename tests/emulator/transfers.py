@@ -53,7 +53,7 @@ def _mask(group: Group, guard: Value | None) -> np.ndarray | None:
     if guard is None:
         return None
     mask = guard(group.registers)
-    return None if mask.all() else np.broadcast_to(mask, group.shape)
+    return None if mask.all() else group.whole(mask)
 
 
 def _everywhere(group: Group, mask: np.ndarray | None) -> np.ndarray:
@@ -71,7 +71,7 @@ def _count_traffic(
     """Notes an access where that is asked for."""
     if (traffic := group.machine.traffic) is not None:
         add = traffic.add_shared if space == "shared" else traffic.add_global
-        whole = np.broadcast_to(address, group.shape)
+        whole = group.whole(address)
         add(instruction.line, whole, _everywhere(group, mask), nbytes)
 
 
@@ -256,9 +256,9 @@ def _start_copy(decoder: Decoder, instruction: Instruction) -> Step:
         live = sizes != 0
         rows = np.zeros((len(sizes), words), np.uint32)
         if live.any():
-            everyone = np.broadcast_to(taken(registers) != 0, group.shape)
+            everyone = group.whole(taken(registers) != 0)
             chosen = everyone if mask is None else everyone & mask
-            sources = np.broadcast_to(source(registers), group.shape)
+            sources = group.whole(source(registers))
             rows[live] = _fetch_global(group, sources, chosen, words, UNSIGNED[32])[1]
             _count_traffic(group, instruction, "global", sources, chosen, nbytes)
         offsets = group.lanes(target(registers), mask)
@@ -340,7 +340,7 @@ def _store_matrices(decoder: Decoder, instruction: Instruction) -> Step:
         registers: Registers = group.registers  # type: ignore[assignment]
         blocks, warps = group.shape[0], group.threads // 32
         places, who = _matrix_rows(group, instruction, address(registers), count, "write")
-        words = np.stack([np.broadcast_to(value(registers), group.shape) for value in values], 1)
+        words = np.stack([group.whole(value(registers)) for value in values], 1)
         tiles = words.reshape(blocks, count, warps, 8, 4).view(np.uint16)
         if is_transposed:
             tiles = tiles.swapaxes(-1, -2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 UNSIGNED = {bits: np.dtype(f"u{bits // 8}") for bits in (8, 16, 32, 64)}
@@ -10,6 +12,7 @@ FLOATS = {bits: np.dtype(f"f{bits // 8}") for bits in (16, 32, 64)}
 PACKED = ("bf16x2", "f16x2")
 
 
+@cache
 def bits_of(kind: str) -> int:
     """Bits of a PTX type, 1 of a predicate."""
     if kind == "pred":
@@ -19,6 +22,7 @@ def bits_of(kind: str) -> int:
     return int(kind.lstrip("bfsu"))
 
 
+@cache
 def dtype_of(kind: str) -> np.dtype:
     """The NumPy type that computes as a PTX type does; bits where there is none."""
     if kind == "pred":

@@ -33,17 +33,20 @@ class DenseConfig:
     splits: int = 0
 
 
-def default_config(arch: int | str) -> DenseConfig:
+def default_config(arch: int | str, kind: str) -> DenseConfig:
     """What to launch with where nothing was measured.
 
     Args:
         arch: CUDA compute capability times ten (80, 90, ...), or the name of an AMD architecture.
+        kind: of the matrix, ``"rademacher"`` or ``"normal"``.
     """
     # wgmma reads the right operand from shared memory. Elsewhere a wider tile does not fit: before
     # it in registers, on Blackwell in tensor memory (512 columns, beyond which Triton 3.7 emits a
     # trap), on AMD in 64 KB of shared memory
     if arch == 90:
-        return DenseConfig(block_b=128, num_stages=3)
+        # ptxas serializes products that still run while normals of the next step are made (C7515);
+        # values are loaded before normals are made, which hides that they come a step at a time
+        return DenseConfig(block_b=128, num_stages=1 if kind == "normal" else 3)
     return DenseConfig(block_b=64, num_stages=2)
 
 
@@ -71,5 +74,5 @@ def config_on(kind: str, grads: Tensor, proj_dim: int) -> DenseConfig:
     name = torch.cuda.get_device_name(grads.device)
     tuned = tuning.nearest(f"project_{kind}", name, sizes)
     if tuned is None:
-        return default_config(tuning.arch_of(grads.device))
+        return default_config(tuning.arch_of(grads.device), kind)
     return read_config(tuned, f"configs/project_{kind}.json, {name}")

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..compiling import launch
 from ..projection import Projection
 from ..random.words import Stream
 from ..random.words_triton import box_muller, philox_4x32
@@ -40,7 +41,7 @@ RADEMACHER_STREAM = tl.constexpr(int(Stream.RADEMACHER))
 NORMAL_STREAM = tl.constexpr(int(Stream.NORMAL))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _pack_kernel(  # type: ignore[no-untyped-def]
     grads_ptr,  # [B, C]
     scale_ptr,  # [B] float32
@@ -92,7 +93,7 @@ def _sign_tile(  # type: ignore[no-untyped-def]
     return tl.reshape(tl.permute(sign, (0, 3, 1, 5, 4, 2, 6)), (BLOCK_K, 64))
 
 
-@triton.jit(do_not_specialize=["first", "key_low", "key_high"])
+@triton.jit(do_not_specialize=["rows", "blocks", "first", "key_low", "key_high"])
 def _rademacher_partial_kernel(  # type: ignore[no-untyped-def]
     values_ptr,  # [rows, 256 * blocks] fp16 or bf16
     partial_ptr,  # [S, rows, K] float32
@@ -149,7 +150,7 @@ def _rademacher_partial_kernel(  # type: ignore[no-untyped-def]
     tl.store(p_ptrs, acc, mask=mask_b & (offs_k < K)[:, None])
 
 
-@triton.jit(do_not_specialize=["first", "key_low", "key_high"])
+@triton.jit(do_not_specialize=["rows", "blocks", "first", "key_low", "key_high"])
 def _normal_partial_kernel(  # type: ignore[no-untyped-def]
     values_ptr,  # [rows, 256 * blocks] float16
     partial_ptr,  # [S, rows, K] float32
@@ -215,7 +216,7 @@ def _normal_partial_kernel(  # type: ignore[no-untyped-def]
     tl.store(p_ptrs, acc, mask=mask_b & (offs_k < K)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "splits"])
 def _reduce_kernel(  # type: ignore[no-untyped-def]
     partial_ptr,  # [S, B or 2B, K] float32
     factor_ptr,  # [B] float32
@@ -274,7 +275,9 @@ def _accumulate(
     kernel = (
         _rademacher_partial_kernel if projection.kind == "rademacher" else _normal_partial_kernel
     )
-    kernel[(grid_k, grid_b, splits)](
+    launch(
+        kernel,
+        (grid_k, grid_b, splits),
         values_ptr=values,
         partial_ptr=partial,
         rows=rows,
@@ -291,7 +294,9 @@ def _accumulate(
         num_stages=config.num_stages,
     )
     block = min(1024, triton.next_power_of_2(K))
-    _reduce_kernel[(triton.cdiv(K, block), B)](
+    launch(
+        _reduce_kernel,
+        (triton.cdiv(K, block), B),
         partial_ptr=partial,
         factor_ptr=factor,
         out_ptr=out,
@@ -334,7 +339,9 @@ def _project_packed(
     for first in range(offset // 256, end, blocks):
         count = min(blocks, end - first)
         values = torch.empty(rows, 256 * count, dtype=dtype, device=grads.device)
-        _pack_kernel[(triton.cdiv(256 * count, 1024), B)](
+        launch(
+            _pack_kernel,
+            (triton.cdiv(256 * count, 1024), B),
             grads_ptr=grads,
             scale_ptr=row_scale,
             values_ptr=values,

@@ -392,7 +392,10 @@ class _Planner:
             assert isinstance(sketch, TwoSidedSketch)
             return self._two_sided(sketch, x, seen)
         if not self.accumulator.forms_slices(self.module, seen):
-            return product + 2 * B * P, 0, "gradient and sketch in one (Triton)"
+            # images of which the kernel takes copies, channels last
+            is_image = isinstance(self.module, nn.Conv2d) and x.shape[1] > 1 and x.stride(1) != 1
+            copies = max(t.numel() * t.element_size() for t in (x, seen)) if is_image else 0
+            return product + 2 * B * P, copies, "gradient and sketch in one (Triton)"
         patches = 0
         if not isinstance(self.module, nn.Linear | nn.Embedding):
             patches = 4 * seen[0].numel() // shape[0] * math.prod(shape[1:])

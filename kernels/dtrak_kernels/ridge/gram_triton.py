@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tuning
+from ..compiling import launch
 
 # runs of rows: enough programs for the largest card, fixed so that sums do not depend on the card
 _MAX_PARTS = 256
@@ -34,7 +35,7 @@ DEFAULT_CONFIG: dict[str, int] = {
 }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "rows_per_part"])
 def _gram_product_partial_kernel(  # type: ignore[no-untyped-def]
     features_ptr,  # [N, K]
     vectors_ptr,  # [K, M] float32
@@ -161,7 +162,9 @@ def launch_gram_product(
     for first in range(0, M, group):
         v = vectors[:, first : first + group].contiguous()
         partials = v.new_empty(parts, K, v.shape[1])
-        _gram_product_partial_kernel[(parts, triton.cdiv(v.shape[1], config["BLOCK_M"]))](
+        launch(
+            _gram_product_partial_kernel,
+            (parts, triton.cdiv(v.shape[1], config["BLOCK_M"])),
             features_ptr=features,
             vectors_ptr=v,
             partials_ptr=partials,

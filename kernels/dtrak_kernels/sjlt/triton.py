@@ -33,6 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from ..compiling import launch
 from ..gradients.weight import linear_rows
 from ..random.words import Stream
 from ..random.words_triton import philox_4x32
@@ -226,7 +227,12 @@ def _gradient_tile(  # type: ignore[no-untyped-def]
     return acc
 
 
-@triton.jit(do_not_specialize=["low", "high", "key_low", "key_high", "scale"])
+# neither a 1 nor a multiple of 16 among these makes faster code: each would be compiled apart
+_ANY = ["low", "high", "key_low", "key_high", "scale", "blocks", "rows_per_sample", "H", "W"]
+_ANY += ["pad_h", "pad_w", "rows_per_group"]
+
+
+@triton.jit(do_not_specialize=_ANY, do_not_specialize_on_alignment=["blocks_ptr", "tiles_ptr"])
 def _sketch_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [R, I, H, W]
     d_ptr,  # [R, O, HO, WO]
@@ -438,6 +444,16 @@ def _one_axis(x: Tensor) -> int | None:
     return step
 
 
+def _channels_last(x: Tensor) -> Tensor:
+    """The same values with contiguous channels: others are read two bytes at a time.
+
+    A copy moves less than one tile of weights would: every tile reads all positions.
+    """
+    if x.stride(1) == 1 or x.shape[1] == 1:
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def _largest_offset(x: Tensor, rows_per_sample: int) -> int:
     """Elements from the first to the last of one sample of ``[R, I, H, W]``."""
     sizes = (rows_per_sample, *x.shape[1:])
@@ -461,7 +477,8 @@ def launch_sketch(
     Args:
         module: the layer.
         x: its input, ``[R, ..., I]`` or ``[R, I, H, W]`` with ``R = B · rows_per_sample``; float32,
-            float16 or bfloat16, of any strides (channels last is the fast case).
+            float16 or bfloat16, of any strides; images whose channels are not contiguous are
+            copied.
         output_grads: gradient with respect to its output, ``[R, ..., O]`` or ``[R, O, Ho, Wo]``, of
             the same dtype.
         sketch: of the weight.
@@ -491,6 +508,8 @@ def launch_sketch(
             pad_w, _, pad_h, _ = module._reversed_padding_repeated_twice
         else:
             x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+        # models run channels first unless somebody told them otherwise
+        x, output_grads = _channels_last(x), _channels_last(output_grads)
     else:
         # a linear layer is a 1 x 1 convolution of an image of one line
         x, output_grads = (
@@ -525,7 +544,9 @@ def launch_sketch(
     blocks, tiles, overlaps = _tables(sketch, x.device)
     # the last window may reach into the first: its blocks are launched on their own
     for part in (blocks[:-1], blocks[-1:]) if overlaps else (blocks,):
-        _sketch_kernel[(len(part) * len(out),)](
+        launch(
+            _sketch_kernel,
+            (len(part) * len(out),),
             x_ptr=x,
             d_ptr=output_grads,
             blocks_ptr=part,
