@@ -95,7 +95,7 @@ def read_file(file):
 
 
 def test_end_to_end(run, tmp_path, model_folder, images_folder):
-    code, output = run("--damping", "0.5", batch_size=None)
+    code, output = run("--damping", "0.5", "--whiten", "none", batch_size=None)
     assert code == 0, output
     folder = tmp_path / "run"
     scores, metadata = read_scores(folder)
@@ -136,10 +136,12 @@ def test_end_to_end(run, tmp_path, model_folder, images_folder):
 
 
 def test_a_second_run_reuses_everything_and_other_queries_join(run, done, tmp_path):
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "features").rglob("*")}
+    features = tmp_path / "run" / "features-lowrank"
+    before = {p: p.stat().st_mtime_ns for p in features.rglob("*")}
+    assert before
     drawn = (tmp_path / "run" / "generated" / "00000.png").stat().st_mtime_ns
     assert run("--damping", "1", "--top-k", "2")[0] == 0
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "features").rglob("*")} == before
+    assert {p: p.stat().st_mtime_ns for p in features.rglob("*")} == before
     code, output = run("--num-queries", "4")
     assert code == 0, output
     assert (tmp_path / "run" / "generated" / "00000.png").stat().st_mtime_ns == drawn
@@ -157,7 +159,7 @@ def test_killed_runs_resume_with_the_same_bits(run, tmp_path, model_folder, imag
         "--data", str(images_folder), "--output", str(broken), "--batch-size", "4", *SMALL,
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    first = broken / "features" / "mean_squared_l2_norm" / "train" / "000000.safetensors"
+    first = broken / "features-lowrank" / "mean_squared_l2_norm" / "train" / "000000.safetensors"
     deadline = time.monotonic() + 240
     while not first.is_file() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -176,7 +178,7 @@ def test_killed_runs_resume_with_the_same_bits(run, tmp_path, model_folder, imag
     assert code == 0, output
     assert torch.equal(read_scores(broken)[0], read_scores(tmp_path / "whole")[0])
     for shard in range(3):
-        name = f"features/mean_squared_l2_norm/train/{shard:06d}.safetensors"
+        name = f"features-lowrank/mean_squared_l2_norm/train/{shard:06d}.safetensors"
         assert (broken / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
@@ -277,7 +279,8 @@ def test_several_methods_of_one_run(run, done, tmp_path):
         assert code == 0, output
         assert results(done) == first / method
     # features of the loss are shared by both that take them
-    assert {f.name for f in (done / "features").iterdir()} == {"loss", "mean_squared_l2_norm"}
+    features = done / "features-lowrank"
+    assert {f.name for f in features.iterdir()} == {"loss", "mean_squared_l2_norm"}
     assert (first / "scores.safetensors").read_bytes() == kept
     # the same again leaves the same bytes
     assert run("--top-k", "2")[0] == 0

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from dtrak_kernels import Projection
 
 
+# beside the features of whitened gradients
+FILE = "whitening.safetensors"
 # of ``--whiten``: the kind is chosen here
 AUTO = "auto"
 # A of whole patches, which a two-sided sketch never sees

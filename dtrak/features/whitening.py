@@ -15,9 +15,9 @@ from ..data.samples import Samples
 from ..models.denoiser import Denoiser
 from ..runs.files import write_atomically
 from .extraction import condition_rows, given, gradient_scale, noisy_rows, output_rows
+from .settings import FILE as FILE
 from .settings import FeatureSettings, WhiteningSettings
 
-FILE = "whitening.safetensors"
 # images of a batch, at most
 _BATCH = 10
 _ROLE = "train/"
@@ -196,7 +196,8 @@ class _Batches:
         condition = condition_rows(model, data.conditions, count, inputs)
         # averaged where all timesteps are, else every row by itself
         factor = gradient_scale(settings) / (count if self.few is None else 1)
-        return output_rows(model, settings, (noisy, target, timesteps), ids, condition, factor)
+        rows_of = noisy, target, timesteps
+        return output_rows(model, settings, rows_of, data.ids, condition, factor)
 
 
 class _Counter:

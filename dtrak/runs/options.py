@@ -85,8 +85,8 @@ class ExplainOptions:
         "auto",
         panel=_FEATURES,
         help=f"Whiten gradients before they are projected: {', '.join(WHITENINGS)}; or auto, which "
-        "is lowrank (channels for kronecker) for fused methods with a damping, none for others. "
-        "none is the papers'.",
+        "is lowrank (channels for kronecker) for methods with a damping, none for others. none is "
+        "the papers'.",
     )
     damping: str | None = option(
         None,
@@ -190,8 +190,9 @@ class ExplainOptions:
     def _chosen_whitening(self, asked: str) -> str:
         if self.function is None:
             return "none"
-        is_ours = self.fused and self.what.is_damped
-        return choose_whitening(asked, self.projection) if is_ours or asked != AUTO else "none"
+        if asked == AUTO and not self.what.is_damped:
+            return "none"
+        return choose_whitening(asked, self.projection)
 
     def feature_folder(self, run: Path, part: str = "") -> Path:
         """Where features lie in the folder of a run: those of each output function by themselves.
