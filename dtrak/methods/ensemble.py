@@ -119,9 +119,9 @@ def _check_alike(first: Attribution, other: Attribution) -> None:
                 f"{other.folder} must have the {name} of {first.folder}, got others: scores of "
                 "different images have no mean"
             )
-    functions = [run.manifest["settings"][_OUTPUT_FUNCTION] for run in (first, other)]
-    if functions[0] != functions[1]:
-        raise ResultsError(
-            f"{other.folder} must have the {_OUTPUT_FUNCTION} of {first.folder}, {functions[0]}, "
-            f"got {functions[1]}"
-        )
+    for name in (_OUTPUT_FUNCTION, "whitening"):
+        wanted, got = (run.manifest["settings"].get(name, "none") for run in (first, other))
+        if wanted != got:
+            raise ResultsError(
+                f"{other.folder} must have the {name} of {first.folder}, {wanted}, got {got}"
+            )
