@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from pages import ROOT, Table, read_rows, record, run
 from quality_lds import CPU, exact_gradients, trained_run
 from torch import Tensor
 
-from dtrak.data.samples import Samples
 from dtrak.evaluation.lds.experiment import Experiment
 from dtrak.evaluation.lds.statistics import predict_groups
 from dtrak.evaluation.lds.table import (
@@ -35,12 +35,10 @@ from dtrak.evaluation.lds.table import (
     packaged_results,
 )
 from dtrak.evaluation.retraining import TRAIN
-from dtrak.features.extraction import noisy_rows
-from dtrak.features.outputs import evaluate_output
-from dtrak.features.settings import FeatureSettings
+from dtrak.features.settings import FeatureSettings, WhiteningSettings
 from dtrak.features.timesteps import select_timesteps
+from dtrak.features.whitening import fit_whitening
 from dtrak.methods.scores import trak
-from dtrak.models.denoiser import Denoiser
 from dtrak.training.presets import get_preset
 from dtrak_kernels import Projection, Whitening, project
 from dtrak_kernels.ridge import RidgeSolver
@@ -50,60 +48,13 @@ FOLDER = Path("runs") / "digits-whitening"
 
 FUNCTIONS = {"mean_squared_l2_norm": "D-TRAK", "loss": "TRAK", "mean": "mean"}
 KINDS = ("none", "scale", "diagonal", "channels", "lowrank", "kfac")
-# what is measured first comes first
-STEPS = (10, 100, 20, 50)
-WIDTHS = (8192, 2048, 32768, 65536)
+# what is measured first comes first: every S, then more widths at the smallest and the largest
+STEPS, WIDTHS = (10, 100, 20, 50), (0, 8192)
+ENDS, MORE_WIDTHS = (10, 100), (2048, 32768, 65536)
 QUERIES = ("validation", "generated")
 # of the mean squared feature norm of the training set
 MULTIPLES = ("0.0001", "0.001", "0.01", "0.1", "0.3", UNIT, "3", "10")
-# images whose rows the factors see, random timesteps of each; images that scales are fitted to
 RESAMPLES = 1000
-FACTOR_IMAGES, FACTOR_STEPS, SCALE_IMAGES, BATCH = 200, 2, 50, 10
-
-
-@dataclass(frozen=True)
-class Batches:
-    """Batches of training images, made anew each time they are gone through.
-
-    Attributes:
-        model: what is differentiated.
-        data: the training images.
-        function: of the output.
-        num_timesteps: of every image.
-        num_images: evenly spaced in the training set.
-        is_random: random timesteps and a row a sample; otherwise uniform ones, averaged.
-    """
-
-    model: Denoiser
-    data: Samples
-    function: str
-    num_timesteps: int
-    num_images: int
-    is_random: bool
-
-    def __iter__(self) -> Iterator[tuple[Callable[[], Tensor], int]]:
-        total = self.model.process.num_timesteps
-        steps = select_timesteps(self.num_timesteps, "uniform", total)
-        rows = torch.arange(self.num_images) * len(self.data.ids) // self.num_images
-        generator = torch.Generator().manual_seed(0)
-        for part in rows.split(BATCH):
-            if self.is_random:
-                steps = torch.randint(total, (self.num_timesteps,), generator=generator).tolist()
-            count = len(part) * (len(steps) if self.is_random else 1)
-            yield self._outputs(part, tuple(steps)), count
-
-    def _outputs(self, rows: Tensor, timesteps: tuple[int, ...]) -> Callable[[], Tensor]:
-        settings = FeatureSettings(self.function, timesteps, 0, Projection("none"))
-        ids = [f"train/{self.data.ids[int(row)]}" for row in rows]
-        noisy, target, steps = noisy_rows(self.model, settings, self.data.batch(rows.tolist()), ids)
-
-        def outputs() -> Tensor:
-            prediction = self.model.predict(noisy, steps, {})
-            weight = self.model.process.weight(steps)
-            f = evaluate_output(self.function, prediction, target, weight)
-            return f / len(timesteps)
-
-        return outputs
 
 
 def fitted(experiment: Experiment, function: str, num_timesteps: int, kind: str) -> Whitening:
@@ -117,14 +68,12 @@ def fitted(experiment: Experiment, function: str, num_timesteps: int, kind: str)
         experiment.load_model(),
         experiment.retraining.samples(TRAIN, experiment.data, CPU),
     )
-    whitening = Whitening.fit(
-        model.module,
-        Batches(model, data, function, num_timesteps, SCALE_IMAGES, is_random=False),
-        kind=kind,
-        rows_per_sample=num_timesteps,
-        factor_batches=Batches(model, data, function, FACTOR_STEPS, FACTOR_IMAGES, is_random=True),
-        function=function,
+    process = model.process
+    steps = select_timesteps(num_timesteps, "uniform", process.num_timesteps, process.spread)
+    settings = FeatureSettings(
+        function, tuple(steps), 0, Projection("none"), whitening=WhiteningSettings(kind)
     )
+    whitening = fit_whitening(model, settings, data, CPU)
     sys.stdout.write(f"fitted {file.stem}: {time.perf_counter() - begin:.1f} s\n")
     folder.mkdir(exist_ok=True)
     whitening.save(file)
@@ -133,14 +82,41 @@ def fitted(experiment: Experiment, function: str, num_timesteps: int, kind: str)
 
 def entry(name: str, num_timesteps: int, features: Mapping[str, Tensor], results: Results) -> Entry:
     """What features predict for the models of ``results``, by every λ."""
-    solver = RidgeSolver(features[TRAIN])
-    unit = float(features[TRAIN].double().square().sum(1).mean())
-    dampings = [float(multiple) * unit for multiple in MULTIPLES] + [solver.auto_damping()]
     queries = torch.cat([features[kind] for kind in QUERIES])
+    train, queries = reduced(features[TRAIN], queries)
+    solver = RidgeSolver(train)
+    unit = float(train.double().square().sum(1).mean())
+    dampings = [float(multiple) * unit for multiple in MULTIPLES] + [solver.auto_damping()]
     predictions = [predict_groups(trak(solver, queries, λ), results.subsets) for λ in dampings]
     ranks = dense_ranks(torch.stack(predictions))
     rules = (*MULTIPLES, AUTO)
     return Entry(name, num_timesteps, "", QUERIES, rules, tuple(dampings), ranks)
+
+
+def reduced(train: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Features with the same scores and fewer columns: in the span of the training features.
+
+    What a query has outside of it meets no training image.
+
+    Args:
+        train: ``[N, K]``.
+        queries: ``[M, K]``.
+
+    Returns:
+        ``[N, N]`` and ``[M, N]`` float64; what was given where K is not above N.
+    """
+    if train.shape[1] <= train.shape[0]:
+        return train, queries
+    gram, cross = train.new_zeros(len(train), len(train)).double(), 0
+    # sums over columns in double precision, no copy of all of them
+    for columns, others in zip(train.split(2**14, dim=1), queries.split(2**14, dim=1), strict=True):
+        wide = columns.double()
+        gram += wide @ wide.T
+        cross = cross + others.double() @ wide.T
+    values, vectors = torch.linalg.eigh(gram)
+    kept = values > 1e-13 * values[-1]
+    roots = values[kept].sqrt()
+    return vectors[:, kept] * roots, cross @ vectors[:, kept] / roots
 
 
 def measure(
@@ -158,12 +134,9 @@ def measure(
 
 def combinations() -> Iterator[tuple[str, int, str, str, int]]:
     """Function, S, kind, projection and K of every row, in the order they are measured."""
-    for num_timesteps in STEPS:
-        for function in FUNCTIONS:
-            for kind in KINDS:
-                yield function, num_timesteps, kind, "none", 0
-                for width in WIDTHS:
-                    yield function, num_timesteps, kind, "sjlt", width
+    for steps, widths in ((STEPS, WIDTHS), (ENDS, MORE_WIDTHS)):
+        for num_timesteps, function, kind, width in product(steps, FUNCTIONS, KINDS, widths):
+            yield function, num_timesteps, kind, "sjlt" if width else "none", width
 
 
 def key_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -209,6 +182,7 @@ def measure_and_record(is_recorded: bool, smoke: bool, folder: Path) -> None:
                 for name, rows in features.items()
             }
         cases = measure(FUNCTIONS[function], num_timesteps, features, results)
+        how = WhiteningSettings(kind)
         row = {
             "case": "whitening",
             "function": function,
@@ -218,8 +192,8 @@ def measure_and_record(is_recorded: bool, smoke: bool, folder: Path) -> None:
             "proj_dim": width,
             "models": len(results.subsets),
             "floored": loaded["floored"],
-            "factor_rows": FACTOR_IMAGES * FACTOR_STEPS,
-            "scale_images": SCALE_IMAGES,
+            "factor_rows": how.factor_images * how.factor_timesteps,
+            "scale_images": how.scale_images,
             "cases": cases,
         }
         if is_recorded:

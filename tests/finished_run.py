@@ -16,7 +16,7 @@ RECIPE = Recipe(steps=6, batch_size=16, learning_rate=1e-3, seed=5)
 OPTIONS = {
     "model": None, "data": "digits", "queries": "generated", "num_queries": 4,
     "output_function": None, "timesteps": "2", "timestep_strategy": None,
-    "noise_seed": 0, "projection": "sjlt", "proj_dim": 256, "seed": 0, "damping": "auto",
+    "noise_seed": 0, "projection": "sjlt", "proj_dim": 256, "seed": 0, "damping": None,
     "top_k": 3, "batch_size": None, "device": "cpu", "dtype": "float32", "output": None,
     "fused": True, "skip_corrupt": False, "resize": False,
 }  # fmt: skip

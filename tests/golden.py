@@ -140,15 +140,13 @@ def read_lora(folder: Path) -> dict[str, torch.Tensor]:
 
 def read_features(run: Path, kind: str) -> dict[str, torch.Tensor]:
     """Of the training images (train) or the queries (query), however they are cut into shards."""
-    (folder,) = (run / "features").glob(f"*/{kind}*")
+    (folder,) = run.glob(f"features*/*/{kind}*")
     shards = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
     return {"features": torch.cat([tensor for shard in shards for tensor in shard.values()])}
 
 
 def read_scores(run: Path, queries: str = "") -> dict[str, torch.Tensor]:
-    (folder,) = (run / "queries").glob(f"{queries}*")
-    # a damping that was asked for has a folder of its own
-    (file,) = folder.rglob("scores.safetensors")
+    (file,) = (run / "queries").glob(f"{queries}*/**/scores.safetensors")
     return load_file(file)
 
 
@@ -235,7 +233,8 @@ def measure_digits(folder: Path) -> dict[str, Artefact]:
         "digits: weights": Artefact(read_weights(model)),
         "digits: trajectories": Artefact(read_trajectories(drawn)),
     }
-    fixed = ["--model", model, "--batch-size", 64, "--device", "cpu"]
+    plain = ["--whiten", "none", "--batch-size", 64, "--device", "cpu"]
+    fixed = ["--model", model, *plain]
     sjlt = [*fixed, "--timesteps", 1, "--proj-dim", 512, "--output", main]
     run("attribute", *sjlt, "--queries", "validation", "--num-queries", 3)
     artefacts |= {
@@ -259,11 +258,20 @@ def measure_digits(folder: Path) -> dict[str, Artefact]:
             f"digits: features, {kind}": Artefact(read_features(other, "train")),
             f"digits: scores, {kind}": Artefact(read_scores(other)),
         }
+    whitened = folder / "whitened"
+    run(
+        "attribute", "--model", model, "--data", images, "--queries", images, "--timesteps", 2,
+        "--proj-dim", 512, "--batch-size", 4, "--device", "cpu", "--output", whitened,
+    )  # fmt: skip
+    artefacts |= {
+        "digits: features, whitened": Artefact(read_features(whitened, "train")),
+        "digits: scores, whitened": Artefact(read_scores(whitened)),
+    }
     wide = folder / "wide-run"
     run(
         "attribute", "--model", build_wide_unet(folder / "wide"), "--data", images, "--queries",
-        images, "--timesteps", 1, "--proj-dim", 4096, "--damping", 0.5, "--batch-size", 4,
-        "--device", "cpu", "--output", wide,
+        images, "--timesteps", 1, "--proj-dim", 4096, "--damping", 0.5, *plain, "--batch-size", 4,
+        "--output", wide,
     )  # fmt: skip
     artefacts["wide model: features, sjlt"] = Artefact(read_features(wide, "train"))
     again = folder / "counterfactual"
@@ -289,6 +297,7 @@ def measure_lora(folder: Path) -> dict[str, Artefact]:
     fixed = [
         "--model", pipeline, "--lora", lora, "--data", images, "--output", main, "--timesteps", 2,
         "--proj-dim", 512, "--damping", 0.5, "--batch-size", 4, "--device", "cpu",
+        "--whiten", "none",
     ]  # fmt: skip
     run("attribute", *fixed, "--queries", images)
     artefacts = {
@@ -311,7 +320,7 @@ def measure_lds(folder: Path) -> dict[str, Artefact]:
     run("lds", "train", *fixed, "--device", "cpu")
     run(
         "lds", "evaluate", *fixed, "--loss-timesteps", 4, "--noise-seeds", 1, "--timesteps", 2,
-        "--batch-size", 64, "--device", "cpu",
+        "--batch-size", 64, "--device", "cpu", "--whiten", "none",
     )  # fmt: skip
     run("lds", "report", *fixed, "--resamples", 1000)
     return {

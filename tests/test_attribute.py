@@ -97,7 +97,7 @@ def read_file(file):
 
 
 def test_end_to_end(run, tmp_path, model_folder, images_folder):
-    code, output = run("--damping", "0.5", batch_size=None)
+    code, output = run("--damping", "0.5", "--whiten", "none", batch_size=None)
     assert code == 0, output
     folder = tmp_path / "run"
     scores, metadata = read_scores(folder)
@@ -138,10 +138,12 @@ def test_end_to_end(run, tmp_path, model_folder, images_folder):
 
 
 def test_a_second_run_reuses_everything_and_other_queries_join(run, done, tmp_path):
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "features").rglob("*")}
+    features = tmp_path / "run" / "features-lowrank"
+    before = {p: p.stat().st_mtime_ns for p in features.rglob("*")}
+    assert before
     drawn = (tmp_path / "run" / "generated" / "00000.png").stat().st_mtime_ns
     assert run("--damping", "1", "--top-k", "2")[0] == 0
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "features").rglob("*")} == before
+    assert {p: p.stat().st_mtime_ns for p in features.rglob("*")} == before
     code, output = run("--num-queries", "4")
     assert code == 0, output
     assert (tmp_path / "run" / "generated" / "00000.png").stat().st_mtime_ns == drawn
@@ -161,7 +163,7 @@ def test_killed_runs_resume_with_the_same_bits(
         "--data", str(images_folder), "--output", str(broken), "--batch-size", "4", *SMALL,
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    store = "features/mean_squared_l2_norm/train"
+    store = "features-lowrank/mean_squared_l2_norm/train"
     first = broken / store / "000000-from-0.safetensors"
     deadline = time.monotonic() + 240
     while not first.is_file() and process.poll() is None and time.monotonic() < deadline:
@@ -195,7 +197,7 @@ def test_killed_runs_resume_with_the_same_bits(
 
 
 def test_flips_average_training_images_with_their_mirror_images(run, tmp_path, images_folder):
-    where = ["--queries", images_folder / "003.png", "--damping", "0.5"]
+    where = ["--queries", images_folder / "003.png", "--damping", "0.5", "--whiten", "none"]
     assert run(*where)[0] == 0
     plain, _ = read_scores(tmp_path / "run")
     code, output = run(*where, "--flips")
@@ -326,7 +328,8 @@ def test_several_methods_of_one_run(run, done, tmp_path):
         assert code == 0, output
         assert results(done) == first / method
     # features of the loss are shared by both that take them
-    assert {f.name for f in (done / "features").iterdir()} == {"loss", "mean_squared_l2_norm"}
+    features = done / "features-lowrank"
+    assert {f.name for f in features.iterdir()} == {"loss", "mean_squared_l2_norm"}
     assert (first / "scores.safetensors").read_bytes() == kept
     # the same again leaves the same bytes
     assert run("--top-k", "2")[0] == 0

@@ -50,7 +50,7 @@ def test_rows_are_the_float64_mean_of_the_single_models_scores(experiment):
     found = predictions(experiment, settings, [2, 3])
     titles = ("single half-data model", "mean of 2 models", "mean of 3 models")
     wanted = [f"{name}, {title}" for name in ("D-TRAK", "TRAK") for title in titles]
-    assert [prediction.setting.method.title for prediction in found] == wanted
+    assert [prediction.setting.title for prediction in found] == wanted
     assert {(p.setting.num_timesteps, p.setting.projection) for p in found} == {(5, "sjlt")}
     for start, function in ((0, "mean_squared_l2_norm"), (3, "loss")):
         # of every model by itself: its features, its norm, its ridge, in float64

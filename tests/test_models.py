@@ -33,7 +33,7 @@ from dtrak.runs.results import load_attribution
 from dtrak.training.drawing import draw_all, draw_missing, keep
 from dtrak.training.recipe import Recipe
 from dtrak.training.trainer import train
-from dtrak_kernels import Projection, RidgeSolver, project
+from dtrak_kernels import Projection, RidgeSolver, Whitening, project
 
 CPU = torch.device("cpu")
 CLASSES = 3
@@ -186,7 +186,8 @@ def test_from_labelled_data_to_a_report(places, tmp_path):
     assert inputs.train.conditions == [n % CLASSES for n in range(12)]
     assert inputs.queries.conditions == [0, 1, 2, 0, 1]
     settings = inputs.run.plan.settings
-    extractor = FusedExtractor(load(model), settings, CPU)
+    whitening = Whitening.load(next(output.glob("features-*/*/whitening.safetensors")))
+    extractor = FusedExtractor(load(model), settings, CPU, whitening)
     phi, psi = (
         extract_rows(extractor, samples, slice(0, len(samples)), role)
         for samples, role in ((inputs.train, "train/"), (inputs.queries, "query/"))

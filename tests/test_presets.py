@@ -34,7 +34,7 @@ def small(name, **changes):
 
 
 def test_names():
-    assert list(PRESETS) == NAMES
+    assert list(PRESETS) == ["digits", "cifar2", "cifar2-16", *NAMES[2:]]
     assert all(PRESETS[name].name == name for name in NAMES)
     with pytest.raises(ValueError, match=r"preset must be one of digits, .* did you mean 'cifar10"):
         get_preset("cifar-10")
@@ -125,6 +125,16 @@ def test_published_recipes():
         assert preset.num_retrain == (512 if has_more else 0)
 
 
+def test_natural_images_at_a_laptops_scale():
+    preset, published = get_preset("cifar2-16"), get_preset("cifar2")
+    model = preset.make_model()
+    assert sum(p.numel() for p in model.module.parameters()) == preset.num_parameters == 400_843
+    assert (model.channels, model.size) == (3, 16)
+    assert (preset.num_generated, preset.num_subsets, preset.num_model_seeds) == (64, 48, 1)
+    assert preset.labels == published.labels
+    assert preset.classes == published.classes
+
+
 def test_published_sizes():
     sizes = {
         name: (p.train.pool, p.train.size, p.validation.pool, p.validation.size, p.size, p.crop)
@@ -133,6 +143,7 @@ def test_published_sizes():
     assert sizes == {
         "digits": (1797, 1000, 1797, 200, 8, None),
         "cifar2": (10_000, 5_000, 2_000, 1_000, 32, None),
+        "cifar2-16": (10_000, 1_000, 2_000, 100, 16, None),
         "cifar10": (50_000, None, 10_000, 1_000, 32, None),
         "celeba": (162_770, 5_000, 19_867, 1_000, 64, 140),
         "artbench2": (10_000, 5_000, 2_000, 1_000, 256, None),

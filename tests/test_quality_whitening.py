@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from dtrak.data.samples import Samples
 from dtrak.evaluation.lds.statistics import halves, lds
 from dtrak.evaluation.lds.table import Results
 from dtrak.evaluation.retraining import TRAIN
@@ -55,16 +54,18 @@ def test_a_case_is_judged_on_models_that_did_not_choose(monkeypatch):
         )
 
 
-def test_whitened_batches_are_made_anew():
-    """Gone through twice, they give the same images, timesteps and noise."""
-    from tiny import tiny_model
-
-    ids = [f"{i}" for i in range(40)]
-    data = Samples(torch.rand(40, 1, 8, 8), ids, None, "made")
-    for is_random, count in ((False, 10), (True, 30)):
-        batches = quality.Batches(tiny_model(), data, "loss", 3, 20, is_random)
-        first, again = ([(f().detach(), n) for f, n in batches] for _ in range(2))
-        assert [n for _, n in first] == [count, count]
-        for (a, _), (b, _) in zip(first, again, strict=True):
-            assert torch.equal(a, b)
-            assert len(a) == 30
+def test_fewer_columns_give_the_same_scores():
+    generator = torch.Generator().manual_seed(0)
+    sizes = (N, 40 * N), (M, 40 * N)
+    train, queries = (torch.randn(size, generator=generator).double() for size in sizes)
+    few, short = quality.reduced(train, queries)
+    assert (few.shape, short.shape) == ((N, N), (M, N))
+    kernel = train @ train.T
+    assert (few @ few.T - kernel).norm() < 1e-12 * kernel.norm()
+    for damping in (1e-6, 1.0, 1e6):
+        inverse = torch.linalg.inv(kernel + damping * torch.eye(N).double())
+        expected = queries @ train.T @ inverse
+        found = trak(RidgeSolver(few), short, damping)
+        assert (found - expected).norm() < 1e-5 * expected.norm()
+    # nothing is gained where there are few
+    assert quality.reduced(few, short)[0] is few

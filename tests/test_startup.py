@@ -231,7 +231,8 @@ def test_whatever_differs_is_done_again(copy, monkeypatch):
         f"{results(folder / 'run').relative_to(folder)}/manifest.json",
         "run/run.json",
         "run/generated/00002.png",
-        "run/features/mean_squared_l2_norm/train/000000.safetensors",
+        "run/features-lowrank/mean_squared_l2_norm/train/000000.safetensors",
+        "run/features-lowrank/mean_squared_l2_norm/whitening.safetensors",
     ):
         file = folder / place
         kept = file.read_bytes()

@@ -17,6 +17,7 @@ from .. import __version__
 from ..data.samples import Samples
 from ..explanation import explain_samples
 from ..features.extraction import FusedExtractor, fitting_batch_size, item_identity
+from ..features.whitening import open_whitening
 from ..methods.evidence import Drawing
 from ..models import load
 from ..models.denoiser import Denoiser
@@ -220,8 +221,11 @@ def _compare(run: Run) -> Path:
         raise ValueError(f"--compare is for methods that take gradients, got {options.method}")
     count = min(options.batch_size or PUBLISHED_BATCH_SIZE, len(data))
     samples = data.select(range(count))
-    published = PublishedExtractor(model, settings, run.plan.device)
-    fused = FusedExtractor(model, settings, run.plan.device)
+    whitening = open_whitening(
+        model, settings, data, run.plan.device, stage=lambda: run.stage("whitening")
+    )
+    published = PublishedExtractor(model, settings, run.plan.device, whitening)
+    fused = FusedExtractor(model, settings, run.plan.device, whitening)
     with run.stage(f"both ways on {len(samples)} images"):
         result: Comparison = compare(fused, published, samples, fitting_batch_size(fused, samples))
     rows = [

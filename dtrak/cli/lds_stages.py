@@ -235,7 +235,8 @@ def evaluate_models(folder: Path, options: EvaluateOptions, console: Console) ->
     device, clip, losses_only = options.device, options.clip, options.losses_only
     experiment = load_experiment(folder)
     methods = _usable_methods(experiment, options, console)
-    settings = list_settings(*options.features, methods)
+    numbers, projections, whitenings = options.features
+    settings = list_settings(numbers, projections, methods, whitenings)
     main_device = _worker_device(device, 0)
     # what is missing is said before hours are spent on the losses
     if sizes and not losses_only:
@@ -407,7 +408,7 @@ def _predict(
 def _entry(prediction: Prediction, complete: Sequence[int]) -> Entry:
     setting = prediction.setting
     return Entry(
-        setting.method.title,
+        setting.title,
         setting.num_timesteps,
         setting.projection,
         prediction.kinds,

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dtrak_kernels import GradientSketcher, check_features, compile_ahead
+from dtrak_kernels import GradientSketcher, Whitening, check_features, compile_ahead
 
 from .. import NUMERICS
 from ..data.samples import Samples
@@ -43,6 +43,8 @@ class Extractor(Protocol):
     proj_dim: int
     #: whether features of mirror images are averaged with those of the images
     flips: bool
+    #: of the gradients, if any
+    whitening: Whitening | None
 
     def extract(
         self, inputs: Tensor, ids: Sequence[str], items: Sequence[Any] | None = None
@@ -119,6 +121,55 @@ def check_prediction(prediction: Tensor, ids: Sequence[str], timesteps: Tensor) 
         )
 
 
+def output_rows(
+    model: Denoiser,
+    settings: FeatureSettings,
+    rows: tuple[Tensor, Tensor, Tensor],
+    ids: Sequence[str],
+    condition: Condition,
+    factor: float,
+) -> Callable[[], Tensor]:
+    """A function that runs the model on rows and returns f of each, ``[R]``, times a factor.
+
+    Args:
+        model: the model.
+        settings: with the output function and the dtype.
+        rows: as `noisy_rows` gives them.
+        ids: of the samples that the rows are of, for errors.
+        condition: what the model reads beside, a row each.
+        factor: see `gradient_scale`.
+    """
+    noisy, target, timesteps = rows
+    weight = model.process.weight(timesteps, noisy.shape[1:])
+
+    def outputs() -> Tensor:
+        with autocast(noisy.device, settings.dtype):
+            prediction = model.predict(noisy, timesteps, condition)
+        check_prediction(prediction, ids, timesteps)
+        return evaluate_output(settings.output_function, prediction, target, weight) * factor
+
+    return outputs
+
+
+def gradient_scale(settings: FeatureSettings) -> float:
+    """What f is multiplied by, so that half-precision gradients stay out of the subnormals."""
+    # a sum over thousands of elements is large enough, and overflows if it is made larger
+    is_small = settings.dtype == "float16" and settings.output_function != "l1_norm"
+    return 1024.0 if is_small else 1.0
+
+
+def check_whitening(settings: FeatureSettings, whitening: Whitening | None) -> None:
+    """Refuse features that would not be what their settings say.
+
+    Raises:
+        ValueError: there is no whitening where there must be, another kind, or one too many.
+    """
+    wanted = None if settings.whitening is None else settings.whitening.kind
+    found = None if whitening is None else whitening.kind
+    if wanted != found:
+        raise ValueError(f"whitening must be of kind {wanted!r}, as settings say, got {found!r}")
+
+
 class FusedExtractor:
     """Features through `GradientSketcher`: one forward and one backward, no gradient stored.
 
@@ -128,19 +179,31 @@ class FusedExtractor:
         model: the model; moved to ``device`` (and float64 if the settings say so).
         settings: what to compute.
         device: where.
+        whitening: of the gradients, as `whitening.open_whitening` gives it for the settings.
+
+    Raises:
+        ValueError: see `check_whitening`, or the whitening is of another model.
     """
 
     method = "fused"
 
-    def __init__(self, model: Denoiser, settings: FeatureSettings, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Denoiser,
+        settings: FeatureSettings,
+        device: torch.device,
+        whitening: Whitening | None = None,
+    ) -> None:
+        check_whitening(settings, whitening)
         model.to(device, settings.dtype)
         self.model, self.settings, self.device = model, settings, device
-        self.flips = settings.flips
+        self.flips, self.whitening = settings.flips, whitening
         self.sketcher = GradientSketcher(
             model.module,
             settings.projection,
             parameters=model.parameters(),
             rows_per_sample=len(settings.timesteps),
+            whitening=whitening,
         )
         self.grad_dim, self.proj_dim = self.sketcher.grad_dim, self.sketcher.proj_dim
         # on a GPU the kernels of the first batch are compiled side by side, before it
@@ -164,22 +227,12 @@ class FusedExtractor:
                 are no items for a model that reads them.
         """
         inputs = inputs.to(self.device, self.sketcher.dtype)
-        noisy, target, timesteps = noisy_rows(self.model, self.settings, inputs, ids)
-        condition = condition_rows(self.model, items, len(self.settings.timesteps), inputs)
-        weight = self.model.process.weight(timesteps, noisy.shape[1:])
-
-        def outputs() -> Tensor:
-            with autocast(self.device, self.settings.dtype):
-                prediction = self.model.predict(noisy, timesteps, condition)
-            check_prediction(prediction, ids, timesteps)
-            f = evaluate_output(self.settings.output_function, prediction, target, weight)
-            # the gradient is averaged over timesteps, then projected once
-            return f * (scale / len(self.settings.timesteps))
-
-        # features are linear in f: scaling it keeps half-precision gradients out of the subnormals
-        half = self.settings.dtype == "float16"
-        # a sum over thousands of elements is large enough, and overflows if it is made larger
-        scale = 1024.0 if half and self.settings.output_function != "l1_norm" else 1.0
+        rows = noisy_rows(self.model, self.settings, inputs, ids)
+        count = len(self.settings.timesteps)
+        condition = condition_rows(self.model, items, count, inputs)
+        scale = gradient_scale(self.settings)
+        # the gradient is averaged over timesteps, then projected once
+        outputs = output_rows(self.model, self.settings, rows, ids, condition, scale / count)
 
         def run() -> Tensor:
             return self.sketcher.sketch(outputs, len(inputs))
@@ -187,7 +240,8 @@ class FusedExtractor:
         if self.compiles:
             compile_ahead(run)
             self.compiles = False
-        return run() / scale
+        # features are linear in f; a whitening was fitted to gradients of that scale
+        return run() / scale if self.whitening is None else run()
 
 
 def autocast(device: torch.device, dtype: str) -> Any:
@@ -217,9 +271,18 @@ def fitting_batch_size(extractor: FusedExtractor, data: Samples) -> int:
 
 
 def deciding_settings(
-    model: Denoiser, settings: FeatureSettings, data: Samples, method: str
+    model: Denoiser,
+    settings: FeatureSettings,
+    data: Samples,
+    method: str,
+    whitening: Whitening | None = None,
 ) -> dict[str, Any]:
-    """Everything that decides the features of ``data``, for the manifest of their store."""
+    """Everything that decides the features of ``data``, for the manifest of their store.
+
+    Raises:
+        ValueError: see `check_whitening`.
+    """
+    check_whitening(settings, whitening)
     return {
         "numerics": NUMERICS,
         "method": method,
@@ -230,6 +293,7 @@ def deciding_settings(
         **({} if model.encoding is None else {"encoding": model.encoding}),
         **settings.to_dict(),
         **_levels(model, settings, data),
+        **({} if whitening is None else {"whitening fitted": whitening.identity}),
     }
 
 
@@ -265,7 +329,9 @@ def open_store(
     if folder is None:
         return StoreInMemory(data.ids, extractor.proj_dim, batch_size())
     settings = replace(extractor.settings, flips=extractor.flips)
-    deciding = deciding_settings(extractor.model, settings, data, extractor.method)
+    deciding = deciding_settings(
+        extractor.model, settings, data, extractor.method, extractor.whitening
+    )
     size = 1 if MANIFEST.is_in(folder) else batch_size()
     return FeatureStore.open(folder, {**deciding, "role": role}, data.ids, extractor.proj_dim, size)
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dtrak_kernels import Whitening
+
 from ..data.rows import Stored
 from ..data.samples import Samples
 from ..models.denoiser import Denoiser
@@ -25,6 +27,7 @@ class _Encoder:
     """Fills a store with what a model is given instead of features."""
 
     method, grad_dim, proj_dim, flips = "encoder", 0, 0, False
+    whitening: Whitening | None = None
 
     def __init__(self, model: Denoiser, device: torch.device) -> None:
         self.model, self.device = model, device

@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
-from dtrak_kernels import Projection, project
+from dtrak_kernels import Projection, Whitening, project
 
 from ..data.samples import Samples
 from ..models.denoiser import Condition, Denoiser
@@ -21,6 +21,7 @@ from ..runs.measure import TensorMeter
 from .extraction import (
     FusedExtractor,
     check_prediction,
+    check_whitening,
     condition_rows,
     extract_rows,
     given,
@@ -84,9 +85,10 @@ class PublishedExtractor:
         model: the model.
         settings: what to compute; float32 or float64.
         device: where.
+        whitening: as `FusedExtractor` takes it; applied to gradients in memory.
 
     Raises:
-        ValueError: see `make_trak_projector`; or a 16-bit dtype is asked for.
+        ValueError: see `make_trak_projector` and `check_whitening`; or a 16-bit dtype is asked for.
 
     Source:
         D-TRAK's grad_unconditional.py at e2a0c2e.
@@ -94,7 +96,14 @@ class PublishedExtractor:
 
     method = "published"
 
-    def __init__(self, model: Denoiser, settings: FeatureSettings, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Denoiser,
+        settings: FeatureSettings,
+        device: torch.device,
+        whitening: Whitening | None = None,
+    ) -> None:
+        check_whitening(settings, whitening)
         if settings.dtype not in ("float32", "float64"):
             raise ValueError(
                 f"dtype must be float32 or float64 for --no-fused, got {settings.dtype!r}"
@@ -103,6 +112,7 @@ class PublishedExtractor:
         self.model = _plain_attention(model)
         self.model.to(device, settings.dtype)
         self.settings, self.device, self.flips = settings, device, settings.flips
+        self.whitening = whitening
         chosen = set(model.parameters())
         self.parameters = {
             name: parameter.detach()
@@ -116,7 +126,7 @@ class PublishedExtractor:
     def gradients(
         self, inputs: Tensor, ids: Sequence[str], items: Sequence[Any] | None = None
     ) -> Tensor:
-        """Gradients averaged over timesteps, ``[B, P]``: what the fused way never stores."""
+        """Gradients averaged over timesteps, ``[B, P]``, and whitened: never stored when fused."""
         samples, steps = len(inputs), len(self.settings.timesteps)
         inputs = inputs.to(self.device, self.dtype)
         noisy, target, timesteps = noisy_rows(self.model, self.settings, inputs, ids)
@@ -151,7 +161,8 @@ class PublishedExtractor:
             )
             check_prediction(prediction.flatten(1), ids, timesteps[rows])
             total += torch.cat([part.flatten(1) for part in grads.values()], dim=1)
-        return total / steps
+        grads = total / steps
+        return grads if self.whitening is None else self.whitening.apply(grads)
 
     def extract(
         self, inputs: Tensor, ids: Sequence[str], items: Sequence[Any] | None = None

@@ -120,8 +120,8 @@ def _check_alike(first: Attribution, other: Attribution) -> None:
                 f"{other.folder} must have the {name} of {first.folder}, got others: scores of "
                 "different images have no mean"
             )
-    for key in ("method", _OUTPUT_FUNCTION):
-        values = [run.manifest["settings"].get(key) for run in (first, other)]
+    for key in ("method", _OUTPUT_FUNCTION, "whitening"):
+        values = [run.manifest["settings"].get(key, "none") for run in (first, other)]
         if values[0] != values[1]:
             raise ResultsError(
                 f"{other.folder} must have the {key} of {first.folder}, {values[0]}, got "

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dtrak_kernels import Whitening
 from dtrak_kernels.ridge import RidgeSolver
 
 from ..data.samples import Samples
@@ -29,6 +30,7 @@ from ..features.extraction import (
 )
 from ..features.settings import FeatureSettings
 from ..features.store import MANIFEST, Store
+from ..features.whitening import FILE, open_whitening
 from ..models.denoiser import Denoiser, Drawn
 from ..models.hashing import hash_model, hash_tensors
 from ..runs.console import format_seconds
@@ -219,6 +221,7 @@ class Evidence:
             "proj_dim": extractor.proj_dim,
             "projection seed": how.seed,
             **({"flips": True} if how.flips else {}),
+            **({} if how.whitening == "none" else {"whitening": how.whitening}),
             "dtype": how.dtype,
         }
 
@@ -229,13 +232,29 @@ class Evidence:
             self._extractor = self._extractor_of(self.model)
         return self._extractor
 
-    def _extractor_of(self, model: Denoiser, settings: FeatureSettings | None = None) -> Extractor:
-        settings = settings or self.feature_settings
+    def _extractor_of(self, model: Denoiser, part: str = "") -> Extractor:
+        """Makes features of a model, whose own lie in ``part`` of the folder of features."""
+        settings = self.feature_settings
+        key = " ".join(filter(None, (self.how.function, part)))
+        whitening = open_whitening(
+            model,
+            settings,
+            self.train,
+            self.device,
+            None if self.folder is None else self.how.feature_folder(self.folder, part) / FILE,
+            batch_size=self.how.batch_size,
+            stage=lambda: self.stages.stage("whitening", key),
+        )
+        return self._make_extractor(model, settings, whitening)
+
+    def _make_extractor(
+        self, model: Denoiser, settings: FeatureSettings, whitening: Whitening | None
+    ) -> Extractor:
         if self.how.fused:
-            return FusedExtractor(model, settings, self.device)
+            return FusedExtractor(model, settings, self.device, whitening)
         from ..features.published import PublishedExtractor
 
-        return PublishedExtractor(model, settings, self.device)
+        return PublishedExtractor(model, settings, self.device, whitening)
 
     def _batch_size(self, extractor: Extractor, data: Samples) -> int:
         if self.how.batch_size is not None:
@@ -329,9 +348,9 @@ class Evidence:
         queries, train = [], []
         for number, checkpoint in enumerate(self.checkpoints):
             model = checkpoint() if callable(checkpoint) else checkpoint
-            extractor = self._extractor_of(model)
             self._identities.append(_hash(model.identity()))
             where = f"checkpoint-{self._identities[-1][:12]}"
+            extractor = self._extractor_of(model, where)
             label = f"checkpoint {number + 1} of {len(self.checkpoints)}"
             train.append(self._fill(extractor, self.train, TRAIN, f"{label}: training", where))
             queries.append(
@@ -347,7 +366,7 @@ class Evidence:
         assert self.drawing is not None
         timesteps = self._journey_timesteps()
         one = replace(self.feature_settings, timesteps=tuple(timesteps[:1]))
-        extractor = self._extractor_of(self.model, one)
+        extractor = self._make_extractor(self.model, one, self.extractor.whitening)
         with self.stages.stage("features of journeys") as progress:
             batches: Iterable[Drawn] = self.drawing.again(self.model, progress=progress)
             return torch.cat(

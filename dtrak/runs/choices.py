@@ -14,6 +14,8 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 PRECISIONS = ("no", "fp16", "bf16")
 # K by kind of the projection
 DEFAULT_PROJ_DIM = {"sjlt": 8192, "kronecker": 8192, "rademacher": 2048, "normal": 2048, "none": 0}
+# kinds of `dtrak_kernels.Whitening`
+WHITENINGS = ("none", "scale", "diagonal", "channels", "lowrank", "kfac")
 # of pictures drawn from prompts
 GUIDANCE_SCALE = 7.5
 # of u in [0, 1], the place of a timestep between the least and the most noisy one, in training

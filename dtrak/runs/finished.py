@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ..features.output_names import describe_output_function
+from ..features.settings import FILE
 from ..methods import FEATURES, NOTHING
 from .choices import MODEL_INDEX
 from .files import picture_name
@@ -142,7 +143,12 @@ def _describe(plan: Plan, results: Path, queries: str) -> dict[str, Any]:
         },
         "files": {
             str(file.relative_to(output)): _hash_file(file)
-            for file in (output / RUN_FILE, *pictures, *(results / name for name in _RESULTS))
+            for file in (
+                output / RUN_FILE,
+                *pictures,
+                *([] if options.whitening == "none" else [options.feature_folder(output) / FILE]),
+                *(results / name for name in _RESULTS),
+            )
         },
     }
 

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 from dtrak_kernels.projection import KINDS, Projection
 
 from ..features.output_names import OUTPUT_NAMES, check_output_function
-from ..features.settings import FeatureSettings
+from ..features.settings import (
+    AUTO,
+    FeatureSettings,
+    WhiteningSettings,
+    check_whitening,
+    choose_whitening,
+)
 from ..features.timesteps import TIMESTEP_STRATEGIES, Timesteps
 from ..methods import DEFAULT, METHODS, Method, check_needs, get_method
 from ..methods.damping import Damping
@@ -21,6 +27,7 @@ from .choices import (
     DTYPES,
     SHIFTS,
     WEIGHTS,
+    WHITENINGS,
     check_choice,
     check_counts,
     check_model_folder,
@@ -76,11 +83,19 @@ class ExplainOptions(Stated):
         help="K, features per image. Default: 8192 for sjlt, 2048 for the dense kinds.",
     )
     seed: int = option(0, panel=_FEATURES, help="Seed of the random matrix.")
-    damping: str = option(
+    whiten: str = option(
         "auto",
         panel=_FEATURES,
+        help=f"Whiten gradients before they are projected: {', '.join(WHITENINGS)}; or auto, which "
+        "is lowrank (channels for kronecker) for methods with a damping, none for others. none is "
+        "the papers'.",
+    )
+    damping: str | None = option(
+        None,
+        panel=_FEATURES,
         help="λ in units of the Gram matrix ΦᵀΦ; or in mean squared feature norms, such as 1x; or "
-        "'auto' (leave-one-out likelihood of the training features).",
+        "'auto' (leave-one-out likelihood of the training features). Default: 1x where gradients "
+        "are whitened, else auto.",
     )
     batch_size: int | None = option(
         None, panel=_FEATURES, help="Images per batch. Default: chosen to fit memory."
@@ -109,7 +124,8 @@ class ExplainOptions(Stated):
         if not isinstance(self.timesteps, str | int) and self.timestep_strategy is None:
             object.__setattr__(self, "timestep_strategy", "explicit")
         object.__setattr__(self, "timesteps", _as_text(self.timesteps))
-        object.__setattr__(self, "damping", _as_text(self.damping))
+        if self.damping is not None:
+            object.__setattr__(self, "damping", _as_text(self.damping))
         method = get_method(self.method)
         if self.output_function is not None:
             check_output_function(self.output_function)
@@ -117,8 +133,11 @@ class ExplainOptions(Stated):
                 raise ValueError(
                     f"--output-function is for methods that take gradients, got {method.name}"
                 )
-        _ = self.when, self.damped
         check_choice("--projection", self.projection, KINDS)
+        check_whitening(self.whiten, self.projection)
+        if self.whiten not in (AUTO, "none") and self.function is None:
+            raise ValueError(f"--whiten is for methods that take gradients, got {method.name}")
+        _ = self.when, self.damped
         check_choice("--dtype", self.dtype, DTYPES)
         check_counts(batch_size=self.batch_size)
         if not 0 <= self.noise_seed < 2**63:
@@ -142,7 +161,9 @@ class ExplainOptions(Stated):
         other = "" if self.function == self.what.output_function else f"-of-{self.function}"
         way = "" if self.fused or self.function is None else "-published"
         way += "-flips" if self.flips and self.function is not None else ""
-        if self.what.is_damped and self.damped.value is not None:
+        if self.whiten not in (AUTO, self._chosen_whitening(AUTO)):
+            way += "-unwhitened" if self.whiten == "none" else f"-{self.whiten}"
+        if self.what.is_damped and self.damped != self._usual_damping:
             way += f"-damping-{self.damped}"
         return f"{self.what.name}{other}{way}".replace(":", "-")
 
@@ -163,7 +184,20 @@ class ExplainOptions(Stated):
             self.noise_seed,
             Projection(self.projection, self.num_features, self.seed),
             self.dtype,
+            whitening=None if self.whitening == "none" else WhiteningSettings(self.whitening),
         )
+
+    @property
+    def whitening(self) -> str:
+        """The kind of whitening, ``"none"`` for none."""
+        return self._chosen_whitening(self.whiten)
+
+    def _chosen_whitening(self, asked: str) -> str:
+        if self.function is None:
+            return "none"
+        if asked == AUTO and not self.what.is_damped:
+            return "none"
+        return choose_whitening(asked, self.projection)
 
     def feature_folder(self, run: Path, part: str = "") -> Path:
         """Where features lie in the folder of a run: those of each output function by themselves.
@@ -173,6 +207,7 @@ class ExplainOptions(Stated):
             part: which model, where it is not the run's own.
         """
         room = "features" if self.fused else "features-published"
+        room += "" if self.whitening == "none" else f"-{self.whitening}"
         room += "-flips" if self.flips else ""
         return run / room / str(self.function).replace(":", "-") / part
 
@@ -184,7 +219,11 @@ class ExplainOptions(Stated):
     @cached_property
     def damped(self) -> Damping:
         """The damping asked for; raises as `Damping.parse`."""
-        return Damping.parse(self.damping)
+        return self._usual_damping if self.damping is None else Damping.parse(self.damping)
+
+    @property
+    def _usual_damping(self) -> Damping:
+        return Damping.parse("auto" if self.whitening == "none" else "1x")
 
     @property
     def num_features(self) -> int:

@@ -12,7 +12,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from dtrak_kernels import Projection
 from dtrak_kernels.ridge import RidgeSolver
 
 from ...data.images import to_uint8
@@ -24,14 +23,15 @@ from ...features.extraction import (
 from ...features.settings import FeatureSettings
 from ...features.store import Store
 from ...features.timesteps import select_timesteps
+from ...features.whitening import FILE, open_whitening
 from ...methods import DEFAULT, FEATURES
 from ...methods.damping import Damping
 from ...methods.scores import trak
 from ...models.denoiser import Denoiser
-from ...runs.choices import DEFAULT_PROJ_DIM
 from ...runs.console import progress_bar
 from ...runs.files import expand_path, picture_seed
 from ...runs.folders import alone_at, refuse_inside
+from ...runs.options import ExplainOptions
 from ...runs.record import GENERATED, list_queries
 from ...runs.results import load_attribution
 from ...training.drawing import fitting_steps
@@ -70,8 +70,8 @@ class Origin:
     retraining: Retraining
     items: dict[str, Any]
     settings: FeatureSettings
-    preset: str | None = None
-    damping: Damping = Damping(None)  # noqa: RUF009
+    preset: str | None
+    damping: Damping
     scores: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -122,7 +122,15 @@ class Origin:
         """Complete stores of the training images and of the queries."""
         model = self.load_model()
         settings = replace(self.settings, output_function=output_function)
-        extractor = FusedExtractor(model, settings, device)
+        whitening = open_whitening(
+            model,
+            settings,
+            self.train,
+            device,
+            folder / FILE,
+            stage=partial(progress_bar, console, f"{folder.name} whitening"),
+        )
+        extractor = FusedExtractor(model, settings, device, whitening)
         return [
             complete_store(
                 folder / role,
@@ -190,9 +198,9 @@ def open_origin(
     retraining = Retraining(trained.training, output, drawing, data=inputs.train)
     retraining.check_data(inputs.train)
     trained.check()
-    settings = inputs.run.plan.settings or replace(options, method=DEFAULT).feature_settings(
-        inputs.model.process
-    )
+    # of a method that takes no gradients, what those of others are made with
+    asked = options if options.function is not None else replace(options, method=DEFAULT)
+    settings = asked.feature_settings(inputs.model.process)
     # of other formulas on the same gradients there are none here
     is_ridge = options.what.score is trak and options.what.needs == FEATURES
     scores = {settings.output_function: run.scores} if is_ridge else {}
@@ -211,7 +219,7 @@ def open_origin(
         dict(zip(drawn.ids, drawn.conditions or [], strict=False)),
         settings,
         preset or options.preset or trained.preset,
-        inputs.run.plan.damping,
+        asked.damped,
         scores,
     )
 
@@ -220,7 +228,7 @@ def _open_lds(folder: Path, output: Path, timesteps: int | None) -> Origin:
     experiment = load_lds(folder)
     process = experiment.load_model().process
     count = _TIMESTEPS if timesteps is None else timesteps
-    chosen = select_timesteps(count, "uniform", process.num_timesteps, process.spread)
+    how = ExplainOptions(timesteps=str(count))
     data, device, retraining = experiment.data, torch.device("cpu"), experiment.retraining
     queries = generated_queries(experiment, device)
     items = drawn_from(experiment)
@@ -231,6 +239,7 @@ def _open_lds(folder: Path, output: Path, timesteps: int | None) -> Origin:
         experiment.load_model,
         retraining.elsewhere(output),
         {} if items is None else dict(zip(queries.ids, items, strict=True)),
-        FeatureSettings("loss", tuple(chosen), 0, Projection("sjlt", DEFAULT_PROJ_DIM["sjlt"])),
+        how.feature_settings(process),
         experiment.subject.preset,
+        how.damped,
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dtrak_kernels.projection import KINDS
 
 from ...methods import Method
-from ...runs.choices import PRECISIONS, check_choice, check_counts, parse_numbers
+from ...runs.choices import PRECISIONS, WHITENINGS, check_choice, check_counts, parse_numbers
 from ...runs.console import check_device
 from ...runs.stated import Stated, option
 from ...training.presets import PRESETS
@@ -197,6 +197,12 @@ class EvaluateOptions(Stated):
         help=f"Random matrix: {', '.join(KINDS)}; of several separated by commas the first is for "
         "all methods, the others for D-TRAK and TRAK.",
     )
+    whiten: str = option(
+        "none,auto",
+        help=f"Whitening of gradients, of methods with a damping: {', '.join(WHITENINGS)} or auto; "
+        "of several separated by commas the first is for all methods, the others for D-TRAK and "
+        "TRAK.",
+    )
     methods: str | None = option(
         None,
         help="Only these, separated by commas: "
@@ -227,9 +233,9 @@ class EvaluateOptions(Stated):
         return LossSettings(self.loss_timesteps, self.noise_seeds)
 
     @property
-    def features(self) -> tuple[list[int], list[str]]:
-        """Numbers of timesteps and kinds of projections; raises as `options.parse_features`."""
-        return parse_features(self.timesteps, self.projection)
+    def features(self) -> tuple[list[int], list[str], list[str]]:
+        """S, projections and whitenings; raises as `options.parse_features`."""
+        return parse_features(self.timesteps, self.projection, self.whiten)
 
     @property
     def sizes(self) -> list[int]:

@@ -73,10 +73,9 @@ def ensemble_predictions(
         dampings = torch.tensor([prediction.dampings for prediction in found], dtype=torch.float64)
         for size in (1, *sizes):
             title = "single half-data model" if size == 1 else f"mean of {size} models"
-            method = replace(setting.method, title=f"{setting.method.title}, {title}")
             yield replace(
                 found[0],
-                setting=replace(setting, method=method),
+                setting=replace(setting, ensemble=title),
                 dampings=tuple(dampings[:size].mean(0).tolist()),
                 values=values[:size].mean(0),
             )

@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,10 @@ from ...features.extraction import (
     FusedExtractor,
     complete_store,
 )
-from ...features.settings import FeatureSettings
+from ...features.settings import AUTO, FeatureSettings, WhiteningSettings, choose_whitening
 from ...features.store import MANIFEST, Store
 from ...features.timesteps import select_timesteps
+from ...features.whitening import FILE, open_whitening
 from ...methods import CHECKPOINTS, CLIP, TRAJECTORY, Method
 from ...methods.evidence import journey_features
 from ...models.denoiser import Denoiser
@@ -48,7 +49,7 @@ from .clip import ClipEncoder
 from .experiment import Experiment
 from .names import CLIP_METHODS as CLIP_METHODS
 from .names import METHODS
-from .options import FULL, GENERATED, RETRAIN, ExperimentError
+from .options import FULL, GENERATED, RETRAIN, WHITENED, ExperimentError
 from .queries import drawn_from, generated_queries
 from .statistics import predict_groups
 
@@ -57,7 +58,7 @@ DAMPING_FACTORS = tuple(float(f"{digit}e{power}") for power in range(-4, 4) for 
 _MEMORY_BUDGET = 2 * 2**30
 
 
-# the methods whose projection is compared with other kinds
+# the methods whose projections and whitenings are compared
 _COMPARED = ("d-trak", "trak")
 
 
@@ -70,12 +71,16 @@ class Setting:
         num_timesteps: S of its features; 0 for a method without.
         projection: kind of the random matrix; empty for a method without.
         model: name of the model its features are of; the full one by default.
+        whitening: kind of the whitening of its gradients.
+        ensemble: what it is of several models, in words; empty for one model.
     """
 
     method: Method
     num_timesteps: int = 0
     projection: str = ""
     model: str = FULL
+    whitening: str = "none"
+    ensemble: str = ""
 
     @property
     def key(self) -> str:
@@ -83,27 +88,50 @@ class Setting:
         words = self.method.name
         if self.model != FULL:
             words += f"-{self.model}"
-        return f"{words}-{self.projection}-{self.num_timesteps}" if self.projection else words
+        if self.projection:
+            words += f"-{self.projection}-{self.num_timesteps}"
+        return words + self.way
+
+    @property
+    def way(self) -> str:
+        """The end of names of files of whitened gradients."""
+        return "" if self.whitening == "none" else f"-{self.whitening}"
+
+    @property
+    def title(self) -> str:
+        """In tables."""
+        way = ""
+        if self.whitening != "none":
+            is_usual = self.whitening == choose_whitening(AUTO, self.projection)
+            way = WHITENED if is_usual else f"{WHITENED} ({self.whitening})"
+        return ", ".join(filter(None, (self.method.title, way, self.ensemble)))
 
 
 def list_settings(
-    num_timesteps: Sequence[int], projections: Sequence[str], methods: Sequence[Method] = METHODS
+    num_timesteps: Sequence[int],
+    projections: Sequence[str],
+    methods: Sequence[Method] = METHODS,
+    whitenings: Sequence[str] = ("none",),
 ) -> list[Setting]:
-    """What is evaluated: every method with the first projection, D-TRAK and TRAK with all.
+    """What is evaluated: every method with the first of each choice, D-TRAK and TRAK with all.
 
     Args:
         num_timesteps: S, one or more.
         projections: kinds, one or more.
-        methods: that are evaluated.
+        methods: that are evaluated; those without a damping are never whitened.
+        whitenings: as ``--whiten`` of `dtrak.attribute`, one or more.
     """
     settings = [Setting(method) for method in methods if not method.output_function]
     for kind in projections:
-        settings += [
-            Setting(method, S, kind)
-            for S in num_timesteps
-            for method in methods
-            if method.output_function and (kind == projections[0] or method.name in _COMPARED)
-        ]
+        chosen = list(dict.fromkeys(choose_whitening(asked, kind) for asked in whitenings))
+        for way in chosen:
+            is_first = kind == projections[0] and way == chosen[0]
+            settings += [
+                Setting(method, S, kind, whitening=way if method.is_damped else "none")
+                for S in num_timesteps
+                for method in methods
+                if method.output_function and (is_first or method.name in _COMPARED)
+            ]
     return settings
 
 
@@ -177,10 +205,16 @@ class Predictor:
             ValueError: as the features and scores of a method.
         """
         # those of one kind of features one after the other, so that its solver is shared
-        groups: dict[tuple[str | None, str, int, str], list[Setting]] = {}
+        groups: dict[tuple[str | None, str, int, str, str], list[Setting]] = {}
         for setting in settings:
             function = setting.method.output_function
-            group = (function, setting.projection, setting.num_timesteps, setting.model)
+            group = (
+                function,
+                setting.projection,
+                setting.num_timesteps,
+                setting.model,
+                setting.whitening,
+            )
             groups.setdefault(group, []).append(setting)
         for members in groups.values():
             kept = {setting: self._read(setting) for setting in members}
@@ -216,7 +250,8 @@ class Predictor:
         model = self._model(-1, first.model)
         process, count = model.process, first.num_timesteps
         chosen = select_timesteps(count, "uniform", process.num_timesteps, process.spread)
-        extractor = FusedExtractor(model, self._feature_settings(first, chosen), self.device)
+        plain = self._feature_settings(replace(first, whitening="none"), chosen)
+        extractor = FusedExtractor(model, plain, self.device)
         seconds = seconds_per_row(extractor, self.train, self.batch_size) / first.num_timesteps
         rows = len(self.train) + len(self.queries)
         passes = len(self.train) * (2 if self.flips else 1) + len(self.queries)
@@ -371,7 +406,7 @@ class Predictor:
             / "features"
             / (
                 f"{setting.method.output_function}-{setting.projection}-{setting.num_timesteps}"
-                f"-{checkpoint}{'-flips' if self.flips else ''}"
+                f"-{checkpoint}{'-flips' if self.flips else ''}{setting.way}"
             )
         )
 
@@ -379,9 +414,30 @@ class Predictor:
         assert setting.method.output_function is not None
         projection = Projection(setting.projection, DEFAULT_PROJ_DIM[setting.projection])
         dtype = self.experiment.retraining.dtype(self.device)
+        whitening = None if setting.whitening == "none" else WhiteningSettings(setting.whitening)
         return FeatureSettings(
-            setting.method.output_function, tuple(timesteps), 0, projection, dtype
+            setting.method.output_function,
+            tuple(timesteps),
+            0,
+            projection,
+            dtype,
+            whitening=whitening,
         )
+
+    def _extractor(
+        self, setting: Setting, model: Denoiser, settings: FeatureSettings, number: int
+    ) -> FusedExtractor:
+        folder = self._feature_folder(setting, number)
+        whitening = open_whitening(
+            model,
+            settings,
+            self.train,
+            self.device,
+            folder / FILE,
+            batch_size=self.batch_size,
+            stage=lambda: self.progress_bar(f"whitening {folder.name}"),
+        )
+        return FusedExtractor(model, settings, self.device, whitening)
 
     def _model(self, number: int, name: str = FULL) -> Denoiser:
         """The full model at a checkpoint, of which -1 is its end; or another one."""
@@ -401,7 +457,7 @@ class Predictor:
         )
         settings = self._feature_settings(setting, timesteps)
         folder = self._feature_folder(setting, number)
-        extractor = FusedExtractor(model, settings, self.device)
+        extractor = self._extractor(setting, model, settings, number)
         stores = []
         for role, data in (("train", self.train), ("query", self.queries)):
             extractor.flips = self.flips and role == TRAIN
@@ -418,9 +474,9 @@ class Predictor:
         """
         retraining, model = self.experiment.retraining, self._model(-1)
         timesteps = model.drawing_timesteps(retraining.drawing.num_inference_steps)
-        extractor = FusedExtractor(
-            model, self._feature_settings(setting, timesteps[:1]), self.device
-        )
+        settings = self._feature_settings(setting, timesteps[:1])
+        # that of the training features, which lie there already
+        extractor = self._extractor(setting, model, settings, -1)
         batches, items = [], drawn_from(self.experiment)
         with self.progress_bar(f"journeys {setting.key}") as progress:
             seeds = range(self.sizes[GENERATED])

@@ -9,6 +9,7 @@ from typing import Any
 
 from dtrak_kernels.projection import KINDS
 
+from ...features.settings import check_whitening
 from ...runs.choices import check_choice
 from ...runs.folders import Record
 from ...training.presets import get_preset
@@ -17,6 +18,8 @@ FULL = "full"
 # of models: those scores are judged on, and those that methods are fitted on
 LDS, RETRAIN = "lds", "retrain"
 FAMILIES = (LDS, RETRAIN)
+# in the title of a method whose gradients are whitened
+WHITENED = "whitened"
 # kinds of queries
 VALIDATION, GENERATED = "validation", "generated"
 NUM_RESAMPLES = 2000
@@ -76,11 +79,14 @@ def parse_sizes(text: str) -> list[int]:
     return sizes
 
 
-def parse_features(timesteps: str, projection: str) -> tuple[list[int], list[str]]:
-    """Numbers of timesteps and kinds of projections, from the command line.
+def parse_features(
+    timesteps: str, projection: str, whiten: str
+) -> tuple[list[int], list[str], list[str]]:
+    """Numbers of timesteps, kinds of projections and of whitenings, from the command line.
 
     Raises:
-        ValueError: the numbers are not positive integers, or a kind is unknown.
+        ValueError: the numbers are not positive integers, a kind is unknown, or two do not go
+            together.
     """
     try:
         numbers = [int(part) for part in timesteps.split(",")]
@@ -91,7 +97,11 @@ def parse_features(timesteps: str, projection: str) -> tuple[list[int], list[str
     kinds = [part.strip() for part in projection.split(",")]
     for kind in kinds:
         check_choice("--projection", kind, KINDS)
-    return numbers, kinds
+    ways = [part.strip() for part in whiten.split(",")]
+    for kind in kinds:
+        for way in ways:
+            check_whitening(way, kind)
+    return numbers, kinds, ways
 
 
 def check_numbers(counts: Mapping[str, int | None]) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...methods.baselines import datamodel, empirical_influence
 from ...runs.files import encode_text, write_atomically
-from .options import NUM_RESAMPLES
+from .options import NUM_RESAMPLES, WHITENED
 from .statistics import (
     Interval,
     ResampledRanks,
@@ -497,7 +497,9 @@ def _differences(
             wanted += [("TRAK - Gradient dot", key, (kind, "Gradient dot", S, projection))]
         if method in ("D-TRAK", "Gradient dot"):
             wanted += [(f"{method} - Random", key, (kind, "Random", 0, ""))]
-        base, _, rest = method.partition(", ")
+        base, _, rest = method.rpartition(", ")
+        if rest.startswith(WHITENED):
+            wanted += [(f"{method} - {base}", key, (kind, base, S, projection))]
         if rest.startswith("mean of "):
             others = (base, f"{base}, single half-data model")
             wanted += [(f"{method} - {o}", key, (kind, o, S, projection)) for o in others]

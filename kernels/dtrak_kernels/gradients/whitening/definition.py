@@ -313,12 +313,16 @@ class Whitening:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, whose header holds the settings."""
-        from safetensors.torch import save_file
+        Path(path).write_bytes(self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """What `save` writes, for whoever writes files in another way."""
+        from safetensors.torch import save
 
         # tensors of a file must not share memory
         tensors = {name: x.detach().cpu().contiguous() for name, x in self._tensors.items()}
         tensors = {name: x.clone() for name, x in tensors.items()}
-        save_file(tensors, path, metadata={"whitening": self._header})
+        return save(tensors, metadata={"whitening": self._header})
 
     @classmethod
     def load(cls, path: str | Path, **expected: Any) -> Whitening:

@@ -1,0 +1,226 @@
+"""Whitening of a model's gradients: fitted to some training images, once, and kept in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dtrak_kernels import Whitening
+
+from ..data.samples import Samples
+from ..models.denoiser import Denoiser
+from ..runs.files import write_atomically
+from .extraction import condition_rows, given, gradient_scale, noisy_rows, output_rows
+from .settings import FILE as FILE
+from .settings import FeatureSettings, WhiteningSettings
+
+# images of a batch, at most
+_BATCH = 10
+_ROLE = "train/"
+
+Progress = Callable[[int, int], None]
+
+
+class WhiteningError(ValueError):
+    """A kept whitening that does not fit what is asked, or is damaged; the message says which."""
+
+
+def open_whitening(
+    model: Denoiser,
+    settings: FeatureSettings,
+    data: Samples,
+    device: torch.device,
+    file: Path | None = None,
+    *,
+    batch_size: int | None = None,
+    stage: Callable[[], Any] | None = None,
+) -> Whitening | None:
+    """The whitening of a model's gradients: read where it is kept, else fitted and kept.
+
+    Args:
+        model: whose gradients; moved to ``device``.
+        settings: of the features; without a whitening there is nothing to do.
+        data: the N training images.
+        device: where it is fitted.
+        file: where it is kept; None keeps it in memory alone.
+        batch_size: images per batch, at most; 10 by default.
+        stage: opens a timed stage that yields a progress function, where anything is fitted.
+
+    Returns:
+        The whitening on the CPU; None for settings without.
+
+    Raises:
+        WhiteningError: the file is damaged, or of something else (what differs).
+        ValueError: a gradient or the model's output is not finite.
+    """
+    asked = settings.whitening
+    if asked is None:
+        return None
+    function = settings.output_function
+    if file is not None and file.is_file():
+        return _read(file, asked, function)
+    if stage is None:
+        whitening = fit_whitening(model, settings, data, device, batch_size=batch_size)
+    else:
+        with stage() as progress:
+            whitening = fit_whitening(
+                model, settings, data, device, batch_size=batch_size, progress=progress
+            )
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, whitening.to_bytes())
+        # the same numbers now and when it is read again
+        return _read(file, asked, function)
+    return whitening
+
+
+def _read(file: Path, asked: WhiteningSettings, function: str) -> Whitening:
+    expected = {"kind": asked.kind, "rank": asked.rank, "damping": asked.damping}
+    try:
+        return Whitening.load(file, function=function, **expected)
+    # of a damaged file each library says something else
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise WhiteningError(f"{file} cannot be used ({reason}): delete {file.parent}") from error
+
+
+def fit_whitening(
+    model: Denoiser,
+    settings: FeatureSettings,
+    data: Samples,
+    device: torch.device,
+    *,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> Whitening:
+    """Fit a whitening to evenly spaced training images.
+
+    The factors see a few of the timesteps for each of many images, a row each; the scales see
+    gradients as features do, averaged over all timesteps, of fewer images.
+
+    Args:
+        model: whose gradients; moved to ``device``.
+        settings: of the features, with a whitening.
+        data: the N training images.
+        device: where it is fitted.
+        batch_size: images per batch, at most; 10 by default.
+        progress: called with (images done, images).
+
+    Raises:
+        ValueError: a gradient or the model's output is not finite.
+    """
+    asked = settings.whitening
+    assert asked is not None
+    model.to(device, settings.dtype)
+    model.prepare(data.conditions, device)
+    size = min(batch_size or _BATCH, _BATCH)
+    few = min(asked.factor_timesteps, len(settings.timesteps))
+    is_rotated = asked.kind in ("channels", "lowrank", "kfac")
+    factors = _Batches(model, settings, data, device, size, asked.factor_images, few)
+    scales = _Batches(model, settings, data, device, size, asked.scale_images)
+    total = (len(factors) if is_rotated else 0) + len(scales)
+    counter = _Counter(total, progress)
+    return Whitening.fit(
+        model.module,
+        _Counted(scales, counter),
+        kind=asked.kind,
+        rank=asked.rank,
+        damping=asked.damping,
+        parameters=model.parameters(),
+        rows_per_sample=len(settings.timesteps),
+        factor_batches=_Counted(factors, counter),
+        function=settings.output_function,
+    )
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """Batches of training images, made anew each time they are gone through.
+
+    Attributes:
+        model: what is differentiated.
+        settings: of the features.
+        data: the training images.
+        device: where they go.
+        batch_size: images per batch.
+        num_images: at most, evenly spaced in the training set.
+        few: of the timesteps so many, drawn for every image, a row each; None for all of them,
+            averaged.
+    """
+
+    model: Denoiser
+    settings: FeatureSettings
+    data: Samples
+    device: torch.device
+    batch_size: int
+    num_images: int
+    few: int | None = None
+
+    def __len__(self) -> int:
+        return min(self.num_images, len(self.data))
+
+    def __iter__(self) -> Iterator[tuple[Callable[[], torch.Tensor], int]]:
+        count, generator = len(self), torch.Generator().manual_seed(0)
+        rows = [place * len(self.data) // count for place in range(count)]
+        for first in range(0, count, self.batch_size):
+            part = rows[first : first + self.batch_size]
+            chosen = [self._timesteps(generator) for _ in part]
+            per_sample = len(chosen[0]) if self.few is None else 1
+            yield self._outputs(part, chosen), sum(map(len, chosen)) // per_sample
+
+    def _timesteps(self, generator: torch.Generator) -> tuple[int, ...]:
+        every = self.settings.timesteps
+        if self.few is None:
+            return every
+        places = torch.randperm(len(every), generator=generator)[: self.few]
+        return tuple(every[place] for place in places.tolist())
+
+    def _outputs(
+        self, rows: Sequence[int], chosen: Sequence[tuple[int, ...]]
+    ) -> Callable[[], torch.Tensor]:
+        model, settings, data = self.model, self.settings, self.data.select(rows)
+        ids = [_ROLE + name for name in data.ids]
+        inputs = given(model, data, slice(None), self.device).to(self.device)
+        if settings.dtype == "float64":
+            inputs = inputs.double()
+        parts = [
+            noisy_rows(model, replace(settings, timesteps=steps), inputs[i : i + 1], ids[i : i + 1])
+            for i, steps in enumerate(chosen)
+        ]
+        noisy, target, timesteps = (torch.cat(part) for part in zip(*parts, strict=True))
+        count = len(chosen[0])
+        condition = condition_rows(model, data.conditions, count, inputs)
+        # averaged where all timesteps are, else every row by itself
+        factor = gradient_scale(settings) / (count if self.few is None else 1)
+        rows_of = noisy, target, timesteps
+        return output_rows(model, settings, rows_of, data.ids, condition, factor)
+
+
+class _Counter:
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.total, self.progress, self.done = total, progress, 0
+
+    def add(self, count: int) -> None:
+        self.done += count
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """Batches that say how far they are."""
+
+    batches: _Batches
+    counter: _Counter
+
+    def __iter__(self) -> Iterator[tuple[Callable[[], torch.Tensor], int]]:
+        done = 0
+        for outputs, count in self.batches:
+            yield outputs, count
+            size = min(self.batches.batch_size, len(self.batches) - done)
+            done += size
+            self.counter.add(size)
