@@ -62,8 +62,8 @@ class WhiteningSettings:
     rank: int = 64
     damping: float = 0.01
     factor_images: int = 200
-    factor_timesteps: int = 2
-    scale_images: int = 50
+    factor_timesteps: int = 1
+    scale_images: int = 20
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,15 @@ from dtrak_kernels import Whitening
 from ..data.samples import Samples
 from ..models.denoiser import Denoiser
 from ..runs.files import write_atomically
-from .extraction import condition_rows, given, gradient_scale, noisy_rows, output_rows
+from .extraction import (
+    FusedExtractor,
+    condition_rows,
+    fitting_batch_size,
+    given,
+    gradient_scale,
+    noisy_rows,
+    output_rows,
+)
 from .settings import FILE as FILE
 from .settings import FeatureSettings, WhiteningSettings
 
@@ -47,7 +55,7 @@ def open_whitening(
         data: the N training images.
         device: where it is fitted.
         file: where it is kept; None keeps it in memory alone.
-        batch_size: images per batch, at most; 10 by default.
+        batch_size: images per batch, at most 10; by default what fits memory.
         stage: opens a timed stage that yields a progress function, where anything is fitted.
 
     Returns:
@@ -107,7 +115,7 @@ def fit_whitening(
         settings: of the features, with a whitening.
         data: the N training images.
         device: where it is fitted.
-        batch_size: images per batch, at most; 10 by default.
+        batch_size: images per batch, at most 10; by default what fits memory.
         progress: called with (images done, images).
 
     Raises:
@@ -117,10 +125,15 @@ def fit_whitening(
     assert asked is not None
     model.to(device, settings.dtype)
     model.prepare(data.conditions, device)
-    size = min(batch_size or _BATCH, _BATCH)
-    few = min(asked.factor_timesteps, len(settings.timesteps))
+    if batch_size is None:
+        plain = FusedExtractor(model, replace(settings, whitening=None), device)
+        batch_size = fitting_batch_size(plain, data)
+    size, S = min(batch_size, _BATCH), len(settings.timesteps)
+    few = min(asked.factor_timesteps, S)
     is_rotated = asked.kind in ("channels", "lowrank", "kfac")
-    factors = _Batches(model, settings, data, device, size, asked.factor_images, few)
+    # as many rows in a batch of either
+    many = size * S // few
+    factors = _Batches(model, settings, data, device, many, asked.factor_images, few)
     scales = _Batches(model, settings, data, device, size, asked.scale_images)
     total = (len(factors) if is_rotated else 0) + len(scales)
     counter = _Counter(total, progress)
@@ -131,7 +144,7 @@ def fit_whitening(
         rank=asked.rank,
         damping=asked.damping,
         parameters=model.parameters(),
-        rows_per_sample=len(settings.timesteps),
+        rows_per_sample=S,
         factor_batches=_Counted(factors, counter),
         function=settings.output_function,
     )
