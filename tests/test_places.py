@@ -308,6 +308,14 @@ def test_frozen_parameters_are_not_attributed(tmp_path):
     found = dtrak.models.wrap(pipeline).parameters()
     assert found
     assert all(name.startswith("up_blocks") for name in found)
+    # features of other parameters of the same network are not used again
+    images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    how = {"store": tmp_path / "store", "timesteps": [100, 500], "proj_dim": 256, "progress": False}
+    one = dtrak.explain(pipeline, images, images, **how).scores
+    assert torch.equal(one, dtrak.explain(pipeline, images, images, **how).scores)
+    unet.mid_block.requires_grad_(True)
+    with pytest.raises(ValueError, match="features made with other settings: parameters is"):
+        dtrak.explain(pipeline, images, images, **how)
     unet.requires_grad_(False)
     with pytest.raises(ModelError, match="must have parameters that require gradients"):
         dtrak.models.wrap(pipeline)
