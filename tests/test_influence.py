@@ -134,3 +134,32 @@ def test_input_that_does_not_hold_together(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         write(tmp_path, options | change(options))
     assert not list(tmp_path.iterdir())
+
+
+def texts(tmp_path, monkeypatch, **changes):
+    """What the picture says of one query with one match on each side, as it is drawn."""
+    canvases = []
+    original = Canvas.save
+    monkeypatch.setattr(Canvas, "save", lambda self, p: (canvases.append(self), original(self, p)))
+    write(tmp_path, {**case(M=1, best=1, worst=1), **changes})
+    return [text.get_text() for text in canvases[-1].figure.texts]
+
+
+def test_headings_are_whole_however_few_matches_there_are(tmp_path, monkeypatch):
+    said = texts(tmp_path, monkeypatch, query_kind="generated picture")
+    assert influence.TITLE in said
+    assert influence.lead("generated picture") in said
+    assert "Generated picture" in said
+    for _, heading, meaning in influence.HEADINGS:
+        assert f"{heading}: {meaning}" in said
+
+
+@pytest.mark.parametrize("labels", [None, ["a class of cats"] * 12, [3] * 12])
+def test_the_class_of_an_image_is_shown_whole(tmp_path, monkeypatch, labels):
+    ids = [f"a class of cats/a-long-name-of-an-image-{i:05d}.png" for i in range(12)]
+    said = texts(tmp_path, monkeypatch, train_ids=ids, train_labels=labels, train_captions=None)
+    expected = "label 3" if labels == [3] * 12 else "a class of cats"
+    assert said.count(expected) == 2
+    given = {**case(M=1, best=1, worst=1), "train_ids": ids, "train_labels": labels}
+    page, _ = write(tmp_path, given)
+    assert expected in page.all("body")[0]["text"]

@@ -144,6 +144,17 @@ def test_files_of_weights(tmp_path, suffix):
     assert is_from(load(file, weights="trained"), 1)
 
 
+def test_an_average_beside_what_it_averages(tmp_path):
+    tiny_unet().save_config(tmp_path)
+    DDPMScheduler().save_pretrained(tmp_path)
+    state = {"ema": {"initted": torch.tensor(True), "step": torch.tensor(3)}}
+    for seed, name in ((1, "online_model"), (2, "ema_model")):
+        state["ema"] |= {f"{name}.{k}": v for k, v in tiny_unet(seed).state_dict().items()}
+    torch.save({**state, "model": tiny_unet(1).state_dict()}, tmp_path / "last.pt")
+    assert is_from(load(tmp_path / "last.pt", weights="ema"), 2)
+    assert is_from(load(tmp_path / "last.pt", weights="trained"), 1)
+
+
 def test_files_of_weights_that_are_refused(tmp_path):
     file = tmp_path / "last.ckpt"
     torch.save({"state_dict": tiny_unet().state_dict()}, file)
@@ -240,6 +251,18 @@ def test_a_network_of_latents_is_not_given_pixels(tmp_path):
         load(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["unet", "scheduler"])
+def test_an_index_that_contradicts_its_files(tmp_path, name):
+    write_pipeline(tmp_path)
+    other = {"unet": "UNet2DConditionModel", "scheduler": "FlowMatchEulerDiscreteScheduler"}[name]
+    rewrite(tmp_path / "model_index.json", **{name: ["diffusers", other]})
+    with pytest.raises(ModelError, match=f"names a {other} as its {name}, but .* a "):
+        load(tmp_path)
+    rewrite(tmp_path / "model_index.json", unet=["diffusers", "UNet2DModel"])
+    rewrite(tmp_path / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
+    assert predicts(silent(tmp_path)) == "v_prediction"
+
+
 def test_what_a_schedule_predicts(tmp_path):
     pipeline = write_pipeline(tmp_path)
     file = pipeline / "scheduler" / "scheduler_config.json"
@@ -308,6 +331,14 @@ def test_frozen_parameters_are_not_attributed(tmp_path):
     found = dtrak.models.wrap(pipeline).parameters()
     assert found
     assert all(name.startswith("up_blocks") for name in found)
+    # features of other parameters of the same network are not used again
+    images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    how = {"store": tmp_path / "store", "timesteps": [100, 500], "proj_dim": 256, "progress": False}
+    one = dtrak.explain(pipeline, images, images, **how).scores
+    assert torch.equal(one, dtrak.explain(pipeline, images, images, **how).scores)
+    unet.mid_block.requires_grad_(True)
+    with pytest.raises(ValueError, match="features made with other settings: parameters is"):
+        dtrak.explain(pipeline, images, images, **how)
     unet.requires_grad_(False)
     with pytest.raises(ModelError, match="must have parameters that require gradients"):
         dtrak.models.wrap(pipeline)

@@ -164,7 +164,7 @@ def _find(source: str, data: Samples) -> Callable[[str], Any] | None:
     path = expand_path(source)
     if path.name.lower().endswith(IMAGE_SUFFIXES):
         # of one image, as of the folder it lies in
-        return _by_file(path.parent)
+        return _by_file(path.parent, is_whole=False)
     if path.is_file():
         return _by_row({path.name: _parquet_column(path, CAPTION_COLUMNS)})
     if path.is_dir():
@@ -193,8 +193,13 @@ def _by_row(columns: dict[str, list[Any] | None]) -> Callable[[str], Any] | None
     return find
 
 
-def _by_file(folder: Path) -> Callable[[str], Any] | None:
-    """Captions by paths relative to ``folder``, from every metadata file in it."""
+def _by_file(folder: Path, *, is_whole: bool = True) -> Callable[[str], Any] | None:
+    """Captions by paths relative to ``folder``, from every metadata file in it.
+
+    Args:
+        folder: of the images.
+        is_whole: whether all images that the files name must be there.
+    """
     captions: dict[str, Any] = {}
     files = walk(folder).metadata
     for name, file in files:
@@ -210,7 +215,7 @@ def _by_file(folder: Path) -> Callable[[str], Any] | None:
                     f"{file}, row {number} must have a caption as 'text', got {', '.join(row)}"
                 )
             image = os.path.normpath(file.parent / expand_path(row["file_name"]))
-            if not os.path.exists(image):
+            if is_whole and not os.path.exists(image):
                 raise DataError(
                     f"{file}, row {number} must name an image that is there, got "
                     f"{row['file_name']!r}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -294,7 +295,16 @@ def deciding_settings(
         **settings.to_dict(),
         **_levels(model, settings, data),
         **({} if whitening is None else {"whitening fitted": whitening.identity}),
+        **_attributed(model),
     }
+
+
+def _attributed(model: Denoiser) -> dict[str, str]:
+    """Hash of the names of the parameters that count, where some of the network's do not."""
+    names = model.parameters()
+    if model.has_adapter or len(names) == len(list(model.module.named_parameters())):
+        return {}
+    return {"parameters": hashlib.sha256("\n".join(names).encode()).hexdigest()}
 
 
 def _levels(model: Denoiser, settings: FeatureSettings, data: Samples) -> dict[str, list[float]]:

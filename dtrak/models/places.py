@@ -74,12 +74,33 @@ def locate(base: Path, weights: str | None = None) -> Place:
 
 def _of_pipeline(base: Path, weights: str | None) -> Place:
     """A pipeline, with the moving average of its network where that is asked for."""
+    _check_index(base)
     own = next((base / name for name in _NETWORKS if (base / name / CONFIG).is_file()), base)
     chosen = own if own == base and weights != EMA else _choose(own, weights)
     inside = _weights_in(chosen)
     if chosen == own and inside is None:
         return Place(base)
     return Place(base, inside or chosen, chosen, weights=weights)
+
+
+def _check_index(base: Path) -> None:
+    """Refuse a pipeline whose index names another network or kind of schedule than its files.
+
+    Raises:
+        ModelError: it does.
+    """
+    index = read_json(base / INDEX)
+    files = {name: base / name / CONFIG for name in _NETWORKS}
+    files["scheduler"] = base / "scheduler" / SCHEDULE
+    for name, file in files.items():
+        named = index.get(name)
+        if not isinstance(named, list) or named[-1] is None or not file.is_file():
+            continue
+        said, found = str(named[-1]), str(read_json(file).get("_class_name", named[-1]))
+        # schedulers of one kind stand for one another
+        same = said.startswith("FlowMatch") == found.startswith("FlowMatch")
+        if not (same if name == "scheduler" else said == found):
+            raise ModelError(f"{base / INDEX} names a {said} as its {name}, but {file} a {found}")
 
 
 def _of_file(file: Path, weights: str | None) -> Place:

@@ -16,6 +16,7 @@ from .weights import refuse_misfits
 
 # what names of a moving average hold, in the libraries that write one
 _AVERAGES = ("ema", "shadow", "averaged")
+_ONLINE = "online_model."
 # of Diffusers' and torch_ema's averages: the parameters in order, without names
 _SHADOWS = "shadow_params"
 # of CompVis's own U-Nets
@@ -43,10 +44,11 @@ def load_state(module: nn.Module, file: Path, weights: str | None = None) -> Non
         _refuse(tensors, expected, file)
     averages = {prefix: state for prefix, state in found.items() if _is_average(prefix)}
     plain = {prefix: state for prefix, state in found.items() if prefix not in averages}
-    chosen = averages if weights == EMA or (weights is None and not plain) else plain
+    is_average = weights == EMA or (weights is None and not plain)
+    chosen = _distinct(averages if is_average else plain)
     if len(chosen) != 1:
         names = ", ".join(repr(prefix or "the file itself") for prefix in found)
-        what = "a moving average" if chosen is averages else "trained weights"
+        what = "a moving average" if is_average else "trained weights"
         raise ModelError(
             f"{file} must hold {what} of the network once, got {len(chosen)} among the weights it "
             f"holds ({names})"
@@ -54,7 +56,7 @@ def load_state(module: nn.Module, file: Path, weights: str | None = None) -> Non
     if weights is None and averages:
         told = (
             "its moving average is taken, the only weights it holds"
-            if chosen is averages
+            if is_average
             else "it holds a moving average too, which --weights ema takes"
         )
         warnings.warn(f"{file}: {told}", stacklevel=2)
@@ -135,7 +137,21 @@ def _ends(name: str, last: str) -> bool:
 
 
 def _is_average(prefix: str) -> bool:
-    return any(word in prefix.lower() for word in _AVERAGES)
+    # ema-pytorch keeps what it averages inside of what it calls ema
+    return _ONLINE not in prefix and any(word in prefix.lower() for word in _AVERAGES)
+
+
+def _distinct(states: Mapping[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Of states that are equal, the first."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for prefix, state in states.items():
+        if not any(_equal(state, other) for other in found.values()):
+            found[prefix] = state
+    return found
+
+
+def _equal(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
+    return all(torch.equal(value, two[name]) for name, value in one.items())
 
 
 def _refuse(tensors: Mapping[str, Any], expected: Mapping[str, Tensor], file: Path) -> None:

@@ -46,7 +46,8 @@ def text_width(text: str, pixels: float, *, bold: bool = False) -> int:
         fontweight="bold" if bold else "normal",
         parse_math=False,
     )
-    return math.ceil(artist.get_window_extent(blank.renderer).width)
+    # where a line begins moves its end by a part of a pixel
+    return math.ceil(artist.get_window_extent(blank.renderer).width) + 2
 
 
 class Canvas:

@@ -169,8 +169,8 @@ def _labels(model: Denoiser, data: Samples, source: str) -> list[int]:
     """
     if data.labels is None:
         raise ValueError(
-            f"'{source}' must have labels for a model that reads classes, got none: a parquet file "
-            "or data set with a column 'label'"
+            f"'{source}' must have labels for a model that reads classes, got none: folders "
+            "<class>/<image>, or a parquet file or data set with a column 'label'"
         )
     count = model.num_classes
     wrong = [label for label in data.labels if count is not None and not 0 <= label < count]

@@ -107,8 +107,8 @@ class DataSource:
         name, count = self.source or self.preset, model.num_classes
         if data.labels is None:
             raise ValueError(
-                f"'{name}' must have labels for a model that reads classes, got none: a parquet "
-                "file or data set with a column 'label'"
+                f"'{name}' must have labels for a model that reads classes, got none: folders "
+                "<class>/<image>, or a parquet file or data set with a column 'label'"
             )
         for label in data.labels:
             if count is not None and not 0 <= label < count:

@@ -47,7 +47,9 @@ _TENSOR = object()
 def install() -> ModuleType:
     """Make ``import fast_jl`` give `dtrak_kernels.fast_jl`, in this process.
 
-    Call it before anything has imported the extension: names already bound stay bound.
+    Call it before anything has imported the extension: names already bound stay bound. Its
+    functions take tensors on any device; TRAK's own ``CudaProjector`` refuses a CPU before it calls
+    them, where `TritonProjector` with generator ``"fast_jl"`` takes its place.
 
     Returns:
         The module.
