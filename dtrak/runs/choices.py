@@ -12,8 +12,6 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 PRECISIONS = ("no", "fp16", "bf16")
 # K by kind of the projection
 DEFAULT_PROJ_DIM = {"sjlt": 8192, "kronecker": 8192, "rademacher": 2048, "normal": 2048, "none": 0}
-# of pictures drawn from prompts
-GUIDANCE_SCALE = 7.5
 # of u in [0, 1], the place of a timestep between the least and the most noisy one, in training
 DENSITIES = ("uniform", "logit_normal", "mode")
 # of a flow's noise levels: as its scheduler is made, or as pictures of a resolution are drawn
