@@ -94,9 +94,7 @@ def case(M=3, N=12, C=3, size=8, best=5, worst=3, scale=1.0):
     labels = [i % 10 for i in range(N)]
     return {
         "queries": Samples(queries, [f"query/{i}" for i in range(M)], None, ""),
-        "train": Samples(
-            train, [f"train/{i:04d}" for i in range(N)], [i % 10 for i in range(N)], ""
-        ),
+        "train": Samples(train, [f"train/{i:04d}" for i in range(N)], labels, ""),
         "scores": scores,
         "num_proponents": best,
         "num_opponents": worst,
