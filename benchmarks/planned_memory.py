@@ -17,6 +17,7 @@ import torch
 from pages import ROOT, Table, newest, record, run
 from torch import Tensor, nn
 
+from dtrak.pages import tables
 from dtrak_kernels import GradientSketcher, Projection
 
 RESULTS = ROOT / "benchmarks" / "results" / "planned_memory.jsonl"
@@ -168,10 +169,10 @@ def measure(wanted: bool, smoke: bool) -> None:
         record(RESULTS, {"rows": rows})
 
 
-def line(row: dict[str, Any]) -> str:
+def line(row: dict[str, Any]) -> list[str]:
     """A row of the page's table."""
     weights = sum(row["weight_bytes"].values())
-    cells = [
+    return [
         row["model"],
         f"{row['parameters'] / 1e9:.2f} B + {row['lora'] / 1e6:.1f} M",
         f"{weights / 1e9:.1f} GB",
@@ -180,17 +181,26 @@ def line(row: dict[str, Any]) -> str:
         f"{row['peak_bytes'] / 1e9:.1f} GB",
         f"{row['fitting']}",
     ]
-    return f"| {' | '.join(cells)} |"
+
+
+COLUMNS = (
+    "model",
+    "parameters + LoRA",
+    "weights",
+    "checkpointing",
+    "activations per sample",
+    "peak of 1 sample",
+    "samples in 80 GB",
+)
 
 
 def make_table() -> list[str]:
     """The page's table, from the last row of results."""
     row = newest(RESULTS)
     return [
-        "| model | parameters + LoRA | weights | checkpointing | activations per sample "
-        "| peak of 1 sample | samples in 80 GB |",
-        "|---|---|--:|---|--:|--:|--:|",
-        *map(line, row["rows"]),
+        *tables.Table(
+            COLUMNS, list(map(line, row["rows"])), words=("parameters + LoRA", "checkpointing")
+        ).markdown(),
         "",
         f"**Planned, not measured**: 1024 x 1024 pixels, LoRA of rank {RANK} on "
         f"{', '.join(TARGETS)} in float32, the rest in bfloat16, `sjlt` with K = {WIDTH:,}, S = 1. "

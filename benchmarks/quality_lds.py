@@ -26,6 +26,7 @@ from dtrak.evaluation.retraining import TRAIN
 from dtrak.features.extraction import FeatureSettings, FusedExtractor, complete_store
 from dtrak.features.timesteps import select_timesteps
 from dtrak.methods.scores import trak
+from dtrak.pages import tables
 from dtrak.runs.console import progress_bar
 from dtrak.training.presets import Preset, get_preset
 from dtrak.training.trainer import one_thread
@@ -145,19 +146,20 @@ def packaged_lds(table: Mapping[str, Any], method: str, kind: str, projection: s
 def table() -> list[str]:
     """Lines of the page's table."""
     row = newest(RESULTS)
-    lines = [
-        "| method | queries | LDS, exact | `sjlt` - exact, mean | deviation of a draw "
-        "| largest | within 1 point |",
-        "|---|---|--:|--:|--:|--:|--:|",
-    ]
+    lines = []
     is_same, farthest = True, 0.0
     for case in row["cases"]:
         found = summary(case["exact"], case["sjlt"])
         lines.append(
-            f"| {case['method']} | {case['queries']} | {100 * case['exact']:.1f} "
-            f"| {100 * found['mean']:+.2f} ± {100 * found['standard_error']:.2f} "
-            f"| {100 * found['deviation']:.2f} | {100 * found['largest']:.2f} "
-            f"| {found['within']} of {len(case['sjlt'])} |"
+            (
+                case["method"],
+                case["queries"],
+                f"{100 * case['exact']:.1f}",
+                f"{100 * found['mean']:+.2f} ± {100 * found['standard_error']:.2f}",
+                f"{100 * found['deviation']:.2f}",
+                f"{100 * found['largest']:.2f}",
+                f"{found['within']} of {len(case['sjlt'])}",
+            )
         )
         for here, there in (
             (case["exact"], case["packaged_exact"]),
@@ -166,8 +168,17 @@ def table() -> list[str]:
             is_same &= f"{100 * here:.1f}" == f"{100 * there:.1f}"
             farthest = max(farthest, abs(here - there))
     same = "to the printed digit" if is_same else f"to within {100 * farthest:.2f} points"
+    columns = (
+        "method",
+        "queries",
+        "LDS, exact",
+        "`sjlt` - exact, mean",
+        "deviation of a draw",
+        "largest",
+        "within 1 point",
+    )
     return [
-        *lines,
+        *tables.Table(columns, lines, words=("queries",)).markdown(),
         "",
         f"LDS in %, differences in points of it: {row['models']} retrained models, S = "
         f"{row['timesteps']}, P = {row['grad_dim']:,}, K = {row['proj_dim']:,}, λ auto for each "

@@ -11,6 +11,7 @@ import torch
 from pages import ROOT, Table, newest, record, run
 from torch import Tensor
 
+from dtrak.pages import tables
 from dtrak_kernels import Projection, project
 
 RESULTS = ROOT / "benchmarks" / "results" / "projection_statistics.jsonl"
@@ -124,16 +125,13 @@ def table() -> list[str]:
     """Lines of the page's table."""
     row = newest(RESULTS)
     found = {(c["family"], c["grad_dim"], c["matrix"]): c for c in row["cases"]}
-    lines = [
-        f"| gradients | P | {' | '.join(MATRICES)} |",
-        "|---|--:|" + "--:|" * len(MATRICES),
-    ]
+    lines = []
     for family, grad_dim in dict.fromkeys((c["family"], c["grad_dim"]) for c in row["cases"]):
         cells = [found[family, grad_dim, matrix] for matrix in MATRICES]
         text = [f"{c['ratio']:.2f} ± {c['standard_error']:.2f}" for c in cells]
-        lines.append(f"| {family} | {grad_dim:,} | {' | '.join(text)} |")
+        lines.append((family, f"{grad_dim:,}", *text))
     return [
-        *lines,
+        *tables.Table(("gradients", "P", *MATRICES), lines).markdown(),
         "",
         f"Root mean square error of inner products over its theoretical value, K = "
         f"{row['proj_dim']}, fast_jl for {row['num_sms']} multiprocessors; 1 is right, ± what "

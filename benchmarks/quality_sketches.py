@@ -16,6 +16,7 @@ from dtrak.features.noise import sample_noise
 from dtrak.features.outputs import evaluate_output
 from dtrak.features.timesteps import select_timesteps
 from dtrak.models.unet import digits_model
+from dtrak.pages import tables
 from dtrak.training.trainer import Recipe, train
 from dtrak_kernels import GradientSketcher, Projection, project
 
@@ -71,14 +72,17 @@ def measure(grads: Tensor, shapes: list[tuple[int, ...]], fields: dict, draws: i
 def table() -> list[str]:
     """Lines of the page's table."""
     row = newest(RESULTS)
-    lines = ["| sketch | rms error | variance over the bound | bias |", "|---|--:|--:|--:|"]
-    for name, case in row["cases"].items():
-        lines.append(
-            f"| {name} | {case['rms_error']:.4f} | {case['ratio']:.2f} ± "
-            f"{case['standard_error']:.2f} | {case['bias']:+.4f} ± {case['bias_error']:.4f} |"
+    cells = [
+        (
+            name,
+            f"{case['rms_error']:.4f}",
+            f"{case['ratio']:.2f} ± {case['standard_error']:.2f}",
+            f"{case['bias']:+.4f} ± {case['bias_error']:.4f}",
         )
+        for name, case in row["cases"].items()
+    ]
     return [
-        *lines,
+        *tables.Table(("sketch", "rms error", "variance over the bound", "bias"), cells).markdown(),
         "",
         f"Inner products of {row['samples']} gradients of norm 1 (their mean cosine is "
         f"{row['mean_cosine']:.2f}), S = {row['timesteps']}, P = {row['grad_dim']:,}, K = "

@@ -175,14 +175,15 @@ class Attribution:
             ValueError: there are no pictures to show: the attribution was read from a file, or what
                 was explained are no grey or RGB pictures.
         """
-        from .pages.report import ranked_matches, write_report
+        from .pages.influence import gather
+        from .pages.report import write_report
 
         file = expand_path(file)
         train, queries = self._pictures()
         write_report(
             file,
             file.with_suffix(".png"),
-            **ranked_matches(train, queries, self.scores, k),
+            gather(train, queries, self.scores, k),
             settings=self.shown_settings,
             facts=self.facts,
             query_kind="picture",

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dtrak.data.samples import Samples
+from dtrak.pages.influence import gather
 from dtrak.pages.report import write_report
 
 HOSTILE = "a/<script>alert(1)</script>&\"'>$x_1$"
@@ -73,8 +75,9 @@ def shows(picture, pixels):
     )
 
 
-def ranking(scores, best, worst):
+def ranking(options):
     """The oracle's order, by a plain sort: strongest proponents, strongest opponents."""
+    scores, best, worst = (options[k] for k in ("scores", "num_proponents", "num_opponents"))
     order = [sorted(range(len(row)), key=lambda i, r=row: -r[i]) for row in scores.tolist()]
     high = torch.tensor([row[:best] for row in order])
     low = torch.tensor([row[::-1][:worst] for row in order])
@@ -88,23 +91,32 @@ def case(M=3, N=12, C=3, size=8, best=5, worst=3, scale=1.0):
     scores = torch.randn(M, N, generator=generator, dtype=torch.float64).abs() * scale
     # half of the images speak for a query and half against it
     scores *= torch.where(torch.rand(M, N, generator=generator).argsort(1) % 2 == 0, 1, -1)
-    proponents, opponents = ranking(scores, best, worst)
+    labels = [i % 10 for i in range(N)]
     return {
-        "queries": queries,
-        "train": train,
-        "proponents": proponents,
-        "opponents": opponents,
-        "train_ids": [f"train/{i:04d}" for i in range(N)],
-        "query_ids": [f"query/{i}" for i in range(M)],
+        "queries": Samples(queries, [f"query/{i}" for i in range(M)], None, ""),
+        "train": Samples(train, [f"train/{i:04d}" for i in range(N)], labels, ""),
+        "scores": scores,
+        "num_proponents": best,
+        "num_opponents": worst,
         "settings": {"proj_dim": 512, "damping": 0.25},
         "stages": [("features", 61.26), ("scores", 150.0)],
         "facts": {"peak memory": "612 MB"},
-        "train_labels": [i % 10 for i in range(N)],
     }
 
 
+def rows_of(options):
+    names = ("train", "queries", "scores", "num_proponents", "num_opponents")
+    return gather(*(options.pop(name) for name in names))
+
+
+def named(samples, names):
+    """The same pictures under other names."""
+    return Samples(samples.images, names, samples.labels, "")
+
+
 def write(tmp_path, options):
-    write_report(tmp_path / "r.html", tmp_path / "r.png", **options)
+    options = dict(options)
+    write_report(tmp_path / "r.html", tmp_path / "r.png", rows_of(options), **options)
     page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
     with Image.open(tmp_path / "r.png") as picture:
         return page, np.asarray(picture.convert("RGB"))

@@ -6,7 +6,9 @@ import torch
 from numerics import relative_error
 from test_sketcher import small_unet
 
+import dtrak
 from dtrak.data.samples import Samples
+from dtrak.features import extraction
 from dtrak.features import extraction as features
 from dtrak.features.extraction import (
     FeatureSettings,
@@ -164,7 +166,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_deciding_setting_is_in_the_manifest():
+def test_every_deciding_setting_is_in_the_manifest(monkeypatch):
     model, data = make_model(), make_data()
     base = deciding_settings(model, SETTINGS, data, "fused")
     json.dumps(base)
@@ -198,6 +200,10 @@ def test_every_deciding_setting_is_in_the_manifest():
     changed = make_model()
     changed.process.scheduler.register_to_config(beta_end=0.03)
     assert differs(model=changed).startswith("schedule.beta_end is")
+    # a release changes no numbers; what does is said by hand
+    assert dtrak.__version__ not in base.values()
+    monkeypatch.setattr(extraction, "NUMERICS", dtrak.NUMERICS + 1)
+    assert differs() == f"numerics is {dtrak.NUMERICS} there and {dtrak.NUMERICS + 1} here"
 
 
 def test_features_do_not_depend_on_batch_or_order():

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from page import HOSTILE, case, quantised, shows, write
+from page import HOSTILE, case, named, quantised, ranking, rows_of, shows, write
 
+from dtrak.data.samples import Samples
 from dtrak.pages import influence
 from dtrak.pages.canvas import Canvas
 
@@ -18,13 +19,13 @@ def test_picture_shows_whole_squares_per_pixel(tmp_path, C, size, query_zoom, zo
     def enlarged(image, times):
         return quantised(image).repeat(times, axis=0).repeat(times, axis=1)
 
+    absent = set(range(12))
     for m in range(2):
         assert shows(picture, enlarged(options["queries"][m], query_zoom))
-        for kind in ("proponents", "opponents"):
-            for row in options[kind][0][m].tolist():
+        for places, _ in ranking(options):
+            absent -= set(places.flatten().tolist())
+            for row in places[m].tolist():
                 assert shows(picture, enlarged(options["train"][row], zoom))
-    absent = set(range(12)) - set(options["proponents"][0].flatten().tolist())
-    absent -= set(options["opponents"][0].flatten().tolist())
     assert not any(shows(picture, enlarged(options["train"][row], zoom)) for row in absent)
 
 
@@ -50,27 +51,18 @@ def test_picture_stops_at_sixteen_queries_and_says_so(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change",
+    "side, names, kind",
     [
-        {},
-        {"query_ids": ["q" * 200, "folder/" * 30 + "1.png"], "query_kind": "very long kind " * 30},
-        {"train_ids": [HOSTILE * 5 + f"/{i}" for i in range(12)]},
+        ("train", [f"train/{i}" for i in range(12)], "generated picture"),
+        ("queries", ["q" * 200, "folder/" * 30 + "1.png"], "very long kind " * 30),
+        ("train", [HOSTILE * 5 + f"/{i}" for i in range(12)], "generated picture"),
     ],
 )
 @pytest.mark.parametrize("size", [8, 28, 300])
-def test_nothing_overlaps_in_the_picture(change, size):
-    options = case(M=2, size=size, scale=1e-5) | change
-    names = (
-        "queries",
-        "train",
-        "proponents",
-        "opponents",
-        "train_ids",
-        "query_ids",
-        "train_labels",
-    )
-    rows = influence.gather(*(options[name] for name in names))
-    canvas = influence.draw(rows, options.get("query_kind", "generated picture"))
+def test_nothing_overlaps_in_the_picture(side, names, kind, size):
+    options = case(M=2, size=size, scale=1e-5)
+    rows = rows_of(options | {side: named(options[side], names)})
+    canvas = influence.draw(rows, kind)
     texts = [text.get_window_extent(canvas.renderer).extents for text in canvas.figure.texts]
     images = [image.get_window_extent(canvas.renderer).extents for image in canvas.figure.images]
     assert len(images) == 2 * 9
@@ -87,52 +79,25 @@ def test_nothing_overlaps_in_the_picture(change, size):
 
 
 def test_long_ids_keep_their_end():
-    rows = influence.gather(
-        *(case(M=1)[name] for name in ("queries", "train", "proponents", "opponents")),
-        train_ids=[f"some-very-long-name-of-a-file.parquet/{i}" for i in range(12)],
-        query_ids=["q"],
-        train_labels=None,
-    )
+    options = case(M=1)
+    names = [f"some-very-long-name-of-a-file.parquet/{i}" for i in range(12)]
+    rows = rows_of(options | {"train": named(options["train"], names)})
     canvas = influence.draw(rows, "picture")
     texts = [text.get_text() for text in canvas.figure.texts]
-    for row in case(M=1)["proponents"][0][0].tolist():
+    for row in ranking(options)[0][0][0].tolist():
         assert any(text.startswith("some-") and text.endswith(f"…/{row}") for text in texts)
 
 
-def with_scores(options, value):
-    indices, scores = options["opponents"]
-    return {"opponents": (indices, torch.full_like(scores, value))}
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (
-            lambda o: {"queries": o["queries"][0]},
-            r"queries must be \[M, 1 or 3, H, W\], got \[3, 8",
-        ),
-        (lambda o: {"query_ids": ["a"]}, "query_ids must be 3 long, got 1"),
-        (lambda o: {"train_labels": [1]}, "train_labels must be 12 long, got 1"),
-        (
-            lambda o: {"proponents": (o["proponents"][0], o["proponents"][1][:, :2])},
-            r"proponents must be .* both \[3, any\], got \[3, 5\] and \[3, 2\]",
-        ),
-        (
-            lambda o: {"opponents": tuple(part[:2] for part in o["opponents"])},
-            r"opponents must be .* both \[3, any\], got \[2, 3\]",
-        ),
-        (
-            lambda o: {"proponents": (o["proponents"][0] + 12, o["proponents"][1])},
-            r"positions of proponents must lie in \[0, 12\), got",
-        ),
-        (lambda o: with_scores(o, float("nan")), "scores of opponents must be finite"),
-        (lambda o: with_scores(o, float("inf")), "scores of opponents must be finite"),
-    ],
-)
-def test_input_that_does_not_hold_together(tmp_path, change, message):
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_and_samples_that_are_no_pictures(tmp_path, value):
     options = case()
-    with pytest.raises(ValueError, match=message):
-        write(tmp_path, options | change(options))
+    scores = options["scores"].clone()
+    scores[2, 7] = value
+    with pytest.raises(ValueError, match="scores must be finite"):
+        write(tmp_path, options | {"scores": scores})
+    vectors = Samples(torch.zeros(3, 5), ["a", "b", "c"], None, "")
+    with pytest.raises(ValueError, match=r"queries must be \[M, 1 or 3, H, W\], got \[3, 5\]"):
+        write(tmp_path, options | {"queries": vectors})
     assert not list(tmp_path.iterdir())
 
 

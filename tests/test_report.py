@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from finished_run import OPTIONS, results
-from page import HOSTILE, Page, case, decoded, quantised, write
+from page import HOSTILE, Page, case, decoded, named, quantised, ranking, write
 from rich.console import Console
 from test_counterfactual_results import example
 from tiny_stable_diffusion import build_pipeline, load_tiny, write_pictures
@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from dtrak.cli.attribution import run_attribution
 from dtrak.cli.report import app
+from dtrak.data.samples import Samples
 from dtrak.evaluation.counterfactual.results import save_counterfactual
 from dtrak.evaluation.lds.statistics import predict_groups
 from dtrak.evaluation.lds.table import (
@@ -39,11 +40,11 @@ def test_page_holds_every_image_of_every_row_in_order(tmp_path, C):
     assert page.section == 2
     for m in range(3):
         images = page.all("img", section=m)
-        rows = [*options["proponents"][0][m].tolist(), *options["opponents"][0][m].tolist()]
+        rows = [row for places, _ in ranking(options) for row in places[m].tolist()]
         expected = [options["queries"][m], *(options["train"][row] for row in rows)]
         for image, source in zip(images, expected, strict=True):
             assert np.array_equal(decoded(image), quantised(source))
-        names = [options["train_ids"][row] for row in rows]
+        names = [options["train"].ids[row] for row in rows]
         assert [e["title"] for e in page.all("span", section=m) if "title" in e] == names
         assert [e["text"] for e in page.all("span", section=m, **{"class": "name"})] == names
         assert f"query/{m}" in images[0]["alt"]
@@ -56,7 +57,7 @@ def test_scores_and_bars_are_those_of_the_input(tmp_path):
     options = case()
     page, _ = write(tmp_path, options)
     for m in range(3):
-        scores = torch.cat([options["proponents"][1][m], options["opponents"][1][m]]).tolist()
+        scores = torch.cat([values[m] for _, values in ranking(options)]).tolist()
         elements = page.all("data", section=m)
         assert [float(e["value"]) for e in elements] == scores
         for element, score in zip(elements, scores, strict=True):
@@ -84,22 +85,19 @@ def test_scores_of_any_size_stay_readable(tmp_path, scale, has_unit):
 
 def test_scores_that_are_all_zero(tmp_path):
     options = case()
-    for kind in ("proponents", "opponents"):
-        options[kind] = (options[kind][0], torch.zeros_like(options[kind][1]))
-    page, _ = write(tmp_path, options)
+    page, _ = write(tmp_path, options | {"scores": torch.zeros_like(options["scores"])})
     assert not page.all("i")
     assert [e["text"] for e in page.all("li", section=0)] == ["none", "none"]
 
 
 def test_the_least_of_the_proponents_is_no_opponent(tmp_path):
     options = case()
-    indices, scores = options["opponents"]
-    scores = scores.clone()
-    scores[0] = torch.tensor([-0.5, 0.25, 0.5])
-    page, _ = write(tmp_path, options | {"opponents": (indices, scores)})
+    scores = options["scores"].abs()
+    scores[0, 4] = -0.5
+    page, _ = write(tmp_path, options | {"scores": scores})
     shown = [float(e["value"]) for e in page.all("data", section=0)]
     assert sum(value < 0 for value in shown) == 1
-    assert len(shown) == options["proponents"][0].shape[1] + 1
+    assert len(shown) == options["num_proponents"] + 1
 
 
 def test_page_is_self_contained_and_needs_no_script(tmp_path):
@@ -122,9 +120,10 @@ def test_page_is_self_contained_and_needs_no_script(tmp_path):
 
 
 def test_text_is_escaped_everywhere(tmp_path):
-    options = case(M=1) | {
-        "query_ids": [HOSTILE],
-        "train_ids": [f"{HOSTILE}{i}" for i in range(12)],
+    options = case(M=1)
+    options |= {
+        "queries": named(options["queries"], [HOSTILE]),
+        "train": named(options["train"], [f"{HOSTILE}{i}" for i in range(12)]),
         "settings": {HOSTILE: HOSTILE},
         "stages": [(HOSTILE, 1.0)],
         "facts": {HOSTILE: HOSTILE},
@@ -150,8 +149,9 @@ def test_tables_give_settings_facts_and_times(tmp_path):
         ("scores", "2 min 30 s"),
         ("Total", "3 min 31 s"),
     ]
-    bare = case() | {"stages": [], "facts": None, "settings": {}, "train_labels": None}
-    page, _ = write(tmp_path, bare)
+    bare = case() | {"stages": [], "facts": None, "settings": {}}
+    train = bare["train"]
+    page, _ = write(tmp_path, bare | {"train": Samples(train.images, train.ids, None, "")})
     assert not page.all("table")
     assert "label" not in page.all("section")[0]["text"]
     stages = [("long", 3600 * 2 + 65.0), ("twice", 1.0), ("twice", 2.0)]
@@ -181,10 +181,8 @@ def test_no_queries_and_no_opponents(tmp_path):
     page, _ = write(tmp_path, case(worst=0))
     assert [e["text"].split()[0] for e in page.all("h3", section=0)] == ["Proponents"]
     nothing = case() | {
-        "queries": torch.zeros(0, 3, 8, 8),
-        "query_ids": [],
-        "proponents": (torch.zeros(0, 5, dtype=torch.long), torch.zeros(0, 5)),
-        "opponents": (torch.zeros(0, 3, dtype=torch.long), torch.zeros(0, 3)),
+        "queries": Samples(torch.zeros(0, 3, 8, 8), [], None, ""),
+        "scores": torch.zeros(0, 12),
     }
     page, _ = write(tmp_path, nothing)
     assert not page.all("img")

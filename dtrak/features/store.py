@@ -186,7 +186,7 @@ class FeatureStore:
         """See `Store.begun`."""
         found, first = [torch.empty(0, self.shape[1])], 0
         while (file := self._part(shard, first)).is_file():
-            found.append(self._load(file))
+            found.append(self._load(file, slice(None)))
             first += len(found[-1])
         # double precision stays what it is
         return torch.cat(found[1:] or found)
@@ -207,27 +207,29 @@ class FeatureStore:
     def _write(self, file: Path, features: Tensor) -> None:
         write_atomically(file, save({"features": features.cpu().contiguous()}))
 
-    def _read(self, shard: int) -> Tensor:
-        file, rows = self._file(shard), self.rows(shard)
+    def _read(self, shard: int, rows: slice) -> Tensor:
+        """Some rows of a shard, and no more than these."""
+        file, whole = self._file(shard), self.rows(shard)
         if not file.is_file():
             raise StoreError(
                 f"{self.folder} is incomplete: {file.name} is missing; run again to resume"
             )
-        features = self._load(file)
-        expected = (rows.stop - rows.start, self.shape[1])
-        if tuple(features.shape) != expected:
-            raise StoreError(f"{file} must hold features {expected}, got {tuple(features.shape)}")
-        return features
+        return self._load(file, rows, whole.stop - whole.start)
 
-    def _load(self, file: Path) -> Tensor:
+    def _load(self, file: Path, rows: slice, length: int | None = None) -> Tensor:
         try:
             with safe_open(file, "pt") as opened:
-                features: Tensor = opened.get_tensor("features")
+                there = opened.get_slice("features")
+                shape = tuple(there.get_shape())
+                features: Tensor = there[rows]
         except (SafetensorError, OSError, KeyError) as error:
             raise StoreError(
                 f"{file} is damaged ({' '.join(str(error).split())}): delete it and run again to "
                 "compute its rows anew"
             ) from error
+        expected = (length or shape[0], self.shape[1])
+        if shape != expected:
+            raise StoreError(f"{file} must hold features {expected}, got {shape}")
         return features
 
     def __len__(self) -> int:
@@ -241,8 +243,7 @@ class FeatureStore:
         parts = []
         for shard in range(start // self.rows_per_shard, -(-stop // self.rows_per_shard)):
             first = shard * self.rows_per_shard
-            part = self._read(shard)
-            parts.append(part[max(start - first, 0) : stop - first])
+            parts.append(self._read(shard, slice(max(start - first, 0), stop - first)))
         return torch.cat(parts) if parts else torch.empty(0, self.shape[1])
 
     def load(self) -> Tensor:

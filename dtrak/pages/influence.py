@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,8 +18,12 @@ from ..methods.scores import top_k
 from .canvas import LINE, MINUS, PLUS, SOFT, Canvas, default_style, fit, text_width
 from .html import render_image, render_name
 
+if TYPE_CHECKING:
+    from ..data.samples import Samples
+
 TITLE = "Which training images made these pictures?"
 PNG_QUERIES = 16
+_OPPONENTS = 3
 CELL, SUBJECT, GAP, MARGIN = 192, 256, 16, 48
 COLOURS = {"proponents": PLUS, "opponents": MINUS}
 HEADINGS = (
@@ -31,14 +35,6 @@ CAVEAT = (
     "these images. A high score does not prove that an image was copied, and images that look "
     "alike need not score high."
 )
-
-
-class Images(Protocol):
-    """Anything that gives the image [C, H, W] in [-1, 1] at a position, such as a tensor."""
-
-    def __getitem__(self, index: int, /) -> Tensor:
-        """Return the image at ``index``."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -64,86 +60,71 @@ class Row:
 
 
 def gather(
-    queries: Tensor,
-    train: Images,
-    proponents: tuple[Tensor, Tensor],
-    opponents: tuple[Tensor, Tensor],
-    train_ids: Sequence[str],
-    query_ids: Sequence[str],
-    train_labels: Sequence[int | str] | None,
-    train_captions: Sequence[str] | None = None,
-    query_captions: Sequence[str] | None = None,
+    train: Samples,
+    queries: Samples,
+    scores: Tensor,
+    num_proponents: int,
+    num_opponents: int = _OPPONENTS,
 ) -> list[Row]:
     """Put every query together with the images of its matches.
 
     Args:
-        queries: as for `report.write_report`, like everything else.
-        train: the training images.
-        proponents: positions and scores.
-        opponents: positions and scores.
-        train_ids: names of the training images.
-        query_ids: names of the queries.
-        train_labels: class numbers or names, or None.
-        train_captions: texts, or None.
-        query_captions: texts, or None.
-
-    Returns:
-        One row per query.
+        train: N pictures, C 1 or 3.
+        queries: at least M pictures, of which the first M are taken.
+        scores: ``[M, N]``, positive for proponents; those that are not positive are left out, and
+            opponents that are not negative.
+        num_proponents: R; all N where there are fewer.
+        num_opponents: likewise.
 
     Raises:
-        ValueError: as `report.write_report`.
+        ValueError: these are no grey or RGB pictures, or a score is not finite.
     """
-    if queries.ndim != 4 or queries.shape[1] not in (1, 3):
-        raise ValueError(f"queries must be [M, 1 or 3, H, W], got {list(queries.shape)}")
-    if len(query_ids) != len(queries):
-        raise ValueError(f"query_ids must be {len(queries)} long, got {len(query_ids)}")
-    if train_labels is not None and len(train_labels) != len(train_ids):
-        raise ValueError(f"train_labels must be {len(train_ids)} long, got {len(train_labels)}")
-    for name, captions, ids in (
-        ("train_captions", train_captions, train_ids),
-        ("query_captions", query_captions, query_ids),
-    ):
-        if captions is not None and len(captions) != len(ids):
-            raise ValueError(f"{name} must be {len(ids)} long, got {len(captions)}")
-    ranked = {"proponents": proponents, "opponents": opponents}
-    for name, (indices, scores) in ranked.items():
-        if indices.ndim != 2 or indices.shape != scores.shape or len(indices) != len(queries):
-            raise ValueError(
-                f"{name} must be positions and scores, both [{len(queries)}, any], "
-                f"got {list(indices.shape)} and {list(scores.shape)}"
-            )
-        if not torch.isfinite(scores).all():
-            raise ValueError(f"scores of {name} must be finite, got NaN or infinity")
-        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < len(train_ids):
-            raise ValueError(
-                f"positions of {name} must lie in [0, {len(train_ids)}), "
-                f"got {int(indices.min())} to {int(indices.max())}"
-            )
-    quantised = to_uint8(queries)
-    labels = [None] * len(train_ids) if train_labels is None else list(train_labels)
+    M, N = scores.shape
+    pictures = queries.pictures(range(M))
+    if pictures.ndim != 4 or pictures.shape[1] not in (1, 3):
+        raise ValueError(f"queries must be [M, 1 or 3, H, W], got {list(pictures.shape)}")
+    if not torch.isfinite(scores).all():
+        raise ValueError("scores must be finite, got NaN or infinity")
+    found = top_k(scores, min(max(num_proponents, num_opponents), N))
+    ranked = {
+        "proponents": (found.proponents, found.proponent_scores, num_proponents),
+        "opponents": (found.opponents, found.opponent_scores, num_opponents),
+    }
+    labels, captions = train.classes, _captions(train)
     rows = []
-    for m, name in enumerate(query_ids):
-        strongest = max((abs(s) for _, scores in ranked.values() for s in scores[m].tolist()))
+    asked = _captions(queries)
+    for m, pixels in enumerate(to_uint8(pictures)):
+        best = {
+            kind: list(zip(places[m, :k].tolist(), values[m, :k].tolist(), strict=True))
+            for kind, (places, values, k) in ranked.items()
+            if k
+        }
+        strongest = max((abs(score) for pairs in best.values() for _, score in pairs), default=0.0)
         matches = {
             kind: [
                 Match(
                     pixels=to_uint8(train[index]),
-                    id=train_ids[index],
-                    label=_label(train_ids[index], labels[index]),
+                    id=train.ids[index],
+                    label=_label(train.ids[index], None if labels is None else labels[index]),
                     score=score,
                     share=abs(score) / strongest if strongest else 0.0,
-                    caption=None if train_captions is None else train_captions[index],
+                    caption=None if captions is None else captions[index],
                 )
-                for index, score in zip(indices[m].tolist(), scores[m].tolist(), strict=True)
+                for index, score in pairs
                 # the lowest of all-positive scores is no opponent
                 if (score > 0 if kind == "proponents" else score < 0)
             ]
-            for kind, (indices, scores) in ranked.items()
-            if indices.shape[1]
+            for kind, pairs in best.items()
         }
-        caption = None if query_captions is None else query_captions[m]
-        rows.append(Row(quantised[m], name, matches, caption))
+        rows.append(Row(pixels, queries.ids[m], matches, None if asked is None else asked[m]))
     return rows
+
+
+def _captions(samples: Samples) -> list[str] | None:
+    """What goes with samples, as text: captions, or classes that were drawn."""
+    if samples.conditions is None:
+        return None
+    return [c if isinstance(c, str) else f"class {c}" for c in samples.conditions]
 
 
 def _label(name: str, label: int | str | None) -> str | None:
@@ -318,30 +299,19 @@ def _draw_match(canvas: Canvas, x: int, y: int, match: Match, cell: int, exponen
         canvas.write(x, y + 61, match.label, pixels=17, width=cell, colour=SOFT)
 
 
-def render_strips(train: Any, queries: Any, scores: Tensor, num_proponents: int) -> str:
+def render_strips(train: Samples, queries: Samples, scores: Tensor, num_proponents: int) -> str:
     """Queries and their proponents as a table of pictures, for a notebook.
 
     Args:
-        train: N `Samples`.
-        queries: at least M `Samples`.
-        scores: ``[M, N]``.
-        num_proponents: of each query.
+        train: as `gather`, like the others.
+        queries: likewise.
+        scores: likewise.
+        num_proponents: likewise.
 
     Raises:
         ValueError: as `gather`.
     """
-    M = len(scores)
-    ranked = top_k(scores, num_proponents)
-    none = torch.empty(M, 0, dtype=torch.int64), torch.empty(M, 0)
-    rows = gather(
-        queries.pictures(range(M)),
-        train,
-        (ranked.proponents, ranked.proponent_scores),
-        none,
-        train.ids,
-        queries.ids[:M],
-        train.classes,
-    )
+    rows = gather(train, queries, scores, num_proponents, 0)
     exponent = _exponent(rows)
     lines = []
     for row in rows:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from torch import Tensor
 
-from ..methods.scores import top_k
 from ..runs.console import progress_bar
 from ..runs.files import encode_text, expand_path
 from ..runs.record import RUN_FILE, ResultsError, check_report, list_queries
@@ -20,7 +19,7 @@ from .html import render_page
 from .influence import (
     PNG_QUERIES,
     TITLE,
-    Images,
+    Row,
     gather,
     lead,
     render_explanation,
@@ -33,25 +32,15 @@ if TYPE_CHECKING:
     from ..data.samples import Samples
     from ..evaluation.counterfactual.results import Counterfactual
 
-_OPPONENTS = 3
-
 
 def write_report(
     path_html: str | os.PathLike[str],
     path_png: str | os.PathLike[str],
+    rows: Sequence[Row],
     *,
-    queries: Tensor,
-    train: Images,
-    proponents: tuple[Tensor, Tensor],
-    opponents: tuple[Tensor, Tensor],
-    train_ids: Sequence[str],
-    query_ids: Sequence[str],
     settings: Mapping[str, Any],
     stages: Sequence[tuple[str, float]] = (),
     facts: Mapping[str, str] | None = None,
-    train_labels: Sequence[int | str] | None = None,
-    train_captions: Sequence[str] | None = None,
-    query_captions: Sequence[str] | None = None,
     query_kind: str = "generated picture",
 ) -> None:
     """Write the attribution of M queries as one self-contained HTML page and one PNG picture.
@@ -62,37 +51,12 @@ def write_report(
     Args:
         path_html: the page.
         path_png: the picture.
-        queries: [M, C, H, W] in [-1, 1], C 1 or 3.
-        train: the training images; ``train[i]`` is [C, H, W] in [-1, 1].
-        proponents: positions [M, R] in ``train`` and their scores [M, R], strongest first; those
-            whose score is not positive are left out, for they are no proponents.
-        opponents: the same for the lowest scores, [M, Q] and [M, Q], lowest first; those whose
-            score is not negative are left out.
-        train_ids: names of the training images.
-        query_ids: names of the M queries.
+        rows: of `influence.gather`.
         settings: what decided the numbers, as name and value.
         stages: name and wall time in seconds of each step of the run, in order.
         facts: other figures of the run, as name and text.
-        train_labels: class numbers or names of the training images, shown where given.
-        train_captions: their captions, shown where given.
-        query_captions: captions of the queries, shown where given.
         query_kind: what one query is, in words.
-
-    Raises:
-        ValueError: if queries are not [M, C, H, W] with C 1 or 3, ids, positions and scores do not
-            fit them or each other, a position is no training image, or a score is not finite.
     """
-    rows = gather(
-        queries,
-        train,
-        proponents,
-        opponents,
-        train_ids,
-        query_ids,
-        train_labels,
-        train_captions,
-        query_captions,
-    )
     header = f'<p class="lead">{html.escape(lead(query_kind))}</p>\n{render_explanation(rows)}'
     tables = _render_tables(settings, facts or {}, stages)
     body = f'{render_rows(rows, query_kind)}\n<div class="tables">\n{tables}</div>'
@@ -110,41 +74,6 @@ def _render_tables(
         times_table("Time per stage", stages),
     ]
     return "".join(table.html() for table in tables)
-
-
-def ranked_matches(
-    train: Samples, queries: Samples, scores: Tensor, num_proponents: int
-) -> dict[str, Any]:
-    """The images, scores, names and captions that `write_report` and `influence.gather` take.
-
-    Args:
-        train: N training images.
-        queries: at least M queries, of which the first M are taken.
-        scores: ``[M, N]``, positive for proponents.
-        num_proponents: R; all N where there are fewer.
-    """
-    M, N = scores.shape
-    ranked = top_k(scores, min(num_proponents, N))
-    opposed = top_k(scores, min(_OPPONENTS, N))
-    return {
-        "queries": queries.pictures(range(M)),
-        "train": train,
-        "proponents": (ranked.proponents, ranked.proponent_scores),
-        "opponents": (opposed.opponents, opposed.opponent_scores),
-        "train_ids": train.ids,
-        "query_ids": queries.ids[:M],
-        "train_labels": train.classes,
-        "train_captions": _captions(train),
-        "query_captions": _captions(queries, M),
-    }
-
-
-def _captions(samples: Samples, count: int | None = None) -> list[str] | None:
-    """What goes with the first ``count`` samples, as text: captions, or classes that were drawn."""
-    conditions = samples.conditions
-    if conditions is None:
-        return None
-    return [c if isinstance(c, str) else f"class {c}" for c in conditions[:count]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,7 +181,7 @@ def gather_report(
 def write_picture(file: Path, explained: Explained) -> None:
     """The first queries beside their training images, as one PNG."""
     shown = explained.scores[:PNG_QUERIES]
-    rows = gather(**ranked_matches(explained.train, explained.queries, shown, explained.top_k))
+    rows = gather(explained.train, explained.queries, shown, explained.top_k)
     write_png(file, rows, explained.query_kind, len(explained.scores))
 
 
@@ -283,8 +212,7 @@ def _read_explained(folder: Path, queries: str | None, source: str | None) -> Ex
 def _influence_part(explained: Explained, num_queries: int) -> tuple[str, str]:
     """The strips of a set of queries, and its tables of settings."""
     scores = explained.scores[:num_queries]
-    matches = ranked_matches(explained.train, explained.queries, scores, explained.top_k)
-    rows = gather(**matches)
+    rows = gather(explained.train, explained.queries, scores, explained.top_k)
     more = (
         f'<p class="soft">The first {len(rows)} of {len(explained.scores)}.</p>'
         if len(rows) < len(explained.scores)

@@ -16,8 +16,6 @@ PRECISIONS = ("no", "fp16", "bf16")
 DEFAULT_PROJ_DIM = {"sjlt": 8192, "kronecker": 8192, "rademacher": 2048, "normal": 2048, "none": 0}
 # kinds of `dtrak_kernels.Whitening`
 WHITENINGS = ("none", "scale", "diagonal", "channels", "lowrank", "kfac")
-# of pictures drawn from prompts
-GUIDANCE_SCALE = 7.5
 # of u in [0, 1], the place of a timestep between the least and the most noisy one, in training
 DENSITIES = ("uniform", "logit_normal", "mode")
 # of a flow's noise levels: as its scheduler is made, or as pictures of a resolution are drawn

@@ -174,8 +174,8 @@ def _train(options: Options, console: Console, held: ExitStack) -> Path:
         model.module.cpu()
         changed = [h for name, h in model.identity().items() if initial.get(name) != h]
         facts = {"trained weights": " ".join(changed), "steps": steps, **_facts(accelerator)}
-        content = {"settings": settings, "places": training.places, "facts": facts}
-        write_atomically(output / TRAINING_FILE, json.dumps(content, indent=1).encode())
+        also = {"places": training.places, "facts": facts}
+        _RECORD.claim(output, settings, also=also, renew=True)
         save_model(model, output)
         (output / _STATE_FILE).unlink(missing_ok=True)
     accelerator.end_training()
