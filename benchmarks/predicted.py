@@ -91,13 +91,13 @@ def stable_diffusion() -> list[LayerShape]:
         return traced(model, lambda: model(x, torch.zeros(1), text))
 
 
-def planned(name: str, smoke: bool = False) -> list[LayerShape]:
+def planned(name: str) -> list[LayerShape]:
     """A LoRA of a model of `planned_memory` at 1024 pixels."""
     import planned_memory
     from peft import LoraConfig
 
     with torch.device("meta"):
-        model, outputs = planned_memory.MODELS[name](1024, **planned_memory.SMALL[name] * smoke)
+        model, outputs = planned_memory.MODELS[name](1024)
         model.to(torch.bfloat16).requires_grad_(False)
         model.add_adapter(LoraConfig(r=RANK, target_modules=planned_memory.TARGETS))
         return traced(model, outputs(1))

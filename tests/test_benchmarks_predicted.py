@@ -5,6 +5,9 @@ import math
 import pytest
 from test_benchmarks_modelled import run
 
+# it compiles and emulates
+pytestmark = pytest.mark.full
+
 # 3 x 3 tiles in two blocks, ten steps and a half
 LAYER = """
 import predicted as p

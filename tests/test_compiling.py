@@ -67,6 +67,8 @@ def test_a_rehearsal_ends_with_its_error():
     with pytest.raises(RuntimeError, match="must not be inside of another one"):
         compiling.rehearse(lambda: compiling.rehearse(lambda: None))
     assert compiling.rehearse(lambda: None).launches == 0
+    # where nothing is launched nothing is compiled: no Triton is needed
+    assert compiling.compile_ahead(lambda: None) == 0
 
 
 def test_the_line_is_silent_where_nothing_takes_long(capsys):

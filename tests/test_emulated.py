@@ -33,7 +33,9 @@ FULL = {
         "test_gram.py": "triton or tiling or groups or bit_for_bit",
     },
     "whitening": {
-        "test_whitening_kernel.py": "entries or second_launch or without or (gradients and conv2d)",
+        "test_whitening_kernel.py": (
+            "entries or second_launch or without or half_precision or (gradients and conv2d)"
+        ),
     },
     "mistakes and the main job": {
         "test_emulator_mutations.py": "mutations",

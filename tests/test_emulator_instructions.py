@@ -5,7 +5,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from emulator.decode import decode
 from emulator.errors import UnknownInstructionError
+from emulator.machine import Machine
+from emulator.memory import GlobalMemory
+from emulator.ptx import parse
 from emulator.snippets import per_lane, run
 
 RANDOM = np.random.default_rng(7)
@@ -395,3 +399,55 @@ def test_shuffles(mode, width):
 def test_an_unknown_instruction_is_an_error_with_its_name(line):
     with pytest.raises(UnknownInstructionError, match=line.split()[0].split(".")[0]):
         run(line)
+
+
+# --- programs that were edited
+
+LOOP = """
+.visible .entry snippet(.param .u64 p0)
+.reqntid 32
+{
+    .reg .pred %p<4>;
+    .reg .b32 %r<8>;
+    .reg .b64 %rd<4>;
+    mov.u32 %r0, %tid.x;
+    ld.param.b64 %rd0, [p0];
+    mad.wide.u32 %rd1, %r0, 4, %rd0;
+    mov.b32 %r1, 0;
+    mov.b32 %r2, 0;
+$again:
+    add.s32 %r1, %r1, %r0;
+
+    add.s32 %r2, %r2, 1;
+    setp.lt.s32 %p0, %r2, 5;
+    @%p0 bra $again;
+    st.global.b32 [%rd1], %r1;
+    ret;
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "old, new, expected",
+    [
+        # other numbers of instructions before a branch and its target; other constants
+        ("%r1, %r0;\n\n", "%r1, %r0;\n add.s32 %r1, %r1, 7;\n", lambda t: 5 * (t + 7)),
+        ("    add.s32 %r1, %r1, %r0;", "", lambda t: 0 * t),
+        ("%r2, 5", "%r2, 9", lambda t: 9 * t),
+        ("mov.b32 %r1, 0;", "mov.b32 %r1, 0; mov.b32 %r1, 3;", lambda t: 5 * t + 3),
+    ],
+)
+def test_an_edited_program_is_what_it_says(old, new, expected):
+    assert LOOP.count(old) == 1
+    original = decode(parse(LOOP))
+    lanes = np.arange(32)
+    for code, result in (
+        (decode(parse(LOOP.replace(old, new)), like=original), expected(lanes)),
+        (original, 5 * lanes),
+    ):
+        memory = np.zeros(32, np.uint32)
+        machine = Machine(
+            code, GlobalMemory({1 << 20: memory.view(np.uint8)}), [1 << 20], 0, (1, 1, 1)
+        )
+        machine.run()
+        assert np.array_equal(memory, result)

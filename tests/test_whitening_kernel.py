@@ -138,7 +138,7 @@ def test_the_low_rank_part_is_a_gradient_of_a_linear_layer():
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+    "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.compiled)]
 )
 def test_half_precision_layers(dtype, device):
     model, x, y = problem("conv2d")

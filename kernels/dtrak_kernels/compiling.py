@@ -127,7 +127,8 @@ def compile_ahead(
 
     Args:
         run: a batch, like ``lambda: sketcher.sketch(outputs, num_samples)``. It is run once without
-            its kernels: random generators are as before, and what it returns is dropped.
+            its kernels: random generators are as before, and what it returns is dropped. Meanwhile
+            no other thread may launch kernels of this package: they would not run.
         progress: called with (compiled, all), from (0, all) on; not at all where there is nothing
             to compile. A `ProgressLine` if ``None``.
         workers: compilers at a time; as many as there are processors if ``None``.
@@ -138,10 +139,12 @@ def compile_ahead(
     Raises:
         Exception: what the compiler says of a kernel it refuses.
     """
+    wanted = list(rehearse(run).wanted.values())
+    if not wanted:
+        return 0
     from triton import AsyncCompileMode
 
     progress = progress or ProgressLine()
-    wanted = list(rehearse(run).wanted.values())
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool, AsyncCompileMode(pool) as mode:
         for kernel, grid, arguments in wanted:
             kernel.warmup(grid=grid, **arguments)
