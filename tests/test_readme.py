@@ -1,6 +1,7 @@
 """What the README tells a stranger to do, done."""
 
 import importlib
+import json
 import os
 import re
 import shutil
@@ -99,11 +100,22 @@ def test_commands_run(tmp_path):
 
 def test_the_digits_table_is_what_comes_with_the_package():
     _, table = packaged_results("digits")
-    header = re.search(r"\| \| (TRAK .*) \|\n", README).group(1).split(" | ")
-    names = {"raw pixels": "Raw pixels, dot", "gradient dot": "Gradient dot", "random": "Random"}
+    header = re.search(r"\| \| (D-TRAK, whitened .*) \|\n", README).group(1).split(" | ")
+    names = {"raw pixels": "Raw pixels, dot", "random": "Random"}
+    file = ROOT / "benchmarks" / "results" / "whitening.jsonl"
+    fitted = {
+        (row["function"], case["queries"]): case["1"]["lds"]
+        for row in map(json.loads, file.read_text().splitlines())
+        if (row["timesteps"], row["kind"], row["proj_dim"]) == (100, "lowrank", 8192)
+        for case in row["cases"]
+    }
+    functions = {"D-TRAK, whitened": "mean_squared_l2_norm", "f = mean, whitened": "mean"}
     for kind in ("validation", "generated"):
         cells = re.search(rf"\| {kind} images \| (.*) \|\n", README).group(1).split(" | ")
         for name, cell in zip(header, cells, strict=True):
+            if name in functions:
+                assert cell == f"**{100 * fitted[functions[name], kind]:.1f}**", (kind, name)
+                continue
             method = names.get(name, name.replace("f = ", ""))
             (row,) = [
                 row
