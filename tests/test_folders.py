@@ -6,8 +6,7 @@ from claims import claimed_elsewhere
 
 from dtrak.runs import folders
 from dtrak.runs.files import LOCK_FILE, claim
-from dtrak.runs.folders import check_folder, claim_folder
-from dtrak.runs.run import OutputError
+from dtrak.runs.folders import OutputError, check_folder, claim_folder
 
 SETTINGS = {"recipe": {"steps": 3, "betas": (0.9, 0.99)}, "model": "abc"}
 

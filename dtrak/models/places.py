@@ -13,7 +13,7 @@ from .weights import PART_WEIGHTS, read_json
 
 INDEX, CONFIG, SCHEDULE = MODEL_INDEX, "config.json", "scheduler_config.json"
 # one of them lies in a folder that `locate` reads
-MODEL_FILES = (INDEX, f"unet/{CONFIG}", f"transformer/{CONFIG}", CONFIG)
+MODEL_FILES = (INDEX, f"unet/{CONFIG}", f"transformer/{CONFIG}")
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _NETWORKS = ("unet", "transformer")
 # what the training scripts of Diffusers append for the moving average of a network's weights
@@ -212,8 +212,8 @@ def _bare(base: Path) -> tuple[Path, Path]:
     elif any(name.endswith(WEIGHT_SUFFIXES) and not _STATES.match(name) for name in files):
         hint = f": put the {CONFIG} of the network beside its weights"
     raise ModelError(
-        f"model must be a folder with {INDEX}, or with {CONFIG} of a UNet2DModel, in itself or in "
-        f"unet/, got {base} without one{hint}"
+        f"model must be a folder with {CONFIG} of a UNet2DModel, in itself or in unet/, or with "
+        f"{INDEX}, got {base} without one{hint}"
     )
 
 
