@@ -147,8 +147,8 @@ def _complete(root: Path, stem: str, network: Path, config: Path, weights: str |
         )
     if kind is not None and kind != "UNet2DModel":
         raise ModelError(
-            f"{config} holds a {kind} alone, got no {INDEX} of a pipeline round it: put a copy of "
-            "the pipeline that it was trained in above it, or name that pipeline's folder"
+            f"{config / CONFIG} must describe a UNet2DModel, got {kind!r}, whose pipeline is not "
+            f"there (no {INDEX} above it): name the pipeline's folder, or put this one in it"
         )
     return Place(None, network, config, _schedule(config, root), weights)
 
