@@ -184,9 +184,10 @@ def test_the_old_name_of_the_prediction_type(epsilon, expected, tmp_path):
     x, noise = torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 8, 8)
     target = model.process.target(x, noise, torch.tensor([3]))
     assert torch.equal(target, {"sample": x, "epsilon": noise}[expected])
-    # what a newer configuration says counts more
+    # a newer configuration that says something else contradicts it
     write_scheduler(tmp_path, DDPMScheduler(prediction_type="v_prediction"), predict_epsilon=False)
-    assert load(tmp_path).process.scheduler.config["prediction_type"] == "v_prediction"
+    with pytest.raises(ModelError, match="must say once what the network predicts"):
+        load(tmp_path)
 
 
 def test_a_u_net_of_pixels_may_be_a_flow(tmp_path):

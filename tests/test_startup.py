@@ -45,7 +45,7 @@ REFUSALS = {
         ("--dtype float", "--dtype must be one of float32"),
         ("--damping much", "--damping must be 'auto', a finite number"),
         ("--device mps", "--device must be auto, cpu, cuda or cuda:N, got 'mps': "),
-        ("--model nowhere", "model must be an existing folder that Diffusers wrote, got nowhere"),
+        ("--model nowhere", "or a file of its weights, got nowhere"),
         ("--preset cifar3", "did you mean 'cifar2'?"),
         ("--top-k 0", "--top-k must be at least 1, got 0"),
     ],

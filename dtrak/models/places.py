@@ -13,7 +13,7 @@ from .weights import PART_WEIGHTS, read_json
 
 INDEX, CONFIG, SCHEDULE = MODEL_INDEX, "config.json", "scheduler_config.json"
 # one of them lies in a folder that `locate` reads
-MODEL_FILES = (INDEX, f"unet/{CONFIG}", f"transformer/{CONFIG}", CONFIG)
+MODEL_FILES = (INDEX, f"unet/{CONFIG}", f"transformer/{CONFIG}")
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _NETWORKS = ("unet", "transformer")
 # what the training scripts of Diffusers append for the moving average of a network's weights
@@ -147,8 +147,8 @@ def _complete(root: Path, stem: str, network: Path, config: Path, weights: str |
         )
     if kind is not None and kind != "UNet2DModel":
         raise ModelError(
-            f"{config} holds a {kind} alone, got no {INDEX} of a pipeline round it: put a copy of "
-            "the pipeline that it was trained in above it, or name that pipeline's folder"
+            f"{config / CONFIG} must describe a UNet2DModel, got {kind!r}, whose pipeline is not "
+            f"there (no {INDEX} above it): name the pipeline's folder, or put this one in it"
         )
     return Place(None, network, config, _schedule(config, root), weights)
 
@@ -212,8 +212,8 @@ def _bare(base: Path) -> tuple[Path, Path]:
     elif any(name.endswith(WEIGHT_SUFFIXES) and not _STATES.match(name) for name in files):
         hint = f": put the {CONFIG} of the network beside its weights"
     raise ModelError(
-        f"model must be a folder with {INDEX}, or with {CONFIG} of a UNet2DModel, in itself or in "
-        f"unet/, got {base} without one{hint}"
+        f"model must be a folder with {CONFIG} of a UNet2DModel, in itself or in unet/, or with "
+        f"{INDEX}, got {base} without one{hint}"
     )
 
 
