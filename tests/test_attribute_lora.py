@@ -73,7 +73,8 @@ def features_apart(folder, role, images, ids, captions):
 
 
 def test_end_to_end(run, folder, pictures, tmp_path):
-    code, output = run("--prompts", "a wave", batch_size=None)
+    plain = ["--whiten", "none"]
+    code, output = run("--prompts", "a wave", *plain, batch_size=None)
     assert code == 0, output
     scores, metadata = read_scores(tmp_path / "run")
     data = load_data(pictures)

@@ -122,9 +122,13 @@ def test_headings_are_whole_however_few_matches_there_are(tmp_path, monkeypatch)
 @pytest.mark.parametrize("labels", [None, ["a class of cats"] * 12, [3] * 12])
 def test_the_class_of_an_image_is_shown_whole(tmp_path, monkeypatch, labels):
     ids = [f"a class of cats/a-long-name-of-an-image-{i:05d}.png" for i in range(12)]
-    said = texts(tmp_path, monkeypatch, train_ids=ids, train_labels=labels, train_captions=None)
+    options = case(M=1, best=1, worst=1)
+    numbers = None if labels is None else [3] * 12
+    train = Samples(options["train"].images, ids, numbers, "")
+    if labels is not None and labels[0] != 3:
+        train.class_names = {3: labels[0]}
+    said = texts(tmp_path, monkeypatch, train=train)
     expected = "label 3" if labels == [3] * 12 else "a class of cats"
     assert said.count(expected) == 2
-    given = {**case(M=1, best=1, worst=1), "train_ids": ids, "train_labels": labels}
-    page, _ = write(tmp_path, given)
+    page, _ = write(tmp_path, options | {"train": train})
     assert expected in page.all("body")[0]["text"]

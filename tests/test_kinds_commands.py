@@ -16,10 +16,10 @@ from dtrak.cli.attribute import app
 from dtrak.cli.generate import app as generate
 from dtrak.data.images import load_data
 from dtrak.features.extraction import FusedExtractor
-from dtrak.features.settings import FeatureSettings
+from dtrak.features.settings import FeatureSettings, WhiteningSettings
 from dtrak.models import load
 from dtrak.training.drawing import draw_all
-from dtrak_kernels import Projection
+from dtrak_kernels import Projection, Whitening
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*captions have more than 16 tokens.*")
 CPU = torch.device("cpu")
@@ -98,7 +98,12 @@ def test_a_kind_is_explained_by_command(kind, adapter, places, tmp_path, monkeyp
     lora = places / kind / "lora" if adapter else None
     model, data = load(places / kind / "pipeline", lora), load_data(str(source))
     times = model.process.spread(2)
-    settings = FeatureSettings("mean_squared_l2_norm", tuple(times), 0, Projection("sjlt", 256))
+    (file,) = tmp_path.glob("features-lowrank/*/whitening.safetensors")
+    whitening = Whitening.load(file, kind="lowrank", function="mean_squared_l2_norm")
+    settings = FeatureSettings(
+        "mean_squared_l2_norm", tuple(times), 0, Projection("sjlt", 256),
+        whitening=WhiteningSettings("lowrank"),
+    )  # fmt: skip
     captions = {"pictures": None, "labelled.parquet": data.labels}[source.name]
     if captions is None:
         from dtrak.data.captions import load_captions
@@ -114,7 +119,7 @@ def test_a_kind_is_explained_by_command(kind, adapter, places, tmp_path, monkeyp
         ("train", data.images, data.ids, captions),
         ("query", saved, ["00000.png", "00001.png"], items),
     ):
-        extractor = FusedExtractor(model, settings, CPU)
+        extractor = FusedExtractor(model, settings, CPU, whitening)
         latents = model.inputs(images, CPU)
         names = [f"{role}/{name}" for name in ids]
         features[role] = extractor.extract(latents, names, read).double()

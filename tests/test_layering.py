@@ -35,7 +35,8 @@ ALLOWED = {
 # the adapters are what other libraries' users import, so they may know those libraries
 ADAPTERS = {"adapters/dattri.py": {"dattri"}, "adapters/trak.py": {"trak"}}
 # a kernel file may import triton when it is loaded; nothing else may
-KERNEL_FILES = {"gram_triton.py", "triton.py", "words_triton.py"}
+# kernels, and what compiles them
+KERNEL_FILES = {"compiling.py", "gram_triton.py", "triton.py", "words_triton.py"}
 DIFFUSION_WORDS = ("diffusion", "diffusers", "timestep", "unet", "noise schedule")
 
 

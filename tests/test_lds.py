@@ -106,6 +106,7 @@ def test_from_the_first_subset_to_the_table(run, tmp_path, monkeypatch):
     assert [(e.method, e.num_timesteps) for e in results.entries] == [
         ("Random", 0),
         *((m.title, S) for S in (2, 5) for m in METHODS if m.output_function),
+        *((f"{title}, whitened", S) for S in (2, 5) for title in ("D-TRAK", "TRAK")),
         ("Empirical influence, cross-fitted", 0),
     ]
     page = tmp_path / "table.md"
@@ -179,7 +180,7 @@ def test_a_retrain_family_ensembles_and_clip(run, tmp_path, clip_folder):
     assert "train retrain-001-1" not in text
     code, text = run("evaluate", *SMALL[:-1], 2, "--ensemble", "2", "--clip", clip_folder)
     assert (code, "retrain family: losses of 10 of 10 models are measured" in text) == (0, True)
-    members = (tmp_path / "run" / "features").glob("*-retrain-00[01]-1")
+    members = (tmp_path / "run" / "features").glob("*-retrain-00[01]-1*")
     size = sum(file.stat().st_size for each in members for file in each.rglob("*.*"))
     assert size > 0
     assert f", {format_bytes(size)} of it of ensembles; they save time" in text
@@ -188,7 +189,9 @@ def test_a_retrain_family_ensembles_and_clip(run, tmp_path, clip_folder):
     names = [entry.method for entry in results.entries]
     added = [
         "Random", "CLIP, dot", "CLIP, cosine", "D-TRAK", "TRAK", "Gradient dot",
-        *(f"{name}, {title}" for name in ("D-TRAK", "TRAK")
+        "D-TRAK, whitened", "TRAK, whitened",
+        *(f"{name}, {title}"
+          for name in ("D-TRAK", "TRAK", "D-TRAK, whitened", "TRAK, whitened")
           for title in ("single half-data model", "mean of 2 models")),
         "Empirical influence, 10 models", "Datamodel, 10 models",
     ]  # fmt: skip

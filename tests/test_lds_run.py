@@ -124,7 +124,7 @@ def test_a_model_of_ones_own_from_training_to_table(own):
     done(lds, "train", *where, *device)
     text = done(lds, "evaluate", *where, *SMALL, *device)
     assert "left out: TracInCP, for which no models were kept on the way" in text
-    assert "features: 1 sets of 26 images to make, 53.2 kB on disk, " in text
+    assert "features: 2 sets of 26 images to make, 106 kB on disk, " in text
     assert list(load_results(own / "lds-mine" / "results.npz").losses) == ["generated"]
     # asked for by name it is refused; and a choice of methods is one
     code, text = run(lds, "evaluate", *where, *SMALL, "--methods", "tracincp")

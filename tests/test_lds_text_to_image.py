@@ -120,7 +120,9 @@ def test_from_the_trained_models_to_the_table(folder, tmp_path, monkeypatch):
     assert results.about["start"]["rank"] == 2
     assert results.about["steps"] == 8
     expected = {name.replace("pixels", "latents") for name in BY_NAME} | {
-        "Empirical influence, cross-fitted"
+        "Empirical influence, cross-fitted",
+        "D-TRAK, whitened",
+        "TRAK, whitened",
     }
     assert {entry.method for entry in results.entries} == expected
     assert {kind: tuple(v.shape) for kind, v in results.losses.items()} == {
@@ -327,7 +329,7 @@ def test_features_are_those_of_the_main_command(folder, base, predictor, tmp_pat
         "", "--preset", NAME, "--model", base, "--lora", folder / "models" / "full",
         "--queries", "validation", "--num-queries", 3, "--timesteps", 2, "--proj-dim", K,
         "--device", "cpu", "--output", output, "--output-function", "mean_squared_l2_norm",
-        app=attribute.app,
+        "--whiten", "none", app=attribute.app,
     )  # fmt: skip
     assert code == 0, text
     setting = Setting(BY_NAME["D-TRAK"], 2, "sjlt")

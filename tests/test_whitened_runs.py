@@ -299,7 +299,7 @@ def test_settings_of_an_evaluation():
         "D-TRAK, whitened (kfac)", "D-TRAK, mean, whitened (kfac)", "Gradient dot",
         "D-TRAK, whitened",
     ]  # fmt: skip
-    assert len({s.key for s in (*listed, *first)}) == 10
+    assert len({s.key for s in (*listed, *first)}) == 9
 
 
 def test_a_file_of_other_tensors(model, tmp_path):

@@ -17,7 +17,15 @@ TABLE_SUFFIX = ".parquet"
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 # what file managers, archives and file systems put beside files
 _NOT_DATA = ("__macosx", "@eadir", "__pycache__", "$recycle.bin", "lost+found")
-_COMPANIONS = ("thumbs.db", "desktop.ini", "readme", "license", "settings.json", *METADATA)
+_COMPANIONS = (
+    "thumbs.db",
+    "desktop.ini",
+    "readme",
+    "license",
+    "settings.json",
+    "drawn_by.json",
+    *METADATA,
+)
 _PARTS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),

@@ -87,7 +87,7 @@ class UNet(Denoiser):
         """
         *_, height, width = pixels
         # every block but the last halves both sides, and doubling them must give the same again
-        step = 2 ** (len(self.module.config["down_block_types"]) - 1)
+        step = 2 ** max(len(self.module.config.get("down_block_types", ())) - 1, 0)
         if height % step or width % step:
             raise ValueError(
                 f"images must have sides that are multiples of {step}, as the U-Net halves them, "

@@ -139,7 +139,9 @@ def feature_bytes(experiment: Experiment) -> tuple[int, int]:
     """What the features in a run's folder take: of all models, and of the retrain family's."""
     folder = experiment.folder / "features"
     sizes = {file: file.stat().st_size for file in folder.rglob("*") if file.is_file()}
-    members = [size for file, size in sizes.items() if f"-{RETRAIN}-" in file.parents[1].name]
+    members = [
+        size for file, size in sizes.items() if f"-{RETRAIN}-" in file.relative_to(folder).parts[0]
+    ]
     return sum(sizes.values()), sum(members)
 
 
