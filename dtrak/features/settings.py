@@ -65,6 +65,11 @@ class WhiteningSettings:
     factor_timesteps: int = 1
     scale_images: int = 20
 
+    @classmethod
+    def of(cls, kind: str) -> WhiteningSettings | None:
+        """The usual settings of a kind; None for ``"none"``."""
+        return None if kind == "none" else cls(kind)
+
 
 @dataclass(frozen=True)
 class FeatureSettings:

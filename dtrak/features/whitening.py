@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from dtrak_kernels import Whitening
+from dtrak_kernels.gradients.whitening.definition import TWO_SIDED_KINDS
 
 from ..data.samples import Samples
 from ..models.denoiser import Denoiser
@@ -71,13 +73,10 @@ def open_whitening(
     function = settings.output_function
     if file is not None and file.is_file():
         return _read(file, asked, function)
-    if stage is None:
-        whitening = fit_whitening(model, settings, data, device, batch_size=batch_size)
-    else:
-        with stage() as progress:
-            whitening = fit_whitening(
-                model, settings, data, device, batch_size=batch_size, progress=progress
-            )
+    with nullcontext() if stage is None else stage() as progress:
+        whitening = fit_whitening(
+            model, settings, data, device, batch_size=batch_size, progress=progress
+        )
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, whitening.to_bytes())
@@ -130,7 +129,7 @@ def fit_whitening(
         batch_size = fitting_batch_size(plain, data)
     size, S = min(batch_size, _BATCH), len(settings.timesteps)
     few = min(asked.factor_timesteps, S)
-    is_rotated = asked.kind in ("channels", "lowrank", "kfac")
+    is_rotated = asked.kind in TWO_SIDED_KINDS
     # as many rows in a batch of either
     many = size * S // few
     factors = _Batches(model, settings, data, device, many, asked.factor_images, few)

@@ -184,7 +184,7 @@ class ExplainOptions(Stated):
             self.noise_seed,
             Projection(self.projection, self.num_features, self.seed),
             self.dtype,
-            whitening=None if self.whitening == "none" else WhiteningSettings(self.whitening),
+            whitening=WhiteningSettings.of(self.whitening),
         )
 
     @property

@@ -416,14 +416,13 @@ class Predictor:
         assert setting.method.output_function is not None
         projection = Projection(setting.projection, DEFAULT_PROJ_DIM[setting.projection])
         dtype = self.experiment.retraining.dtype(self.device)
-        whitening = None if setting.whitening == "none" else WhiteningSettings(setting.whitening)
         return FeatureSettings(
             setting.method.output_function,
             tuple(timesteps),
             0,
             projection,
             dtype,
-            whitening=whitening,
+            whitening=WhiteningSettings.of(setting.whitening),
         )
 
     def _extractor(
