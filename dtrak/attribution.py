@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .data.samples import Samples
+from .findings import Findings
 from .methods.scores import top_k
 from .runs.files import encode_tensors, expand_path, write_atomically
 from .runs.record import RUN_FILE, SCORES, ResultsError
@@ -44,6 +45,7 @@ class Attribution:
         facts: figures of the work, as name and text.
         ids: N names of the training images.
         query_ids: M names of the queries.
+        findings: how noisy the scores are and what stands out, as far as it was asked for.
     """
 
     scores: Tensor
@@ -52,6 +54,7 @@ class Attribution:
     settings: dict[str, Any]
     facts: dict[str, str] = field(default_factory=dict)
     names: tuple[list[str], list[str]] | None = None
+    findings: Findings | None = None
 
     @property
     def ids(self) -> list[str]:
