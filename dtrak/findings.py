@@ -37,7 +37,7 @@ class Findings:
         p_values: ``[M, N]`` float32, of each score against those of held-out images.
         stands_out: ``[M, N]`` bool, the scores that are more than held-out images get.
         verdicts: M texts, of at most two sentences.
-        look_alikes: ``[M, L]`` int64, the columns of the nearest training images, the nearest first.
+        look_alikes: ``[M, L]`` int64, the columns of the nearest images, the nearest first.
         likeness: how they were found, in words, such as ``"pixels"``.
         groups: scores of groups of training images.
     """
