@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+# packaged benchmarks that questions of accuracy are put to
+PRESETS = ("digits", "cifar2-16")
 
 
 @dataclass(frozen=True)
@@ -77,25 +79,34 @@ def run(
     measure: Callable[..., None],
     *,
     folder: Path | None = None,
+    presets: Sequence[str] = (),
 ) -> None:
     """The command of a page: measure (told whether to record, and whether it is a rehearsal).
 
     Args:
         table: what ``--docs`` rewrites and ``--check`` compares.
         description: of the command.
-        measure: given ``--record`` and ``--smoke``, and ``--folder`` where there is one.
-        folder: default of ``--folder``, where work is kept; None for a command that keeps none.
+        measure: given ``--record`` and ``--smoke``, and what of ``--folder`` and ``--preset`` there
+            is.
+        folder: default of ``--folder``, where work is kept; None for a command that keeps none, or
+            of ``runs/<preset>-whitening`` where there are presets.
+        presets: choices of ``--preset``, the first by default.
     """
     parser = argparse.ArgumentParser(description=description)
     for flag in ("record", "smoke", "docs", "check"):
         parser.add_argument(f"--{flag}", action="store_true")
-    if folder is not None:
+    if folder is not None or presets:
         parser.add_argument("--folder", type=Path, default=folder)
+    if presets:
+        parser.add_argument("--preset", choices=presets, default=presets[0])
     options = parser.parse_args()
     if options.docs or options.check:
         table.bring_up_to_date(only_check=options.check)
     else:
-        kept = () if folder is None else (options.folder,)
+        kept = [options.folder] if folder is not None else []
+        if presets:
+            place = options.folder or Path("runs") / f"{options.preset}-whitening"
+            kept = [place, options.preset]
         measure(options.record and not options.smoke, options.smoke, *kept)
 
 

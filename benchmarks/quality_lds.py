@@ -46,14 +46,20 @@ _POINT = 0.01
 
 
 def trained_run(
-    folder: Path, preset: Preset, num_queries: Mapping[str, int]
+    folder: Path, preset: Preset, num_queries: Mapping[str, int], **numbers: int
 ) -> tuple[Experiment, dict[str, Samples]]:
     """The run in ``folder`` with its full model and queries, as ``python -m dtrak.lds`` makes it.
 
     No subset model is trained: their losses come with the package.
+
+    Args:
+        folder: of the run.
+        preset: of the experiment.
+        num_queries: by their kind.
+        numbers: others, as `prepare` takes them.
     """
     counts = {f"num_{kind}": count for kind, count in num_queries.items()}
-    experiment, console = prepare(folder, preset, **counts), Console(stderr=True)
+    experiment, console = prepare(folder, preset, **counts, **numbers), Console(stderr=True)
     with progress_bar(console, "train") as progress, one_thread():
         train_one(experiment, FULL, CPU, progress)
     with progress_bar(console, "draw the queries") as progress:
@@ -70,7 +76,8 @@ def exact_gradients(
         shapes of the parameters.
     """
     model, retraining = experiment.load_model(), experiment.retraining
-    timesteps = select_timesteps(num_timesteps, "uniform", model.process.num_timesteps)
+    process = model.process
+    timesteps = select_timesteps(num_timesteps, "uniform", process.num_timesteps, process.spread)
     settings = FeatureSettings(function, tuple(timesteps), 0, Projection("none", 0))
     extractor = FusedExtractor(model, settings, CPU)
     parts = {TRAIN: retraining.samples(TRAIN, experiment.data, CPU), **queries}

@@ -1,10 +1,10 @@
-"""What whitening does to the LDS on the digits benchmark, by function, S, kind and width.
+"""What whitening does to the LDS on the packaged benchmarks, by function, S, kind and width.
 
 ``python benchmarks/quality_whitening.py --record`` appends a row per combination that
 benchmarks/results/whitening.jsonl lacks, ``--docs`` rewrites the tables of docs/whitening.md,
-``--check`` only says whether they are up to date. The digits' full model, its queries, the exact
-gradients (0.8 GB per function and S) and the fitted whitenings are kept in ``--folder``, and used
-again from there.
+``--check`` only says whether they are up to date, ``--preset cifar2-16`` measures on natural
+images. The full model, its queries, the exact gradients (0.8 GB per function and S on the digits)
+and the fitted whitenings are kept in ``--folder``, and used again from there.
 """
 
 import sys
@@ -19,11 +19,11 @@ import matplotlib as mpl
 import plots
 import torch
 from matplotlib.figure import Figure
-from pages import ROOT, Table, read_rows, record, run
+from pages import PRESETS, ROOT, Table, read_rows, record, run
 from quality_lds import CPU, exact_gradients, trained_run
 from torch import Tensor
 
-from dtrak.evaluation.lds.experiment import Experiment
+from dtrak.evaluation.lds.experiment import FULL, Experiment
 from dtrak.evaluation.lds.statistics import predict_groups
 from dtrak.evaluation.lds.table import (
     AUTO,
@@ -44,7 +44,6 @@ from dtrak_kernels import Projection, Whitening, project
 from dtrak_kernels.ridge import RidgeSolver
 
 RESULTS = ROOT / "benchmarks" / "results" / "whitening.jsonl"
-FOLDER = Path("runs") / "digits-whitening"
 
 FUNCTIONS = {"mean_squared_l2_norm": "D-TRAK", "loss": "TRAK", "mean": "mean"}
 KINDS = ("none", "scale", "diagonal", "channels", "lowrank", "kfac")
@@ -57,15 +56,18 @@ MULTIPLES = ("0.0001", "0.001", "0.01", "0.1", "0.3", UNIT, "3", "10")
 RESAMPLES = 1000
 
 
-def fitted(experiment: Experiment, function: str, num_timesteps: int, kind: str) -> Whitening:
-    """The whitening of a kind, kept in the folder once it is fitted."""
+def fitted(
+    experiment: Experiment, function: str, num_timesteps: int, kind: str, name: str = FULL
+) -> Whitening:
+    """The whitening of a model and a kind, kept in the folder once it is fitted."""
     folder = experiment.folder / "whitenings"
-    file = folder / f"{function}-{num_timesteps}-{kind}.safetensors"
+    member = "" if name == FULL else f"-{name}"
+    file = folder / f"{function}-{num_timesteps}-{kind}{member}.safetensors"
     if file.is_file():
         return Whitening.load(file, kind=kind, function=function)
     begin = time.perf_counter()
     model, data = (
-        experiment.load_model(),
+        experiment.load_model(name),
         experiment.retraining.samples(TRAIN, experiment.data, CPU),
     )
     process = model.process
@@ -132,9 +134,10 @@ def measure(
     return [{field: row[field] for field in kept} for row in table["rows"]]
 
 
-def combinations() -> Iterator[tuple[str, int, str, str, int]]:
+def combinations(preset: str) -> Iterator[tuple[str, int, str, str, int]]:
     """Function, S, kind, projection and K of every row, in the order they are measured."""
-    for steps, widths in ((STEPS, WIDTHS), (ENDS, MORE_WIDTHS)):
+    wanted = ((STEPS, WIDTHS), (ENDS, MORE_WIDTHS)) if preset == "digits" else ((ENDS, WIDTHS),)
+    for steps, widths in wanted:
         for num_timesteps, function, kind, width in product(steps, FUNCTIONS, KINDS, widths):
             yield function, num_timesteps, kind, "sjlt" if width else "none", width
 
@@ -144,21 +147,27 @@ def key_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(row[f] for f in ("function", "timesteps", "kind", "projection", "proj_dim"))
 
 
-def measure_and_record(is_recorded: bool, smoke: bool, folder: Path) -> None:
+def rows_of(preset: str) -> list[dict[str, Any]]:
+    """The rows of a benchmark; the first ones, of the digits, do not say so."""
+    return [row for row in read_rows(RESULTS) if row.get("preset", "digits") == preset]
+
+
+def measure_and_record(is_recorded: bool, smoke: bool, folder: Path, preset: str) -> None:
     """Append what is missing; without ``--record`` only print it."""
-    packaged = packaged_results("digits")
-    assert packaged is not None
+    packaged = packaged_results(preset)
+    if packaged is None:
+        sys.exit(f"the package must have results of {preset}, but has none")
     results, _ = packaged
     if smoke:
         rehearse(results)
         return
     torch.set_num_threads(1)
-    experiment, queries = trained_run(folder, get_preset("digits"), results.about["queries"])
+    experiment, queries = trained_run(folder, get_preset(preset), results.about["queries"])
     if not torch.equal(experiment.subsets[: len(results.subsets)], results.subsets):
         sys.exit(f"subsets of {folder} must be those of the packaged results, got others")
-    done = {key_of(row) for row in read_rows(RESULTS)}
+    done = {key_of(row) for row in rows_of(preset)}
     loaded: dict[Any, Any] = {}
-    for key in combinations():
+    for key in combinations(preset):
         if key in done:
             continue
         function, num_timesteps, kind, projection, width = key
@@ -185,6 +194,7 @@ def measure_and_record(is_recorded: bool, smoke: bool, folder: Path) -> None:
         how = WhiteningSettings(kind)
         row = {
             "case": "whitening",
+            "preset": preset,
             "function": function,
             "timesteps": num_timesteps,
             "kind": kind,
@@ -240,9 +250,11 @@ def _interval(case: dict[str, Any]) -> str:
     return f"{100 * case['held_out']['lds']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def table() -> list[str]:
-    """Lines of the page's table."""
-    rows = sorted(read_rows(RESULTS), key=_order)
+def table(preset: str = "digits") -> list[str]:
+    """Lines of the page's table of a benchmark."""
+    rows = sorted(rows_of(preset), key=_order)
+    if not rows:
+        return ["Not measured yet."]
     lines = [
         "| function | S | K | kind | λ held out (95 %) | λ = 1x | λ auto |",
         "|---|--:|--:|---|--:|--:|--:|",
@@ -260,13 +272,17 @@ def table() -> list[str]:
     return [
         *lines,
         "",
-        f"Rank correlation (LDS) on the digits, in %, validation / generated queries: "
+        f"Rank correlation (LDS) on `{preset}`, in %, validation / generated queries: "
         f"{last['models']} retrained models. λ is chosen on one half of them and judged on the "
         "other, both ways averaged, with bootstrap intervals (BCa); 1x is the mean squared feature "
         "norm of the training set and auto is chosen from training features, both judged on all "
-        f"models. Factors from {last['factor_rows']} rows, scales from {last['scale_images']} "
-        f"images. torch {last['torch']}, {len(rows)} rows.",
+        f"models. Factors from {_several(rows, 'factor_rows')} rows, scales from "
+        f"{_several(rows, 'scale_images')} images. torch {last['torch']}, {len(rows)} rows.",
     ]
+
+
+def _several(rows: list[dict[str, Any]], field: str) -> str:
+    return " or ".join(map(str, sorted({row[field] for row in rows})))
 
 
 def price_table() -> list[str]:
@@ -304,7 +320,7 @@ def price_table() -> list[str]:
 
 def draw(file: Path) -> None:
     """A panel per function, S and width: λ held out, by kind, with intervals."""
-    rows = sorted(read_rows(RESULTS), key=_order)
+    rows = sorted(rows_of("digits"), key=_order)
     panels: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         panels.setdefault(_order(row)[:4], []).append(row)
@@ -358,7 +374,11 @@ class Page(Table):
     def bring_up_to_date(self, *, only_check: bool) -> None:
         """See `Table.bring_up_to_date`."""
         super().bring_up_to_date(only_check=only_check)
-        Table(PAGE, "whitening-price", price_table).bring_up_to_date(only_check=only_check)
+        for marker, make in (
+            ("whitening-natural", lambda: table("cifar2-16")),
+            ("whitening-price", price_table),
+        ):
+            Table(PAGE, marker, make).bring_up_to_date(only_check=only_check)
         if not only_check:
             draw(PAGE.with_suffix(".svg"))
 
@@ -368,7 +388,7 @@ TABLE = Page(PAGE, "whitening", table)
 
 def main() -> None:
     """Measure, or rewrite or check the page."""
-    run(TABLE, __doc__, measure_and_record, folder=FOLDER)
+    run(TABLE, __doc__, measure_and_record, presets=PRESETS)
 
 
 if __name__ == "__main__":

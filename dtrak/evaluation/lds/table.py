@@ -363,6 +363,7 @@ def make_table(
     *,
     num_resamples: int = NUM_RESAMPLES,
     progress: Callable[[int, int], None] | None = None,
+    pairs: Iterable[tuple[str, str]] = (),
 ) -> dict[str, Any]:
     """Every figure of the report.
 
@@ -370,6 +371,7 @@ def make_table(
         results: of an experiment, with 4 models or more.
         num_resamples: B, at least 1,000 for intervals to mean anything.
         progress: called with (entries done, entries).
+        pairs: names of methods whose difference is wanted beside the usual ones.
 
     Returns:
         JSON-serialisable: ``rows``, one per method, S, projection and kind of query, and
@@ -404,7 +406,7 @@ def make_table(
             rules |= {(*key, rule): estimate for rule, estimate in estimates.items()}
             if progress is not None:
                 progress(len(rows), total)
-    differences = list(_differences(held_out, rules))
+    differences = list(_differences(held_out, rules, tuple(pairs)))
     if len(results.subsets) < FEWEST_WITH_INTERVALS:
         for cells in (*rows, *differences):
             _leave_out_intervals(cells)
@@ -484,11 +486,14 @@ def _cross_fit(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 def _differences(
     held_out: Mapping[tuple[str, str, int, str], _Estimate],
     rules: Mapping[tuple[str, str, int, str, str], _Estimate],
+    pairs: Sequence[tuple[str, str]],
 ) -> Iterable[dict[str, Any]]:
     """What is worth comparing on the same resamples: methods, projections, rules for λ."""
     wanted: list[tuple[str, Any, Any]] = []
     for key in held_out:
         kind, method, S, projection = key
+        asked = [(one, other) for one, other in pairs if one == method]
+        wanted += [(f"{one} - {other}", key, (kind, other, S, projection)) for one, other in asked]
         if projection == "none":
             continue
         if method == "D-TRAK":

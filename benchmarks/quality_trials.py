@@ -1,0 +1,564 @@
+"""What else could make attribution more accurate, tried on the packaged benchmarks.
+
+``python benchmarks/quality_trials.py --preset digits --record`` appends a row per output function
+and whitening that benchmarks/results/trials.jsonl lacks, ``--docs`` rewrites the tables of
+docs/trials.md, ``--check`` only says whether they are up to date. Kernels are exact (no
+projection), S is 10, λ is chosen on one half of the retrained models and judged on the other.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from pages import PRESETS, ROOT, Table, read_rows, record, run
+from quality_lds import CPU, trained_run
+from quality_whitening import FUNCTIONS, QUERIES, fitted, reduced
+from rich.console import Console
+from torch import Tensor
+
+from dtrak.data.samples import Samples
+from dtrak.evaluation.lds.experiment import Experiment, train_one
+from dtrak.evaluation.lds.options import RETRAIN
+from dtrak.evaluation.lds.statistics import predict_groups
+from dtrak.evaluation.lds.table import (
+    AUTO,
+    UNIT,
+    Entry,
+    Results,
+    dense_ranks,
+    make_table,
+    packaged_results,
+)
+from dtrak.evaluation.retraining import TRAIN
+from dtrak.features.extraction import condition_rows, given, output_rows
+from dtrak.features.noise import sample_noise
+from dtrak.features.settings import FeatureSettings
+from dtrak.features.timesteps import select_timesteps
+from dtrak.methods.scores import gradient_dot, trak
+from dtrak.models.denoiser import Denoiser
+from dtrak.pages import tables
+from dtrak.runs.console import progress_bar
+from dtrak.training.presets import get_preset
+from dtrak.training.trainer import one_thread
+from dtrak_kernels import GradientSketcher, Projection, Whitening
+from dtrak_kernels.gradients.whitening.roots import DenseRoot
+from dtrak_kernels.ridge import RidgeSolver
+
+RESULTS = ROOT / "benchmarks" / "results" / "trials.jsonl"
+PAGE = ROOT / "docs" / "trials.md"
+
+TIMESTEPS, MEMBERS, BATCH = 10, 4, 16
+# of the mean squared feature norm of the training set
+MULTIPLES = ("0.0001", "0.001", "0.01", "0.1", UNIT, "10")
+RESAMPLES = 1000
+WHITENINGS = ("none", "lowrank")
+PLAIN = "as it is"
+# how the S rows of a sample are drawn, beside S evenly spaced timesteps with a noise each
+SCHEMES = {
+    "stratified": "stratified timesteps",
+    "antithetic": "noises in pairs ±η",
+    "both": "stratified, in pairs ±η",
+}
+# of EK-FAC influence: λ of a parameter, of the mean of its second moments; the published one is
+# where others have "auto"
+_PUBLISHED_DAMPING = 0.01
+_TOP = 10
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """Averaged gradients of the training images and of the queries, one kind after the other.
+
+    Attributes:
+        train: ``[N, P]`` float32.
+        queries: ``[M, P]`` float32.
+    """
+
+    train: Tensor
+    queries: Tensor
+
+    def whitened(self, whitening: Whitening) -> "Gradients":
+        """The map of both."""
+        return Gradients(_apply(whitening, self.train), _apply(whitening, self.queries))
+
+
+def _apply(whitening: Whitening, grads: Tensor) -> Tensor:
+    return torch.cat([whitening.apply(part) for part in grads.split(100)])
+
+
+def drawn_timesteps(
+    scheme: str, ids: Sequence[str], every: Sequence[int], num_train_timesteps: int
+) -> list[list[int]]:
+    """S timesteps of every sample; pairs of noises share one.
+
+    Args:
+        scheme: one of `SCHEMES`; anything else takes ``every``.
+        ids: of the samples, which decide the draw.
+        every: S evenly spaced timesteps.
+        num_train_timesteps: T.
+    """
+    count = len(every) // 2 if scheme in ("antithetic", "both") else len(every)
+    if scheme not in ("stratified", "both"):
+        return [[*every[:: len(every) // count]] for _ in ids]
+    # one number a sample and stratum, from the noise that the sample owns
+    places = sample_noise(ids, list(range(count)), (1,), seed=1, dtype=torch.float64)[..., 0]
+    inside = torch.special.ndtr(places)
+    steps = (torch.arange(count) + inside) * num_train_timesteps / count
+    return steps.long().clamp(max=num_train_timesteps - 1).tolist()
+
+
+def row_gradients(
+    model: Denoiser, settings: FeatureSettings, data: Samples, role: str, scheme: str
+) -> Iterator[Tensor]:
+    """``[B, S, P]`` gradients of every row of every sample, batch by batch."""
+    sketcher = GradientSketcher(
+        model.module, Projection("none"), parameters=model.parameters(), rows_per_sample=1
+    )
+    model.prepare(data.conditions, CPU)
+    process, is_paired = model.process, scheme in ("antithetic", "both")
+    for first in range(0, len(data), BATCH):
+        part = data.select(range(first, min(first + BATCH, len(data))))
+        ids = [f"{role}/{name}" for name in part.ids]
+        inputs = given(model, part, slice(None), CPU)
+        rows = []
+        chosen = drawn_timesteps(scheme, ids, settings.timesteps, process.num_timesteps)
+        for number, steps in enumerate(chosen):
+            one = slice(number, number + 1)
+            noise = sample_noise(ids[one], steps, inputs.shape[1:], seed=settings.noise_seed)[0]
+            noise = torch.cat([noise, -noise]) if is_paired else noise
+            timesteps = torch.tensor(steps * 2 if is_paired else steps)
+            clean = inputs[one].expand_as(noise)
+            target = process.target(clean, noise, timesteps)
+            rows.append((process.add(clean, noise, timesteps), target, timesteps))
+        noisy, target, timesteps = (torch.cat(column) for column in zip(*rows, strict=True))
+        count = len(timesteps) // len(part)
+        condition = condition_rows(model, part.conditions, count, inputs)
+        outputs = output_rows(model, settings, (noisy, target, timesteps), part.ids, condition, 1.0)
+        yield sketcher.sketch(outputs, len(timesteps)).unflatten(0, (len(part), count))
+
+
+def averaged(
+    model: Denoiser,
+    settings: FeatureSettings,
+    parts: Mapping[str, Samples],
+    scheme: str,
+    maps: Mapping[str, Callable[[Tensor], Tensor]],
+    label: str,
+) -> dict[str, Gradients]:
+    """The mean over a sample's rows of several functions of its row gradients ``[B, S, P]``."""
+    found: dict[str, dict[str, list[Tensor]]] = {name: {} for name in maps}
+    done, total = 0, sum(len(data) for data in parts.values())
+    with progress_bar(Console(stderr=True), label) as progress:
+        for part, data in parts.items():
+            role = "train" if part == TRAIN else "query"
+            for grads in row_gradients(model, settings, data, role, scheme):
+                for name, function in maps.items():
+                    found[name].setdefault(part, []).append(function(grads).mean(1))
+                done += len(grads)
+                progress(done, total)
+    joined = {}
+    for name in maps:
+        parts_of = found.pop(name)
+        queries = [torch.cat(parts_of[kind]) for kind in QUERIES]
+        joined[name] = Gradients(torch.cat(parts_of[TRAIN]), torch.cat(queries))
+    return joined
+
+
+def unit(grads: Tensor) -> Tensor:
+    """Every row over its norm."""
+    return torch.nn.functional.normalize(grads, dim=-1, eps=1e-30)
+
+
+def whitened_unit(whitening: Whitening) -> Callable[[Tensor], Tensor]:
+    """Every whitened row over its norm."""
+    return lambda grads: unit(whitening.apply(grads.flatten(0, 1)).unflatten(0, grads.shape[:2]))
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Turns scores at several λ into an entry of the table.
+
+    Attributes:
+        results: the retrained models.
+    """
+
+    results: Results
+
+    def entry(
+        self, name: str, scores: Callable[[float], Tensor], unit: float, auto: float
+    ) -> Entry:
+        """An entry of predictions at all multiples of ``unit``, and at ``auto``."""
+        dampings = [float(multiple) * unit for multiple in MULTIPLES] + [auto]
+        subsets = self.results.subsets
+        ranks = dense_ranks(torch.stack([predict_groups(scores(d), subsets) for d in dampings]))
+        return Entry(name, TIMESTEPS, "", QUERIES, (*MULTIPLES, AUTO), tuple(dampings), ranks)
+
+    def kernel(self, grads: Gradients, names: Mapping[str, Any]) -> Iterator[Entry]:
+        """Entries of the exact kernel, a transformation of its scores each."""
+        train, queries = reduced(grads.train, grads.queries)
+        solver = RidgeSolver(train)
+        norm = float(train.double().square().sum(1).mean())
+        auto = solver.auto_damping()
+        for name, change in names.items():
+            yield self.entry(name, lambda d, f=change: f(solver, train, queries, d), norm, auto)
+
+    def table(self, entries: Sequence[Entry], base: str) -> list[dict[str, Any]]:
+        """Figures of all entries, by kind of query, with differences to one of them."""
+        kept = {kind: self.results.losses[kind] for kind in QUERIES}
+        pairs = [(entry.method, base) for entry in entries if entry.method != base]
+        made = make_table(
+            Results(self.results.about, self.results.subsets, kept, list(entries)),
+            num_resamples=RESAMPLES,
+            pairs=pairs,
+        )
+        differences = {(d["name"], d["queries"]): d for d in made["differences"]}
+        cases = []
+        for row in made["rows"]:
+            found = differences.get((f"{row['method']} - {base}", row["queries"]))
+            difference = found and {name: found[name] for name in ("difference", "bca")}
+            fields = ("queries", "method", "held_out", "in_sample", "chosen", UNIT, AUTO, "all")
+            case = {field: row[field] for field in fields if field in row}
+            cases.append(case | {"over": difference})
+        return cases
+
+
+def plain_scores(solver: RidgeSolver, _: Tensor, queries: Tensor, damping: float) -> Tensor:
+    """TRAK's."""
+    return trak(solver, queries, damping)
+
+
+def squared(solver: RidgeSolver, _: Tensor, queries: Tensor, damping: float) -> Tensor:
+    """Their squares: every image that matters, for or against, counts as a proponent."""
+    return trak(solver, queries, damping).double().square()
+
+
+def left_out(solver: RidgeSolver, train: Tensor, queries: Tensor, damping: float) -> Tensor:
+    """Over 1 - h, h the leverage of the training image: what leaving it out does to its fit."""
+    leverage = torch.cat(
+        [
+            trak(solver, train[i : i + 200], damping)[:, i : i + 200].diagonal()
+            for i in range(0, len(train), 200)
+        ]
+    ).double()
+    return trak(solver, queries, damping).double() / (1 - leverage).clamp(min=1e-6)
+
+
+def layer_weighted(
+    grads: Gradients, groups: Sequence[tuple[int, int]]
+) -> tuple[Callable[[float], Tensor], float, float]:
+    """Scores whose layers are weighted so that the best matches stand out; no label is looked at.
+
+    The weights w, of a softmax, make ``mean of the k largest scores / norm of all`` of a query
+    largest, over all queries of a kind, minus ``‖w‖²``: the criterion of Li et al. 2026
+    (arXiv:2506.05647), with k = 10, 200 steps of Adam.
+
+    Returns:
+        Scores by λ, the mean squared norm of a feature, and λ auto.
+    """
+    N = len(grads.train)
+    gram, crosses = torch.zeros(N, N, dtype=torch.float64), []
+    for first, last in groups:
+        train = grads.train[:, first:last].double()
+        gram += train @ train.T
+        crosses.append(grads.queries[:, first:last].double() @ train.T)
+    cross = torch.stack(crosses)
+    values, vectors = torch.linalg.eigh(gram)
+    train = vectors * values.clamp(min=0).sqrt()
+
+    def scores(damping: float) -> Tensor:
+        inverse = (vectors / (values.clamp(min=0) + damping)) @ vectors.T
+        by_layer = cross @ inverse
+        half = by_layer.shape[1] // 2
+        return torch.cat(
+            [torch.einsum("l,lmn->mn", _weights(x), x) for x in by_layer.split(half, 1)]
+        )
+
+    return scores, float(values.sum() / N), RidgeSolver(train).auto_damping()
+
+
+def _weights(by_layer: Tensor) -> Tensor:
+    """``[L]`` weights for scores ``[L, M, N]``."""
+    logits = torch.zeros(len(by_layer), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=0.05)
+    for _ in range(200):
+        weights = logits.softmax(0)
+        scores = torch.einsum("l,lmn->mn", weights, by_layer)
+        best = scores.topk(_TOP, dim=1).values.mean(1) / scores.norm(dim=1).clamp(min=1e-300)
+        # a norm of N alike scores is √N times one of them
+        loss = -(best * by_layer.shape[2] ** 0.5).mean() + weights.square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return logits.detach().softmax(0)
+
+
+def layers_of(names: Sequence[str], shapes: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """First and last column of every module's parameters."""
+    groups: dict[str, list[int]] = {}
+    column = 0
+    for name, shape in zip(names, shapes, strict=True):
+        size = torch.Size(shape).numel()
+        groups.setdefault(name.rpartition(".")[0], [column, column])[1] = column + size
+        column += size
+    return [(first, last) for first, last in groups.values()]
+
+
+def into_eigenbasis(whitening: Whitening) -> Whitening:
+    """The rotation of a K-FAC whitening into the eigenvectors of A and B, without any scale."""
+    parameters = []
+    for parameter in whitening.parameters:
+        is_bias = len(parameter.shape) == 1
+        rows, columns = (
+            _eigenvectors(root, is_transposed)
+            for root, is_transposed in ((parameter.rows, not is_bias), (parameter.columns, False))
+        )
+        is_kept = not parameter.is_zero
+        scale = torch.tensor(float(is_kept))
+        parameters.append(replace(parameter, scale=scale, rows=rows, columns=columns))
+    return replace(whitening, parameters=tuple(parameters))
+
+
+def _eigenvectors(root: Any, is_transposed: bool) -> DenseRoot | None:
+    if root is None:
+        return None
+    if not isinstance(root, DenseRoot):
+        raise TypeError("factors must be at most 1,024 wide")
+    vectors = torch.linalg.eigh(root.matrix.double())[1].float()
+    return DenseRoot(vectors.mT if is_transposed else vectors)
+
+
+def ekfac_influence(grads: Gradients, whitening: Whitening) -> Callable[[float], Tensor]:
+    """EK-FAC influence of averaged gradients by its damping, of each parameter's mean.
+
+    Source:
+        Grosse et al. 2023 (arXiv:2308.03296); second moments of gradients averaged over the
+        timesteps, as features are.
+    """
+    rotated = grads.whitened(into_eigenbasis(whitening))
+    moments = sum(part.double().square().sum(0) for part in rotated.train.split(100))
+    moments = moments / len(rotated.train)
+    sizes = [torch.Size(shape).numel() for shape in whitening.shapes]
+    means = torch.cat([part.mean().expand(len(part)) for part in moments.split(sizes)])
+
+    def scores(damping: float) -> Tensor:
+        inverse = (1 / (moments + damping * means).clamp(min=1e-300)).float()
+        inverse[means == 0] = 0
+        return gradient_dot(rotated.queries * inverse, rotated.train)
+
+    return scores
+
+
+def trial_entries(
+    experiment: Experiment, parts: Mapping[str, Samples], judge: Judge, function: str, kind: str
+) -> Iterator[Entry]:
+    """Every trial of an output function and a whitening."""
+    model = experiment.load_model()
+    process = model.process
+    steps = tuple(select_timesteps(TIMESTEPS, "uniform", process.num_timesteps, process.spread))
+    settings = FeatureSettings(function, steps, 0, Projection("none"))
+    whitening = None if kind == "none" else fitted(experiment, function, TIMESTEPS, kind)
+
+    def rows(scheme: str) -> dict[str, Gradients]:
+        maps = {"plain": lambda grads: grads}
+        if scheme == "":
+            maps["unit"] = unit if whitening is None else whitened_unit(whitening)
+        label = f"{other} {kind} {scheme}"
+        found = averaged(
+            model, replace(settings, output_function=other), parts, scheme, maps, label
+        )
+        if whitening is not None:
+            found["plain"] = found["plain"].whitened(whitening)
+        return found
+
+    found = rows("")
+    yield from judge.kernel(found.pop("unit"), {"unit timesteps": plain_scores})
+    plain = found["plain"]
+    changes = {
+        PLAIN: plain_scores,
+        "over 1 - h": left_out,
+        "squared": squared,
+    }
+    yield from judge.kernel(plain, changes)
+    names = [name for name, _ in model.module.named_parameters() if name in model.parameters()]
+    shapes = [model.module.get_parameter(name).shape for name in names]
+    scores, norm, auto = layer_weighted(plain, layers_of(names, shapes))
+    yield judge.entry("layers weighted", scores, norm, auto)
+    if kind != "none":
+        kfac = fitted(experiment, function, TIMESTEPS, "kfac")
+        raw = averaged(
+            model, settings, parts, "", {"plain": lambda grads: grads}, f"{function} raw"
+        )["plain"]
+        influence = ekfac_influence(raw, kfac)
+        yield judge.entry("EK-FAC influence, no kernel", influence, 1.0, _PUBLISHED_DAMPING)
+        del raw, influence
+    for other, title in FUNCTIONS.items():
+        if other != function:
+            queries = {name: data for name, data in parts.items() if name != TRAIN}
+            crossed = averaged(
+                model,
+                replace(settings, output_function=other),
+                {TRAIN: parts[TRAIN].select(range(1)), **queries},
+                "",
+                {"plain": lambda grads: grads},
+                f"queries of {other}",
+            )["plain"]
+            if whitening is not None:
+                crossed = crossed.whitened(whitening)
+            mixed = Gradients(plain.train, crossed.queries)
+            yield from judge.kernel(mixed, {f"queries by f of {title}": plain_scores})
+    del plain, found
+    for scheme, title in SCHEMES.items():
+        yield from judge.kernel(rows(scheme)["plain"], {title: plain_scores})
+    yield ensemble_entry(experiment, parts, judge, settings, kind)
+
+
+def ensemble_entry(
+    experiment: Experiment,
+    parts: Mapping[str, Samples],
+    judge: Judge,
+    settings: FeatureSettings,
+    kind: str,
+) -> Entry:
+    """Mean scores of models trained on halves of their own, λ one multiple of each one's norm."""
+    members = []
+    for name in experiment.names(0, MEMBERS, RETRAIN):
+        model = experiment.load_model(name)
+        grads = averaged(
+            model, settings, parts, "", {"plain": lambda grads: grads}, f"model {name}"
+        )["plain"]
+        if kind != "none":
+            grads = grads.whitened(
+                fitted(experiment, settings.output_function, TIMESTEPS, kind, name)
+            )
+        train, queries = reduced(grads.train, grads.queries)
+        solver = RidgeSolver(train)
+        norm = float(train.double().square().sum(1).mean())
+        members.append((solver, queries, norm, solver.auto_damping() / norm))
+    automatic = members[0][3]
+
+    def scores(multiple: float) -> Tensor:
+        total: Any = 0
+        for solver, queries, norm, auto in members:
+            chosen = auto if multiple == automatic else multiple
+            total = total + trak(solver, queries, chosen * norm).double()
+        return total / len(members)
+
+    return judge.entry(f"{MEMBERS} models", scores, 1.0, automatic)
+
+
+def measure_and_record(is_recorded: bool, smoke: bool, folder: Path, preset: str) -> None:
+    """Append what is missing; without ``--record`` only print it."""
+    if smoke:
+        rehearse()
+        return
+    packaged = packaged_results(preset)
+    if packaged is None:
+        sys.exit(f"the package must have results of {preset}, but has none")
+    results, _ = packaged
+    torch.set_num_threads(1)
+    experiment, queries = trained_run(
+        folder, get_preset(preset), results.about["queries"], num_retrain=MEMBERS
+    )
+    if not torch.equal(experiment.subsets[: len(results.subsets)], results.subsets):
+        sys.exit(f"subsets of {folder} must be those of the packaged results, got others")
+    for name in experiment.names(0, MEMBERS, RETRAIN):
+        with progress_bar(Console(stderr=True), f"train {name}") as progress, one_thread():
+            train_one(experiment, name, CPU, progress)
+    parts = {TRAIN: experiment.retraining.samples(TRAIN, experiment.data, CPU), **queries}
+    judge = Judge(results)
+    done = {(row["preset"], row["function"], row["whitening"]) for row in read_rows(RESULTS)}
+    for function, kind in product(FUNCTIONS, WHITENINGS):
+        if (preset, function, kind) in done:
+            continue
+        entries = list(trial_entries(experiment, parts, judge, function, kind))
+        row = {
+            "case": "trials",
+            "preset": preset,
+            "function": function,
+            "whitening": kind,
+            "timesteps": TIMESTEPS,
+            "models": len(results.subsets),
+            "cases": judge.table(entries, PLAIN),
+        }
+        if is_recorded:
+            record(RESULTS, row)
+        for case in row["cases"]:
+            sys.stdout.write(
+                f"{preset} {function} {kind}, {case['method']}, {case['queries']}: "
+                f"{100 * case['held_out']['lds']:.1f}\n"
+            )
+        sys.stdout.flush()
+
+
+def rehearse() -> None:
+    """Random gradients of the digits' sizes: everything but the model."""
+    packaged = packaged_results("digits")
+    assert packaged is not None
+    judge, generator = Judge(packaged[0]), torch.Generator().manual_seed(0)
+    N, M = judge.results.subsets.shape[1], sum(judge.results.losses[k].shape[1] for k in QUERIES)
+    grads = Gradients(*(torch.randn(n, 256, generator=generator) for n in (N, M)))
+    entries = list(judge.kernel(grads, {PLAIN: plain_scores, "squared": squared}))
+    entries.append(judge.entry("layers weighted", *layer_weighted(grads, [(0, 100), (100, 256)])))
+    for case in judge.table(entries, PLAIN):
+        sys.stdout.write(f"random, {case['method']}, {case['queries']}: {case['held_out']}\n")
+
+
+def table() -> list[str]:
+    """Lines of the page's tables, one per benchmark."""
+    rows = read_rows(RESULTS)
+    lines: list[str] = []
+    for preset in PRESETS:
+        found = {(r["function"], r["whitening"]): r for r in rows if r["preset"] == preset}
+        if not found:
+            continue
+        methods = list(
+            dict.fromkeys(case["method"] for row in found.values() for case in row["cases"])
+        )
+        methods.sort(key=lambda name: name != PLAIN)
+        heads = [
+            f"{FUNCTIONS[function]}{'' if kind == 'none' else ', whitened'}"
+            for function, kind in found
+        ]
+        body = [(name, *(_cell(row["cases"], name) for row in found.values())) for name in methods]
+        last = next(reversed(found.values()))
+        lines += [
+            f"### {preset}",
+            "",
+            *tables.Table(("", *heads), body, words=("",)).markdown(),
+            "",
+            f"LDS in %, validation / generated queries, {last['models']} retrained models, S = "
+            f"{last['timesteps']}, exact kernel, λ held out. Bold: the 95 % interval of the paired "
+            f'difference to "{PLAIN}" lies above zero; struck out: below. torch {last["torch"]}.',
+            "",
+        ]
+    return lines[:-1]
+
+
+def _cell(cases: Sequence[Mapping[str, Any]], method: str) -> str:
+    texts = []
+    for kind in QUERIES:
+        found = [c for c in cases if c["method"] == method and c["queries"] == kind]
+        if not found:
+            return ""
+        text = f"{100 * found[0]['held_out']['lds']:.1f}"
+        if found[0]["over"] is not None:
+            low, high = found[0]["over"]["bca"]
+            text = f"**{text}**" if low > 0 else f"~~{text}~~" if high < 0 else text
+        texts.append(text)
+    return " / ".join(texts)
+
+
+TABLE = Table(PAGE, "trials", table)
+
+
+def main() -> None:
+    """Measure, or rewrite or check the page."""
+    run(TABLE, __doc__, measure_and_record, presets=PRESETS)
+
+
+if __name__ == "__main__":
+    main()
