@@ -47,6 +47,8 @@ from dtrak_kernels.sjlt.torch import ParameterSketch
 
 RESULTS = ROOT / "benchmarks" / "results" / "predicted.jsonl"
 RANK, WIDTH, S = 16, 32768, 10
+# of a low-rank whitening
+DIRECTIONS = 64
 # cycles from a tile's first load to its first product, in which a program does nothing else
 FILL = 600
 # of a multiprocessor: registers, threads, bytes of shared memory
@@ -139,9 +141,12 @@ class Launch:
 
 
 def launches_of(
-    shape: LayerShape, samples: int, arch: int, *, is_last: bool = True
+    shape: LayerShape, samples: int, arch: int, *, is_last: bool = True, is_thin: bool = False
 ) -> list[Launch]:
-    """What a batch launches for a layer, in bfloat16; unless ``is_last``, on channels first."""
+    """What a batch launches for a layer, in bfloat16; unless ``is_last``, on channels first.
+
+    ``is_thin``: the second launch of a whitened convolution.
+    """
     found: list[Launch] = []
     stand_in = Emulated(sketch_kernel._sketch_kernel, arch)
 
@@ -162,12 +167,21 @@ def launches_of(
             x, delta = (a.to(memory_format=torch.channels_last) for a in (x, delta))
         out = torch.empty(samples, WIDTH)
     sketch = ParameterSketch(tuple(module.weight.shape), 0, WIDTH, 1)
+    rows = S
+    if is_thin:
+        # what `low_rank_part` makes of a convolution: one input for all samples
+        module = nn.Linear(1, 1, bias=False, device="meta")
+        outputs, inputs = matrix_of(shape)
+        like = {"dtype": torch.bfloat16, "device": "meta"}
+        x = torch.empty(2 * DIRECTIONS, inputs, **like).expand(samples, -1, -1)
+        delta = torch.empty(samples, 2 * DIRECTIONS, outputs, **like)
+        rows = 1
     with (
         mock.patch.object(sketch_kernel, "_channels_last", lambda images: images),
         mock.patch.object(sketch_kernel, "launch", note),
         mock.patch.object(sketch_kernel, "config_on", config_on),
     ):
-        sketch_kernel.launch_sketch(module, x, delta, sketch, out, S)
+        sketch_kernel.launch_sketch(module, x, delta, sketch, out, rows)
     return found
 
 
@@ -286,15 +300,63 @@ def operand_wavefronts(instruction: Any, warps: int) -> int:
     return warps // 4 * (rows + columns) * 32 // 128
 
 
+def matrix_of(shape: LayerShape) -> tuple[int, int]:
+    """Rows and columns of a layer's weight."""
+    of = dict(shape.options)
+    if shape.kind == "linear":
+        return of["out_features"], of["in_features"]
+    return of["out_channels"], of["in_channels"] // of["groups"] * shape_taps(shape)
+
+
+def whitened(shape: LayerShape, samples: int, card: Card, compiler: Compiler) -> Counter[str]:
+    """What `lowrank` adds to a layer's sketch: seconds of each step, one after the other.
+
+    Products that torch makes take the time of their work, in float32 but for the r filters, or of
+    moving what they read and write once, whichever is longer.
+    """
+    (outputs, inputs), taps = matrix_of(shape), shape_taps(shape)
+    rows, float32 = samples * S, card.processors * card.fma * 2 * card.clock
+    with torch.device("meta"):
+        positions = rows * shape.make()(torch.empty(1, *shape.x)).numel() // outputs
+    values = positions * inputs // taps
+    entries = samples * outputs * inputs
+
+    def product(work: float, moved: float, rate: float = float32) -> float:
+        return max(work / rate, moved / card.memory)
+
+    if taps > 1:
+        # r filters, their product with the output gradients, the second launch
+        thin = positions * DIRECTIONS
+        seconds = Counter(
+            directions=product(2 * thin * inputs, 2 * (values + thin), card.matrix),
+            product=product(2 * thin * outputs, 4 * (positions * outputs + thin)),
+        )
+        second = predict(shape, samples, card, compiler, is_thin=True)
+        return seconds + Counter(launch=second["seconds"])
+    root = 4 * DIRECTIONS
+    on_input = product(root * values, 4 * 4 * values)
+    # formed by 16-bit products, whitened, and scattered once
+    formed = 2 * positions * outputs * inputs / card.matrix
+    on_slices = formed + product(root * entries, 6 * 4 * entries)
+    is_formed = root * entries + 2 * positions * outputs * inputs < root * values
+    return Counter(slices=on_slices) if is_formed else Counter(input=on_input)
+
+
 def predict(
-    shape: LayerShape, samples: int, card: Card, compiler: Compiler, *, is_last: bool = True
+    shape: LayerShape,
+    samples: int,
+    card: Card,
+    compiler: Compiler,
+    *,
+    is_last: bool = True,
+    is_thin: bool = False,
 ) -> dict[str, Any]:
     """Seconds that each resource is busy with a batch of one layer, and the least there can be."""
     seconds: Counter[str] = Counter()
     facts: dict[str, Any] = {"variants": [], "launches": 0}
     matrix = moved = 0.0
     # K is a multiple of every tile: no window reaches into another one
-    for launch in launches_of(shape, samples, card.arch, is_last=is_last):
+    for launch in launches_of(shape, samples, card.arch, is_last=is_last, is_thin=is_thin):
         of, program = launch.arguments, compiler.program(launch)
         blocks, warps = of["blocks"], of["num_warps"]
         tiles = of["tiles_ptr"].shape[0] / blocks
@@ -304,7 +366,7 @@ def predict(
         seconds.update(pipe_seconds(executed, warps * fullest, card))
         work = 2.0 * launch.programs * tiles * of["BM"] * of["BN"] * launch.positions
         bytes_each = of["x_ptr"].element_size()
-        per_position = of["O"] + of["C"] // max(1, shape_taps(shape))
+        per_position = of["O"] + of["C"] // max(1, 1 if is_thin else shape_taps(shape))
         moved += bytes_each * samples * launch.positions * per_position
         moved += 8.0 * launch.programs * of["BM"] * of["BN"]
         matrix += work
@@ -353,7 +415,9 @@ def predict_model(name: str, card: Card, *, smoke: bool = False) -> dict[str, An
     shapes = make()[:2] if smoke else make()
     layers = []
     for shape in shapes:
-        row = predict(shape, samples, card, compiler_of(card.arch))
+        compiler = compiler_of(card.arch)
+        row = predict(shape, samples, card, compiler)
+        row["whitening"] = dict(whitened(shape, samples, card, compiler))
         layers.append({"layer": shape.name, "count": shape.count} | row)
         print(
             f"  {shape.name:34} x {shape.count:3} {1e6 * row['seconds']:9.1f} us by {row['limit']}",
@@ -369,6 +433,7 @@ def predict_model(name: str, card: Card, *, smoke: bool = False) -> dict[str, An
         "launches": total("launches"),
         "seconds": total("seconds"),
         "ideal": total("ideal"),
+        "whitening": sum(n["count"] * sum(n["whitening"].values()) for n in layers),
         "layers": layers,
     }
 

@@ -166,3 +166,52 @@ def test_launches_without_a_whitening_keep_their_bits(device):
     assert torch.equal(plain, scaled)
     grads = looped_gradients(module, lambda m, rows: m(rows).flatten(1).sum(1), (x,), 1)
     assert grads.shape == (4, 1230)
+
+
+def test_the_low_rank_part_of_a_layer_in_bfloat16():
+    """What it takes away is most of the gradient: one rounding of it would be seen."""
+    torch.manual_seed(4)
+    conv = nn.Conv2d(6, 9, 3, padding=1, bias=False)
+    # one direction has nearly all of the energy
+    x = (torch.randn(40, 6, 6, 6) + 30).bfloat16()
+    whitening = fitted(conv, x.float(), "lowrank", 1)
+    root = whitening.parameters[0].columns
+    assert isinstance(root, LowRankRoot)
+    assert root.is_short
+    d = torch.randn(40, 9, 6, 6).bfloat16()
+    part = low_rank_part(LayerGradient(conv.bfloat16(), x, d, 2), root)
+    assert part.x.dtype == part.output_grads.dtype == torch.bfloat16
+    assert part.x.shape[1] == 2 * root.basis.shape[2]
+    found = part.output_grads.double().transpose(1, 2) @ part.x.double()
+    conv = conv.double()
+    grads = []
+    for a, b in zip(x.double().split(2), d.double().split(2), strict=True):
+        grads.append(torch.autograd.grad(conv(a), conv.weight, b)[0])
+    matrix = torch.stack(grads).movedim(2, -1).flatten(2)
+    basis = root.basis[0].double()
+    wanted = matrix @ basis @ torch.diag(root.gains[0].double()) @ basis.T
+    whole = matrix * root.factor + wanted
+    error = (found - wanted).norm() / whole.norm()
+    assert error < 0.01
+    # nearly all of it is the rounding of what the r filters give, as of any layer in bfloat16
+    filters = root.basis[0].T.unflatten(1, (3, 3, -1)).movedim(-1, 1).bfloat16()
+    thin = torch.nn.functional.conv2d(x, filters, padding=1).double()
+    grads = torch.einsum(
+        "nsohw,nsrhw->nor", d.double().unflatten(0, (-1, 2)), thin.unflatten(0, (-1, 2))
+    )
+    given = grads @ torch.diag(root.gains[0].double()) @ basis.T
+    assert (found - given).norm() < 1e-5 * given.norm()
+
+
+def test_thin_weights_are_formed_where_that_costs_less(device):
+    """An adapter's: a root on its wide input at every position costs more than its gradient."""
+    torch.manual_seed(0)
+    few, many = (torch.randn(4, positions, 96, device=device) for positions in (1, 50))
+    model = nn.Linear(96, 3, bias=False).to(device)
+    whitening = fitted(model, many, "lowrank", 1, rank=40)
+    for x, where in ((few, "input"), (many, "slices")):
+        plain, _ = features_of(model, x, SJLT, whitening, 1, implementation="torch")
+        features, sketcher = features_of(model, x, SJLT, whitening, 1, implementation="triton")
+        assert relative_error(features, plain) < 1e-5
+        plan = sketcher.plan(lambda x=x: output(model, x), len(x))
+        assert f"A on {where}" in plan.layers[0].kernel

@@ -3,8 +3,9 @@
 A root of a side that is one matrix for all positions can be applied to what the layer multiplied
 (its input, its output gradient) or to the gradient in slices: the first costs more with more
 positions, the second with larger weights. A root of whole patches cannot be applied to an input.
-With the fused Triton sketch nothing is formed where it can be helped: per-entry scales are
-multiplied in its tiles, and a low-rank root of patches is a second launch.
+With the fused Triton sketch a gradient is formed only where that costs less than a root on what the
+layer multiplied (an adapter's thin weights, at many positions): per-entry scales are multiplied in
+its tiles, and a low-rank root of patches is a second launch.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -148,14 +150,18 @@ class WhiteningAccumulator(Accumulator):
         if isinstance(self.accumulator, KroneckerAccumulator) and route.rest is None:
             self._add_thin(index, layer, out)
             return
-        layer = _on_factors(layer, parameter, route)
+        precision, layer = layer.output_grads.dtype, _on_factors(layer, parameter, route)
         if route.rest is not None:
             row_multiple = self.shapes[index][0] if route.rows == SLICES else None
             for part in self.slices(index, layer, row_multiple):
                 whitened = route.rest.whiten(part.block, part.rows.start)
                 self.accumulator.add(index, whitened, out, part.samples, part.rows.start)
         elif self._launches(layer):
-            self._launch(index, layer, route, out)
+            # what is whitened is rounded once more, to what the fused kernel multiplies
+            rounded = replace(
+                layer, x=layer.x.to(precision), output_grads=layer.output_grads.to(precision)
+            )
+            self._launch(index, rounded, route, out)
         else:
             scaled = layer.output_grads.to(out.dtype) * parameter.scale
             self.accumulator.add_weight(index, _one_dtype(layer, scaled), out)
@@ -208,7 +214,7 @@ class WhiteningAccumulator(Accumulator):
             return SLICES, on_slices
         side = layer.output_grads if isinstance(layer.module, TRANSPOSED) else layer.x
         on_factor = side.numel() // root.size * root.flop
-        if not forms or on_factor <= on_slices:
+        if on_factor <= on_slices + _forming(layer, shape, forms):
             return FACTOR, on_factor
         return SLICES, on_slices
 
@@ -222,7 +228,8 @@ class WhiteningAccumulator(Accumulator):
         on_slices = layer.num_samples * math.prod(shape) // root.size * root.flop
         # all rows at once: of few samples, and a sample must not be much
         fits = math.prod(shape) * layer.dtype.itemsize <= 4 * workspace_bytes(layer.x.device)
-        if not forms or self.all_samples or not fits or on_factor <= on_slices:
+        is_cheap = on_factor <= on_slices + _forming(layer, shape, forms)
+        if self.all_samples or not fits or is_cheap:
             return FACTOR, on_factor
         return SLICES, on_slices
 
@@ -238,8 +245,6 @@ class WhiteningAccumulator(Accumulator):
         """By the fused kernel: scales in its tiles, a low-rank root of patches as a second one."""
         assert isinstance(self.accumulator, SjltAccumulator)
         parameter, launch = self.parameters[index], self.accumulator.launch
-        if layer.x.dtype != layer.output_grads.dtype:
-            layer = _one_dtype(layer, layer.output_grads.to(out.dtype))
         if parameter.has_entries:
             launch(index, layer, out, scales=self._scales_in_tiles(index))
         elif route.columns != LAUNCH:
@@ -259,6 +264,11 @@ class WhiteningAccumulator(Accumulator):
             scale = self.parameters[index].scale
             self._laid[index] = scales_in_tiles(self.accumulator.sketches[index], scale)
         return self._laid[index]
+
+
+def _forming(layer: LayerGradient, shape: tuple[int, ...], forms: bool) -> int:
+    """Multiplications and additions of a gradient that would not be formed otherwise."""
+    return 0 if forms else 2 * _positions(layer, shape) * math.prod(shape)
 
 
 def _positions(layer: LayerGradient, shape: tuple[int, ...]) -> int:
@@ -293,8 +303,11 @@ def _on_factors(layer: LayerGradient, parameter: ParameterWhitening, route: Rout
 def low_rank_part(layer: LayerGradient, root: LowRankRoot) -> LayerGradient:
     """``G U D Uᵀ`` of a convolution as the gradient of a linear layer, never formed.
 
-    Its output gradients are ``(G U)ᵀ [B, r, O]``, from r filters in the place of the convolution's
-    own, and its input ``D Uᵀ [r, C]`` is that of every sample.
+    Its output gradients are ``(G U D)ᵀ [B, r, O]``, G U from r filters in the place of the
+    convolution's own, and its input ``Uᵀ [r, C]`` is that of every sample. What U D Uᵀ takes away
+    is most of G, so 8 bits would not do: of a layer in bfloat16, whose directions bfloat16 holds
+    exactly, the output gradients are a rounded part and what is left, 2 r positions; else all is
+    float32.
     """
     conv, x, output_grads = layer.module, layer.x, layer.output_grads
     directions = root.basis[0].T
@@ -308,10 +321,13 @@ def low_rank_part(layer: LayerGradient, root: LowRankRoot) -> LayerGradient:
         linear_rows(t.flatten(2).transpose(1, 2), len(t)).reshape(samples, -1, t.shape[1])
         for t in (output_grads.to(layer.dtype), thin.to(layer.dtype))
     )
-    gains = (root.gains[0][:, None] * directions).to(layer.dtype)
-    return LayerGradient(
-        _MATRIX, gains.expand(samples, -1, -1), sample_products(d, a).transpose(1, 2)
-    )
+    grads = (sample_products(d, a) * root.gains[0].to(layer.dtype)).transpose(1, 2)
+    directions = directions.to(layer.dtype)
+    if x.dtype == torch.bfloat16 and root.is_short:
+        rounded = grads.bfloat16()
+        grads = torch.cat([rounded, (grads - rounded).bfloat16()], dim=1)
+        directions = directions.bfloat16().repeat(2, 1)
+    return LayerGradient(_MATRIX, directions.expand(samples, -1, -1), grads)
 
 
 def _one_dtype(layer: LayerGradient, output_grads: Tensor) -> LayerGradient:

@@ -16,7 +16,7 @@ from ..parameters import ParameterChoice
 from ..sketcher import GradientSketcher
 from ..weight import TRANSPOSED, LayerGradient, linear_rows, patch_windows
 from .definition import KINDS, TWO_SIDED_KINDS, Batch, ParameterWhitening, Whitening, fingerprint
-from .roots import MOST_DENSE, DenseMoment, Root, SketchedMoment
+from .roots import MOST_DENSE, DenseMoment, LowRankRoot, Root, SketchedMoment
 
 # positions of a row that its layer's factors see
 MOST_POSITIONS = 64
@@ -290,7 +290,9 @@ def fit(
     )
     sketcher = GradientSketcher(model, into=_Nothing, parameters=names)
     device, dtype = sketcher.device, sketcher.dtype
-    moved = {id(root): root.to(device, dtype) for root in (*rows.values(), *columns.values())}
+    moved = {
+        id(root): _as_used(root.to(device, dtype)) for root in (*rows.values(), *columns.values())
+    }
     one = torch.ones((), dtype=dtype, device=device)
     maps = []
     for index, shape in enumerate(sketcher.shapes):
@@ -329,6 +331,14 @@ def fit(
         parameters=tuple(maps),
         floored=tuple(floored),
     )
+
+
+def _as_used(root: Root) -> Root:
+    """The root with directions that tensor cores multiply exactly, unless it is double."""
+    # what a kernel multiplies with is what everyone multiplies with
+    if isinstance(root, LowRankRoot) and root.dtype != torch.float64:
+        return root.shortened()
+    return root
 
 
 class _Nothing(Accumulator):

@@ -107,6 +107,16 @@ class LowRankRoot:
         """The same on a device, in a dtype."""
         return LowRankRoot(*(getattr(self, field).to(device, dtype) for field in self.fields))
 
+    @cached_property
+    def is_short(self) -> bool:
+        """Whether bfloat16 holds its directions exactly."""
+        return torch.equal(self.basis, self.basis.bfloat16().to(self.dtype))
+
+    def shortened(self) -> LowRankRoot:
+        """The same with directions that bfloat16 holds: a map like it, and orthonormal nearly."""
+        basis = self.basis.bfloat16().to(self.dtype)
+        return LowRankRoot(self.constant, basis, self.gains)
+
     def of_group(self, group: int) -> LowRankRoot:
         """The root of one group."""
         part = slice(group, group + 1)
