@@ -499,6 +499,7 @@ def measure(wanted: bool, smoke: bool) -> None:
         # a forward, and a backward to the layers' inputs, at the nominal rate
         work = 2 * sum(layer["count"] * layer["flop"] for layer in cifar_row["layers"])
         stages[card.name]["forward and data gradient, at best"] = work / card.matrix * batches
+        stages[card.name]["`lowrank` whitening adds"] = cifar_row["whitening"] * batches
     if wanted:
         record(RESULTS, {"rows": rows, "stages": stages, "changes": changes})
 
@@ -516,13 +517,15 @@ def make_table() -> list[str]:
         lines.append(f"| {stage} | {cells} |")
     lines += [
         "",
-        "| one batch, modelled | card | samples | launches | variants | sketches | at best |",
-        "|---|---|--:|--:|--:|--:|--:|",
+        "| one batch, modelled | card | samples | launches | variants | sketches | at best "
+        "| `lowrank` adds |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for found in row["rows"]:
         cells = [found["model"], found["card"], *map(str, (found["samples"], found["launches"]))]
         cells += [str(found["variants"]), f"{1e3 * found['seconds']:.2f} ms"]
-        lines.append(f"| {' | '.join(cells)} | {1e3 * found['ideal']:.2f} ms |")
+        adds = f"{1e3 * found['whitening']:.2f} ms" if "whitening" in found else ""
+        lines.append(f"| {' | '.join(cells)} | {1e3 * found['ideal']:.2f} ms | {adds} |")
     lines += [
         "",
         "| changed because of it, modelled | card | before | after |",
