@@ -299,10 +299,14 @@ def test_too_few_models_are_refused():
         make_table(small_results(models=3), num_resamples=10)
 
 
+PACKAGED = ("digits", "cifar2-16")
+
+
 # all of it takes a minute
 @pytest.mark.parametrize("every", [12, pytest.param(1, marks=pytest.mark.full)])
-def test_the_packaged_results_reproduce_the_published_table(every):
-    results, table = packaged_results("digits")
+@pytest.mark.parametrize("preset", PACKAGED)
+def test_the_packaged_results_reproduce_the_published_table(preset, every):
+    results, table = packaged_results(preset)
     assert table["results"] == digest(results)
     assert table["num_resamples"] >= 1000
     assert table["about"] == results.about
@@ -311,7 +315,7 @@ def test_the_packaged_results_reproduce_the_published_table(every):
     check_points(results, table, every)
     folder = ROOT / "dtrak" / "lds_results"
     assert sum(file.stat().st_size for file in folder.iterdir()) < 2e6
-    page = (ROOT / "docs" / "lds_digits.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / f"lds_{preset}.md").read_text(encoding="utf-8")
     assert page == render_markdown(table)
 
 
