@@ -24,9 +24,8 @@ from ...features.settings import FeatureSettings
 from ...features.store import Store
 from ...features.timesteps import select_timesteps
 from ...features.whitening import FILE, open_whitening
-from ...methods import DEFAULT, FEATURES
+from ...methods import DEFAULT
 from ...methods.damping import Damping
-from ...methods.scores import trak
 from ...models.denoiser import Denoiser
 from ...runs.console import progress_bar
 from ...runs.files import expand_path, picture_seed
@@ -200,10 +199,10 @@ def open_origin(
     trained.check()
     # of a method that takes no gradients, what those of others are made with
     asked = options if options.function is not None else replace(options, method=DEFAULT)
+    asked = replace(asked, noise_halves=False)
     settings = asked.feature_settings(inputs.model.process)
     # of other formulas on the same gradients there are none here
-    is_ridge = options.what.score is trak and options.what.needs == FEATURES
-    scores = {settings.output_function: run.scores} if is_ridge else {}
+    scores = {settings.output_function: run.scores} if options.what.is_ridge else {}
     if timesteps is not None:
         process = inputs.model.process
         chosen = select_timesteps(timesteps, "uniform", process.num_timesteps, process.spread)
