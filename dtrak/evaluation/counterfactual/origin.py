@@ -35,14 +35,15 @@ from ...runs.record import GENERATED, list_queries
 from ...runs.results import load_attribution
 from ...training.drawing import fitting_steps
 from ..lds.experiment import load_experiment as load_lds
-from ..lds.options import EXPERIMENT
+from ..lds.losses import query_losses
+from ..lds.options import EXPERIMENT, LossSettings
 from ..lds.options import GENERATED as LDS_GENERATED
 from ..lds.queries import drawn_from, generated_queries
 from ..retraining import TRAIN, Drawing, Retraining
 from ..subject import find_trained
 from .options import CounterfactualError
 
-_TIMESTEPS = 10
+_TIMESTEPS, _LOSS_TIMESTEPS = 10, 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +90,16 @@ class Origin:
         seeds = [picture_seed(query) for query in query_ids]
         batches = self.retraining.draw(model, seeds, items, device)
         return to_uint8(torch.cat([batch.images for batch in batches]))
+
+    def losses(self, model: Denoiser, query_ids: Sequence[str], device: torch.device) -> Tensor:
+        """The model's loss on queries as the run drew them, ``[Q]`` float32.
+
+        The noise of a query is the same for every model.
+        """
+        chosen = self.drawn.select([self.drawn.ids.index(query) for query in query_ids])
+        how = LossSettings(min(_LOSS_TIMESTEPS, model.process.num_timesteps), 1)
+        dtype = self.retraining.dtype(device)
+        return query_losses(model, chosen, how, device, dtype=dtype).mean((0, 1))
 
     def gradient_scores(
         self, output_function: str, folder: Path, device: torch.device, console: Console
