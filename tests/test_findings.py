@@ -15,6 +15,7 @@ from dtrak.features.settings import FeatureSettings
 from dtrak.features.store import StoreInMemory
 from dtrak.methods.errors import ScoreNoise
 from dtrak.methods.groups import group_names, score_groups
+from dtrak.methods.self_influence import self_influence
 from dtrak.methods.verdicts import describe, discoveries, p_values
 from dtrak.models.process import linear_process
 from dtrak.models.unet import UNet
@@ -226,6 +227,24 @@ def test_groups_sum_scores_and_share_what_is_positive():
     assert found.scores.tolist() == [[4.0, -2.0], [-2.0, -1.0]]
     assert torch.allclose(found.shares, torch.tensor([[0.5, 0.0], [0.0, 0.0]]))
     assert found.describe(0) == "b +4 (50%), a -2 (0%)"
+
+
+def test_copies_are_most_alike_and_the_odd_one_is_by_itself():
+    """Against dense algebra, in float64."""
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(30, 12, generator=generator, dtype=torch.float64)
+    features[20] = 2 * features[4] + 0.01 * features[5]
+    features[7] *= 30
+    found = self_influence(features, 2.0, [f"i{n}" for n in range(30)])
+    scores = features @ torch.linalg.inv(features.T @ features + 2 * torch.eye(12)) @ features.T
+    own = scores.diagonal()
+    assert torch.allclose(found.own, own)
+    assert int(found.own.argmax()) == 7
+    alike = scores / (own[:, None] * own).sqrt() - 9 * torch.eye(30)
+    assert found.nearest.tolist() == alike.argmax(1).tolist()
+    assert torch.allclose(found.likeness, alike.amax(1), atol=1e-5)
+    assert int(found.likeness.argmax()) in (4, 20)
+    assert (int(found.nearest[4]), int(found.nearest[20])) == (20, 4)
 
 
 def test_where_groups_come_from(tmp_path):
