@@ -32,7 +32,7 @@ PAGE = ROOT / "docs" / "findings.md"
 FOLDER = Path("runs") / "digits"
 
 METHODS, WHITENINGS, TIMESTEPS = ("d-trak", "trak"), ("auto", "none"), 10
-REPEATS, TRAIN, QUERIES = 8, 400, 32
+REPEATS, TRAIN, QUERIES = 4, 1000, 32
 # of verdicts: images that no model saw, and queries that are copies of training images
 UNSEEN, COPIES = 40, 20
 # of the half differences' price

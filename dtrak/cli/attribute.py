@@ -40,7 +40,7 @@ def attribute(options: Options, console: Console) -> None:
             from ..attribution import Attribution
 
             known = Attribution.open(results)
-            print_findings(known.query_ids, known.findings)
+            print_findings(known.query_ids, known.scores, known.findings)
         return
     from .attribution import run_attribution, run_comparison
 

@@ -134,7 +134,7 @@ def _explain(
     write_atomically(results / MANIFEST, json.dumps(manifest, indent=1).encode())
     write_index(plan.output)
     print_summary(results, run.reused, run.clock.stages, facts)
-    print_findings(queries.ids, found.findings)
+    print_findings(queries.ids, found.scores, found.findings)
     return results
 
 

@@ -251,12 +251,12 @@ class Evidence:
             "timesteps": str(how.when),
             "noise seed": how.noise_seed,
             "projection": how.projection,
-            "proj_dim": extractor.proj_dim,
+            "proj_dim": extractor.proj_dim // how.parts,
             "projection seed": how.seed,
             **({"flips": True} if how.flips else {}),
             **({} if how.whitening == "none" else {"whitening": how.whitening}),
             "dtype": how.dtype,
-            **({"halves": True} if how.noise_halves else {}),
+            **({"noise halves": True} if how.noise_halves else {}),
         }
 
     @property
@@ -307,9 +307,8 @@ class Evidence:
         self.facts["parameters"] = f"{self.extractor.grad_dim:,}"
         if role == TRAIN:
             rows = f"{len(self.train):,} + {len(self.queries):,} rows"
-            width = found.shape[1] // (2 if self.how.noise_halves else 1)
             self.facts |= {
-                "features": f"{rows} of {width:,}",
+                "features": f"{rows} of {found.shape[1] // self.how.parts:,}",
                 "batch size": str(found.batch_size),
                 **self._measure(found.batch_size),
             }

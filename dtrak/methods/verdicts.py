@@ -18,7 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-RATE = 0.05
+# of false discoveries, and of scores that noise alone puts beyond so many errors
+RATE, _CLEAR = 0.05, 1.96
 FEWEST = 40
 # of held-out images, those of the tail, and no fewer than
 _TAIL, _FEWEST_IN_TAIL = 0.1, 20
@@ -112,6 +113,11 @@ def discoveries(p: Tensor, rate: float = RATE) -> Tensor:
     return p.double() <= limit
 
 
+def count_clear(scores: Tensor, errors: Tensor) -> Tensor:
+    """How many scores of each query are larger than 1.96 errors, ``[M]`` int64."""
+    return (scores.abs() > _CLEAR * errors).sum(1)
+
+
 def describe(
     scores: Tensor, errors: Tensor | None, stands_out: Tensor | None, num_held_out: int
 ) -> tuple[str, ...]:
@@ -128,7 +134,7 @@ def describe(
     for row in range(len(scores)):
         parts = []
         if errors is not None:
-            clear = int((scores[row].abs() > 1.96 * errors[row]).sum())
+            clear = int(count_clear(scores[row : row + 1], errors[row : row + 1]))
             parts.append(
                 f"{clear:,} of {N:,} scores are beyond their noise, where noise alone puts "
                 f"{round(RATE * N):,}."

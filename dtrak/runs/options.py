@@ -175,6 +175,11 @@ class ExplainOptions(Stated):
             raise ValueError(f"--noise-halves must have an even number of timesteps, got {count}")
 
     @property
+    def parts(self) -> int:
+        """Numbers that a store keeps for each feature: itself, and half a difference."""
+        return 2 if self.noise_halves else 1
+
+    @property
     def halves_suffix(self) -> str:
         """What tells a store of features with half differences from one without."""
         return "-halves" if self.noise_halves else ""
