@@ -8,6 +8,8 @@ from test_explain import HOW, pictures
 from test_sketcher import small_unet
 
 import dtrak
+from dtrak.attribute import main as attribute
+from dtrak.data.images import encode_png, load_data, to_uint8
 from dtrak.features.extraction import FusedExtractor
 from dtrak.features.halves import Columns, order_halves
 from dtrak.features.noise import sample_noise
@@ -21,7 +23,8 @@ from dtrak.models.process import linear_process
 from dtrak.models.unet import UNet
 from dtrak.runs.options import ExplainOptions, Options
 from dtrak.runs.record import ResultsError
-from dtrak.runs.results import read_scores
+from dtrak.runs.results import load_attribution, read_scores
+from dtrak.self_influence import main as list_self_influence
 from dtrak_kernels import Projection
 from dtrak_kernels.ridge import RidgeSolver
 
@@ -285,3 +288,53 @@ def test_what_has_no_held_out_scores_says_so():
         Options(method="relative-influence", held_out="validation")
     with pytest.raises(ValueError, match="--held-out is for TRAK's formula"):
         dtrak.explain(None, None, 1, method="relative-influence", held_out=1)
+
+
+def test_a_run_says_what_it_found_and_again(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    others = tmp_path / "others"
+    others.mkdir()
+    for number, image in enumerate(load_data("digits", limit=110).images[60:]):
+        (others / f"{number}.png").write_bytes(encode_png(to_uint8(image)))
+    groups = tmp_path / "groups.csv"
+    groups.write_text("image,who\n" + "".join(f"{n:03d}.png,w{n % 2}\n" for n in range(50)))
+    here = finished.parent
+    arguments = [
+        *("--model", here / "model", "--data", here / "images", "--output", tmp_path / "run"),
+        *("--timesteps", 2, "--proj-dim", 256, "--num-queries", 3, "--device", "cpu"),
+        *("--noise-halves", "--look-alikes", 2),
+    ]
+    with pytest.raises(SystemExit) as end:
+        attribute(list(map(str, [*arguments, "--held-out", others, "--groups", groups])))
+    assert not end.value.code
+    text = capsys.readouterr()
+    assert "held-out images: 50 images" in text.err
+    for words in (
+        "reliability",
+        "stand out",
+        "of 2 look-alikes",
+        "w0 ",
+        "Noise alone puts 3 of 60",
+    ):
+        assert words in text.out
+    run = load_attribution(tmp_path / "run")
+    assert run.findings.num_held_out == 50
+    assert run.findings.groups.sizes == (25, 25)
+    assert run.manifest["settings"]["proj_dim"] == 256
+    # without files from elsewhere a second run has nothing to do
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            attribute(list(map(str, arguments)))
+        text = capsys.readouterr()
+        assert "reliability" in text.out
+        assert "stand out" not in text.out
+    assert "reused" in text.out
+    assert "report: " in text.out
+    with pytest.raises(SystemExit) as end:
+        list_self_influence([str(tmp_path / "run"), "--top-k", "3"])
+    assert not end.value.code
+    lines = (run.results / "self_influence.csv").read_text().splitlines()
+    assert len(lines) == 61
+    values = [float(line.split(",")[1]) for line in lines[1:]]
+    assert values == sorted(values, reverse=True)
+    assert lines[1].split(",")[0] in capsys.readouterr().out

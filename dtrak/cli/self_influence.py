@@ -47,11 +47,11 @@ def run(options: Options, console: Console) -> None:
     file = known.results / _FILE
     write_csv(found, file)
     console, ids = Console(), found.ids
-    rows = [
+    highest = [
         (ids[row], f"{float(found.own[row]):.3f}")
         for row in found.own.argsort(descending=True)[: options.top_k].tolist()
     ]
-    Table(("training image", "self-influence"), rows, "Most by themselves").show(console)
+    Table(("training image", "self-influence"), highest, "Most by themselves").show(console)
     pairs: dict[tuple[int, int], float] = {}
     for row in found.likeness.argsort(descending=True).tolist():
         other = int(found.nearest[row])
