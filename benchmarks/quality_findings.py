@@ -32,9 +32,10 @@ PAGE = ROOT / "docs" / "findings.md"
 FOLDER = Path("runs") / "digits"
 
 METHODS, WHITENINGS, TIMESTEPS = ("d-trak", "trak"), ("auto", "none"), 10
-REPEATS, TRAIN, QUERIES = 4, 1000, 32
-# of verdicts: images that no model saw, and queries that are copies of training images
-UNSEEN, COPIES = 40, 20
+REPEATS, TRAIN, QUERIES = 6, 200, 24
+# of verdicts: training images, images that no model saw, of which some are queries, and queries that
+# are copies of training images
+JUDGED, HELD_OUT, UNSEEN, COPIES = 300, 200, 20, 10
 # of the half differences' price
 BATCH, ROUNDS = 8, 7
 CPU = torch.device("cpu")
@@ -101,8 +102,9 @@ def noise_row(model: Any, method: str, whiten: str, repeats: int, train: int) ->
 
 def verdict_row(model: Any, method: str, whiten: str) -> dict[str, Any]:
     """What stands out for unseen images, and for copies of training images."""
-    data = load_data("digits", channels=1, size=8)
-    rest = load_data("digits", channels=1, size=8, split="all").without(data)
+    whole = load_data("digits", channels=1, size=8)
+    rest = load_data("digits", channels=1, size=8, split="all").without(whole)
+    data, rest = spread(whole, JUDGED), spread(rest, HELD_OUT + UNSEEN)
     unseen, copies = spread(rest, UNSEEN), spread(data, COPIES)
     pixels = torch.cat([unseen.images, copies.images])
     found = dtrak.explain(
