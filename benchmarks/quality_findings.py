@@ -33,8 +33,8 @@ FOLDER = Path("runs") / "digits"
 
 METHODS, WHITENINGS, TIMESTEPS = ("d-trak", "trak"), ("auto", "none"), 10
 REPEATS, TRAIN, QUERIES = 6, 200, 24
-# of verdicts: training images, images that no model saw, of which some are queries, and queries that
-# are copies of training images
+# of verdicts: training images, images that no model saw, others of these that are queries, and
+# queries that are copies of training images
 JUDGED, HELD_OUT, UNSEEN, COPIES = 300, 200, 20, 10
 # of the half differences' price
 BATCH, ROUNDS = 8, 7
