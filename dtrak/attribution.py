@@ -15,7 +15,7 @@ from .findings import Findings
 from .methods.scores import top_k
 from .runs.files import encode_tensors, expand_path, write_atomically
 from .runs.record import RUN_FILE, SCORES, ResultsError
-from .runs.results import read_scores
+from .runs.results import read_findings, read_scores
 
 _SIGN = "positive = proponent: its presence lowers the model's loss on the query"
 # of hashes, shown to a reader
@@ -136,7 +136,11 @@ class Attribution:
             "settings": json.dumps(self.settings),
             "sign": _SIGN,
         }
-        write_atomically(file, encode_tensors({"scores": self.scores.contiguous()}, metadata))
+        tensors = {"scores": self.scores.contiguous()}
+        if self.findings is not None:
+            metadata["findings"] = json.dumps(self.findings.about())
+            tensors |= self.findings.tensors()
+        write_atomically(file, encode_tensors(tensors, metadata))
         return file
 
     @classmethod
@@ -156,13 +160,16 @@ class Attribution:
             from .runs.record import find_queries
 
             file = find_queries(file, queries)
-        scores, metadata = read_scores(file / SCORES if file.is_dir() else file)
+        file = file / SCORES if file.is_dir() else file
+        scores, metadata = read_scores(file)
         names = json.loads(metadata["rows"]), json.loads(metadata["columns"])
         try:
             settings = dict(json.loads(metadata["settings"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ResultsError(f"{file} must say its settings in its metadata") from error
-        return cls(scores, None, None, settings, names=names)
+        return cls(
+            scores, None, None, settings, names=names, findings=read_findings(file, metadata)
+        )
 
     def report(self, file: str | Path = "report.html", *, k: int = 5) -> Path:
         """Write one self-contained page, each query beside its proponents and opponents.

@@ -17,8 +17,11 @@ from .data.given import images
 from .data.images import from_uint8, to_uint8
 from .data.samples import Samples
 from .features.latents import encode
-from .methods import check_needs
-from .methods.evidence import QUERY, TRAIN, Drawing, Evidence, Retrained
+from .methods import check_held_out, check_needs
+from .methods.evidence import HELD_OUT, QUERY, TRAIN, Drawing, Evidence, Retrained
+from .methods.groups import By, group_names
+from .methods.judgement import judge
+from .methods.verdicts import check_count
 from .models import load, wrap
 from .models.denoiser import Denoiser
 from .runs.console import choose_device
@@ -38,6 +41,8 @@ def explain(
     checkpoints: Sequence[Any] = (),
     clip: str | Path | None = None,
     retrained: Retrained | None = None,
+    held_out: Any = None,
+    groups: By | None = None,
     prompts: Sequence[str] | str | None = None,
     classes: Sequence[int] | int | None = None,
     progress: bool = True,
@@ -56,6 +61,10 @@ def explain(
         checkpoints: the model at several points of its training, for the methods that need them.
         clip: folder of a CLIP model, likewise.
         retrained: models trained on parts of the data, likewise.
+        held_out: images that the model was not trained on, as ``data``: scores that are higher than
+            theirs stand out. Those that are training images or queries too are left out.
+        groups: of the training images, whose scores are summed: ``"label"``, ``"folder"``,
+            ``"caption"``, a CSV file of lines image,group, a mapping from ids, or N names.
         prompts: of the pictures drawn, for a model that reads captions.
         classes: of the pictures drawn, for a model that reads classes; all by default.
         progress: show progress bars, on stderr.
@@ -63,7 +72,7 @@ def explain(
             ``output_function``, ``timesteps``, ``damping`` and so on; `ExplainOptions` lists them.
 
     Returns:
-        The scores ``[M, N]``, with the images.
+        The scores ``[M, N]``, with the images, and `findings` where any were asked for.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -75,6 +84,8 @@ def explain(
     check_needs(
         how.what, checkpoints=checkpoints, drawing=drawn is not None, clip=clip, retrained=retrained
     )
+    if held_out is not None:
+        check_held_out(how.what)
     device = choose_device(how.device)
     stages = Stages(device, Console(stderr=True, quiet=not progress))
     denoiser = as_denoiser(model)
@@ -98,6 +109,11 @@ def explain(
             explained = _draw(denoiser, drawing, stages)
         else:
             explained = _fit(denoiser, queries, "queries")
+        others = None
+        if held_out is not None:
+            others = _fit(denoiser, held_out, "held_out").without(train, explained)
+            check_count(len(others))
+            others = encode(denoiser, others, stages, HELD_OUT, folder)
         train = encode(denoiser, train, stages, TRAIN, folder)
         explained = encode(denoiser, explained, stages, QUERY, folder)
         return explain_samples(
@@ -111,6 +127,8 @@ def explain(
             checkpoints=[as_denoiser(checkpoint) for checkpoint in checkpoints],
             clip=clip,
             retrained=retrained,
+            held_out=others,
+            groups=groups,
         )
 
 
@@ -120,6 +138,9 @@ def explain_samples(
     queries: Samples,
     how: ExplainOptions,
     stages: Stages,
+    *,
+    held_out: Samples | None = None,
+    groups: By | None = None,
     **evidence: Any,
 ) -> Attribution:
     """What `explain` and ``python -m dtrak.attribute`` do once everything is loaded.
@@ -130,14 +151,19 @@ def explain_samples(
         queries: M samples, likewise.
         how: the options.
         stages: where the work is timed and shown, and on which device it is done.
+        held_out: images that the model was not trained on, likewise.
+        groups: as `explain`.
         evidence: what more there is, as `Evidence` takes it.
 
     Raises:
-        ValueError: as `Evidence.scores`.
+        ValueError: as `Evidence.scores` and `judge`.
     """
+    # refused before anything is computed
+    names = None if groups is None else group_names(train, groups)
     known = Evidence(model, train, queries, how, stages.clock.device, stages, **evidence)
     scores, settings = known.scores()
-    return Attribution(scores.cpu(), train, queries, settings, known.facts)
+    findings = judge(known, scores, held_out, names)
+    return Attribution(scores.cpu(), train, queries, settings, known.facts, findings=findings)
 
 
 def as_denoiser(model: Any) -> Denoiser:

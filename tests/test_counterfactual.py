@@ -88,7 +88,7 @@ def test_clip_latents_and_scores_of_another_run(run, finished, tmp_path, clip_fo
     assert code == 0, output
     results = load_counterfactual(tmp_path / "cf")
     assert results.methods == ["mine", "clip-cosine", "latent-dot"]
-    assert set(results.values) == {"pixel_l2", "latent_l2", "clip_cosine"}
+    assert set(results.values) == {"loss", "pixel_l2", "latent_l2", "clip_cosine"}
     removed = load_file(tmp_path / "cf" / "removed.safetensors")["mine"]
     assert removed[0].tolist() == list(range(59, 49, -1))
     assert (tmp_path / "cf" / "distances-clip_cosine.png").is_file()

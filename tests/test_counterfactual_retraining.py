@@ -19,6 +19,7 @@ from dtrak.evaluation.counterfactual.retraining import (
     prepare,
     removal_positions,
 )
+from dtrak.features.noise import sample_noise
 from dtrak.models.unet import digits_model
 from dtrak.training.drawing import draw_all
 from dtrak.training.trainer import train
@@ -45,11 +46,29 @@ def experiment(origin, tmp_path):
     return prepare(tmp_path / "cf", origin, ids, removed, top_k=12, retrainings=2)
 
 
-def by_hand(origin, without, init_seed, seed, drawn):
-    """The pictures of a model trained on the kept images, in their order."""
+def trained_by_hand(origin, without, init_seed, seed):
     kept = [image for row, image in enumerate(origin.data.images) if row not in without]
     model = digits_model(init_seed)
     train(model, torch.stack(kept), replace(RECIPE, seed=seed))
+    return model
+
+
+@torch.no_grad()
+def loss_by_hand(model, image, name):
+    """The mean squared error of the noise at 100 timesteps, one at a time."""
+    total = 0.0
+    for t in range(0, 1000, 10):
+        noise = sample_noise([name], [t], (1, 8, 8), seed=0)[0]
+        kept = model.process.scheduler.alphas_cumprod[t]
+        noisy = kept.sqrt() * image + (1 - kept).sqrt() * noise
+        output = model.module(noisy, torch.tensor([t])).sample
+        total += float((output - noise).square().mean()) / 100
+    return total
+
+
+def by_hand(origin, without, init_seed, seed, drawn):
+    """The pictures of a model trained on the kept images, in their order."""
+    model = trained_by_hand(origin, without, init_seed, seed)
     return to_uint8(draw_all(model, drawn, num_inference_steps=STEPS))
 
 
@@ -91,6 +110,15 @@ def test_models_are_those_trained_by_hand(origin, experiment):
         expected = by_hand(origin, set(), seed, seed + 1, [0, 1, 2, 3])
         assert torch.equal(pictures["none"][:, r], expected[[2, 0]])
     assert not torch.equal(pictures["none"][:, 0], pictures["d-trak"][:, 0])
+    # the loss of a query under a model trained without its images, by hand
+    losses = experiment.losses()
+    assert {name: tuple(x.shape) for name, x in losses.items()} == {
+        "d-trak": (2, 2), "none": (2, 2)
+    }  # fmt: skip
+    without = set(experiment.removed["d-trak"][0].tolist())
+    model = trained_by_hand(origin, without, RECIPE.seed, RECIPE.seed)
+    expected = loss_by_hand(model, origin.queries.pictures([2]), "lds/00002.png")
+    assert float(losses["d-trak"][0, 0]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_what_is_done_is_not_done_again(experiment):

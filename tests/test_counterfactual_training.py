@@ -225,7 +225,7 @@ def test_counterfactual_of_a_lora(painted, tmp_path):
     result = CliRunner().invoke(app, [*map(str, arguments)])
     assert result.exit_code == 0, result.output
     results = load_counterfactual(tmp_path / "cf")
-    assert set(results.values) == {"pixel_l2", "latent_l2"}
+    assert set(results.values) == {"loss", "pixel_l2", "latent_l2"}
     assert results.pictures["trak"].shape == (2, 1, 3, 16, 16)
     vae = load(painted / "base").vae
     before = vae_latents(results.originals.float() / 127.5 - 1, vae)

@@ -48,6 +48,8 @@ REFUSALS = {
         ("--model nowhere", "or a file of its weights, got nowhere"),
         ("--preset cifar3", "did you mean 'cifar2'?"),
         ("--top-k 0", "--top-k must be at least 1, got 0"),
+        ("--noise-halves --timesteps 5", "must have an even number of timesteps, got 5"),
+        ("--held-out validation --method gas --checkpoints .", "--held-out is for TRAK's formula"),
     ],
     "train": [
         ("--preset cifar3 --output x", "did you mean 'cifar2'?"),
@@ -84,6 +86,10 @@ REFUSALS = {
         ("a b --output x", "--output must be a file *.safetensors, got x"),
         ("a a --output x.safetensors", "runs must be two or more, each given once"),
         ("a b --output x.safetensors", "a run must be an existing folder, got a"),
+    ],
+    "self_influence": [
+        ("nowhere", "a run must be an existing folder, got nowhere"),
+        ("nowhere --top-k 0", "--top-k must be at least 1, got 0"),
     ],
     "report": [
         ("nowhere", "a run must be an existing folder, got nowhere"),

@@ -27,7 +27,7 @@ def attribute(options: Options, console: Console) -> None:
 
         options = options_of_run(options, typed_options())
     check_options(options)
-    from ..pages.summary import print_summary
+    from ..pages.summary import print_findings, print_summary
     from ..runs.finished import find_finished
 
     compare, options = options.compare, replace(options, compare=False)
@@ -36,6 +36,11 @@ def attribute(options: Options, console: Console) -> None:
         results, manifest = found
         once = {stage["name"]: stage["seconds"] for stage in manifest["stages"]}
         print_summary(results, manifest["reused"] | once, [], manifest["facts"])
+        if options.noise_halves or options.look_alikes:
+            from ..attribution import Attribution
+
+            known = Attribution.open(results)
+            print_findings(known.query_ids, known.scores, known.findings)
         return
     from .attribution import run_attribution, run_comparison
 

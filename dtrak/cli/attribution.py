@@ -25,12 +25,12 @@ from ..models.lora import LORA_FILES
 from ..models.places import MODEL_FILES
 from ..pages.index import write_index
 from ..pages.report import Explained, gather_report, write_picture
-from ..pages.summary import print_summary
+from ..pages.summary import print_findings, print_summary
 from ..pages.tables import Table
 from ..runs.files import encode_text, write_atomically
 from ..runs.finished import record_finish
 from ..runs.folders import describe_differences
-from ..runs.inputs import drawing_facts, load_model_and_data, load_queries
+from ..runs.inputs import drawing_facts, load_held_out, load_model_and_data, load_queries
 from ..runs.measure import format_bytes
 from ..runs.options import Options, lasting
 from ..runs.record import (
@@ -82,6 +82,8 @@ def _explain(
         drawing=drawing,
         checkpoints=_checkpoints(options),
         clip=options.clip,
+        held_out=load_held_out(run, model, data, queries),
+        groups=options.groups,
     )
     results = results_folder(plan.output, options.queries, queries.fingerprint, options.variant)
     results.mkdir(parents=True, exist_ok=True)
@@ -111,6 +113,7 @@ def _explain(
             facts,
             [(stage.name, stage.seconds) for stage in run.clock.stages],
             _environment(plan.device),
+            found.findings,
         )
         page = gather_report(plan.output, explained=explained, num_queries=len(queries))
         write_atomically(results / REPORT, encode_text(page))
@@ -131,6 +134,7 @@ def _explain(
     write_atomically(results / MANIFEST, json.dumps(manifest, indent=1).encode())
     write_index(plan.output)
     print_summary(results, run.reused, run.clock.stages, facts)
+    print_findings(queries.ids, found.scores, found.findings)
     return results
 
 

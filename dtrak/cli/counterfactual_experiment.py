@@ -208,8 +208,15 @@ def _measure(
         # what the run's own model, drawing alone instead of in a batch, already changes
         "largest change by drawing again": f"{_largest_change(originals, again)} of 255",
     }
+    before = origin.losses(model, experiment.query_ids, device)[:, None]
     results = compare_pictures(
-        experiment.query_ids, originals, experiment.pictures(), settings, clip=clip, vae=vae
+        experiment.query_ids,
+        originals,
+        experiment.pictures(),
+        settings,
+        rises={method: after - before for method, after in experiment.losses().items()},
+        clip=clip,
+        vae=vae,
     )
     save_counterfactual(results, experiment.folder)
     write_box_plot(experiment.folder / "distances.png", results)

@@ -126,19 +126,26 @@ class Samples:
     def _positions(self, rows: slice | Sequence[int]) -> Sequence[int]:
         return range(len(self))[rows] if isinstance(rows, slice) else rows
 
-    def fingerprints(self) -> list[str]:
-        """SHA-256 (hexadecimal) of every sample: its id, its pixels, and its condition."""
+    def digests(self) -> list[bytes]:
+        """`hash_pixels` of every sample."""
         missing = [position for position in range(len(self)) if position not in self._digests]
         for first in range(0, len(missing), _HASHED):
             part = missing[first : first + _HASHED]
             for position, image in zip(part, self.pixels.read(part), strict=True):
                 self._digests[position] = hash_pixels(image)
+        return [self._digests[position] for position in range(len(self))]
+
+    def fingerprints(self) -> list[str]:
+        """SHA-256 (hexadecimal) of every sample: its id, its pixels, and its condition."""
+        conditions = self.conditions or [None] * len(self)
         return [
-            _fingerprint(name, self._digests[position], condition)
-            for position, (name, condition) in enumerate(
-                zip(self.ids, self.conditions or [None] * len(self), strict=True)
-            )
+            _fingerprint(*one) for one in zip(self.ids, self.digests(), conditions, strict=True)
         ]
+
+    def without(self, *others: Samples) -> Self:
+        """The samples whose pixels none of ``others`` has."""
+        seen = {digest for other in others for digest in other.digests()}
+        return self.select([place for place, own in enumerate(self.digests()) if own not in seen])
 
     @property
     def fingerprint(self) -> str:

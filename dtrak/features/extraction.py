@@ -18,6 +18,7 @@ from .. import NUMERICS
 from ..data.samples import Samples
 from ..models.denoiser import Condition, Denoiser
 from ..runs.measure import TensorMeter, available_bytes
+from .halves import combine_halves, order_halves
 from .noise import sample_noise
 from .outputs import evaluate_output
 from .settings import FeatureSettings
@@ -199,14 +200,17 @@ class FusedExtractor:
         model.to(device, settings.dtype)
         self.model, self.settings, self.device = model, settings, device
         self.flips, self.whitening = settings.flips, whitening
+        # of each sample, one after the other
+        self._parts = 2 if settings.halves else 1
         self.sketcher = GradientSketcher(
             model.module,
             settings.projection,
             parameters=model.parameters(),
-            rows_per_sample=len(settings.timesteps),
+            rows_per_sample=len(settings.timesteps) // self._parts,
             whitening=whitening,
         )
-        self.grad_dim, self.proj_dim = self.sketcher.grad_dim, self.sketcher.proj_dim
+        self.grad_dim = self.sketcher.grad_dim
+        self.proj_dim = self._parts * self.sketcher.proj_dim
         # on a GPU the kernels of the first batch are compiled side by side, before it
         self.compiles = device.type == "cuda"
 
@@ -221,28 +225,31 @@ class FusedExtractor:
             items: B captions or labels, for a model that reads them.
 
         Returns:
-            ``[B, K]`` on the device.
+            ``[B, K]`` on the device; ``[B, 2K]`` for settings with halves.
 
         Raises:
             ValueError: the model's output is not finite (which sample, which timestep), or there
                 are no items for a model that reads them.
         """
         inputs = inputs.to(self.device, self.sketcher.dtype)
-        rows = noisy_rows(self.model, self.settings, inputs, ids)
-        count = len(self.settings.timesteps)
+        steps, count = self.settings.timesteps, len(self.settings.timesteps)
+        if self._parts == 2:
+            steps = order_halves(steps)
+        rows = noisy_rows(self.model, replace(self.settings, timesteps=steps), inputs, ids)
         condition = condition_rows(self.model, items, count, inputs)
         scale = gradient_scale(self.settings)
         # the gradient is averaged over timesteps, then projected once
         outputs = output_rows(self.model, self.settings, rows, ids, condition, scale / count)
 
         def run() -> Tensor:
-            return self.sketcher.sketch(outputs, len(inputs))
+            return self.sketcher.sketch(outputs, self._parts * len(inputs))
 
         if self.compiles:
             compile_ahead(run)
             self.compiles = False
         # features are linear in f; a whitening was fitted to gradients of that scale
-        return run() / scale if self.whitening is None else run()
+        made = run() / scale if self.whitening is None else run()
+        return made if self._parts == 1 else combine_halves(made)
 
 
 def autocast(device: torch.device, dtype: str) -> Any:

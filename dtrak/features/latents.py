@@ -117,7 +117,7 @@ def encode(
         model: encodes, on the device of the stages.
         data: N pictures.
         stages: where the work is shown.
-        role: ``"train"`` or ``"query"``.
+        role: ``"train"``, ``"query"`` or ``"held-out"``.
         folder: of a run, in which it is kept and found again; None keeps it in memory.
 
     Raises:
@@ -125,7 +125,8 @@ def encode(
     """
     if model.encoding is None or data.is_encoded:
         return data
-    label = f"latents of {'training images' if role == 'train' else 'queries'}"
+    kinds = {"train": "training images", "query": "queries", "held-out": "held-out images"}
+    label = f"latents of {kinds[role]}"
     name = role if role == "train" else f"{role}-{data.conditioned(None).fingerprint[:12]}"
     store: Any
     if folder is None:

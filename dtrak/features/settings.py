@@ -85,6 +85,8 @@ class FeatureSettings:
         dtype: one of `choices.DTYPES`; 16-bit types run under autocast, features are float32
             (float64 for ``"float64"``).
         whitening: of the gradients; None leaves them as they are.
+        halves: whether half the difference of two interleaved halves of the timesteps stands behind
+            each feature: ``[N, 2K]``.
     """
 
     output_function: str
@@ -94,6 +96,7 @@ class FeatureSettings:
     dtype: str = "float32"
     flips: bool = False
     whitening: WhiteningSettings | None = None
+    halves: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-serialisable values."""
@@ -104,5 +107,6 @@ class FeatureSettings:
             "projection": self.projection.to_dict(),
             "dtype": self.dtype,
             **({"flips": True} if self.flips else {}),
+            **({"halves": True} if self.halves else {}),
             **({} if self.whitening is None else {"whitening": asdict(self.whitening)}),
         }

@@ -55,6 +55,11 @@ class Method:
         return self.title.lower().replace(",", "").replace(" ", "-")
 
     @property
+    def is_ridge(self) -> bool:
+        """Whether it is TRAK's formula on features of training images and queries alike."""
+        return self.place == _RIDGE and self.needs == FEATURES
+
+    @property
     def score(self) -> Callable[..., Any]:
         """The function; it is imported when it is asked for."""
         if callable(self.place):
@@ -141,3 +146,17 @@ def check_needs(
         )
     if missing is not None:
         raise ValueError(f"--method {method.name} needs {missing}")
+
+
+def check_held_out(method: Method) -> None:
+    """Refuse a method whose scores of held-out images are not known.
+
+    Raises:
+        ValueError: so it is.
+    """
+    by_features = method.is_ridge or (method.needs == FEATURES and not method.is_damped)
+    if not (by_features or method.needs == NOTHING):
+        raise ValueError(
+            "--held-out is for TRAK's formula, gradient and pixel similarity, such as "
+            f"{DEFAULT}, got {method.name}"
+        )

@@ -28,6 +28,7 @@ from ..features.extraction import (
     left_in,
     open_store,
 )
+from ..features.halves import Columns
 from ..features.settings import FeatureSettings
 from ..features.store import MANIFEST, Store
 from ..features.whitening import FILE, open_whitening
@@ -42,8 +43,12 @@ from . import CHECKPOINTS, CLIP, FEATURES, MODELS, NOTHING, TRAJECTORY, check_ne
 from .damping import damping_unit
 from .scores import journey_query_features
 
-TRAIN, QUERY = "train", "query"
-_LABELS = {TRAIN: "features of training images", QUERY: "features of queries"}
+TRAIN, QUERY, HELD_OUT = "train", "query", "held-out"
+_LABELS = {
+    TRAIN: "features of training images",
+    QUERY: "features of queries",
+    HELD_OUT: "features of held-out images",
+}
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,25 @@ class Drawing:
     def again(self, model: Denoiser, **more: Any) -> Iterator[Drawn]:
         """Draw them once more, with the clean samples predicted on the way."""
         return model.draw(self.seeds, self.items, trajectories=True, **{**self.how, **more})
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """What scores of features were made of.
+
+    Attributes:
+        queries: ``[M, K]`` features.
+        train: those of the training images, ``[N, K]``; of settings with halves ``[N, 2K]``.
+        query_noise: ``[M, K]``, half differences of the queries' features, where there are any.
+        solver: on the training features, of a method with a damping.
+        damping: λ of it.
+    """
+
+    queries: Tensor
+    train: Store
+    query_noise: Tensor | None = None
+    solver: RidgeSolver | None = None
+    damping: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +122,7 @@ class Evidence:
 
     Attributes:
         facts: figures of the work done, as name and text.
+        scored: what scores were made of, once they are, for a method on features.
     """
 
     def __init__(
@@ -120,6 +145,7 @@ class Evidence:
         self.drawing, self.checkpoints, self.clip = drawing, checkpoints, clip
         self.retrained = retrained
         self.facts: dict[str, str] = {}
+        self.scored: Scored | None = None
         # of the checkpoints, and of CLIP
         self._identities: list[str] = []
         self._batch: int | None = None
@@ -151,11 +177,17 @@ class Evidence:
         gradients = self._gradient_settings() if method.output_function is not None else {}
         if method.needs in (FEATURES, TRAJECTORY) and method.is_damped:
             train = self._features(TRAIN)
-            left = self._journeys() if method.needs == TRAJECTORY else self._features(QUERY).load()
+            is_drawn, noise = method.needs == TRAJECTORY, None
+            left = self._journeys() if is_drawn else self._features(QUERY).load()
+            features: Any = train
+            if self.how.noise_halves:
+                features = Columns(train, 0)
+                left, noise = left.chunk(2, dim=1)
             with self.stages.stage("kernel inverse and scores"):
-                solver = RidgeSolver(_in_memory(train))
+                solver = RidgeSolver(_in_memory(features))
                 damping, unit = self.how.damped.resolve(solver), damping_unit(solver)
                 scores = method.score(solver, left, damping)
+            self.scored = Scored(left, train, noise, solver, damping)
             auto = " (auto)" if self.how.damped.value is None else ""
             gradients["damping"] = f"{damping:.6g}{auto}"
             gradients["damping in mean squared feature norms"] = f"{damping / unit:.4g}x"
@@ -170,11 +202,12 @@ class Evidence:
         needs = self.how.what.needs
         if needs == FEATURES:
             train = self._features(TRAIN)
-            return self._features(QUERY).load(), train
+            self.scored = Scored(self._features(QUERY).load(), train)
+            return self.scored.queries, train
         if needs == CHECKPOINTS:
             return self._checkpoint_features()
         if needs == CLIP:
-            return self._embeddings()
+            return self.embeddings()
         if needs == MODELS:
             assert self.retrained is not None
             return self.retrained.subsets, self.retrained.losses
@@ -218,11 +251,12 @@ class Evidence:
             "timesteps": str(how.when),
             "noise seed": how.noise_seed,
             "projection": how.projection,
-            "proj_dim": extractor.proj_dim,
+            "proj_dim": extractor.proj_dim // how.parts,
             "projection seed": how.seed,
             **({"flips": True} if how.flips else {}),
             **({} if how.whitening == "none" else {"whitening": how.whitening}),
             "dtype": how.dtype,
+            **({"noise halves": True} if how.noise_halves else {}),
         }
 
     @property
@@ -274,20 +308,25 @@ class Evidence:
         if role == TRAIN:
             rows = f"{len(self.train):,} + {len(self.queries):,} rows"
             self.facts |= {
-                "features": f"{rows} of {found.shape[1]:,}",
+                "features": f"{rows} of {found.shape[1] // self.how.parts:,}",
                 "batch size": str(found.batch_size),
                 **self._measure(found.batch_size),
             }
         return found
+
+    def held_out_features(self, held_out: Samples) -> Store:
+        """Features of images that the model was not trained on, made as those it was trained on."""
+        return self._fill(self.extractor, held_out, HELD_OUT, _LABELS[HELD_OUT])
 
     def _fill(
         self, extractor: Extractor, data: Samples, role: str, label: str, part: str = ""
     ) -> Store:
         """The features of ``data``, computed as far as they are not kept."""
         # a query is what it is, whichever way round training saw its images
-        extractor.flips = self.how.flips and role == TRAIN
+        extractor.flips = self.how.flips and role != QUERY
         # sets of queries live side by side, each under the first digits of its fingerprint
         name = role if role == TRAIN else f"{role}-{data.fingerprint[:12]}"
+        name += self.how.halves_suffix
         folder = None if self.folder is None else self.how.feature_folder(self.folder, part) / name
         is_new = folder is not None and not MANIFEST.is_in(folder)
         batch_size = partial(self._batch_size, extractor, data)
@@ -326,7 +365,7 @@ class Evidence:
             return {}
         file = None
         if self.folder is not None:
-            file = self.how.feature_folder(self.folder) / "facts.json"
+            file = self.how.feature_folder(self.folder) / f"facts{self.how.halves_suffix}.json"
             if not self._is_new and file.is_file():
                 known: dict[str, str] = json.loads(file.read_text())
                 return known
@@ -388,7 +427,7 @@ class Evidence:
         by_seed = dict(zip(self.drawing.seeds, self.drawing.items, strict=True))
         return [by_seed[seed] for seed in seeds]
 
-    def _embeddings(self) -> tuple[Tensor, Tensor]:
+    def embeddings(self) -> tuple[Tensor, Tensor]:
         """CLIP's, of the queries and of the training images."""
         from .baselines import clip_embeddings, load_clip
 

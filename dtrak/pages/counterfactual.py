@@ -34,7 +34,7 @@ NAMES = {
     "clip-dot": "CLIP, dot",
     "clip-cosine": "CLIP, cosine",
 }
-_SHORT = {"pixel_l2": "L2", "latent_l2": "latent L2", "clip_cosine": "CLIP"}
+_SHORT = {"pixel_l2": "L2", "latent_l2": "latent L2", "clip_cosine": "CLIP", "loss": "loss +"}
 TITLE = "The same pictures without their top training images"
 
 

@@ -31,6 +31,7 @@ from .tables import times_table, values_table
 if TYPE_CHECKING:
     from ..data.samples import Samples
     from ..evaluation.counterfactual.results import Counterfactual
+    from ..findings import Findings
 
 
 def write_report(
@@ -90,6 +91,7 @@ class Explained:
         facts: other figures, as name and text.
         stages: name and wall time in seconds of each step.
         environment: versions, as name and text.
+        findings: how noisy the scores are and what stands out, as far as it was asked for.
     """
 
     train: Samples
@@ -101,6 +103,7 @@ class Explained:
     facts: Mapping[str, str]
     stages: Sequence[tuple[str, float]]
     environment: Mapping[str, str]
+    findings: Findings | None = None
 
 
 def gather_report(
@@ -206,6 +209,7 @@ def _read_explained(folder: Path, queries: str | None, source: str | None) -> Ex
         manifest["facts"] | drawing_facts(inputs.run, inputs.model, inputs.queries),
         [(stage["name"], stage["seconds"]) for stage in manifest["stages"]],
         manifest["environment"],
+        run.findings,
     )
 
 

@@ -93,6 +93,8 @@ def find_finished(options: Options, console: Console) -> tuple[Path, dict[str, A
 def _is_recognised(options: Options) -> bool:
     """Whether all that a run reads is cheaper to compare than to load."""
     alone = options.lora is None and options.preset is None
+    # files and images that lie elsewhere too
+    alone = alone and (options.held_out or options.groups or options.clip) is None
     # not one of a hub, or with parts that lie elsewhere: which, is not known here
     alone = alone and (options.model is None or (Path(options.model) / MODEL_INDEX).is_file())
     return alone and options.fused and options.what.needs in (FEATURES, NOTHING)
@@ -138,7 +140,10 @@ def _describe(plan: Plan, results: Path, queries: str) -> dict[str, Any]:
         "model": _hash_folder(output / "model" if options.model is None else Path(options.model)),
         "features": {
             name: _hash_folder(options.feature_folder(output) / name)
-            for name in ("train", f"query-{queries[:12]}")
+            for name in (
+                f"train{options.halves_suffix}",
+                f"query-{queries[:12]}{options.halves_suffix}",
+            )
             if options.function is not None
         },
         "files": {

@@ -18,7 +18,8 @@ from ..data.captions import (
 from ..data.images import DataError, load_data
 from ..data.samples import Samples
 from ..features.latents import encode
-from ..methods.evidence import Drawing
+from ..methods.evidence import HELD_OUT, Drawing
+from ..methods.verdicts import check_count
 from ..models import load
 from ..models.denoiser import Denoiser
 from ..models.unet import digits_model
@@ -104,10 +105,9 @@ def _check_options(run: Run, model: Denoiser) -> None:
         raise ValueError("--classes is for models that read classes, which this one does not")
 
 
-def _load_images(run: Run, model: Denoiser, split: str) -> Samples:
+def _load_images(run: Run, model: Denoiser, split: str, limit: int | None = None) -> Samples:
     """The images of a part of ``--data``, as the preset draws them if there is one."""
     options = run.plan.options
-    limit = None if split == "train" else options.num_queries
     if options.preset is None:
         return load_data(options.data, split=split, limit=limit, **_image_options(run, model))
     preset = get_preset(options.preset)
@@ -208,28 +208,54 @@ def load_queries(run: Run, model: Denoiser) -> tuple[Samples, Drawing | None]:
     if options.queries == "generated":
         pictures, drawing = _draw_queries(run, model)
         return _encode(run, model, pictures, "query"), drawing
-    if options.queries == "validation":
-        source = options.data
-        pictures = _load_validation(run, model)
-    else:
-        check_source("--queries", options.queries, ["generated", "validation", "digits"])
-        source = options.queries
-        pictures = load_data(source, **_image_options(run, model))
+    pictures, source = _load_given(run, model, "--queries", options.queries, options.num_queries)
     tell(run.console, "queries", pictures)
     model.input_shape(pictures.shape)
     items = _query_items(run, model, source, pictures)
     return _encode(run, model, pictures.conditioned(items), "query"), None
 
 
-def _load_validation(run: Run, model: Denoiser) -> Samples:
+def load_held_out(run: Run, model: Denoiser, train: Samples, queries: Samples) -> Samples | None:
+    """The images of ``--held-out`` that are neither training images nor queries, None without.
+
+    Raises:
+        ValueError: they are too few, or do not fit the model; one clear line.
+        FileNotFoundError: a path does not exist.
+    """
+    place = run.plan.options.held_out
+    if place is None:
+        return None
+    pictures, source = _load_given(run, model, "--held-out", place)
+    model.input_shape(pictures.shape)
+    left = pictures.without(train, queries)
+    tell(run.console, "held-out images", left)
+    if len(left) < len(pictures):
+        run.say(f"{len(pictures) - len(left):,} of them are training images or queries: left out")
+    check_count(len(left))
+    return _encode(run, model, left.conditioned(_query_items(run, model, source, left)), HELD_OUT)
+
+
+def _load_given(
+    run: Run, model: Denoiser, option: str, asked: str, limit: int | None = None
+) -> tuple[Samples, str]:
+    """Images that were not drawn, and where they lie: a part of the data, or elsewhere."""
+    if asked == "validation":
+        return _load_validation(run, model, option, limit), run.plan.options.data
+    words = ["generated", "validation", "digits"] if option == "--queries" else ["validation"]
+    check_source(option, asked, words)
+    return load_data(asked, **_image_options(run, model)), asked
+
+
+def _load_validation(run: Run, model: Denoiser, option: str, limit: int | None) -> Samples:
     try:
-        return _load_images(run, model, "validation")
+        return _load_images(run, model, "validation", limit)
     except DataError:
         raise
     except ValueError as error:
+        others = "'generated' or a folder" if option == "--queries" else "a folder"
         raise ValueError(
-            "--queries must be 'generated' or a folder of images where --data has no validation "
-            f"part, got 'validation' with {run.plan.options.data}"
+            f"{option} must be {others} of images where --data has no validation part, got "
+            f"'validation' with {run.plan.options.data}"
         ) from error
 
 

@@ -18,13 +18,14 @@ from ..features.settings import (
     choose_whitening,
 )
 from ..features.timesteps import TIMESTEP_STRATEGIES, Timesteps
-from ..methods import DEFAULT, METHODS, Method, check_needs, get_method
+from ..methods import DEFAULT, METHODS, Method, check_held_out, check_needs, get_method
 from ..methods.damping import Damping
 from ..training.presets import PRESETS
 from .choices import (
     DEFAULT_PROJ_DIM,
     DENSITIES,
     DTYPES,
+    GROUPS,
     SHIFTS,
     WEIGHTS,
     WHITENINGS,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from ..models.process import Process
 
 _FEATURES, _DRAWING, _READING = "Features and scores", "Pictures that are drawn", "Reading images"
+_TRUST = "How far scores can be trusted"
 _TRAINED = "How a flow-matching model was trained, which no file says"
 
 
@@ -118,6 +120,19 @@ class ExplainOptions(Stated):
         "projector.",
     )
 
+    noise_halves: bool = option(
+        False,
+        panel=_TRUST,
+        help="Standard errors of scores, from two halves of the timesteps of every feature: how "
+        "far scores move with other noise. Features take twice the room.",
+    )
+    look_alikes: int | None = option(
+        None,
+        panel=_TRUST,
+        help="So many training images that look most like each query, by pixels, or by CLIP with "
+        "--clip, and how many of them have the highest scores.",
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         # from Python: numbers, and lists of them, which are the timesteps themselves
@@ -139,11 +154,35 @@ class ExplainOptions(Stated):
             raise ValueError(f"--whiten is for methods that take gradients, got {method.name}")
         _ = self.when, self.damped
         check_choice("--dtype", self.dtype, DTYPES)
-        check_counts(batch_size=self.batch_size)
+        check_counts(batch_size=self.batch_size, look_alikes=self.look_alikes)
+        if self.noise_halves:
+            self._check_halves()
         if not 0 <= self.noise_seed < 2**63:
             raise ValueError(f"--noise-seed must be in [0, 2**63), got {self.noise_seed}")
         Projection(self.projection, self.num_features, self.seed)
         check_device(self.device)
+
+    def _check_halves(self) -> None:
+        chosen = self.when.chosen
+        count = chosen if isinstance(chosen, int) else len(chosen)
+        if not self.what.is_ridge or not self.fused:
+            way = "" if self.fused else " with --no-fused"
+            raise ValueError(
+                "--noise-halves is for methods that are TRAK's formula on fused features, such as "
+                f"{DEFAULT} and trak, got {self.what.name}{way}"
+            )
+        if count % 2:
+            raise ValueError(f"--noise-halves must have an even number of timesteps, got {count}")
+
+    @property
+    def parts(self) -> int:
+        """Numbers that a store keeps for each feature: itself, and half a difference."""
+        return 2 if self.noise_halves else 1
+
+    @property
+    def halves_suffix(self) -> str:
+        """What tells a store of features with half differences from one without."""
+        return "-halves" if self.noise_halves else ""
 
     @property
     def what(self) -> Method:
@@ -185,6 +224,7 @@ class ExplainOptions(Stated):
             Projection(self.projection, self.num_features, self.seed),
             self.dtype,
             whitening=WhiteningSettings.of(self.whitening),
+            halves=self.noise_halves,
         )
 
     @property
@@ -289,6 +329,20 @@ class Options(ExplainOptions):
     clip: str | None = option(
         None, help="Folder of a CLIP model, for the methods that need one.", is_path=True
     )
+    held_out: str | None = option(
+        None,
+        panel=_TRUST,
+        help="Images that the model was not trained on, as --queries takes them; 'validation' is "
+        "that part of --data. Scores that are higher than theirs stand out (5 % false ones).",
+        is_path=True,
+    )
+    groups: str | None = option(
+        None,
+        panel=_TRUST,
+        help="Sums of scores by group of training images: label, folder, caption, or a CSV file of "
+        "lines image,group below a line of heads.",
+        is_path=True,
+    )
     compare: bool = option(
         False, help="Run both ways on one batch and print agreement, times and memory."
     )
@@ -353,6 +407,10 @@ class Options(ExplainOptions):
             drawing=self.queries == "generated",
             clip=self.clip,
         )
+        if self.held_out is not None:
+            check_held_out(self.what)
+        if self.compare and self.noise_halves:
+            raise ValueError("--compare is for features without --noise-halves, got both")
         check_weights(self.weights)
         if self.weights is not None and self.model is None:
             raise ValueError(f"--weights must go with --model, got {self.weights} alone")
@@ -384,8 +442,18 @@ class Options(ExplainOptions):
 
 
 # options that may be paths, which are kept so that they hold wherever they are read from
-_PLACES = ("model", "lora", "data", "queries", "prompts", "checkpoints", "clip")
-_WORDS = ("digits", "generated", "validation")
+_PLACES = (
+    "model",
+    "lora",
+    "data",
+    "queries",
+    "held_out",
+    "groups",
+    "prompts",
+    "checkpoints",
+    "clip",
+)
+_WORDS = ("digits", "generated", "validation", *GROUPS)
 
 
 def lasting(options: Options) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..data.samples import Samples
+from ..findings import Findings
 from ..models import load
 from ..models.denoiser import Denoiser
 from .files import expand_path
@@ -50,6 +51,7 @@ class Attribution:
         scores: ``[M, N]`` float32, positive for proponents.
         query_ids: M names, the rows.
         train_ids: N names, the columns.
+        findings: what the run found out beside the scores, if it was asked to.
     """
 
     folder: Path
@@ -59,6 +61,7 @@ class Attribution:
     scores: Tensor
     query_ids: list[str]
     train_ids: list[str]
+    findings: Findings | None = None
 
     @property
     def options(self) -> Options:
@@ -148,7 +151,24 @@ def load_attribution(folder: str | Path, queries: str | None = None) -> Attribut
         scores,
         json.loads(metadata["rows"]),
         json.loads(metadata["columns"]),
+        read_findings(results / SCORES, metadata),
     )
+
+
+def read_findings(file: Path, metadata: dict[str, str]) -> Findings | None:
+    """What lies beside the scores of a file with this metadata; None where there is nothing.
+
+    Raises:
+        ResultsError: it is damaged.
+    """
+    if "findings" not in metadata:
+        return None
+    try:
+        with safe_open(file, "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        return Findings.read(tensors, json.loads(metadata["findings"]))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise ResultsError(f"{file} is damaged, its findings cannot be read: {error}") from error
 
 
 def read_scores(file: str | Path) -> tuple[Tensor, dict[str, str]]:

@@ -29,7 +29,7 @@ SIMILARITY_METHODS = (
 )
 METHODS = (*GRADIENT_METHODS, RANDOM, NOTHING, *SIMILARITY_METHODS)
 DRAWS = ("published", "seed")
-DEFAULT_QUERIES, DEFAULT_SEED = 10, 0
+DEFAULT_QUERIES, DEFAULT_SEED = 16, 0
 # of the published draw of queries, by preset; the other presets have no published experiment
 PUBLISHED_SEEDS = {"cifar2": 42, "celeba": 0, "artbench2": 0}
 PUBLISHED_QUERIES, PUBLISHED_POOL = 60, 1000
@@ -41,7 +41,7 @@ class CounterfactualError(ValueError):
 
 # the scores come before the plan
 PLAN = Record(
-    "plan.json", "another experiment", CounterfactualError, format=3, before=frozenset({"scores"})
+    "plan.json", "another experiment", CounterfactualError, format=4, before=frozenset({"scores"})
 )
 
 

@@ -24,9 +24,8 @@ from ...features.settings import FeatureSettings
 from ...features.store import Store
 from ...features.timesteps import select_timesteps
 from ...features.whitening import FILE, open_whitening
-from ...methods import DEFAULT, FEATURES
+from ...methods import DEFAULT
 from ...methods.damping import Damping
-from ...methods.scores import trak
 from ...models.denoiser import Denoiser
 from ...runs.console import progress_bar
 from ...runs.files import expand_path, picture_seed
@@ -36,14 +35,15 @@ from ...runs.record import GENERATED, list_queries
 from ...runs.results import load_attribution
 from ...training.drawing import fitting_steps
 from ..lds.experiment import load_experiment as load_lds
-from ..lds.options import EXPERIMENT
+from ..lds.losses import query_losses
+from ..lds.options import EXPERIMENT, LossSettings
 from ..lds.options import GENERATED as LDS_GENERATED
 from ..lds.queries import drawn_from, generated_queries
 from ..retraining import TRAIN, Drawing, Retraining
 from ..subject import find_trained
 from .options import CounterfactualError
 
-_TIMESTEPS = 10
+_TIMESTEPS, _LOSS_TIMESTEPS = 10, 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +90,16 @@ class Origin:
         seeds = [picture_seed(query) for query in query_ids]
         batches = self.retraining.draw(model, seeds, items, device)
         return to_uint8(torch.cat([batch.images for batch in batches]))
+
+    def losses(self, model: Denoiser, query_ids: Sequence[str], device: torch.device) -> Tensor:
+        """The model's loss on queries as the run drew them, ``[Q]`` float32.
+
+        The noise of a query is the same for every model.
+        """
+        chosen = self.drawn.select([self.drawn.ids.index(query) for query in query_ids])
+        how = LossSettings(min(_LOSS_TIMESTEPS, model.process.num_timesteps), 1)
+        dtype = self.retraining.dtype(device)
+        return query_losses(model, chosen, how, device, dtype=dtype).mean((0, 1))
 
     def gradient_scores(
         self, output_function: str, folder: Path, device: torch.device, console: Console
@@ -200,10 +210,10 @@ def open_origin(
     trained.check()
     # of a method that takes no gradients, what those of others are made with
     asked = options if options.function is not None else replace(options, method=DEFAULT)
+    asked = replace(asked, noise_halves=False)
     settings = asked.feature_settings(inputs.model.process)
     # of other formulas on the same gradients there are none here
-    is_ridge = options.what.score is trak and options.what.needs == FEATURES
-    scores = {settings.output_function: run.scores} if is_ridge else {}
+    scores = {settings.output_function: run.scores} if options.what.is_ridge else {}
     if timesteps is not None:
         process = inputs.model.process
         chosen = select_timesteps(timesteps, "uniform", process.num_timesteps, process.spread)

@@ -37,6 +37,7 @@ class Metric(NamedTuple):
 
 
 METRICS = {
+    "loss": Metric("Rise of the model's loss on the picture", True),
     "pixel_l2": Metric("L2 distance of pixels", True),
     "latent_l2": Metric("L2 distance of latents", True),
     "clip_cosine": Metric("CLIP similarity", False),
@@ -186,6 +187,7 @@ def compare_pictures(
     pictures: Mapping[str, Tensor],
     settings: Mapping[str, Any],
     *,
+    rises: Mapping[str, Tensor] | None = None,
     clip: Clip | None = None,
     vae: Any = None,
 ) -> Counterfactual:
@@ -196,6 +198,7 @@ def compare_pictures(
         originals: ``[Q, C, H, W]`` uint8.
         pictures: by method, ``[Q, R, C, H, W]`` uint8.
         settings: what decided the numbers.
+        rises: by method, ``[Q, R]``, how much the loss of each query rose; adds it.
         clip: see `baselines.load_clip`; adds CLIP similarity.
         vae: see `baselines.load_vae`; adds the distance of latents.
 
@@ -208,6 +211,8 @@ def compare_pictures(
         values["latent_l2"] = {}
     if clip is not None:
         values["clip_cosine"] = {}
+    if rises is not None:
+        values["loss"] = {method: rises[method].double() for method in pictures}
     for method, drawn in pictures.items():
         after = from_uint8(drawn)
         values["pixel_l2"][method] = vector_distances(before, after)

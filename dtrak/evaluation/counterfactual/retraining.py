@@ -29,6 +29,10 @@ from .origin import Origin, open_origin
 Progress = Callable[[int, int], None]
 
 
+# in the file of a model
+_PICTURES, _LOSSES = "pictures", "losses"
+
+
 @dataclass(frozen=True, eq=False)
 class Experiment:
     """What is to be retrained.
@@ -90,18 +94,29 @@ class Experiment:
         Raises:
             CounterfactualError: a model is not trained yet, or without other images.
         """
-        drawn = {}
+        return self._collect(_PICTURES)
+
+    def losses(self) -> dict[str, Tensor]:
+        """Losses of the queries under the retrained models: by method, ``[Q, R]`` float32.
+
+        Raises:
+            CounterfactualError: as `pictures`.
+        """
+        return self._collect(_LOSSES)
+
+    def _collect(self, what: str) -> dict[str, Tensor]:
+        found = {}
         for method in self.removed:
             columns = []
             for r in self._repeats:
                 if method == NOTHING:
                     rows = [self.origin.queries.ids.index(query) for query in self.query_ids]
-                    columns.append(self._read(f"{NOTHING}/all/{r}")[rows])
+                    columns.append(self._read(f"{NOTHING}/all/{r}", what)[rows])
                     continue
                 names = [f"{method}/{Path(query).stem}/{r}" for query in self.query_ids]
-                columns.append(torch.cat([self._read(name) for name in names]))
-            drawn[method] = torch.stack(columns, dim=1)
-        return drawn
+                columns.append(torch.cat([self._read(name, what) for name in names]))
+            found[method] = torch.stack(columns, dim=1)
+        return found
 
     def _removal(self, job: str) -> Tensor:
         method, query, _ = job.split("/")
@@ -119,13 +134,13 @@ class Experiment:
         removed = hash_tensors({"removed": self._removal(job)})
         return json.dumps({"removed": removed, "drawn": self._drawn(job)})
 
-    def _read(self, job: str) -> Tensor:
+    def _read(self, job: str, what: str = _PICTURES) -> Tensor:
         file = self.file(job)
         if not file.is_file():
             raise CounterfactualError(f"model {job!r} of {self.folder} is not trained yet")
         try:
             with safe_open(file, "pt") as opened:
-                pictures: Tensor = opened.get_tensor("pictures")
+                found: Tensor = opened.get_tensor(what)
                 identity = opened.metadata()["identity"]
         except (SafetensorError, OSError, KeyError, TypeError) as error:
             raise CounterfactualError(f"{file} is damaged: delete it and run again") from error
@@ -135,10 +150,10 @@ class Experiment:
                 "or the run's queries have changed since. Choose another --output, or delete that "
                 "file"
             )
-        return pictures
+        return found
 
     def retrain(self, job: str, device: torch.device, progress: Progress | None = None) -> bool:
-        """Train a model and draw its picture, unless that is done or another process is at it.
+        """Train a model, draw its picture and measure its loss, unless that is done or under way.
 
         Args:
             job: one of `jobs`.
@@ -160,9 +175,13 @@ class Experiment:
         order = seed + 1 if method == NOTHING else seed
 
         def finish(model: Denoiser) -> None:
-            pictures = self.origin.draw(model, self._drawn(job), device)
+            drawn = self._drawn(job)
+            found = {
+                _PICTURES: self.origin.draw(model, drawn, device),
+                _LOSSES: self.origin.losses(model, drawn, device),
+            }
             self.file(job).parent.mkdir(parents=True, exist_ok=True)
-            content = save({"pictures": pictures}, metadata={"identity": self._identity(job)})
+            content = save(found, metadata={"identity": self._identity(job)})
             write_atomically(self.file(job), content)
 
         return retraining.train_once(

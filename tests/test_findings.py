@@ -1,0 +1,340 @@
+"""What is said beside scores: their noise, what stands out, groups, look-alikes."""
+
+import math
+
+import pytest
+import torch
+from test_explain import HOW, pictures
+from test_sketcher import small_unet
+
+import dtrak
+from dtrak.attribute import main as attribute
+from dtrak.data.images import encode_png, load_data, to_uint8
+from dtrak.features.extraction import FusedExtractor
+from dtrak.features.halves import Columns, order_halves
+from dtrak.features.noise import sample_noise
+from dtrak.features.settings import FeatureSettings
+from dtrak.features.store import StoreInMemory
+from dtrak.methods.errors import ScoreNoise
+from dtrak.methods.groups import group_names, score_groups
+from dtrak.methods.self_influence import self_influence
+from dtrak.methods.verdicts import describe, discoveries, p_values
+from dtrak.models.process import linear_process
+from dtrak.models.unet import UNet
+from dtrak.runs.options import ExplainOptions, Options
+from dtrak.runs.record import ResultsError
+from dtrak.runs.results import load_attribution, read_scores
+from dtrak.self_influence import main as list_self_influence
+from dtrak_kernels import Projection
+from dtrak_kernels.ridge import RidgeSolver
+
+N, M, HELD = 48, 4, 40
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return UNet(small_unet().float(), linear_process())
+
+
+@pytest.mark.parametrize("count", [2, 10, 12, 100])
+def test_halves_are_equal_and_see_the_same_trend(count):
+    order = order_halves(tuple(range(count)))
+    first, second = order[: count // 2], order[count // 2 :]
+    assert sorted(order) == list(range(count))
+    # every other one would differ by S / 2
+    assert abs(sum(first) - sum(second)) <= 1
+
+
+def test_half_differences_are_those_of_single_backwards(model):
+    steps = (0, 250, 500, 750)
+    settings = FeatureSettings("loss", steps, 0, Projection("none"), dtype="float64", halves=True)
+    x, ids = pictures(3), ["a", "b", "c"]
+    found = FusedExtractor(UNet(small_unet(), linear_process()), settings, CPU).extract(x, ids)
+    net, process, rows = small_unet().double(), linear_process(), []
+    for image, name in zip(x.double(), ids, strict=True):
+        by_step = []
+        for t in steps:
+            noise = sample_noise([name], [t], (1, 8, 8), seed=0, dtype=torch.float64)[0]
+            kept = process.scheduler.alphas_cumprod.double()[t]
+            noisy = kept.sqrt() * image[None] + (1 - kept).sqrt() * noise
+            loss = (net(noisy, torch.tensor([t])).sample - noise).square().mean()
+            parts = torch.autograd.grad(loss, list(net.parameters()))
+            by_step.append(torch.cat([part.flatten() for part in parts]))
+        a, b, c, d = by_step
+        rows.append(torch.cat([(a + b + c + d) / 4, (a + d - b - c) / 4]))
+    expected = torch.stack(rows)
+    assert found.shape == expected.shape
+    assert (found - expected).norm() < 1e-6 * expected.norm()
+
+
+class Linear:
+    """Features that are signal and noise, with halves, drawn as often as wanted; float64."""
+
+    def __init__(self, N=150, M=12, K=60, shift=3.0):
+        self.generator = torch.Generator().manual_seed(0)
+        self.shape = (N, M, K)
+        # of very different energies by direction, and by image
+        self.spectrum = torch.logspace(0, -1, K, dtype=torch.float64)
+        self.train, self.query = self.normal(N), self.normal(M)
+        self.size = 0.5 + torch.rand(N, 1, generator=self.generator).double()
+        # in the difference of halves of all images, and no noise
+        self.common = shift * self.normal(1)
+
+    def normal(self, rows):
+        values = torch.randn(rows, self.shape[2], generator=self.generator, dtype=torch.float64)
+        return values * self.spectrum
+
+    def draw(self):
+        N, parts = self.shape[0], []
+        for signal, size in ((self.train, self.size), (self.query, 1.0)):
+            halves = [size * self.normal(len(signal)) for _ in range(2)]
+            noise, difference = (halves[0] + halves[1]) / 2, (halves[0] - halves[1]) / 2
+            parts += [signal + noise, difference + self.common]
+        train, train_noise, query, query_noise = parts
+        store = StoreInMemory([str(i) for i in range(N)], 2 * self.shape[2], 4)
+        for shard in store.missing():
+            rows = store.rows(shard)
+            store.write(shard, torch.cat([train[rows], train_noise[rows]], dim=1))
+        solver = RidgeSolver(train)
+        damping = float(train.square().sum(1).mean())
+        measured = ScoreNoise.measure(solver, query, query_noise, Columns(store, 1), damping)
+        return solver.scores(query, damping).double(), measured
+
+
+def covered(values, errors):
+    """Share of 95 % intervals of a draw that hold the mean of the other draws."""
+    count = len(values)
+    others = (values.sum(0) - values) / (count - 1)
+    return float(
+        ((values - others).abs() < 1.96 * errors * math.sqrt(1 + 1 / (count - 1))).double().mean()
+    )
+
+
+def test_errors_cover_what_repeats_do():
+    """An oracle that shares no formula: the scores of twelve draws of all noise."""
+    world = Linear()
+    members = torch.arange(150)[:, None] % 5 == torch.arange(5)
+    scores, errors, sums, group_errors, expected = [], [], [], [], []
+    for _ in range(12):
+        found, noise = world.draw()
+        scores.append(found)
+        errors.append(noise.errors().double())
+        sums.append(found @ members.double())
+        group_errors.append(noise.group_errors(members).double())
+        expected.append(noise.reliabilities(found))
+    scores, errors = torch.stack(scores), torch.stack(errors)
+    assert 0.93 <= covered(scores, errors) <= 0.97
+    assert 0.9 <= covered(torch.stack(sums), torch.stack(group_errors)) <= 0.985
+    # an image of more noise has larger errors
+    assert torch.corrcoef(torch.stack([errors.mean((0, 1)), scores.std(0).mean(0)]))[0, 1] > 0.5
+    found = torch.stack(
+        [torch.corrcoef(scores[:, row]).sub(torch.eye(12)).sum() / 132 for row in range(12)]
+    )
+    assert (found.mean() - torch.stack(expected).mean()).abs() < 0.1
+
+
+def test_p_values_of_images_like_the_held_out_ones_are_uniform():
+    generator = torch.Generator().manual_seed(1)
+    null, scores = (torch.randn(40, n, generator=generator) for n in (100, 500))
+    p = p_values(scores, null)
+    assert float((p <= 0.05).double().mean()) < 0.06
+    assert (p[0].sort().values == p[0][scores[0].argsort(descending=True)]).all()
+    found = discoveries(p)
+    assert int(found.any(1).sum()) <= 4
+    # a planted one, a long way off
+    scores[:, 7] = 25
+    found = discoveries(p_values(scores, null))
+    assert found[:, 7].all()
+    assert int(found.sum()) <= 40 + 4
+    with pytest.raises(ValueError, match="at least 40 images that are no training images"):
+        p_values(scores, null[:, :39])
+
+
+def test_discoveries_are_the_step_up_procedure():
+    p = torch.rand(30, 25, generator=torch.Generator().manual_seed(2)) ** 4
+    for row, found in zip(p.tolist(), discoveries(p).tolist(), strict=True):
+        ordered = sorted(row)
+        fits = [i for i in range(25) if ordered[i] <= 0.05 * (i + 1) / 25]
+        limit = ordered[fits[-1]] if fits else -1
+        assert found == [value <= limit for value in row]
+
+
+def test_verdicts():
+    scores, errors = torch.tensor([[1.0, -3.0, 2.5], [0.0, 0.0, 0.0]]), torch.ones(2, 3)
+    out = torch.tensor([[True, False, False], [False] * 3])
+    first, second = describe(scores, errors, out, 50)
+    assert first.startswith("2 of 3 scores are beyond their noise")
+    assert first.endswith("1 stands out against 50 held-out images.")
+    assert second.endswith("Nothing stands out against 50 held-out images.")
+
+
+@pytest.fixture(scope="module")
+def asked(model):
+    """An untrained model; the first two queries are copies of training images."""
+    train, queries = pictures(N), pictures(M, seed=1)
+    queries[:2] = train[[10, 20]]
+    held = torch.cat([pictures(HELD, seed=2), queries[3:], train[:1]])
+    found = dtrak.explain(
+        model, train, queries, held_out=held, groups=[f"g{i % 3}" for i in range(N)],
+        noise_halves=True, look_alikes=3, **HOW,
+    )  # fmt: skip
+    return found, train, queries
+
+
+def test_copies_stand_out_and_nothing_else_does(asked):
+    found = asked[0].findings
+    assert found.stands_out[0].nonzero().tolist() == [[10]]
+    assert found.stands_out[1].nonzero().tolist() == [[20]]
+    assert not found.stands_out[2:].any()
+    # what is a query or a training image is not held out
+    assert found.num_held_out == HELD
+    assert found.verdicts[2].endswith(f"Nothing stands out against {HELD} held-out images.")
+    assert (found.look_alikes[:2, 0] == torch.tensor([10, 20])).all()
+    assert (found.agreement[:2] >= 1 / 3).all()
+    assert (found.errors > 0).all()
+    assert found.errors.shape == found.p_values.shape == (M, N)
+
+
+@pytest.mark.full
+def test_scores_with_halves_are_those_without(asked, model):
+    found, train, queries = asked
+    plain = dtrak.explain(model, train, queries, **HOW)
+    assert (plain.scores - found.scores).norm() < 1e-4 * plain.scores.norm()
+    assert plain.findings is None
+
+
+def test_findings_lie_beside_the_scores(asked, tmp_path):
+    found = asked[0]
+    again = dtrak.Attribution.open(found.save(tmp_path))
+    assert torch.equal(again.scores, found.scores)
+    for name, value in vars(found.findings).items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(getattr(again.findings, name), value), name
+    assert again.findings.verdicts == found.findings.verdicts
+    groups = again.findings.groups
+    assert (groups.names, groups.sizes) == (("g0", "g1", "g2"), (16, 16, 16))
+    assert torch.equal(groups.errors, found.findings.groups.errors)
+    file = tmp_path / "scores.safetensors"
+    metadata = read_scores(file)[1]
+    file.write_bytes(file.read_bytes().replace(b"likeness", b"lickness"))
+    with pytest.raises(ResultsError, match="its findings cannot be read"):
+        dtrak.Attribution.open(tmp_path)
+    assert set(metadata) == {"columns", "findings", "rows", "settings", "sign"}
+
+
+def test_groups_sum_scores_and_share_what_is_positive():
+    scores = torch.tensor([[1.0, -2.0, 3.0, 4.0], [-1.0, -1.0, -1.0, -1.0]])
+    found = score_groups(scores, ["b", "a", "b", None])
+    assert found.names == ("b", "a")
+    assert found.scores.tolist() == [[4.0, -2.0], [-2.0, -1.0]]
+    assert torch.allclose(found.shares, torch.tensor([[0.5, 0.0], [0.0, 0.0]]))
+    assert found.describe(0) == "b +4 (50%), a -2 (0%)"
+
+
+def test_copies_are_most_alike_and_the_odd_one_is_by_itself():
+    """Against dense algebra, in float64."""
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(30, 12, generator=generator, dtype=torch.float64)
+    features[20] = 2 * features[4] + 0.01 * features[5]
+    features[7] *= 30
+    found = self_influence(features, 2.0, [f"i{n}" for n in range(30)])
+    scores = features @ torch.linalg.inv(features.T @ features + 2 * torch.eye(12)) @ features.T
+    own = scores.diagonal()
+    assert torch.allclose(found.own, own)
+    assert int(found.own.argmax()) == 7
+    alike = scores / (own[:, None] * own).sqrt() - 9 * torch.eye(30)
+    assert found.nearest.tolist() == alike.argmax(1).tolist()
+    assert torch.allclose(found.likeness, alike.amax(1), atol=1e-5)
+    assert int(found.likeness.argmax()) in (4, 20)
+    assert (int(found.nearest[4]), int(found.nearest[20])) == (20, 4)
+
+
+def test_where_groups_come_from(tmp_path):
+    train = dtrak.images(pictures(3), labels=[4, 4, 9], ids=["x/1.png", "x/2.png", "y/1.png"])
+    assert group_names(train, "label") == ["4", "4", "9"]
+    assert group_names(train, "folder") == ["x", "x", "y"]
+    assert group_names(train, {"x/1.png": "ann"}) == ["ann", None, None]
+    file = tmp_path / "who.csv"
+    file.write_text('image,artist\nx/2.png,bob\ny/1.png,"cy, d"\n')
+    assert group_names(train, file) == [None, "bob", "cy, d"]
+    file.write_text("image,artist\nx/2.png,bob\nx/2.png,ann\n")
+    with pytest.raises(ValueError, match="an image again as entry 3: 'x/2"):
+        group_names(train, file)
+    file.write_text("image,artist\nz,bob\n")
+    with pytest.raises(ValueError, match="got 'z' and 0 others that are none; one is called 'x/1"):
+        group_names(train, file)
+    with pytest.raises(ValueError, match="must have training images with captions, got none"):
+        group_names(train, "caption")
+    with pytest.raises(FileNotFoundError, match="label, folder, caption or a CSV file"):
+        group_names(train, str(tmp_path / "no.csv"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"timesteps": "5"}, "even number of timesteps, got 5"),
+        ({"method": "gradient-dot"}, "TRAK's formula on fused features, .* got gradient-dot"),
+        ({"fused": False}, "got d-trak with --no-fused"),
+    ],
+)
+def test_what_has_no_halves_says_so(options, message):
+    with pytest.raises(ValueError, match=message):
+        ExplainOptions(noise_halves=True, **options)
+
+
+def test_what_has_no_held_out_scores_says_so():
+    with pytest.raises(ValueError, match="--held-out is for TRAK's formula"):
+        Options(method="relative-influence", held_out="validation")
+    with pytest.raises(ValueError, match="--held-out is for TRAK's formula"):
+        dtrak.explain(None, None, 1, method="relative-influence", held_out=1)
+
+
+def test_a_run_says_what_it_found_and_again(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    others = tmp_path / "others"
+    others.mkdir()
+    for number, image in enumerate(load_data("digits", limit=110).images[60:]):
+        (others / f"{number}.png").write_bytes(encode_png(to_uint8(image)))
+    groups = tmp_path / "groups.csv"
+    groups.write_text("image,who\n" + "".join(f"{n:03d}.png,w{n % 2}\n" for n in range(50)))
+    here = finished.parent
+    arguments = [
+        *("--model", here / "model", "--data", here / "images", "--output", tmp_path / "run"),
+        *("--timesteps", 2, "--proj-dim", 256, "--num-queries", 3, "--device", "cpu"),
+        *("--noise-halves", "--look-alikes", 2),
+    ]
+    with pytest.raises(SystemExit) as end:
+        attribute(list(map(str, [*arguments, "--held-out", others, "--groups", groups])))
+    assert not end.value.code
+    text = capsys.readouterr()
+    assert "held-out images: 50 images" in text.err
+    for words in (
+        "reliability",
+        "stand out",
+        "of 2 look-alikes",
+        "w0 ",
+        "Noise alone puts 3 of 60",
+    ):
+        assert words in text.out
+    run = load_attribution(tmp_path / "run")
+    assert run.findings.num_held_out == 50
+    assert run.findings.groups.sizes == (25, 25)
+    assert run.manifest["settings"]["proj_dim"] == 256
+    # without files from elsewhere a second run has nothing to do
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            attribute(list(map(str, arguments)))
+        text = capsys.readouterr()
+        assert "reliability" in text.out
+        assert "stand out" not in text.out
+    assert "reused" in text.out
+    assert "report: " in text.out
+    with pytest.raises(SystemExit) as end:
+        list_self_influence([str(tmp_path / "run"), "--top-k", "3"])
+    assert not end.value.code
+    lines = (run.results / "self_influence.csv").read_text().splitlines()
+    assert len(lines) == 61
+    values = [float(line.split(",")[1]) for line in lines[1:]]
+    assert values == sorted(values, reverse=True)
+    assert lines[1].split(",")[0] in capsys.readouterr().out
