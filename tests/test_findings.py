@@ -37,13 +37,8 @@ def model():
     return UNet(small_unet().float(), linear_process())
 
 
-@pytest.mark.parametrize("count", [2, 10, 12, 100])
-def test_halves_are_equal_and_see_the_same_trend(count):
-    order = order_halves(tuple(range(count)))
-    first, second = order[: count // 2], order[count // 2 :]
-    assert sorted(order) == list(range(count))
-    # every other one would differ by S / 2
-    assert abs(sum(first) - sum(second)) <= 1
+def test_halves_are_interleaved():
+    assert order_halves(tuple(range(0, 60, 10))) == (0, 20, 40, 10, 30, 50)
 
 
 def test_half_differences_are_those_of_single_backwards(model):
@@ -62,7 +57,7 @@ def test_half_differences_are_those_of_single_backwards(model):
             parts = torch.autograd.grad(loss, list(net.parameters()))
             by_step.append(torch.cat([part.flatten() for part in parts]))
         a, b, c, d = by_step
-        rows.append(torch.cat([(a + b + c + d) / 4, (a + d - b - c) / 4]))
+        rows.append(torch.cat([(a + b + c + d) / 4, (a + c - b - d) / 4]))
     expected = torch.stack(rows)
     assert found.shape == expected.shape
     assert (found - expected).norm() < 1e-6 * expected.norm()

@@ -13,13 +13,8 @@ from .store import Store
 
 
 def order_halves(timesteps: tuple[int, ...]) -> tuple[int, ...]:
-    """Those of one half, then those of the other, as many: by the Thue-Morse sequence.
-
-    Of what changes smoothly with t both see the same, where every other one would see a shift.
-    """
-    return tuple(
-        step for half in (0, 1) for n, step in enumerate(timesteps) if n.bit_count() % 2 == half
-    )
+    """Every other one from the first on, then the others."""
+    return (*timesteps[::2], *timesteps[1::2])
 
 
 def combine_halves(halves: Tensor) -> Tensor:
