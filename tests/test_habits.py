@@ -19,6 +19,8 @@ from dtrak.cli.generate import app as generate
 from dtrak.cli.train import app as train
 from dtrak.data.captions import caption_all, read_captions, read_prompts
 from dtrak.data.images import DataError, load_data
+from dtrak.evaluation.subject import find_trained
+from dtrak.models.hashing import hash_model
 from dtrak.runs.folders import OutputError, refuse_inside
 from dtrak.runs.options import Options
 from dtrak.runs.run import make_plan
@@ -193,6 +195,11 @@ def test_the_moving_average_of_a_checkpoint_is_explained(home):
     done = attribute(*common, "--weights", "ema", "--output", "~/a")
     assert done.exit_code == 2
     assert "holds another run: model" in " ".join(done.output.split())
+    # an experiment is on the model that was explained
+    recipe = home / "recipe.json"
+    recipe.write_text(json.dumps({"recipe": {"steps": 1}, "start": {"model": str(home / "pipe")}}))
+    trained = find_trained(home / "b", recipe=recipe)
+    assert hash_model(trained.load().module) == hash_model(tiny_unet(2))
     done = call(app, "--run", home / "b", "--weights", "trained")
     assert done.exit_code == 2
     again = call(app, "--run", home / "b", "--queries", "~/data/a.png")

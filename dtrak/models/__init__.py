@@ -88,13 +88,16 @@ def load(
     """
     from .places import locate
 
-    check_weights(weights)
-    place = locate(find(name), weights)
+    check_weights(weights, name)
     if lora is not None:
         lora = find_adapter(lora)
+    recorded = _recorded(lora)
+    # those it was trained on
+    of_adapter = recorded.pop("weights", None)
+    place = locate(find(name), weights or of_adapter)
     pipeline = _BARE if place.pipeline is None else _pipeline_in(place.pipeline)
     chosen = {"guidance": guidance, "density": density, "weighting": weighting, "shift": shift}
-    trained = {**_recorded(lora), **{k: v for k, v in chosen.items() if v is not None}}
+    trained = {**recorded, **{k: v for k, v in chosen.items() if v is not None}}
     loaded: Denoiser = _class_of(pipeline).load(place, lora, **trained)
     return loaded
 
@@ -200,6 +203,7 @@ def _recorded(lora: str | Path | None) -> dict[str, Any]:
     found = {name: schedule.get(name) for name in ("density", "weighting")}
     guidance = settings.get("model", {}).get("guidance")
     found |= {"shift": schedule.get("shifted by"), "guidance": guidance and float(guidance)}
+    found |= {"weights": settings.get("start", {}).get("weights")}
     return {name: value for name, value in found.items() if value is not None}
 
 

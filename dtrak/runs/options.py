@@ -353,9 +353,7 @@ class Options(ExplainOptions):
             drawing=self.queries == "generated",
             clip=self.clip,
         )
-        check_weights(self.weights)
-        if self.weights is not None and self.model is None:
-            raise ValueError(f"--weights must go with --model, got {self.weights} alone")
+        check_weights(self.weights, self.model)
         if self.density is not None:
             check_choice("--density", self.density, DENSITIES)
         if self.shift is not None:
