@@ -27,6 +27,7 @@ from ..pages.index import write_index
 from ..pages.report import Explained, gather_report, write_picture
 from ..pages.summary import print_summary
 from ..pages.tables import Table
+from ..runs.choices import counted
 from ..runs.files import encode_text, write_atomically
 from ..runs.finished import record_finish
 from ..runs.folders import describe_differences
@@ -226,7 +227,7 @@ def _compare(run: Run) -> Path:
     )
     published = PublishedExtractor(model, settings, run.plan.device, whitening)
     fused = FusedExtractor(model, settings, run.plan.device, whitening)
-    with run.stage(f"both ways on {len(samples)} images"):
+    with run.stage(f"both ways on {counted(len(samples), 'image')}"):
         result: Comparison = compare(fused, published, samples, fitting_batch_size(fused, samples))
     rows = [
         ("gradients", "", f"{result.gradient_seconds:.2f} s", ""),

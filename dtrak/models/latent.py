@@ -632,8 +632,8 @@ class TextPipeline(LatentPipeline):
                 if cut:
                     kind = f" of {type(tokenizer).__name__}" if several else ""
                     warnings.warn(
-                        f"{len(cut)} captions have more than {limit} tokens{kind} and are cut; the "
-                        f"first: {cut[0][:60]!r}",
+                        f"captions have more than {limit} tokens{kind} and are cut: {len(cut)} of "
+                        f"{len(captions)}; the first: {cut[0][:60]!r}",
                         stacklevel=2,
                     )
                 read = tokenizer(
