@@ -26,6 +26,8 @@ _KINDS = {
     "StableDiffusion3Pipeline": "transformers:StableDiffusion3",
     "FluxPipeline": "transformers:Flux",
 }
+# every other pipeline: how it calls its network is recorded
+_OTHERS = "recorded:Recorded"
 # the same by the class of a network, for those that can be made from a configuration alone
 _NETWORKS = {"UNet2DModel": "unet:UNet"}
 # why others are not served, by their names or the beginnings of those
@@ -36,8 +38,8 @@ _REFUSED = {
     "StableDiffusionXLImg2Img": "SDXL's refiner, which continues pictures of another model",
     "StableDiffusionControlNet, StableDiffusionXLControlNet, FluxControl": "a network that sees "
     "another picture, too",
-    "PixArt, Sana, Lumina, Chroma, QwenImage, ZImage, Flux2, HunyuanDiT, Kolors, AuraFlow, "
-    "HiDream, Kandinsky": "a network that is called otherwise",
+    "ZImage": "a network that takes lists",
+    "Kandinsky, StableCascade, Wuerstchen": "several networks, one after the other",
     "Wan, LTX, CogVideoX, HunyuanVideo, Mochi, Cosmos, SkyReels": "video",
     "ConsistencyModel, KarrasVe, EDM": "noise of another process",
 }
@@ -103,17 +105,16 @@ def load(
 
 
 def _pipeline_in(folder: Path) -> str:
-    """The class that a pipeline's index names, if it is one of a kind here."""
+    """The class that a pipeline's index names, if it is not one that is refused."""
     from .places import INDEX
     from .weights import read_json
 
     index = folder / INDEX
     pipeline = read_json(index).get("_class_name")
-    if not isinstance(pipeline, str) or pipeline not in _KINDS:
-        reason = _reason(str(pipeline))
+    if not isinstance(pipeline, str) or _reason(pipeline):
         raise ModelError(
-            f"{index} must describe one of {', '.join(_KINDS)}, got {pipeline!r}, which no kind of "
-            f"model here serves{reason and f' ({reason})'}: wrap its network with "
+            f"{index} must describe a pipeline that is served, such as {', '.join(_KINDS)}, got "
+            f"{pipeline!r} ({_reason(str(pipeline)) or 'no name'}): wrap its network with "
             "dtrak.models.Denoiser.of to explain it from Python"
         )
     return pipeline
@@ -157,10 +158,12 @@ def wrap(pipeline: Any, **trained: Any) -> Denoiser:
         LoraError: it has several adapters, or one that is merged into the weights.
     """
     name = type(pipeline).__name__
-    if name not in _KINDS:
+    parts = getattr(pipeline, "components", {})
+    if name not in _KINDS and (_reason(name) or not {"vae", "scheduler"} <= parts.keys()):
+        why = f" ({_reason(name)})" if _reason(name) else ""
         raise ModelError(
-            f"model must be a pipeline of one of {', '.join(_KINDS)}, a folder of one, or a "
-            f"dtrak.Denoiser, got a {name}"
+            f"model must be a pipeline such as {', '.join(_KINDS)}, a folder of one, or a "
+            f"dtrak.Denoiser, got a {name}{why}"
         )
     wrapped: Denoiser = _class_of(name).wrap(pipeline, **trained)
     if not wrapped.parameters():
@@ -172,7 +175,7 @@ def wrap(pipeline: Any, **trained: Any) -> Denoiser:
 
 
 def _class_of(pipeline: str) -> Any:
-    return _kind(_KINDS[pipeline])
+    return _kind(_KINDS.get(pipeline, _OTHERS))
 
 
 def _kind(place: str) -> Any:

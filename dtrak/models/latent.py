@@ -7,7 +7,7 @@ import functools
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -98,7 +98,9 @@ class LatentPipeline(Denoiser):
     @property
     def factor(self) -> int:
         """Pixels per latent pixel, along one side."""
-        return int(2 ** (len(self.vae.config["block_out_channels"]) - 1))
+        config = self.vae.config
+        blocks = config.get("block_out_channels") or config["encoder_block_out_channels"]
+        return int(2 ** (len(blocks) - 1))
 
     @property
     def patch(self) -> int:
@@ -196,10 +198,15 @@ class LatentPipeline(Denoiser):
         """
         self.input_shape(pixels.shape[1:])
         self.vae.to(device)
-        posterior = self.vae.encode(pixels.to(device, torch.float32)).latent_dist
+        encoded = self.vae.encode(pixels.to(device, torch.float32))
         scale = float(self.vae.config["scaling_factor"])
         shift = float(self.vae.config.get("shift_factor") or 0.0)
-        return torch.stack([(posterior.mean - shift) * scale, posterior.std * scale], dim=1)
+        if hasattr(encoded, "latent"):
+            # of one that does not draw its latents
+            mean, std = encoded.latent, torch.zeros_like(encoded.latent)
+        else:
+            mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
+        return torch.stack([(mean - shift) * scale, std * scale], dim=1)
 
     def prepare(self, items: Sequence[Any] | None, device: torch.device) -> None:
         """See `Denoiser.prepare`; on a CPU there is one memory for all."""
@@ -465,20 +472,21 @@ class LatentPipeline(Denoiser):
         assert base is not None
         index = read_json(base / INDEX)
         options = cls._options(trained)
+        kinds, network = cls._described(index)
         parts: dict[str, Any] = {}
-        for name in cls.parts:
+        for name in kinds:
             if name in cls.optional and index.get(name, [None])[0] is None:
                 parts[name] = None
             elif not (base / name).is_dir():
                 raise ModelError(f"{base} must hold the folder {name}")
         cls._check_folder(base)
-        for name, kind in cls.parts.items():
-            if name == cls.network and place.config is not None:
+        for name, kind in kinds.items():
+            if name == network and place.config is not None:
                 parts[name] = load_component(kind, place.config, place.network, place.weights)
             elif name not in parts:
                 parts[name] = load_component(kind, base / name)
         _match_tokenizers(parts)
-        flow = cls._flow_options(parts[cls.network], trained, str(base))
+        flow = cls._flow_options(parts[network], trained, str(base))
         process = cls._check_process(load_process(base, **flow), str(base))
         try:
             with quiet("transformers", "diffusers", progress=False):
@@ -494,10 +502,10 @@ class LatentPipeline(Denoiser):
             reason = " ".join(str(error).split())
             raise ModelError(f"the pipeline in {base} could not be loaded: {reason}") from error
         model = cls(pipeline, process, **options)
-        model._check_parts(base)
         for part in (model.vae, *model.encoders.values()):
             part.requires_grad_(False).eval()
         model.module.eval()
+        model._check_parts(base)
         if lora is not None:
             model.load_adapter(lora)
             _check_origin(model, Path(lora), base)
@@ -519,17 +527,26 @@ class LatentPipeline(Denoiser):
         ]
         if missing:
             raise ModelError(f"{name} must have its {', '.join(missing)}, got none")
-        network, scheduler = getattr(pipeline, cls.network), pipeline.scheduler
+        network, scheduler = getattr(pipeline, cls._network_of(pipeline)), pipeline.scheduler
         config = {**scheduler.config, "_class_name": type(scheduler).__name__}
         flow = cls._flow_options(network, trained, name)
         process = cls._check_process(read_process(config, name, **flow), name)
         model = cls(pipeline, process, **options)
-        model._check_parts(name)
         for part in (model.vae, *model.encoders.values()):
             part.float().requires_grad_(False).eval()
         network.float().eval()
+        model._check_parts(name)
         adopt_lora(network)
         return model
+
+    @classmethod
+    def _described(cls, index: Mapping[str, Any]) -> tuple[dict[str, str], str]:
+        """The parts that must be there and their classes, and which is the network."""
+        return cls.parts, cls.network
+
+    @classmethod
+    def _network_of(cls, pipeline: Any) -> str:
+        return cls.network
 
     @classmethod
     def _options(cls, trained: dict[str, Any]) -> dict[str, Any]:
@@ -673,7 +690,7 @@ class TextPipeline(LatentPipeline):
             with quiet(*self._talkers()), torch.no_grad():
                 encoded = self._encode(chosen, device)
             for row, text in enumerate(chosen):
-                fresh[text] = {name: value[row].float().cpu() for name, value in encoded.items()}
+                fresh[text] = {name: _kept(value[row]) for name, value in encoded.items()}
         self._embeddings.update(fresh)
         rows = [self._embeddings[text] for text in items]
         result = {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
@@ -771,6 +788,11 @@ class TextPipeline(LatentPipeline):
         return 0, 0
 
 
+def _kept(value: Tensor) -> Tensor:
+    """A row of a condition as it is kept; masks and numbers of classes stay what they are."""
+    return (value.float() if value.is_floating_point() else value).cpu()
+
+
 def _bytes(condition: Condition) -> int:
     return sum(value.nbytes for value in condition.values())
 
@@ -781,8 +803,8 @@ def _match_tokenizers(parts: dict[str, Any]) -> None:
         if not name.startswith("text_encoder") or encoder is None:
             continue
         longest = getattr(encoder.config, "max_position_embeddings", None)
-        tokenizer = parts[name.replace("text_encoder", "tokenizer")]
-        if longest is not None:
+        tokenizer = parts.get(name.replace("text_encoder", "tokenizer"))
+        if longest is not None and tokenizer is not None:
             tokenizer.model_max_length = min(int(tokenizer.model_max_length), int(longest))
 
 

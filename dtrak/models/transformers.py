@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..runs.choices import TRAINED_GUIDANCE
 from .denoiser import Condition, ModelError, check_labels
 from .latent import LatentPipeline, TextPipeline
 from .process import FlowMatching, Process, shift_of
@@ -363,7 +364,3 @@ class Flux(_Flow):
     def _pooled_width(self) -> tuple[int, int]:
         clip = self.pipeline.text_encoder
         return int(self.module.config["pooled_projection_dim"]), int(clip.config.hidden_size)
-
-
-# of Diffusers' train_dreambooth_lora_flux.py
-TRAINED_GUIDANCE = 3.5

@@ -20,6 +20,8 @@ WHITENINGS = ("none", "scale", "diagonal", "channels", "lowrank", "kfac")
 DENSITIES = ("uniform", "logit_normal", "mode")
 # of a flow's noise levels: as its scheduler is made, or as pictures of a resolution are drawn
 SHIFTS = ("scheduler", "resolution")
+# guidance that a network embeds, of Diffusers' train_dreambooth_lora_flux.py
+TRAINED_GUIDANCE = 3.5
 # of a training checkpoint: as they were trained, or their exponential moving average
 TRAINED, EMA = "trained", "ema"
 WEIGHTS = (TRAINED, EMA)
