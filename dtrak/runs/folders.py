@@ -194,8 +194,12 @@ class Record:
             held.enter_context(alone_in(folder, part))
             # another command may have made it its own in between
             found = self.check(folder, settings)
-        if found is not None and not renew:
-            return found
+        return self.write(folder, settings, also) if found is None or renew else found
+
+    def write(
+        self, folder: Path, settings: dict[str, Any], also: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Write the file, whatever is there; arguments and result as `claim`."""
         folder.mkdir(parents=True, exist_ok=True)
         format_ = {} if self.format is None else {"format": self.format}
         text = json.dumps({**format_, "settings": settings, **(also or {})}, indent=1)
