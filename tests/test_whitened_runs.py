@@ -134,7 +134,7 @@ def test_a_fit_to_something_else_is_not_used_in_silence(model, tmp_path):
     asked = settings("scale")
     kept = open_whitening(model, asked, train, CPU, file)
     # neither a projection nor mirrored features decide it
-    same = settings("scale", projection=Projection("sjlt", 64), flips=True)
+    same = settings("scale", projection=Projection("sjlt", 256), flips=True)
     assert open_whitening(model, same, train, CPU, file).identity == kept.identity
     for other, data, said in (
         (settings("scale", timesteps=(0, 400)), train, "timesteps is [0, 500] there and [0, 400]"),

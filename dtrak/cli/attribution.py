@@ -222,6 +222,9 @@ def _compare(run: Run) -> Path:
         raise ValueError(f"--compare is for methods that take gradients, got {options.method}")
     count = min(options.batch_size or PUBLISHED_BATCH_SIZE, len(data))
     samples = data.select(range(count))
+    if options.checkpointing:
+        raise ValueError("--compare must go without --checkpointing, which the published way lacks")
+    model.checkpointing = False
     whitening = open_whitening(
         model, settings, data, run.plan.device, stage=lambda: run.stage("whitening")
     )

@@ -15,10 +15,6 @@ from .denoiser import Condition, ModelError, check_labels
 from .latent import LatentPipeline, TextPipeline
 from .process import FlowMatching, Process, shift_of
 
-_HALVES = ("bfloat16", "float16")
-# parameters of a network whose activations are not kept
-_LARGE = 2e9
-
 
 class DiT(LatentPipeline):
     """A DiT of classes, in the latents of a VAE; drawn by DDIM (η = 0).
@@ -120,31 +116,6 @@ class _Flow(TextPipeline):
     noised_by = "flow matching"
 
     process: FlowMatching
-
-    def to(self, device: torch.device, dtype: str | None = None) -> None:
-        """See `Denoiser.to`; a large network is made to fit beside its gradients.
-
-        In a 16-bit dtype what an adapter leaves alone is kept in it, once and for all: FLUX.1 takes
-        24 GB. Above two billion parameters activations are made again in the backward.
-
-        Raises:
-            ModelError: the network was made 16-bit before, and another dtype is asked for.
-        """
-        base = [p for n, p in self.module.named_parameters() if ".lora_" not in n]
-        found = str(base[0].dtype).removeprefix("torch.")
-        if found in _HALVES and dtype not in (None, found):
-            raise ModelError(
-                f"the model was made {found} and must be loaded again for {dtype}: what it lost "
-                "does not come back"
-            )
-        if dtype in _HALVES and self.has_adapter and found != dtype:
-            # of the weights as they were
-            self.identity()
-            for parameter in base:
-                parameter.data = parameter.data.to(getattr(torch, dtype))
-        if sum(p.numel() for p in base) > _LARGE:
-            self.module.enable_gradient_checkpointing()
-        super().to(device, dtype)
 
     @classmethod
     def _flow_options(cls, network: Any, trained: dict[str, Any], name: str) -> dict[str, Any]:

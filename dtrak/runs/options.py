@@ -104,6 +104,13 @@ class ExplainOptions(Stated):
     dtype: str = option(
         "float32", panel=_FEATURES, help=f"Precision of the model: {', '.join(DTYPES)}."
     )
+    checkpointing: bool | None = option(
+        None,
+        panel=_FEATURES,
+        flags=("--checkpointing/--no-checkpointing",),
+        help="Make the network's activations again in the backward instead of keeping them: less "
+        "memory, a forward more. Default: above two billion parameters.",
+    )
     flips: bool = option(
         False,
         panel=_FEATURES,
@@ -124,6 +131,8 @@ class ExplainOptions(Stated):
         if not isinstance(self.timesteps, str | int) and self.timestep_strategy is None:
             object.__setattr__(self, "timestep_strategy", "explicit")
         object.__setattr__(self, "timesteps", _as_text(self.timesteps))
+        if self.checkpointing and not self.fused:
+            raise ValueError("--checkpointing must go with --fused, got --no-fused")
         if self.damping is not None:
             object.__setattr__(self, "damping", _as_text(self.damping))
         method = get_method(self.method)
