@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -143,6 +144,16 @@ def test_a_file_name_that_is_no_text_goes_through_a_run(home):
     found = dtrak.Attribution.open(output)
     assert "caf\udce9.png" in found.ids
     assert b"caf\xe9.png" in found.to_csv(home / "scores.csv").read_bytes()
+    # safetensors opens no such path: what is ours has another name, what is not is refused
+    query = home / "data" / "caf\udce9.png"
+    assert call(app, "--run", output, "--queries", query).exit_code == 0
+    assert len(dtrak.Attribution.open(output, queries="caf_").queries) == 1
+    done = attribute("--model", "~/pipe", "--data", "~/data", "--output", home / "out\udce9")
+    assert done.exit_code == 2
+    assert "the path of --output must be UTF-8" in done.output
+    shutil.copytree(home / "pipe", home / "pipe\udce9")
+    with pytest.raises(ValueError, match="the path of model must be UTF-8"):
+        dtrak.load(home / "pipe\udce9")
 
 
 def test_captions_that_no_tokenizer_reads(tmp_path):

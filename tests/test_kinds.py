@@ -664,6 +664,13 @@ def test_a_kind_is_explained_in_a_notebook(kind, folders, monkeypatch):
     assert relative_error(found.scores.double(), wanted) < 1e-3
 
 
+def test_pictures_larger_than_a_network_has_places_for(folders):
+    model = load_kind(folders, "sd3")
+    assert model.input_shape((3, 32, 32)) == (4, 16, 16)
+    with pytest.raises(ValueError, match=r"at most 32 pixels, whose places .* got 36x32 pixels"):
+        model.input_shape((3, 32, 36))
+
+
 def test_what_a_model_reads_must_be_given(folders):
     import dtrak
 

@@ -263,7 +263,7 @@ def find_trained(
         weights = Path(options.lora) if options.lora else weights
     training = _find_training(folder, weights, attribution, recipe, preset)
     start = training.start
-    if base is not None:
+    if attribution is not None and base is not None:
         # where the run found it last
         start = replace(start, model=base, weights=attribution.options.weights or start.weights)
     if replace(start, weights=None) in (Start(), Start(model=base)):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runs.choices import check_weights
-from ..runs.files import expand_path
+from ..runs.files import check_utf8, expand_path
 from .denoiser import Denoiser as Denoiser
 from .denoiser import Drawn as Drawn
 from .denoiser import ModelError as ModelError
@@ -130,7 +130,7 @@ def find_adapter(name: str | Path) -> Path:
     is_hub = text.count("/") == 1 and not text.startswith((".", "/", "~"))
     # `lora.load_lora` says what is not there
     if path.exists() or isinstance(name, Path) or not is_hub or path.parent.is_dir():
-        return path
+        return check_utf8(path, "lora")
     from huggingface_hub import snapshot_download
 
     try:
@@ -261,11 +261,11 @@ def find(name: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: its path is no UTF-8.
     """
-    path = expand_path(name)
+    path, text = expand_path(name), str(name)
     if path.is_dir() or (path.is_file() and path.suffix):
-        return path
-    text = str(name)
+        return check_utf8(path, "model")
     if isinstance(name, Path) or text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise FileNotFoundError(f"model must be {_HUB_HINT}, got {name}")
     from diffusers import DiffusionPipeline

@@ -167,6 +167,16 @@ class StableDiffusion3(_Flow):
         """See `LatentPipeline`."""
         return int(self.module.config["patch_size"])
 
+    def input_shape(self, pixels: Sequence[int]) -> tuple[int, ...]:
+        """See `LatentPipeline.input_shape`; raises as there, or a side is too long."""
+        longest = int(self.module.config["pos_embed_max_size"]) * self.patch * self.factor
+        if max(pixels[1:]) > longest:
+            raise ValueError(
+                f"images must have sides of at most {longest} pixels, whose places the network "
+                f"knows, got {pixels[2]}x{pixels[1]} pixels"
+            )
+        return super().input_shape(pixels)
+
     @property
     def tokens(self) -> int:
         """See `TextPipeline`."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .files import LOCK_FILE, claim, expand_path, write_atomically
+from .files import LOCK_FILE, check_utf8, claim, expand_path, write_atomically
 
 
 class OutputError(ValueError):
@@ -134,6 +134,7 @@ class Record:
         Raises:
             ValueError: as `claim`.
         """
+        check_utf8(folder, "--output")
         if folder.exists() and not folder.is_dir():
             raise self.error(f"--output must be a folder, got the file {folder}")
         found = self.read(folder)
