@@ -147,7 +147,7 @@ def test_a_file_name_that_is_no_text_goes_through_a_run(home):
     # safetensors opens no such path: what is ours has another name, what is not is refused
     query = home / "data" / "caf\udce9.png"
     assert call(app, "--run", output, "--queries", query).exit_code == 0
-    assert len(dtrak.Attribution.open(output, queries="caf_").queries) == 1
+    assert len(dtrak.Attribution.open(output, queries="caf_").scores) == 1
     done = attribute("--model", "~/pipe", "--data", "~/data", "--output", home / "out\udce9")
     assert done.exit_code == 2
     assert "the path of --output must be UTF-8" in done.output
