@@ -171,6 +171,19 @@ def test_features_of_others_are_the_gradients_of_single_samples(kind, folders):
     assert relative_error(features, torch.stack(rows)) < 1e-5
 
 
+def test_a_mask_of_caption_and_picture_grows_and_shrinks_with_the_picture(folders):
+    pipeline = DiffusionPipeline.from_pretrained(folders["chroma"], local_files_only=True)
+    pipeline.default_sample_size = 4
+    small, large = wrap(pipeline), load(folders["chroma"])
+    noisy = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    times = torch.tensor([150, 730, 20])
+    with torch.no_grad():
+        found, expected = (
+            m.predict(noisy, times, m.condition(CAPTIONS, CPU)) for m in (small, large)
+        )
+    assert torch.equal(found, expected)
+
+
 def test_an_adapter_of_another_pipeline(folders, tmp_path):
     model = shake_lora(load(folders["pixart"]).put_adapter(2))
     model.save(tmp_path)
