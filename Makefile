@@ -6,7 +6,8 @@ READY := $(VENV)/.ready
 OUT ?= out
 FLOORS := .venv-floors
 FLOOR_TESTS := tests/test_attribute_lora.py tests/test_console.py tests/test_data.py tests/test_kinds.py \
-	tests/test_lora.py tests/test_models.py tests/test_places.py tests/test_text_to_image.py tests/test_walk.py
+	tests/test_lora.py tests/test_models.py tests/test_places.py tests/test_recorded.py tests/test_text_to_image.py \
+	tests/test_walk.py
 TEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .PHONY: help run test test-full floors lint compile smoke bench gpu tune clean

@@ -285,7 +285,7 @@ def test_labels_asked_for_where_there_are_none(tmp_path):
 def test_limit_counts_the_images_that_decode(tmp_path):
     rows = [{"bytes": b"broken", "path": None}, *({"bytes": png(pixels()), "path": None},) * 3]
     path = write_parquet(tmp_path / "x.parquet", {"image": pa.array(rows)})
-    with pytest.warns(UserWarning, match="left out 1 images"):
+    with pytest.warns(UserWarning, match="left out 1 image;"):
         data = load_data(path, limit=2, skip_corrupt=True)
     assert data.ids == ["x.parquet/1", "x.parquet/2"]
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -19,6 +20,8 @@ from dtrak.cli.generate import app as generate
 from dtrak.cli.train import app as train
 from dtrak.data.captions import caption_all, read_captions, read_prompts
 from dtrak.data.images import DataError, load_data
+from dtrak.evaluation.subject import find_trained
+from dtrak.models.hashing import hash_model
 from dtrak.runs.folders import OutputError, refuse_inside
 from dtrak.runs.options import Options
 from dtrak.runs.run import make_plan
@@ -141,6 +144,16 @@ def test_a_file_name_that_is_no_text_goes_through_a_run(home):
     found = dtrak.Attribution.open(output)
     assert "caf\udce9.png" in found.ids
     assert b"caf\xe9.png" in found.to_csv(home / "scores.csv").read_bytes()
+    # safetensors opens no such path: what is ours has another name, what is not is refused
+    query = home / "data" / "caf\udce9.png"
+    assert call(app, "--run", output, "--queries", query).exit_code == 0
+    assert len(dtrak.Attribution.open(output, queries="caf_").scores) == 1
+    done = attribute("--model", "~/pipe", "--data", "~/data", "--output", home / "out\udce9")
+    assert done.exit_code == 2
+    assert "the path of --output must be UTF-8" in done.output
+    shutil.copytree(home / "pipe", home / "pipe\udce9")
+    with pytest.raises(ValueError, match="the path of model must be UTF-8"):
+        dtrak.load(home / "pipe\udce9")
 
 
 def test_captions_that_no_tokenizer_reads(tmp_path):
@@ -193,6 +206,11 @@ def test_the_moving_average_of_a_checkpoint_is_explained(home):
     done = attribute(*common, "--weights", "ema", "--output", "~/a")
     assert done.exit_code == 2
     assert "holds another run: model" in " ".join(done.output.split())
+    # an experiment is on the model that was explained
+    recipe = home / "recipe.json"
+    recipe.write_text(json.dumps({"recipe": {"steps": 1}, "start": {"model": str(home / "pipe")}}))
+    trained = find_trained(home / "b", recipe=recipe)
+    assert hash_model(trained.load().module) == hash_model(tiny_unet(2))
     done = call(app, "--run", home / "b", "--weights", "trained")
     assert done.exit_code == 2
     again = call(app, "--run", home / "b", "--queries", "~/data/a.png")

@@ -664,6 +664,13 @@ def test_a_kind_is_explained_in_a_notebook(kind, folders, monkeypatch):
     assert relative_error(found.scores.double(), wanted) < 1e-3
 
 
+def test_pictures_larger_than_a_network_has_places_for(folders):
+    model = load_kind(folders, "sd3")
+    assert model.input_shape((3, 32, 32)) == (4, 16, 16)
+    with pytest.raises(ValueError, match=r"at most 32 pixels, whose places .* got 36x32 pixels"):
+        model.input_shape((3, 32, 36))
+
+
 def test_what_a_model_reads_must_be_given(folders):
     import dtrak
 
@@ -673,19 +680,25 @@ def test_what_a_model_reads_must_be_given(folders):
             dtrak.explain(load_kind(folders, kind), pixels, pixels, progress=False, device="cpu")
 
 
-@pytest.mark.parametrize("kind", ["flux", "sd3"])
+@pytest.mark.parametrize("kind", ["flux", pytest.param("sd3", marks=pytest.mark.full), "sd"])
 def test_a_large_network_is_kept_in_16_bits_beside_its_adapter(kind, folders, latents, monkeypatch):
     data, model = samples_of(kind, latents), load_kind(folders, kind, adapter=True)
     exact = FeatureSettings("loss", TIMES, 0, Projection("none"))
     expected = extract_rows(FusedExtractor(model, exact, CPU), data, slice(0, 3))
-    monkeypatch.setattr("dtrak.models.transformers._LARGE", 1000)
+    model.checkpointing = True
     # activations that are made again are the same
     again = extract_rows(FusedExtractor(model, exact, CPU), data, slice(0, 3))
     assert model.module.is_gradient_checkpointing
     assert torch.equal(again, expected)
+    model.checkpointing = False
+    model.to(CPU)
+    assert not model.module.is_gradient_checkpointing
+    monkeypatch.setattr("dtrak.models.denoiser._LARGE", 1000)
+    model.checkpointing = None
     identity = model.identity()
     half = FeatureSettings("loss", TIMES, 0, Projection("none"), "bfloat16")
     extractor = FusedExtractor(model, half, CPU)
+    assert model.module.is_gradient_checkpointing
     found = {n: p.dtype for n, p in model.module.named_parameters()}
     assert {d for n, d in found.items() if ".lora_" not in n} == {torch.bfloat16}
     assert {d for n, d in found.items() if ".lora_" in n} == {torch.float32}
@@ -839,7 +852,9 @@ def test_loading_says_nothing(folders):
 
 def test_what_is_too_long_is_said_of_each_reader(folders):
     model = load_kind(folders, "flux")
-    with pytest.warns(UserWarning, match="1 captions have more than 16 tokens of CLIP.* and are"):
+    with pytest.warns(
+        UserWarning, match="captions have more than 16 tokens of CLIP.* and are cut: 1 of"
+    ):
         model.identify_items(["x" * 40, "fog"])
     with pytest.warns(UserWarning, match="more than 512 tokens of T5"):
         model.identify_items(["a b " * 200])

@@ -84,7 +84,7 @@ def test_from_the_first_subset_to_the_table(run, tmp_path, monkeypatch):
     assert (code, "losses of 4 of 4 models are measured" in text) == (0, True)
     assert "losses 003-1" in text
     assert "losses 002-1" not in text
-    assert "losses: 11 queries under 1 models to measure" in text
+    assert "losses: 11 queries under 1 model to measure" in text
     # a subset model that is another one now
     again = tmp_path / "run" / "models" / "002-1"
     shutil.rmtree(again)

@@ -221,7 +221,7 @@ def test_the_cost_of_losses_is_said_of_what_is_missing(tmp_path, monkeypatch):
     # two queries at four timesteps are a batch, and eight queries at two noises have to be measured
     monkeypatch.setattr(cost.time, "perf_counter", iter([3.0, 13.0]).__next__)
     text = estimate(experiment, queries, SETTINGS, ["001-1"], CPU, batch_size=8)
-    assert text == "losses: 8 queries under 1 models to measure, 256 B on disk, 80 s or less"
+    assert text == "losses: 8 queries under 1 model to measure, 256 B on disk, 80 s or less"
     assert rows == [8, 8], "tables are made in the first"
     assert measured_names(experiment) == []
     claim_settings(experiment, SETTINGS)

@@ -1,6 +1,7 @@
 """Training what is no preset's: an adapter, and a model of one's own from its configuration."""
 
 import json
+import shutil
 import warnings
 from dataclasses import replace
 
@@ -12,14 +13,15 @@ from accelerate.state import AcceleratorState
 from claims import check_training_alone
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from tiny import tiny_model
-from tiny_stable_diffusion import build_pipeline, write_pictures
+from tiny_stable_diffusion import build_pipeline, build_unet, write_pictures
 from typer.testing import CliRunner
 
 from dtrak.cli.train import app
 from dtrak.data.images import encode_png, load_data, to_uint8
+from dtrak.evaluation.subject import find_trained
 from dtrak.models import load
 from dtrak.models.hashing import hash_model
-from dtrak.models.lora import hash_lora
+from dtrak.models.lora import LoraError, hash_lora
 from dtrak.training.data import DataSource
 from dtrak.training.options import OWN_RECIPE, Options, plan_training
 from dtrak.training.record import read_training
@@ -89,12 +91,28 @@ def test_a_whole_pipeline_goes_on(run, folder, tmp_path):
     assert (record.start.model, record.start.rank) == (str(folder), None)
 
 
+def test_an_adapter_of_the_moving_average(run, folder, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(folder, base)
+    build_unet().save_pretrained(base / "unet_ema")
+    code, output = run("--weights", "ema", model=base)
+    assert code == 0, output
+    average = load(base, weights="ema").identity()["model"]
+    # what it was trained on is what it is read with
+    assert load(base, tmp_path / "lora").identity()["model"] == average
+    assert find_trained(tmp_path / "lora").load().identity()["model"] == average
+    with pytest.raises(LoraError, match="says was trained on another"):
+        load(base, tmp_path / "lora", weights="trained")
+    code, output = run("--weights", "ema", "--config", folder / "unet" / "config.json", model=None)
+    assert (code, "--weights must go with --model, got ema alone" in output) == (2, True)
+
+
 def test_captions_that_are_cut_are_told_once(run):
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         code, output = run("--caption", "a painting of more letters than the model reads")
     assert code == 0, output
-    assert output.count("5 captions have more than 16 tokens and are cut") == 1
+    assert output.count("captions have more than 16 tokens and are cut: 5 of 5;") == 1
 
 
 def test_an_interrupted_training_resumes_with_the_same_bits(run, folder, tmp_path, monkeypatch):

@@ -110,6 +110,9 @@ def test_every_format_of_images_is_taken(tmp_path, suffix):
         ("archive/data/train", "archive/data/test"),
         ("seg_train", "seg_test"),
         ("train_images", "dev_images"),
+        ("train2017", "val2017"),
+        ("trainA", "testA"),
+        ("trainset", "testset"),
     ],
 )
 def test_parts_of_a_folder(tmp_path, train, held_out):
@@ -180,7 +183,7 @@ def test_layouts_of_the_hub(tmp_path, name, monkeypatch):
     held_out = load_data("clone", split="validation")
     assert len(held_out) == 1
     assert read_captions("clone", held_out) == ["three"]
-    assert "other parquet files" in found.left_out
+    assert "1 other parquet file (in another part)" in found.left_out
     # the folder of the files itself
     place = file.parent if "/" in name else tmp_path / "clone"
     assert len(load_data(place)) == 2
@@ -215,6 +218,21 @@ def test_a_set_that_names_its_length_is_whole(tmp_path):
         table(tmp_path / "default" / "train" / f"{number:04d}.parquet", 1)
     with pytest.raises(DataError, match=r"up to 0002\.parquet, got no 0001\.parquet"):
         load_data(tmp_path / "default")
+
+
+def test_a_part_that_the_hub_converted_in_part(tmp_path):
+    table(tmp_path / "default" / "partial-train" / "0000.parquet", 1)
+    table(tmp_path / "default" / "test" / "0000.parquet", 1, 2)
+    ids, rest = left_out(tmp_path)
+    assert ids == ["0000.parquet/0"]
+    assert "the rest of the data set (the hub converts no more than 'default/partial-train" in rest
+
+
+def test_a_table_beside_images(tmp_path):
+    put(tmp_path, "a.png")
+    table(tmp_path / "train-00000-of-00001.parquet", 1)
+    ids, rest = left_out(tmp_path)
+    assert (ids, rest) == (["a.png"], "1 parquet file (beside images)")
 
 
 def test_images_beside_a_table(tmp_path, monkeypatch):

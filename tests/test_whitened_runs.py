@@ -1,6 +1,7 @@
 """`--whiten`: fitted once to training images, kept beside its features, in every kind of run."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -126,6 +127,28 @@ def test_features_of_another_whitening_are_refused(model, tmp_path):
     fit_whitening(model, settings("kfac"), train, CPU).save(file)
     with pytest.raises(WhiteningError, match="must be of kind 'lowrank', got 'kfac'"):
         dtrak.explain(model, train, queries, store=tmp_path, **HOW)
+
+
+def test_a_fit_to_something_else_is_not_used_in_silence(model, tmp_path):
+    train, file = dtrak.images(pictures(N)), tmp_path / "x" / "whitening.safetensors"
+    asked = settings("scale")
+    kept = open_whitening(model, asked, train, CPU, file)
+    # neither a projection nor mirrored features decide it
+    same = settings("scale", projection=Projection("sjlt", 256), flips=True)
+    assert open_whitening(model, same, train, CPU, file).identity == kept.identity
+    for other, data, said in (
+        (settings("scale", timesteps=(0, 400)), train, "timesteps is [0, 500] there and [0, 400]"),
+        (settings("scale", noise_seed=1), train, "noise_seed is 0 there and 1"),
+        (asked, dtrak.images(pictures(N, seed=3)), "data is "),
+    ):
+        with pytest.raises(WhiteningError, match=re.escape(f"fitted otherwise: {said}")):
+            open_whitening(model, other, data, CPU, file)
+    # a run that is killed between the two files fits again
+    file.unlink()
+    assert open_whitening(model, asked, train, CPU, file).identity == kept.identity
+    (file.parent / "whitening.json").unlink()
+    with pytest.raises(WhiteningError, match=r"must have whitening\.json beside it"):
+        open_whitening(model, asked, train, CPU, file)
 
 
 def test_it_hardly_depends_on_the_batch_size_and_not_on_the_timesteps_left_out(model):

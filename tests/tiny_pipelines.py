@@ -4,13 +4,25 @@ from pathlib import Path
 
 import torch
 from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
+    AutoencoderDC,
     AutoencoderKL,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
@@ -30,14 +42,14 @@ CLASSES = 3
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-def build_vae(channels=4, **options) -> AutoencoderKL:
-    """Of pictures twice as large as its latents."""
+def build_vae(channels=4, halvings=1, **options) -> AutoencoderKL:
+    """Of pictures twice as large as its latents, or four times, …"""
     return AutoencoderKL(
         **{
             "latent_channels": channels,
-            "block_out_channels": (8, 8),
-            "down_block_types": ("DownEncoderBlock2D",) * 2,
-            "up_block_types": ("UpDecoderBlock2D",) * 2,
+            "block_out_channels": (8,) * (halvings + 1),
+            "down_block_types": ("DownEncoderBlock2D",) * (halvings + 1),
+            "up_block_types": ("UpDecoderBlock2D",) * (halvings + 1),
             "norm_num_groups": 4,
             "sample_size": 16,
             **options,
@@ -187,7 +199,7 @@ def build(kind: str, folder: Path, seed: int = 0, **options) -> Path:
         return build_pipeline(folder, seed)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        pipeline = BUILDERS[kind](folder.parent / "vocabulary", **options)
+        pipeline = (BUILDERS | OTHERS)[kind](folder.parent / "vocabulary", **options)
         network = pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.unet
         # layers that begin at zero would hide those before them
         for parameter in network.parameters():
@@ -196,3 +208,142 @@ def build(kind: str, folder: Path, seed: int = 0, **options) -> Path:
     # FLUX says its size nowhere
     pipeline.save_pretrained(folder)
     return folder
+
+
+def pixart(vocabulary: Path):
+    return PixArtAlphaPipeline(
+        transformer=PixArtTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=4,
+            in_channels=4,
+            out_channels=8,
+            num_layers=2,
+            cross_attention_dim=8,
+            sample_size=8,
+            caption_channels=24,
+            # as of the model of 1,024 pixels, which is told the size
+            use_additional_conditions=False,
+        ),
+        vae=build_vae(),
+        text_encoder=build_t5(),
+        tokenizer=build_t5_tokenizer(),
+        scheduler=DPMSolverMultistepScheduler(**SCHEDULE),
+    )
+
+
+def sana(vocabulary: Path):
+    return SanaPipeline(
+        transformer=SanaTransformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=4,
+            num_layers=2,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=4,
+            cross_attention_dim=8,
+            caption_channels=24,
+            sample_size=8,
+            timestep_scale=0.001,
+        ),
+        vae=AutoencoderDC(
+            latent_channels=4,
+            attention_head_dim=2,
+            # its pipeline takes multiples of 32 pixels
+            encoder_block_types=("ResBlock",) * 6,
+            decoder_block_types=("ResBlock",) * 6,
+            encoder_block_out_channels=(4,) * 6,
+            decoder_block_out_channels=(4,) * 6,
+            encoder_qkv_multiscales=((),) * 6,
+            decoder_qkv_multiscales=((),) * 6,
+            encoder_layers_per_block=(1,) * 6,
+            decoder_layers_per_block=(1,) * 6,
+            downsample_block_type="conv",
+            upsample_block_type="interpolate",
+            decoder_norm_types="rms_norm",
+            decoder_act_fns="silu",
+            scaling_factor=0.41407,
+        ),
+        text_encoder=build_t5(),
+        tokenizer=build_t5_tokenizer(),
+        scheduler=DPMSolverMultistepScheduler(
+            use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"
+        ),
+    )
+
+
+def lumina(vocabulary: Path):
+    return Lumina2Pipeline(
+        transformer=Lumina2Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            hidden_size=24,
+            num_layers=1,
+            num_refiner_layers=1,
+            num_attention_heads=3,
+            num_kv_heads=3,
+            multiple_of=8,
+            axes_dim_rope=(4, 2, 2),
+            axes_lens=(300, 16, 16),
+            cap_feat_dim=24,
+        ),
+        # its pipeline is made for this one
+        vae=build_vae(halvings=3, shift_factor=0.1, scaling_factor=1.5),
+        text_encoder=build_t5(),
+        tokenizer=build_t5_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+    )
+
+
+def auraflow(vocabulary: Path):
+    return AuraFlowPipeline(
+        transformer=AuraFlowTransformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            num_mmdit_layers=1,
+            num_single_dit_layers=1,
+            attention_head_dim=4,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            caption_projection_dim=8,
+            out_channels=4,
+            pos_embed_max_size=64,
+        ),
+        vae=build_vae(),
+        text_encoder=build_t5(),
+        tokenizer=build_t5_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
+    )
+
+
+def chroma(vocabulary: Path):
+    return ChromaPipeline(
+        transformer=ChromaTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            axes_dims_rope=(2, 2, 4),
+            approximator_num_channels=8,
+            approximator_hidden_dim=8,
+            approximator_layers=1,
+        ),
+        vae=build_vae(shift_factor=0.1, scaling_factor=1.5),
+        text_encoder=build_t5(),
+        tokenizer=build_t5_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+    )
+
+
+# of no file in dtrak/models: recorded
+OTHERS = {
+    "pixart": pixart,
+    "sana": sana,
+    "lumina": lumina,
+    "auraflow": auraflow,
+    "chroma": chroma,
+}

@@ -27,6 +27,7 @@ from ..pages.index import write_index
 from ..pages.report import Explained, gather_report, write_picture
 from ..pages.summary import print_findings, print_summary
 from ..pages.tables import Table
+from ..runs.choices import counted
 from ..runs.files import encode_text, write_atomically
 from ..runs.finished import record_finish
 from ..runs.folders import describe_differences
@@ -225,12 +226,15 @@ def _compare(run: Run) -> Path:
         raise ValueError(f"--compare is for methods that take gradients, got {options.method}")
     count = min(options.batch_size or PUBLISHED_BATCH_SIZE, len(data))
     samples = data.select(range(count))
+    if options.checkpointing:
+        raise ValueError("--compare must go without --checkpointing, which the published way lacks")
+    model.checkpointing = False
     whitening = open_whitening(
         model, settings, data, run.plan.device, stage=lambda: run.stage("whitening")
     )
     published = PublishedExtractor(model, settings, run.plan.device, whitening)
     fused = FusedExtractor(model, settings, run.plan.device, whitening)
-    with run.stage(f"both ways on {len(samples)} images"):
+    with run.stage(f"both ways on {counted(len(samples), 'image')}"):
         result: Comparison = compare(fused, published, samples, fitting_batch_size(fused, samples))
     rows = [
         ("gradients", "", f"{result.gradient_seconds:.2f} s", ""),

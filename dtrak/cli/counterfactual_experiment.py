@@ -44,6 +44,7 @@ from ..methods.baselines import (
 from ..methods.scores import gradient_cosine, gradient_dot
 from ..methods.similarity import pixel_cosine, pixel_dot
 from ..pages.counterfactual import distance_table, write_box_plot, write_strips
+from ..runs.choices import counted
 from ..runs.console import choose_device, progress_bar
 from ..runs.files import expand_path
 from ..runs.measure import available_bytes
@@ -164,7 +165,9 @@ def run_counterfactual(options: Options, console: Console) -> Counterfactual | N
         _retrain(experiment, options.processes, device, console)
     left = experiment.missing()
     if left:
-        console.print(f"another command is at work on {len(left)} of {len(experiment.jobs)} models")
+        console.print(
+            f"another command is at work on {len(left)} of {counted(len(experiment.jobs), 'model')}"
+        )
         return None
     return _measure(experiment, k, drawn, clip, vae, device)
 
@@ -178,7 +181,7 @@ def _retrain(
     devices = (str(device),)
     if device.type == "cuda" and device.index is None:
         devices = tuple(f"cuda:{index}" for index in range(torch.cuda.device_count()))
-    with progress_bar(console, f"retrain {len(missing)} models") as progress:
+    with progress_bar(console, f"retrain {counted(len(missing), 'model')}") as progress:
 
         def report(job: str, steps_done: int, _: int) -> None:
             done[job] = steps_done

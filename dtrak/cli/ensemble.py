@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..runs.choices import counted
 from ..runs.record import check_runs
 from ..runs.stated import Stated, argument, option
 from .options import make_app
@@ -43,8 +44,8 @@ def run(options: Options, console: Console) -> None:
 
     M, N = average_runs(options.runs, options.output, options.queries).shape
     console.print(
-        f"{options.output}: mean scores of {len(options.runs)} models, {M} pictures by {N} "
-        "training images",
+        f"{options.output}: mean scores of {counted(len(options.runs), 'model')}, "
+        f"{counted(M, 'picture')} by {counted(N, 'training image')}",
         highlight=False,
         soft_wrap=True,
     )

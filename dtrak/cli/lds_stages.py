@@ -74,6 +74,7 @@ from ..features.extraction import Samples
 from ..methods import CHECKPOINTS, Method
 from ..pages.index import refresh_index
 from ..pages.lds_report import print_table, read_table, render_markdown, write_plots
+from ..runs.choices import counted
 from ..runs.console import choose_device, model_bar, progress_bar
 from ..runs.files import encode_text, write_atomically
 from ..runs.folders import refuse_inside
@@ -159,16 +160,16 @@ def prepare_experiment(folder: Path, name: str, options: PrepareOptions, console
     size = int(experiment.subsets[0].sum())
     left = [n for n in (FULL, *experiment.names()) if not experiment.is_trained(n)]
     console.print(
-        f"{experiment.folder}: {len(experiment.subsets)} subsets of {size} of "
-        f"{len(experiment.data)} images, {len(left)} models to train, "
+        f"{experiment.folder}: {counted(len(experiment.subsets), 'subset')} of {size} of "
+        f"{counted(len(experiment.data), 'image')}, {counted(len(left), 'model')} to train, "
         f"{experiment.retraining.recipe.num_steps(size):,} steps each",
         highlight=False,
         soft_wrap=True,
     )
     if len(experiment.retrain):
         console.print(
-            f"retrain family: {len(experiment.retrain)} subsets more, for methods that are "
-            f"fitted to models, and for ensembles: train --family {RETRAIN}",
+            f"retrain family: {counted(len(experiment.retrain), 'subset')} more, for methods that "
+            f"are fitted to models, and for ensembles: train --family {RETRAIN}",
             highlight=False,
         )
 
@@ -220,7 +221,9 @@ def train_models(folder: Path, options: TrainOptions, console: Console) -> None:
 
 def _say_what_is_left(console: Console, done: int, total: int, verb: str) -> None:
     others = "" if done == total else "; another command is at work on the rest"
-    console.print(f"{done} of {total} models are {verb}{others}", highlight=False)
+    are = "is" if total == 1 else "are"
+    text = f"{done} of {counted(total, 'model')} {are} {verb}{others}"
+    console.print(text, highlight=False)
 
 
 def evaluate_models(folder: Path, options: EvaluateOptions, console: Console) -> None:

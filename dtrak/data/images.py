@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..runs.choices import counted
 from ..runs.files import expand_path, picture_name, write_atomically
 from .rows import KEPT_BYTES, Decoded, from_uint8
 from .samples import Samples, hash_pixels
@@ -118,8 +119,9 @@ def load_data(
         description=_describe(name, split),
     )
     first = f", the first {len(samples):,}" if limit == len(samples) else ""
-    count = "1 image" if len(samples) == 1 else f"{len(samples):,} images"
-    samples.taken = f"{count} of {name}{f' ({found.taken})' * bool(found.taken)}"
+    samples.taken = (
+        f"{counted(len(samples), 'image')} of {name}{f' ({found.taken})' * bool(found.taken)}"
+    )
     samples.taken += first
     samples.tables, samples.class_names = found.tables, found.class_names
     if found.left_out:
@@ -339,7 +341,9 @@ def _decode_all(
     if corrupt:
         if not ids:
             raise DataError(f"all {len(corrupt)} images are corrupt; the first: {corrupt[0]}")
-        warnings.warn(f"left out {len(corrupt)} images; the first: {corrupt[0]}", stacklevel=4)
+        warnings.warn(
+            f"left out {counted(len(corrupt), 'image')}; the first: {corrupt[0]}", stacklevel=4
+        )
     known = [label for label in labels if label is not None]
 
     def decode_again(position: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ..runs.choices import counted
 from .rows import Chosen, InMemory, Joined, Rows
 
 # rows hashed at a time
@@ -76,7 +77,7 @@ class Samples:
         # of pixels alone, shared by all that have the same ones
         self._digests: dict[int, bytes] = dict(enumerate(digests or ()))
         self._fingerprint: str | None = None
-        self.taken, self.left_out = f"{len(images):,} images of {source}", ""
+        self.taken, self.left_out = f"{counted(len(images), 'image')} of {source}", ""
         self.tables: dict[str, Path] = {}
         self.class_names: dict[int, str] = {}
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..runs.choices import counted
 from ..runs.files import expand_path
 from .walk import (
     IMAGE_SUFFIXES,
@@ -43,6 +44,8 @@ KINDS = (
 # each that is not there is a question to the hub
 _HUB_PARTS = {"validation": ("validation", "valid", "val", "test")}
 _SHOWN = 10
+# what the hub calls a part whose beginning alone it converted to parquet
+_PARTIAL = "partial-"
 
 
 class Record(NamedTuple):
@@ -185,7 +188,13 @@ def _open_folder(
         named = [file.relative_to(folder).as_posix() for file in files]
         taken = named[0] if len(named) == 1 else f"{named[0]} and {len(named) - 1} more files"
         others = len(everything.tables) - len(files)
-        left_out = [f"{others} other parquet files (in another part)"] if others else []
+        left_out = []
+        if others:
+            left_out = [f"{counted(others, 'other parquet file')} (in another part)"]
+        if any(map(_is_partial, files[0].relative_to(folder).parts)):
+            left_out.append(
+                f"the rest of the data set (the hub converts no more than '{named[0]}')"
+            )
         return Found(records, taken, left_out, {file.name: file for file in files})
     if classes is not None:
         return _class_records(folder, split, classes)
@@ -268,7 +277,12 @@ def _of_part(folder: Path, files: Sequence[Path], split: str, stems: Sequence[st
 
 def _part_above(folders: Sequence[str]) -> str | None:
     """The name of the innermost folder that is called after a part."""
-    return next((name.lower() for name in reversed(folders) if part_of(name)), None)
+    names = [name.lower().removeprefix(_PARTIAL) for name in reversed(folders)]
+    return next((name for name in names if part_of(name)), None)
+
+
+def _is_partial(folder: str) -> bool:
+    return folder.lower().startswith(_PARTIAL)
 
 
 def missing_path(name: str) -> FileNotFoundError:
@@ -323,7 +337,10 @@ def _folder_records(folder: Path, name: str, split: str) -> Found:
         for name, path in found.images
     )
     names = {label: name for name, label in (labels or {}).items() if not name.isdecimal()}
-    return Found(records, taken, found.left_out, class_names=names)
+    tables = (
+        [f"{counted(len(found.tables), 'parquet file')} (beside images)"] if found.tables else []
+    )
+    return Found(records, taken, [*found.left_out, *tables], class_names=names)
 
 
 def _below(name: str, parts: Sequence[str]) -> str:

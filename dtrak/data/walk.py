@@ -16,7 +16,9 @@ IMAGE_SUFFIXES = (
 TABLE_SUFFIX = ".parquet"
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 # what file managers, archives and file systems put beside files
-_NOT_DATA = ("__macosx", "@eadir", "__pycache__", "$recycle.bin", "lost+found")
+_NOT_DATA = (
+    "__macosx", "@eadir", "__pycache__", "$recycle.bin", "#recycle", "lost+found", "thumbnails",
+)  # fmt: skip
 _COMPANIONS = (
     "thumbs.db",
     "desktop.ini",
@@ -27,9 +29,9 @@ _COMPANIONS = (
     *METADATA,
 )
 _PARTS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval"),
+    "train": ("train", "training", "trainset"),
+    "validation": ("validation", "valid", "val", "dev", "valset"),
+    "test": ("test", "testing", "eval", "testset"),
 }
 _SHOWN = 6
 _SHARD = re.compile(r"(?P<stem>.*?)-?(?P<number>\d{2,})-of-(?P<total>\d{2,})(-[0-9a-f]+)?")
@@ -75,7 +77,8 @@ def part_of(name: str, *, loosely: bool = False) -> str | None:
 
 
 def _words(name: str) -> list[str]:
-    return re.split(r"[-_. ]+", name.lower())
+    """``seg_train``, ``trainA`` and ``train2017`` hold the word ``train``."""
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", name)]
 
 
 def walk(folder: Path, split: str | None = None) -> Walk:
@@ -184,9 +187,7 @@ class _Walker:
             )
         wanted = split_names(str(self.split))
         for each in wanted:
-            found = [
-                c for c in folders if parts[c] and each in re.split(r"[-_. ]+", c.name.lower())
-            ]
+            found = [c for c in folders if parts[c] and each in _words(c.name)]
             if found:
                 self.walk.parts += [c.relative_to(self.walk.folder).as_posix() for c in found]
                 return found

@@ -26,7 +26,6 @@ from ..data.rows import InMemory
 from ..data.samples import Samples
 from ..features.extraction import autocast
 from ..features.latents import fill_latents, open_latents, read_latents, read_posteriors
-from ..models import load
 from ..models.denoiser import Denoiser, Drawn
 from ..models.hashing import hash_tensors
 from ..runs.choices import NUM_INFERENCE_STEPS
@@ -34,6 +33,7 @@ from ..runs.folders import alone_at, describe_differences
 from ..training.command import is_saved, save_model
 from ..training.recipe import Recipe
 from ..training.record import Training
+from ..training.start import Start
 from ..training.trainer import one_process_accelerator, train
 
 Progress = Callable[[int, int], None]
@@ -160,7 +160,7 @@ class Retraining:
         if start.rank is None:
             return None
         if self._base is None:
-            self._base = load_base(str(start.model), self._recorded, self.folder)
+            self._base = load_base(start, self._recorded, self.folder)
         return self._base
 
     def like(self) -> Denoiser:
@@ -460,11 +460,11 @@ def sample_weights(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def load_base(base: str, recorded: dict[str, str] | None, folder: Path) -> Denoiser:
+def load_base(start: Start, recorded: dict[str, str] | None, folder: Path) -> Denoiser:
     """A base model, checked to be the one an experiment was prepared with.
 
     Args:
-        base: folder or hub name.
+        start: of a training of an adapter, which names the model.
         recorded: hashes of the one it was prepared with; None for a new one.
         folder: of the experiment.
 
@@ -472,10 +472,11 @@ def load_base(base: str, recorded: dict[str, str] | None, folder: Path) -> Denoi
         RetrainingError: it is another one.
         FileNotFoundError, ModelError: as `dtrak.models.load`.
     """
-    model = load(base)
+    model = start.base()
     differing = "" if recorded is None else describe_differences(recorded, model.base_identity())
     if differing:
         raise RetrainingError(
-            f"the base model in {base} must be the one {folder} was prepared with: {differing}"
+            f"the base model in {start.model} must be the one {folder} was prepared with: "
+            f"{differing}"
         )
     return model

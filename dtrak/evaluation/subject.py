@@ -202,6 +202,9 @@ class Trained:
         Raises:
             FileNotFoundError, ValueError: as `dtrak.models.load`.
         """
+        if self.attribution is not None:
+            # of a checkpoint it may be the moving average that is explained
+            return self.attribution.load_model()
         return self.training.start.load(self.weights)
 
     def checkpoints(self) -> dict[int, Path]:
@@ -216,7 +219,7 @@ class Trained:
         Raises:
             RetrainingError: what it begins with has weights of other shapes, or another noise.
         """
-        own = self.load() if self.attribution is None else self.attribution.load_model()
+        own = self.load()
         shapes, process = _shapes(own), own.process.describe()
         base = own if self.training.start.rank is not None else None
         fresh = self.training.start.make(0, base)
@@ -260,11 +263,11 @@ def find_trained(
         weights = Path(options.lora) if options.lora else weights
     training = _find_training(folder, weights, attribution, recipe, preset)
     start = training.start
-    if base is not None:
+    if attribution is not None and base is not None:
         # where the run found it last
-        start = replace(start, model=base)
-    if start == Start() or start == Start(model=base):
-        start = _like(weights, start.model)
+        start = replace(start, model=base, weights=attribution.options.weights or start.weights)
+    if replace(start, weights=None) in (Start(), Start(model=base)):
+        start = _like(weights, start)
     here = training.data
     if here.source is None and here.preset is None:
         here = replace(data, subset=here.subset, family=here.family, without=here.without)
@@ -313,12 +316,12 @@ def _recipe(values: Mapping[str, Any], folder: Path) -> Any:
         ) from error
 
 
-def _like(weights: Path, base: str | None) -> Start:
+def _like(weights: Path, start: Start) -> Start:
     """Fresh weights in the shape of a model of which nothing more is known."""
-    if base is None:
+    if start.model is None:
         return Start(model=str(weights), is_fresh=True)
-    adapter = load(base, weights).adapter()
-    return Start(model=base, rank=adapter["rank"], targets=tuple(adapter["targets"]))
+    adapter = load(start.model, weights, weights=start.weights).adapter()
+    return replace(start, rank=adapter["rank"], targets=tuple(adapter["targets"]))
 
 
 def subject_of_run(

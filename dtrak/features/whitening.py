@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from dtrak_kernels.gradients.whitening.definition import TWO_SIDED_KINDS
 from ..data.samples import Samples
 from ..models.denoiser import Denoiser
 from ..runs.files import write_atomically
+from ..runs.folders import Record
 from .extraction import (
     FusedExtractor,
     condition_rows,
+    deciding_settings,
     fitting_batch_size,
     given,
     gradient_scale,
@@ -37,6 +39,10 @@ Progress = Callable[[int, int], None]
 
 class WhiteningError(ValueError):
     """A kept whitening that does not fit what is asked, or is damaged; the message says which."""
+
+
+# beside the file: what it was fitted to
+RECORD = Record("whitening.json", "a whitening that was fitted otherwise", WhiteningError)
 
 
 def open_whitening(
@@ -71,18 +77,37 @@ def open_whitening(
     if asked is None:
         return None
     function = settings.output_function
+    fitted_to = {} if file is None else _fitted_to(model, settings, data)
     if file is not None and file.is_file():
-        return _read(file, asked, function)
+        found = _read(file, asked, function)
+        if not RECORD.is_in(file.parent):
+            raise WhiteningError(
+                f"{file} must have {RECORD.file_name} beside it, which says what it was fitted to, "
+                f"got none: delete {file.parent}"
+            )
+        RECORD.check(file.parent, fitted_to)
+        return found
     with nullcontext() if stage is None else stage() as progress:
         whitening = fit_whitening(
             model, settings, data, device, batch_size=batch_size, progress=progress
         )
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        # first: a file without it is not used
+        RECORD.write(file.parent, fitted_to)
         write_atomically(file, whitening.to_bytes())
         # the same numbers now and when it is read again
         return _read(file, asked, function)
     return whitening
+
+
+def _fitted_to(model: Denoiser, settings: FeatureSettings, data: Samples) -> dict[str, Any]:
+    """Everything that decides a whitening; images are not mirrored for it, nor projected."""
+    asked = settings.whitening
+    assert asked is not None
+    plain = replace(settings, whitening=None, flips=False)
+    deciding = deciding_settings(model, plain, data, "whitening")
+    del deciding["projection"]
+    return {**deciding, "whitening": asdict(asked)}
 
 
 def _read(file: Path, asked: WhiteningSettings, function: str) -> Whitening:

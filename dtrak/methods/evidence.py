@@ -269,6 +269,10 @@ class Evidence:
     def _extractor_of(self, model: Denoiser, part: str = "") -> Extractor:
         """Makes features of a model, whose own lie in ``part`` of the folder of features."""
         settings = self.feature_settings
+        # gradients of many samples at once know no checkpoints
+        checkpointing = self.how.checkpointing if self.how.fused else False
+        if checkpointing is not None:
+            model.checkpointing = checkpointing
         key = " ".join(filter(None, (self.how.function, part)))
         whitening = open_whitening(
             model,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runs.choices import check_weights
-from ..runs.files import expand_path
+from ..runs.files import check_utf8, expand_path
 from .denoiser import Denoiser as Denoiser
 from .denoiser import Drawn as Drawn
 from .denoiser import ModelError as ModelError
@@ -26,6 +26,8 @@ _KINDS = {
     "StableDiffusion3Pipeline": "transformers:StableDiffusion3",
     "FluxPipeline": "transformers:Flux",
 }
+# every other pipeline: how it calls its network is recorded
+_OTHERS = "recorded:Recorded"
 # the same by the class of a network, for those that can be made from a configuration alone
 _NETWORKS = {"UNet2DModel": "unet:UNet"}
 # why others are not served, by their names or the beginnings of those
@@ -36,8 +38,8 @@ _REFUSED = {
     "StableDiffusionXLImg2Img": "SDXL's refiner, which continues pictures of another model",
     "StableDiffusionControlNet, StableDiffusionXLControlNet, FluxControl": "a network that sees "
     "another picture, too",
-    "PixArt, Sana, Lumina, Chroma, QwenImage, ZImage, Flux2, HunyuanDiT, Kolors, AuraFlow, "
-    "HiDream, Kandinsky": "a network that is called otherwise",
+    "ZImage": "a network that takes lists",
+    "Kandinsky, StableCascade, Wuerstchen": "several networks, one after the other",
     "Wan, LTX, CogVideoX, HunyuanVideo, Mochi, Cosmos, SkyReels": "video",
     "ConsistencyModel, KarrasVe, EDM": "noise of another process",
 }
@@ -88,29 +90,31 @@ def load(
     """
     from .places import locate
 
-    check_weights(weights)
-    place = locate(find(name), weights)
+    check_weights(weights, name)
     if lora is not None:
         lora = find_adapter(lora)
+    recorded = _recorded(lora)
+    # those it was trained on
+    of_adapter = recorded.pop("weights", None)
+    place = locate(find(name), weights or of_adapter)
     pipeline = _BARE if place.pipeline is None else _pipeline_in(place.pipeline)
     chosen = {"guidance": guidance, "density": density, "weighting": weighting, "shift": shift}
-    trained = {**_recorded(lora), **{k: v for k, v in chosen.items() if v is not None}}
+    trained = {**recorded, **{k: v for k, v in chosen.items() if v is not None}}
     loaded: Denoiser = _class_of(pipeline).load(place, lora, **trained)
     return loaded
 
 
 def _pipeline_in(folder: Path) -> str:
-    """The class that a pipeline's index names, if it is one of a kind here."""
+    """The class that a pipeline's index names, if it is not one that is refused."""
     from .places import INDEX
     from .weights import read_json
 
     index = folder / INDEX
     pipeline = read_json(index).get("_class_name")
-    if not isinstance(pipeline, str) or pipeline not in _KINDS:
-        reason = _reason(str(pipeline))
+    if not isinstance(pipeline, str) or _reason(pipeline):
         raise ModelError(
-            f"{index} must describe one of {', '.join(_KINDS)}, got {pipeline!r}, which no kind of "
-            f"model here serves{reason and f' ({reason})'}: wrap its network with "
+            f"{index} must describe a pipeline that is served, such as {', '.join(_KINDS)}, got "
+            f"{pipeline!r} ({_reason(str(pipeline)) or 'no name'}): wrap its network with "
             "dtrak.models.Denoiser.of to explain it from Python"
         )
     return pipeline
@@ -126,7 +130,7 @@ def find_adapter(name: str | Path) -> Path:
     is_hub = text.count("/") == 1 and not text.startswith((".", "/", "~"))
     # `lora.load_lora` says what is not there
     if path.exists() or isinstance(name, Path) or not is_hub or path.parent.is_dir():
-        return path
+        return check_utf8(path, "lora")
     from huggingface_hub import snapshot_download
 
     try:
@@ -154,10 +158,12 @@ def wrap(pipeline: Any, **trained: Any) -> Denoiser:
         LoraError: it has several adapters, or one that is merged into the weights.
     """
     name = type(pipeline).__name__
-    if name not in _KINDS:
+    parts = getattr(pipeline, "components", {})
+    if name not in _KINDS and (_reason(name) or not {"vae", "scheduler"} <= parts.keys()):
+        why = f" ({_reason(name)})" if _reason(name) else ""
         raise ModelError(
-            f"model must be a pipeline of one of {', '.join(_KINDS)}, a folder of one, or a "
-            f"dtrak.Denoiser, got a {name}"
+            f"model must be a pipeline such as {', '.join(_KINDS)}, a folder of one, or a "
+            f"dtrak.Denoiser, got a {name}{why}"
         )
     wrapped: Denoiser = _class_of(name).wrap(pipeline, **trained)
     if not wrapped.parameters():
@@ -169,7 +175,7 @@ def wrap(pipeline: Any, **trained: Any) -> Denoiser:
 
 
 def _class_of(pipeline: str) -> Any:
-    return _kind(_KINDS[pipeline])
+    return _kind(_KINDS.get(pipeline, _OTHERS))
 
 
 def _kind(place: str) -> Any:
@@ -200,6 +206,7 @@ def _recorded(lora: str | Path | None) -> dict[str, Any]:
     found = {name: schedule.get(name) for name in ("density", "weighting")}
     guidance = settings.get("model", {}).get("guidance")
     found |= {"shift": schedule.get("shifted by"), "guidance": guidance and float(guidance)}
+    found |= {"weights": settings.get("start", {}).get("weights")}
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -254,11 +261,11 @@ def find(name: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: its path is no UTF-8.
     """
-    path = expand_path(name)
+    path, text = expand_path(name), str(name)
     if path.is_dir() or (path.is_file() and path.suffix):
-        return path
-    text = str(name)
+        return check_utf8(path, "model")
     if isinstance(name, Path) or text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise FileNotFoundError(f"model must be {_HUB_HINT}, got {name}")
     from diffusers import DiffusionPipeline

@@ -17,6 +17,9 @@ from ..runs.choices import NUM_INFERENCE_STEPS
 from .hashing import hash_model
 from .process import Process
 
+# parameters of a network whose activations are not kept
+_LARGE = 2e9
+
 Progress = Callable[[int, int], None]
 # tensors by name, one row for each sample
 Condition = dict[str, Tensor]
@@ -62,6 +65,8 @@ class Denoiser:
             is said; None where the model has none.
         num_inference_steps: of drawing, likewise.
         adapters: formats of the adapters that it reads, in words; None where it takes none.
+        checkpointing: whether the network's activations are made again in the backward, which saves
+            memory; None leaves that to its size (above two billion parameters).
         noised_by: its processes, in words.
     """
 
@@ -71,6 +76,7 @@ class Denoiser:
     num_inference_steps: int = NUM_INFERENCE_STEPS
     adapters: str | None = None
     noised_by: str = "discrete, flow matching"
+    checkpointing: bool | None = None
 
     def __init__(self, module: nn.Module, process: Process) -> None:
         self.module, self.process = module, process
@@ -248,10 +254,29 @@ class Denoiser:
         Args:
             device: of the weights.
             dtype: that features are made in, one of `choices.DTYPES`; None leaves the weights.
+
+        Raises:
+            ModelError: ``checkpointing`` is asked for, and the network cannot do it.
         """
+        self._choose_checkpointing()
         self.module.to(device)
         if dtype == "float64":
             self.module.double()
+
+    def _choose_checkpointing(self) -> None:
+        """Let the network keep its activations or not, where that is asked for or it is large."""
+        module: Any = self.module
+        is_large = sum(parameter.numel() for parameter in module.parameters()) > _LARGE
+        can = getattr(module, "_supports_gradient_checkpointing", False)
+        if self.checkpointing and not can:
+            raise ModelError(
+                "--checkpointing must go with a network of Diffusers that can make its activations "
+                f"again, got a {type(module).__name__}"
+            )
+        if can and (is_large if self.checkpointing is None else self.checkpointing):
+            module.enable_gradient_checkpointing()
+        elif can and self.checkpointing is False:
+            module.disable_gradient_checkpointing()
 
     def put_adapter(self, rank: int, *, seed: int = 0, targets: Sequence[str] = ()) -> Self:
         """Put a fresh adapter into the model, in the place of the one there is, if any.

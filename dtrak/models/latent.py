@@ -7,7 +7,7 @@ import functools
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -45,6 +45,7 @@ from .places import INDEX, Place
 from .process import FlowMatching, Process
 from .weights import load_component, load_process, quiet, read_json, read_process
 
+_HALVES = ("bfloat16", "float16")
 # bytes of embedded captions that are kept, or more where there is more memory
 _KEPT_BYTES = 2**31
 
@@ -98,7 +99,9 @@ class LatentPipeline(Denoiser):
     @property
     def factor(self) -> int:
         """Pixels per latent pixel, along one side."""
-        return int(2 ** (len(self.vae.config["block_out_channels"]) - 1))
+        config = self.vae.config
+        blocks = config.get("block_out_channels") or config["encoder_block_out_channels"]
+        return int(2 ** (len(blocks) - 1))
 
     @property
     def patch(self) -> int:
@@ -196,10 +199,15 @@ class LatentPipeline(Denoiser):
         """
         self.input_shape(pixels.shape[1:])
         self.vae.to(device)
-        posterior = self.vae.encode(pixels.to(device, torch.float32)).latent_dist
+        encoded = self.vae.encode(pixels.to(device, torch.float32))
         scale = float(self.vae.config["scaling_factor"])
         shift = float(self.vae.config.get("shift_factor") or 0.0)
-        return torch.stack([(posterior.mean - shift) * scale, posterior.std * scale], dim=1)
+        if hasattr(encoded, "latent"):
+            # of one that does not draw its latents
+            mean, std = encoded.latent, torch.zeros_like(encoded.latent)
+        else:
+            mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
+        return torch.stack([(mean - shift) * scale, std * scale], dim=1)
 
     def prepare(self, items: Sequence[Any] | None, device: torch.device) -> None:
         """See `Denoiser.prepare`; on a CPU there is one memory for all."""
@@ -373,6 +381,29 @@ class LatentPipeline(Denoiser):
         """Loggers with remarks on captions that are cut, which is said where they are read."""
         return type(self.pipeline).__module__, "transformers.tokenization_utils_base"
 
+    def to(self, device: torch.device, dtype: str | None = None) -> None:
+        """See `Denoiser.to`; in a 16-bit dtype what an adapter leaves alone is kept in it.
+
+        That is once and for all: FLUX.1 takes 24 GB.
+
+        Raises:
+            ModelError: as there, or the network was made 16-bit before and another dtype is asked
+                for.
+        """
+        base = [p for n, p in self.module.named_parameters() if ".lora_" not in n]
+        found = str(base[0].dtype).removeprefix("torch.")
+        if found in _HALVES and dtype not in (None, found):
+            raise ModelError(
+                f"the model was made {found} and must be loaded again for {dtype}: what it lost "
+                "does not come back"
+            )
+        if dtype in _HALVES and self.has_adapter and found != dtype:
+            # of the weights as they were
+            self.identity()
+            for parameter in base:
+                parameter.data = parameter.data.to(getattr(torch, dtype))
+        super().to(device, dtype)
+
     # what is trained
 
     def with_module(self, module: Any) -> Self:
@@ -465,20 +496,21 @@ class LatentPipeline(Denoiser):
         assert base is not None
         index = read_json(base / INDEX)
         options = cls._options(trained)
+        kinds, network = cls._described(index)
         parts: dict[str, Any] = {}
-        for name in cls.parts:
+        for name in kinds:
             if name in cls.optional and index.get(name, [None])[0] is None:
                 parts[name] = None
             elif not (base / name).is_dir():
                 raise ModelError(f"{base} must hold the folder {name}")
         cls._check_folder(base)
-        for name, kind in cls.parts.items():
-            if name == cls.network and place.config is not None:
+        for name, kind in kinds.items():
+            if name == network and place.config is not None:
                 parts[name] = load_component(kind, place.config, place.network, place.weights)
             elif name not in parts:
                 parts[name] = load_component(kind, base / name)
         _match_tokenizers(parts)
-        flow = cls._flow_options(parts[cls.network], trained, str(base))
+        flow = cls._flow_options(parts[network], trained, str(base))
         process = cls._check_process(load_process(base, **flow), str(base))
         try:
             with quiet("transformers", "diffusers", progress=False):
@@ -494,10 +526,10 @@ class LatentPipeline(Denoiser):
             reason = " ".join(str(error).split())
             raise ModelError(f"the pipeline in {base} could not be loaded: {reason}") from error
         model = cls(pipeline, process, **options)
-        model._check_parts(base)
         for part in (model.vae, *model.encoders.values()):
             part.requires_grad_(False).eval()
         model.module.eval()
+        model._check_parts(base)
         if lora is not None:
             model.load_adapter(lora)
             _check_origin(model, Path(lora), base)
@@ -519,17 +551,26 @@ class LatentPipeline(Denoiser):
         ]
         if missing:
             raise ModelError(f"{name} must have its {', '.join(missing)}, got none")
-        network, scheduler = getattr(pipeline, cls.network), pipeline.scheduler
+        network, scheduler = getattr(pipeline, cls._network_of(pipeline)), pipeline.scheduler
         config = {**scheduler.config, "_class_name": type(scheduler).__name__}
         flow = cls._flow_options(network, trained, name)
         process = cls._check_process(read_process(config, name, **flow), name)
         model = cls(pipeline, process, **options)
-        model._check_parts(name)
         for part in (model.vae, *model.encoders.values()):
             part.float().requires_grad_(False).eval()
         network.float().eval()
+        model._check_parts(name)
         adopt_lora(network)
         return model
+
+    @classmethod
+    def _described(cls, index: Mapping[str, Any]) -> tuple[dict[str, str], str]:
+        """The parts that must be there and their classes, and which is the network."""
+        return cls.parts, cls.network
+
+    @classmethod
+    def _network_of(cls, pipeline: Any) -> str:
+        return cls.network
 
     @classmethod
     def _options(cls, trained: dict[str, Any]) -> dict[str, Any]:
@@ -632,8 +673,8 @@ class TextPipeline(LatentPipeline):
                 if cut:
                     kind = f" of {type(tokenizer).__name__}" if several else ""
                     warnings.warn(
-                        f"{len(cut)} captions have more than {limit} tokens{kind} and are cut; the "
-                        f"first: {cut[0][:60]!r}",
+                        f"captions have more than {limit} tokens{kind} and are cut: {len(cut)} of "
+                        f"{len(captions)}; the first: {cut[0][:60]!r}",
                         stacklevel=2,
                     )
                 read = tokenizer(
@@ -673,7 +714,7 @@ class TextPipeline(LatentPipeline):
             with quiet(*self._talkers()), torch.no_grad():
                 encoded = self._encode(chosen, device)
             for row, text in enumerate(chosen):
-                fresh[text] = {name: value[row].float().cpu() for name, value in encoded.items()}
+                fresh[text] = {name: _kept(value[row]) for name, value in encoded.items()}
         self._embeddings.update(fresh)
         rows = [self._embeddings[text] for text in items]
         result = {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
@@ -771,6 +812,11 @@ class TextPipeline(LatentPipeline):
         return 0, 0
 
 
+def _kept(value: Tensor) -> Tensor:
+    """A row of a condition as it is kept; masks and numbers of classes stay what they are."""
+    return (value.float() if value.is_floating_point() else value).cpu()
+
+
 def _bytes(condition: Condition) -> int:
     return sum(value.nbytes for value in condition.values())
 
@@ -781,8 +827,8 @@ def _match_tokenizers(parts: dict[str, Any]) -> None:
         if not name.startswith("text_encoder") or encoder is None:
             continue
         longest = getattr(encoder.config, "max_position_embeddings", None)
-        tokenizer = parts[name.replace("text_encoder", "tokenizer")]
-        if longest is not None:
+        tokenizer = parts.get(name.replace("text_encoder", "tokenizer"))
+        if longest is not None and tokenizer is not None:
             tokenizer.model_max_length = min(int(tokenizer.model_max_length), int(longest))
 
 

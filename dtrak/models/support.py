@@ -12,10 +12,19 @@ from . import _KINDS, _REFUSED, _class_of
 
 _COLUMNS = ("pipeline", "kind", "reads", "process", "drawn with", "adapters")
 
+_OTHER = (
+    "any other",
+    "Any other pipeline with a VAE (`models/recorded.py`)",
+    "captions, or labels",
+    "discrete, flow matching",
+    "as its pipeline is",
+    "PEFT",
+)
+
 
 def table() -> str:
     """Two tables in Markdown: every pipeline that is served, and those that are refused."""
-    rows = [_COLUMNS, ("---",) * len(_COLUMNS), *(_row(pipeline) for pipeline in _KINDS)]
+    rows = [_COLUMNS, ("---",) * len(_COLUMNS), *(_row(pipeline) for pipeline in _KINDS), _OTHER]
     refused = [("pipelines", "refused: it has"), ("---",) * 2, *_refused()]
     return "\n\n".join("\n".join(_line(row) for row in part) for part in (rows, refused)) + "\n"
 

@@ -10,13 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..runs.choices import TRAINED_GUIDANCE
 from .denoiser import Condition, ModelError, check_labels
 from .latent import LatentPipeline, TextPipeline
 from .process import FlowMatching, Process, shift_of
-
-_HALVES = ("bfloat16", "float16")
-# parameters of a network whose activations are not kept
-_LARGE = 2e9
 
 
 class DiT(LatentPipeline):
@@ -120,31 +117,6 @@ class _Flow(TextPipeline):
 
     process: FlowMatching
 
-    def to(self, device: torch.device, dtype: str | None = None) -> None:
-        """See `Denoiser.to`; a large network is made to fit beside its gradients.
-
-        In a 16-bit dtype what an adapter leaves alone is kept in it, once and for all: FLUX.1 takes
-        24 GB. Above two billion parameters activations are made again in the backward.
-
-        Raises:
-            ModelError: the network was made 16-bit before, and another dtype is asked for.
-        """
-        base = [p for n, p in self.module.named_parameters() if ".lora_" not in n]
-        found = str(base[0].dtype).removeprefix("torch.")
-        if found in _HALVES and dtype not in (None, found):
-            raise ModelError(
-                f"the model was made {found} and must be loaded again for {dtype}: what it lost "
-                "does not come back"
-            )
-        if dtype in _HALVES and self.has_adapter and found != dtype:
-            # of the weights as they were
-            self.identity()
-            for parameter in base:
-                parameter.data = parameter.data.to(getattr(torch, dtype))
-        if sum(p.numel() for p in base) > _LARGE:
-            self.module.enable_gradient_checkpointing()
-        super().to(device, dtype)
-
     @classmethod
     def _flow_options(cls, network: Any, trained: dict[str, Any], name: str) -> dict[str, Any]:
         patch = cls._patch_of(network)
@@ -194,6 +166,16 @@ class StableDiffusion3(_Flow):
     def patch(self) -> int:
         """See `LatentPipeline`."""
         return int(self.module.config["patch_size"])
+
+    def input_shape(self, pixels: Sequence[int]) -> tuple[int, ...]:
+        """See `LatentPipeline.input_shape`; raises as there, or a side is too long."""
+        longest = int(self.module.config["pos_embed_max_size"]) * self.patch * self.factor
+        if max(pixels[1:]) > longest:
+            raise ValueError(
+                f"images must have sides of at most {longest} pixels, whose places the network "
+                f"knows, got {pixels[2]}x{pixels[1]} pixels"
+            )
+        return super().input_shape(pixels)
 
     @property
     def tokens(self) -> int:
@@ -363,7 +345,3 @@ class Flux(_Flow):
     def _pooled_width(self) -> tuple[int, int]:
         clip = self.pipeline.text_encoder
         return int(self.module.config["pooled_projection_dim"]), int(clip.config.hidden_size)
-
-
-# of Diffusers' train_dreambooth_lora_flux.py
-TRAINED_GUIDANCE = 3.5

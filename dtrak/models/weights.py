@@ -219,6 +219,16 @@ def read_process(
     try:
         if kind.startswith("FlowMatch"):
             return FlowMatching(FlowMatchEulerDiscreteScheduler.from_config(config), **chosen)
+        if config.get("use_flow_sigmas"):
+            # a solver of flows, with the shift of Euler's method
+            flows = FlowMatchEulerDiscreteScheduler(
+                num_train_timesteps=config.get("num_train_timesteps", 1000),
+                shift=config.get("flow_shift") or 1.0,
+            )
+            return FlowMatching(flows, **chosen)
+        others = sorted(chosen.keys() - {"patch"})
+        if others:
+            raise ModelError(f"{', '.join(others)} must go with a flow-matching model, got {name}")
         if config.get("trained_betas") is None and "beta_start" not in config:
             raise ModelError(f"{name} must describe a schedule of betas or of flows, got {kind!r}")
         config = {**config, "prediction_type": _predicted(config, name)}

@@ -22,6 +22,8 @@ DENSITIES = ("uniform", "logit_normal", "mode")
 SHIFTS = ("scheduler", "resolution")
 # what groups training images, beside a file
 GROUPS = ("label", "folder", "caption")
+# guidance that a network embeds, of Diffusers' train_dreambooth_lora_flux.py
+TRAINED_GUIDANCE = 3.5
 # of a training checkpoint: as they were trained, or their exponential moving average
 TRAINED, EMA = "trained", "ema"
 WEIGHTS = (TRAINED, EMA)
@@ -62,14 +64,21 @@ def check_counts(**counts: int | None) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {count}")
 
 
-def check_weights(weights: str | None) -> None:
-    """Refuse what is no kind of weights; None leaves it open.
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """So many of something, for a reader: ``1 image``, ``2,000 images``."""
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+
+
+def check_weights(weights: str | None, model: str | Path | None) -> None:
+    """Refuse what is no kind of weights, or of no model; None leaves it open.
 
     Raises:
-        ValueError: it is not one of `WEIGHTS`.
+        ValueError: it is not one of `WEIGHTS`, or no model is named.
     """
     if weights is not None:
         check_choice("--weights", weights, WEIGHTS)
+        if model is None:
+            raise ValueError(f"--weights must go with --model, got {weights} alone")
 
 
 def check_model_folder(folder: str | Path) -> None:

@@ -44,6 +44,27 @@ def expand_path(path: str | os.PathLike[str]) -> Path:
     return expanded
 
 
+def check_utf8(path: Path, what: str) -> Path:
+    """A path, refused where safetensors cannot open it.
+
+    Raises:
+        ValueError: it is no UTF-8.
+    """
+    try:
+        str(path.resolve()).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"the path of {what} must be UTF-8, as safetensors opens no other, got "
+            f"{os.fsencode(path)!r}: rename it"
+        ) from None
+    return path
+
+
+def plain_stem(path: str | Path) -> str:
+    """The stem of a path as part of a name of ours: in UTF-8, whatever it is."""
+    return Path(path).stem.encode("utf-8", "replace").decode().replace("?", "_")
+
+
 def encode_text(text: str) -> bytes:
     """UTF-8 of a text for readers; bytes of a file name that are no text are shown in hex."""
     return text.encode("utf-8", "backslashreplace")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .files import LOCK_FILE, claim, expand_path, write_atomically
+from .files import LOCK_FILE, check_utf8, claim, expand_path, write_atomically
 
 
 class OutputError(ValueError):
@@ -134,6 +134,7 @@ class Record:
         Raises:
             ValueError: as `claim`.
         """
+        check_utf8(folder, "--output")
         if folder.exists() and not folder.is_dir():
             raise self.error(f"--output must be a folder, got the file {folder}")
         found = self.read(folder)
@@ -194,8 +195,12 @@ class Record:
             held.enter_context(alone_in(folder, part))
             # another command may have made it its own in between
             found = self.check(folder, settings)
-        if found is not None and not renew:
-            return found
+        return self.write(folder, settings, also) if found is None or renew else found
+
+    def write(
+        self, folder: Path, settings: dict[str, Any], also: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Write the file, whatever is there; arguments and result as `claim`."""
         folder.mkdir(parents=True, exist_ok=True)
         format_ = {} if self.format is None else {"format": self.format}
         text = json.dumps({**format_, "settings": settings, **(also or {})}, indent=1)

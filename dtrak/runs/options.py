@@ -106,6 +106,13 @@ class ExplainOptions(Stated):
     dtype: str = option(
         "float32", panel=_FEATURES, help=f"Precision of the model: {', '.join(DTYPES)}."
     )
+    checkpointing: bool | None = option(
+        None,
+        panel=_FEATURES,
+        flags=("--checkpointing/--no-checkpointing",),
+        help="Make the network's activations again in the backward instead of keeping them: less "
+        "memory, a forward more. Default: above two billion parameters.",
+    )
     flips: bool = option(
         False,
         panel=_FEATURES,
@@ -139,6 +146,8 @@ class ExplainOptions(Stated):
         if not isinstance(self.timesteps, str | int) and self.timestep_strategy is None:
             object.__setattr__(self, "timestep_strategy", "explicit")
         object.__setattr__(self, "timesteps", _as_text(self.timesteps))
+        if self.checkpointing and not self.fused:
+            raise ValueError("--checkpointing must go with --fused, got --no-fused")
         if self.damping is not None:
             object.__setattr__(self, "damping", _as_text(self.damping))
         method = get_method(self.method)
@@ -411,9 +420,7 @@ class Options(ExplainOptions):
             check_held_out(self.what)
         if self.compare and self.noise_halves:
             raise ValueError("--compare is for features without --noise-halves, got both")
-        check_weights(self.weights)
-        if self.weights is not None and self.model is None:
-            raise ValueError(f"--weights must go with --model, got {self.weights} alone")
+        check_weights(self.weights, self.model)
         if self.density is not None:
             check_choice("--density", self.density, DENSITIES)
         if self.shift is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..methods import DEFAULT
 from .choices import check_counts
+from .files import plain_stem
 from .folders import Record
 from .options import Options
 
@@ -34,7 +35,7 @@ def results_folder(run: Path, queries: str, fingerprint: str, variant: str) -> P
         fingerprint: of the queries.
         variant: how they were scored; the default has no folder of its own.
     """
-    stem = queries if queries in (GENERATED, VALIDATION) else Path(queries).stem or "queries"
+    stem = queries if queries in (GENERATED, VALIDATION) else plain_stem(queries) or "queries"
     if stem != queries and stem in (GENERATED, VALIDATION):
         # a folder of that name is something else than what the word stands for
         stem = f"{stem}-folder"

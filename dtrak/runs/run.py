@@ -13,6 +13,7 @@ from rich.console import Console
 from ..features.settings import FeatureSettings
 from ..methods.damping import Damping
 from .console import choose_device
+from .files import plain_stem
 from .folders import alone_in, refuse_inside
 from .options import Options, check_options, lasting
 from .record import RUN, RUN_FILE
@@ -54,7 +55,7 @@ def make_plan(options: Options) -> Plan:
     check_options(options)
     named = options.lora or options.model or options.preset or options.data
     # "." and ".." have no name of their own
-    stem = Path(named).stem.strip(".") or Path(named).resolve().stem or "run"
+    stem = plain_stem(named).strip(".") or plain_stem(Path(named).resolve()) or "run"
     output = Path(options.output) if options.output else Path("runs") / stem
     settings = None if options.function is None else options.feature_settings()
     return Plan(options, choose_device(options.device), output, settings)

@@ -21,7 +21,7 @@ from ..features.latents import fill_latents, open_latents, read_posteriors
 from ..models import load
 from ..models.denoiser import Denoiser
 from ..models.lora import LORA_FILES, PEFT_FILES
-from ..runs.choices import TRAINING_FILE
+from ..runs.choices import TRAINING_FILE, counted
 from ..runs.console import progress_bar, tell
 from ..runs.files import write_atomically
 from ..runs.folders import Record, refuse_inside
@@ -146,8 +146,9 @@ def _train(options: Options, console: Console, held: ExitStack) -> Path:
         part = _encode(folder, model, data, accelerator, console).select(chosen)
     count = sum(p.numel() for n, p in model.module.named_parameters() if n in model.parameters())
     console.print(
-        f"{data.source}: {len(part):,} images, {count:,} parameters, {steps:,} steps of "
-        f"{recipe.batch_size} on {accelerator.num_processes} x {accelerator.device.type}, "
+        f"{data.source}: {counted(len(part), 'image')}, {count:,} parameters, "
+        f"{counted(steps, 'step')} of {recipe.batch_size} on "
+        f"{accelerator.num_processes} x {accelerator.device.type}, "
         f"mixed precision {options.mixed_precision}",
         highlight=False,
         soft_wrap=True,

@@ -154,12 +154,11 @@ def read_ids(file: str | Path) -> list[str]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not text.
     """
     try:
-        lines = expand_path(file).read_text(encoding="utf-8").splitlines()
+        # names of files may be no UTF-8
+        text = expand_path(file).read_text(encoding="utf-8", errors="surrogateescape")
     except FileNotFoundError:
         raise FileNotFoundError(f"no file of ids at {file}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} must hold ids, one a line, got {error}") from error
+    lines = text.splitlines()
     return [line.strip() for line in lines if line.strip()]

@@ -17,6 +17,7 @@ from ..data.captions import choose_prompts, read_prompts
 from ..data.images import encode_png, to_uint8
 from ..models import load
 from ..models.denoiser import Denoiser, Drawn
+from ..runs.choices import counted
 from ..runs.console import choose_device, progress_bar
 from ..runs.files import expand_path, picture_name, write_atomically
 from ..runs.folders import Record
@@ -196,7 +197,7 @@ def _draw(options: Options, console: Console, held: ExitStack) -> Path:
         return output
     model.to(device)
     chosen = None if items is None else [items[seed - options.first_seed] for seed in missing]
-    with progress_bar(console, f"draw {len(missing):,} images") as progress:
+    with progress_bar(console, f"draw {counted(len(missing), 'image')}") as progress:
         draw_missing(model, missing, output, chosen, progress=progress, **how)
     console.print(f"images: {output}", highlight=False, soft_wrap=True)
     return output

@@ -81,7 +81,7 @@ def check_options(options: Options) -> None:
             f"--first-seed must be in [0, 2**32 - --num-images], got {options.first_seed}"
         )
     check_device(options.device)
-    check_weights(options.weights)
+    check_weights(options.weights, options.model)
     _ = options.class_numbers
     # with a LoRA it may be a hub name
     if options.lora is None:

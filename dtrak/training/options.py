@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..runs.choices import LORA_TARGETS, PRECISIONS, check_choice, check_counts
+from ..runs.choices import (
+    LORA_TARGETS,
+    PRECISIONS,
+    WEIGHTS,
+    check_choice,
+    check_counts,
+    check_weights,
+)
 from ..runs.stated import Stated, option
 from .data import DataSource, read_ids
 from .presets import PRESETS, SUBSET_FAMILIES, get_preset
@@ -52,6 +59,11 @@ class Options(Stated):
         help="Folder that Diffusers wrote, or a hub name: go on from that model, or with "
         "--lora-rank train an adapter of it. For a preset that fine-tunes: its base.",
         is_path=True,
+    )
+    weights: str | None = option(
+        None,
+        help=f"Of --model: {', '.join(WEIGHTS)}, their moving average. Default: what --model "
+        "names, else trained.",
     )
     lora_rank: int | None = option(
         None, help="Train a LoRA of this rank instead of the model. Default: the preset's, if any."
@@ -167,6 +179,7 @@ def check_options(options: Options) -> None:
     for one, other in (("subset", "without"), ("epochs", "steps"), ("config", "model")):
         if getattr(options, one) is not None and getattr(options, other) is not None:
             raise ValueError(f"--{one} and --{other} exclude each other, got both")
+    check_weights(options.weights, options.model)
     if options.preset is not None:
         _check_preset(options)
     elif options.data is None or (options.config is None and options.model is None):
@@ -222,6 +235,7 @@ def plan_training(options: Options) -> Training:
         recipe = get_preset(_ADAPTERS).recipe
     else:
         start, recipe = Start(model=options.model), OWN_RECIPE
+    start = replace(start, weights=options.weights)
     if options.seed is None and options.subset is not None:
         # the published subset models have seeds 0, 1 and 2
         recipe = replace(recipe, seed=0)

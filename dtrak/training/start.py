@@ -22,6 +22,7 @@ class Start:
         config: of a network that is freshly initialised, ``{"network": …, "scheduler": …}`` as
             `dtrak.models.read_config` gives it.
         model: folder or hub name of a model that training goes on from.
+        weights: which of it, as `dtrak.models.load` takes them.
         is_fresh: whether the weights of that model are drawn anew instead.
         rank: of a fresh adapter in that model, which alone is trained; None trains all of it.
         targets: ends of the names of the layers that get an adapter; the kind's own by default.
@@ -30,6 +31,7 @@ class Start:
     preset: str | None = None
     config: dict[str, Any] | None = field(default=None, hash=False)
     model: str | None = None
+    weights: str | None = None
     is_fresh: bool = False
     rank: int | None = None
     targets: tuple[str, ...] = ()
@@ -46,13 +48,13 @@ class Start:
             FileNotFoundError, ModelError: as `dtrak.models.load`, or the kind of model is not
                 trained so.
         """
-        from ..models import load, make
+        from ..models import make
 
         if self.preset is not None:
             return get_preset(self.preset).make_model(seed)
         if self.config is not None:
             return make(self.config, seed)
-        model = load(str(self.model)) if base is None else base
+        model = self.base() if base is None else base
         if self.rank is not None:
             return model.put_adapter(self.rank, seed=seed, targets=self.targets)
         return model.fresh(seed) if self.is_fresh else model
@@ -67,7 +69,13 @@ class Start:
 
         if self.rank is None:
             return load(folder)
-        return (load(str(self.model)) if base is None else base).load_adapter(folder)
+        return (self.base() if base is None else base).load_adapter(folder)
+
+    def base(self) -> Denoiser:
+        """The model that ``model`` names; raises as `dtrak.models.load`."""
+        from ..models import load
+
+        return load(str(self.model), weights=self.weights)
 
     def to_dict(self) -> dict[str, Any]:
         """What decides it, JSON-serialisable, without defaults; where a model lies does not."""

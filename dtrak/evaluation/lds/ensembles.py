@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 
+from ...runs.choices import counted
 from .experiment import Experiment
 from .methods import Prediction, Predictor, Setting
 from .options import RETRAIN, ExperimentError
@@ -72,7 +73,7 @@ def ensemble_predictions(
         values = torch.stack([prediction.values for prediction in found])
         dampings = torch.tensor([prediction.dampings for prediction in found], dtype=torch.float64)
         for size in (1, *sizes):
-            title = "single half-data model" if size == 1 else f"mean of {size} models"
+            title = "single half-data model" if size == 1 else f"mean of {counted(size, 'model')}"
             yield replace(
                 found[0],
                 setting=replace(setting, ensemble=title),

@@ -213,16 +213,16 @@ def prepare_run(folder: Path, subject: Subject, trained: Trained, **numbers: Any
         ExperimentError, ValueError: as `prepare_subject`, or the model is not that of the run.
     """
     experiment = prepare_subject(folder, subject, subject.numbers, **numbers)
+    _take_model(experiment, FULL, trained.weights, trained.load())
     kept = trained.checkpoints()
-    places = {FULL: trained.weights, **{_checkpoint_name(n): kept[n] for n in subject.kept}}
-    for name, place in places.items():
-        _take_model(experiment, name, place)
+    for step in subject.kept:
+        model = experiment.retraining.load(kept[step])
+        _take_model(experiment, _checkpoint_name(step), kept[step], model)
     return experiment
 
 
-def _take_model(experiment: Experiment, name: str, place: Path) -> None:
+def _take_model(experiment: Experiment, name: str, place: Path, model: Denoiser) -> None:
     """Copy a model into the experiment, or refuse one that is another than the one there."""
-    model = experiment.retraining.load(place)
     folder = experiment.model_folder(name)
     if is_saved(folder):
         wanted = model.identity()

@@ -21,6 +21,7 @@ from ...features.outputs import evaluate_output
 from ...features.settings import FeatureSettings
 from ...features.timesteps import select_timesteps
 from ...models.denoiser import Denoiser
+from ...runs.choices import counted
 from ...runs.console import format_seconds
 from ...runs.files import write_atomically
 from ...runs.folders import Record, alone_at
@@ -133,8 +134,8 @@ def estimate(
     count = sum(map(len, queries.values()))
     rows = count * settings.num_noise_seeds * len(names)
     return (
-        f"losses: {count:,} queries under {len(names)} models to measure, "
-        f"{format_bytes(4 * rows * settings.num_timesteps)} on disk, "
+        f"losses: {counted(count, 'query', 'queries')} under {counted(len(names), 'model')} "
+        f"to measure, {format_bytes(4 * rows * settings.num_timesteps)} on disk, "
         f"{format_seconds(seconds / len(first) * rows)} or less"
     )
 

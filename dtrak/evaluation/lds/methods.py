@@ -39,7 +39,7 @@ from ...methods import CHECKPOINTS, CLIP, TRAJECTORY, Method
 from ...methods.evidence import journey_features
 from ...models.denoiser import Denoiser
 from ...models.hashing import hash_tensors
-from ...runs.choices import DEFAULT_PROJ_DIM
+from ...runs.choices import DEFAULT_PROJ_DIM, counted
 from ...runs.console import format_seconds
 from ...runs.files import write_atomically
 from ...runs.folders import alone_at
@@ -263,8 +263,8 @@ class Predictor:
             size += 4 * rows * width
         total = seconds * passes * sum(setting.num_timesteps for setting in sets.values())
         return (
-            f"features: {len(sets)} sets of {rows:,} images to make, {format_bytes(size)} on disk, "
-            f"{format_seconds(total)} or less"
+            f"features: {counted(len(sets), 'set')} of {counted(rows, 'image')} to make, "
+            f"{format_bytes(size)} on disk, {format_seconds(total)} or less"
         )
 
     @contextmanager
