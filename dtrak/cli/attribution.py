@@ -111,8 +111,9 @@ def _explain(
             facts,
             [(stage.name, stage.seconds) for stage in run.clock.stages],
             _environment(plan.device),
+            found.findings,
         )
-        page = gather_report(plan.output, explained=explained, num_queries=len(queries))
+        page = gather_report(plan.output, explained=explained)
         write_atomically(results / REPORT, encode_text(page))
         write_picture(results / PICTURE, explained)
     manifest = {

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..runs.files import encode_text, write_atomically
-from ..runs.record import REPORT, RUN_FILE, check_report, find_queries
+from ..runs.record import NUM_QUERIES, REPORT, RUN_FILE, check_report, find_queries
 from ..runs.stated import Stated, argument, option
 from .options import make_app
 
@@ -39,7 +39,11 @@ class Options(Stated):
     data: str | None = option(
         None, help="Where the training images lie now. Default: as in the run.", is_path=True
     )
-    num_queries: int = option(16, help="Queries whose pictures are shown.")
+    num_queries: int = option(NUM_QUERIES, help="Queries that are shown, the first.")
+    megabytes: float = option(
+        20.0,
+        help="Size of the page at most, in millions of bytes: what that leaves out is said in it.",
+    )
     output: str | None = option(
         None,
         help="The HTML file. Default: report.html beside the scores of the queries.",
@@ -54,7 +58,7 @@ def report(options: Options, console: Console) -> None:
         file = Path(options.output)
         if file.is_dir() or not file.parent.is_dir():
             raise ValueError(f"--output must be a file in an existing folder, got {file}")
-    check_report(run, options.num_queries)
+    check_report(run, options.num_queries, options.megabytes)
     is_attributed = (run / RUN_FILE).is_file()
     if options.output is None:
         place = find_queries(run, options.queries) if is_attributed else run
@@ -70,6 +74,7 @@ def report(options: Options, console: Console) -> None:
         counterfactual=options.counterfactual,
         source=options.data,
         num_queries=options.num_queries,
+        megabytes=options.megabytes,
         console=console,
     )
     write_atomically(file, encode_text(page))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 from importlib.resources import files
 
@@ -10,26 +11,43 @@ from torch import Tensor
 
 from ..data.images import encode_png
 
-STYLE = files(__package__).joinpath("page.css").read_text(encoding="utf-8")
+STYLE, SCRIPT = (
+    files(__package__).joinpath(name).read_text(encoding="utf-8")
+    for name in ("page.css", "explorer.js")
+)
+# pixels: images that are larger are shrunk
+_LARGEST = 256
 
 
-def render_page(title: str, header: str, body: str) -> str:
-    """A whole page, which needs no network and no script.
+def render_page(
+    title: str, header: str, body: str, *, style: str = "", data: str | None = None
+) -> str:
+    """A whole page, which needs no network, and no script to be read.
 
     Args:
         title: plain text.
         header: HTML below the title.
         body: HTML below the header.
+        style: rules added to the style sheet.
+        data: JSON for the script that lets a reader explore the page; None for a page without.
     """
+    script, policy = "", ""
+    if data is not None:
+        digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+        policy = f"; script-src 'sha256-{digest}'"
+        script = (
+            f'<script type="application/json" id="data">{data}</script>\n'
+            f"<script>{SCRIPT}</script>\n"
+        )
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'{policy}">
 <title>{html.escape(title)}</title>
-<style>{STYLE}</style>
+<style>{STYLE}{style}</style>
 </head>
 <body>
 <main>
@@ -39,7 +57,7 @@ def render_page(title: str, header: str, body: str) -> str:
 </header>
 {body}
 </main>
-</body>
+{script}</body>
 </html>
 """
 
