@@ -1,5 +1,6 @@
-"""A headless Chromium, driven through its DevTools protocol over two pipes: no driver, no socket."""
+"""A headless Chromium, driven through its DevTools protocol over two pipes; no socket."""
 
+import base64
 import fcntl
 import json
 import os
@@ -46,7 +47,7 @@ class Browser:
                 "--remote-debugging-pipe", f"--user-data-dir={self.profile}", "--no-first-run",
                 "--hide-scrollbars", "--disable-background-networking",
             ],
-            close_fds=False, preexec_fn=connect,  # noqa: PLW1509
+            close_fds=False, preexec_fn=connect,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(to_browser)
@@ -54,7 +55,9 @@ class Browser:
         self.rest, self.number, self.said, self.events = b"", 0, [], []
         self.session = None
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Log"):
             self.send(f"{domain}.enable")
         self.send(
@@ -134,8 +137,6 @@ class Browser:
 
     def screenshot(self, file, *, whole=False):
         """Write what is seen as PNG."""
-        import base64
-
         got = self.send("Page.captureScreenshot", captureBeyondViewport=whole)
         Path(file).write_bytes(base64.b64decode(got["data"]))
 

@@ -337,9 +337,7 @@ class Evidence:
 
     def _measure_fit(self) -> dict[str, str]:
         """Whether the model learned anything."""
-        return describe_fit(
-            measure_fit(self.model, self.feature_settings, self.train, self.device)
-        )
+        return describe_fit(measure_fit(self.model, self.feature_settings, self.train, self.device))
 
     def _measure(self, batch_size: int) -> dict[str, str]:
         """What one batch of the feature stage holds."""

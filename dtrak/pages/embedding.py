@@ -13,12 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.images import encode_png, to_uint8
+from .html import SHARP
 
 if TYPE_CHECKING:
     from ..data.samples import Samples
 
-# enlarged, small images must stay sharp; shrunk, large ones must stay smooth
-SHARP = 64
 # how pictures are kept, the best first: format, and longest side in pixels
 _KINDS = (("png", None), ("webp", None), ("webp", 256), ("webp", 128), ("webp", 64))
 _QUALITY = 90

@@ -186,7 +186,9 @@ def _text(text: str) -> str:
     return text if len(text) <= _MOST_LETTERS else f"{text[: _MOST_LETTERS - 1]}…"
 
 
-def _pack(values: Tensor | None, columns: Sequence[int], dtype: str, rows: int | None = None) -> Any:
+def _pack(
+    values: Tensor | None, columns: Sequence[int], dtype: str, rows: int | None = None
+) -> Any:
     """``[M, n]`` little-endian in base 64, row by row."""
     if values is None:
         return None
@@ -261,11 +263,17 @@ def _histogram(scores: Tensor, errors: Tensor | None) -> dict[str, Any]:
 
 
 def _left_out(
-    explained: Explained, M: int, N: int, n: int, depth: int | None, queries: Embedded, train: Embedded
+    explained: Explained,
+    M: int,
+    N: int,
+    n: int,
+    depth: int | None,
+    queries: Embedded,
+    train: Embedded,
 ) -> list[str]:
     """What is not in the page, a sentence each."""
     kind, said = explained.query_kind, []
-    if M < len(explained.scores):
+    if len(explained.scores) > M:
         said.append(f"The first {M:,} of {len(explained.scores):,} {kind}s are here.")
     if depth is not None:
         said.append(
@@ -295,7 +303,7 @@ def render_tools() -> str:
 <label>Group <select name="group"><option value="">all</option></select></label>
 <label>Scores <select name="sure"><option value="">all</option></select></label>
 <label>Shown <select name="count"></select></label>
-<label>Size <input type="range" name="size" min="40" max="200" value="72"></label>
+<label>Size <input type="range" name="size" min="40" max="200" value="84"></label>
 <button type="reset">Reset</button>
 <button type="button" id="export">Export CSV</button>
 <output id="found"></output>

@@ -7,6 +7,9 @@ import hashlib
 import html
 from importlib.resources import files
 
+import numpy as np
+import torch
+from PIL import Image
 from torch import Tensor
 
 from ..data.images import encode_png
@@ -15,8 +18,8 @@ STYLE, SCRIPT = (
     files(__package__).joinpath(name).read_text(encoding="utf-8")
     for name in ("page.css", "explorer.js")
 )
-# pixels: images that are larger are shrunk
-_LARGEST = 256
+# pixels of a side up to which an image is enlarged in squares
+SHARP = 64
 
 
 def render_page(
@@ -69,13 +72,21 @@ def render_name(name: str) -> str:
     return "".join(f"<span>{html.escape(part)}</span>" for part in parts if part)
 
 
-def render_image(pixels: Tensor, alt: str) -> str:
-    """An image ``[C, H, W]`` uint8, C 1 or 3, inside the page."""
+def render_image(pixels: Tensor, alt: str, largest: int = 256) -> str:
+    """An image ``[C, H, W]`` uint8, C 1 or 3, inside the page, shrunk to ``largest`` a side."""
+    if max(pixels.shape[1:]) > largest:
+        pixels = _shrink(pixels, largest)
     encoded = base64.b64encode(encode_png(pixels)).decode()
     height, width = pixels.shape[1:]
     # enlarged, small images must stay sharp; shrunk, large ones must stay smooth
-    sharp = ' class="pixelated"' if max(height, width) <= 64 else ""
+    sharp = ' class="pixelated"' if max(height, width) <= SHARP else ""
     return (
         f'<img{sharp} width="{width}" height="{height}" alt="{html.escape(alt)}" '
         f'src="data:image/png;base64,{encoded}">'
     )
+
+
+def _shrink(pixels: Tensor, largest: int) -> Tensor:
+    image = Image.fromarray(pixels.expand(3, -1, -1).movedim(0, -1).numpy())
+    image.thumbnail((largest, largest))
+    return torch.from_numpy(np.array(image)).movedim(-1, 0)

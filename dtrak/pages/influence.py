@@ -138,10 +138,14 @@ def gather(
 
 
 def captions_of(samples: Samples) -> list[str] | None:
-    """What goes with samples, as text: captions, or classes that were drawn."""
-    if samples.conditions is None:
+    """What the model read beside samples, as text: captions, or classes that were drawn.
+
+    None where it read nothing, or the labels that `classes_of` gives.
+    """
+    if samples.conditions is None or samples.conditions == samples.labels:
         return None
-    return [c if isinstance(c, str) else f"class {c}" for c in samples.conditions]
+    names = samples.class_names
+    return [c if isinstance(c, str) else names.get(c, f"class {c}") for c in samples.conditions]
 
 
 def classes_of(samples: Samples) -> list[str] | None:
@@ -178,7 +182,8 @@ def _exponent(rows: Sequence[Row]) -> int:
     return choose_exponent(m.score for row in rows for kind in row.matches.values() for m in kind)
 
 
-def _format_score(score: float, exponent: int) -> str:
+def format_score(score: float, exponent: int) -> str:
+    """A score as it is shown, with its sign, in units of a power of ten."""
     return f"{score / 10.0**exponent:+#.3g}".rstrip(".").replace("-", "−")
 
 
@@ -243,12 +248,12 @@ def _quote(caption: str) -> str:
 
 
 def _render_match(match: Match, exponent: int, place: int) -> str:
-    shown = _format_score(match.score, exponent)
+    shown = format_score(match.score, exponent)
     label = "" if match.label is None else f'<span class="soft">{html.escape(match.label)}</span>'
     colour = "minus" if match.score < 0 else "plus"
     error = ""
     if match.error is not None:
-        error = f"<small>±{_format_score(2 * match.error, exponent).lstrip('+')}</small>"
+        error = f"<small>±{format_score(2 * match.error, exponent).lstrip('+')}</small>"
     star = '<b class="out">stands out</b>' if match.stands_out else ""
     return (
         f"<li><figure>{render_embedded('t', place, f'training image {match.id}, score {shown}')}"
@@ -288,7 +293,8 @@ def draw(rows: Sequence[Row], query_kind: str, total: int | None = None) -> Canv
         starts[kind] = x
         x += width + 3 * GAP
     width = max(x - 3 * GAP + MARGIN, 1100, text_width(lead(query_kind), 21) + 2 * MARGIN)
-    top, pitch = MARGIN + 150, max(subject + 32, cell + 94) + 2 * GAP
+    lines = max((len(_below(match)) for match in matches), default=1)
+    top, pitch = MARGIN + 150, max(subject + 32, cell + 70 + 24 * max(lines, 1)) + 2 * GAP
     canvas = Canvas(width, top + len(shown) * pitch + 96)
     inner = width - 2 * MARGIN
     canvas.write(MARGIN, MARGIN - 8, TITLE, pixels=34, width=inner, bold=True)
@@ -334,13 +340,17 @@ def _draw_match(canvas: Canvas, x: int, y: int, match: Match, cell: int, exponen
     y += cell + 6
     canvas.fill(x, y, cell, 5, LINE)
     canvas.fill(x, y, cell * match.share, 5, colour)
-    score = _format_score(match.score, exponent)
+    score = format_score(match.score, exponent)
     canvas.write(x, y + 11, score, pixels=20, width=cell, colour=colour, bold=True)
     canvas.write(x, y + 37, match.id, pixels=17, width=cell, colour=SOFT)
-    if match.caption is not None:
-        canvas.write(x, y + 61, _quote(match.caption), pixels=17, width=cell, colour=SOFT)
-    elif match.label is not None:
-        canvas.write(x, y + 61, match.label, pixels=17, width=cell, colour=SOFT)
+    for line, text in enumerate(_below(match)):
+        canvas.write(x, y + 61 + 24 * line, text, pixels=17, width=cell, colour=SOFT)
+
+
+def _below(match: Match) -> list[str]:
+    """What is said of a training image below its name: its class, and its caption."""
+    label = [] if match.label is None else [match.label]
+    return label if match.caption is None else [*label, _quote(match.caption)]
 
 
 def render_strips(train: Samples, queries: Samples, scores: Tensor, num_proponents: int) -> str:
@@ -361,7 +371,7 @@ def render_strips(train: Samples, queries: Samples, scores: Tensor, num_proponen
     for row in rows:
         cells = [_render_cell(row.pixels, row.id, "")]
         for match in row.matches["proponents"]:
-            cells.append(_render_cell(match.pixels, match.id, _format_score(match.score, exponent)))
+            cells.append(_render_cell(match.pixels, match.id, format_score(match.score, exponent)))
         lines.append(f"<tr>{''.join(cells)}</tr>")
     unit = f" Scores in units of 1e{exponent}." if exponent else ""
     return (

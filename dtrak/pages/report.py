@@ -105,9 +105,7 @@ def write_report(
         megabytes: of the page, at most, in millions of bytes.
     """
     again = f"report(…, megabytes={2 * megabytes:g}) makes a larger page, to_csv(…) has all scores."
-    parts, tables, explorer = _render_explained(
-        explained, len(explained.scores), megabytes, again
-    )
+    parts, tables, explorer = _render_explained(explained, len(explained.scores), megabytes, again)
     expand_path(path_html).write_bytes(encode_text(_assemble("", parts, tables, explorer)))
     write_picture(Path(path_png), explained)
 
@@ -216,6 +214,55 @@ def gather_report(
             "dtrak.counterfactual, got none"
         )
     return _assemble(str(folder), parts, tables, explorer)
+
+
+def write_run_figures(
+    target: Path,
+    folder: Path,
+    *,
+    queries: str | None = None,
+    lds: str | Path | None = None,
+    counterfactual: str | Path | None = None,
+    source: str | None = None,
+    num_queries: int,
+    console: Console | None = None,
+) -> list[Path]:
+    """What `gather_report` shows as figures for a paper, in the folder ``target``.
+
+    Args:
+        target: made if missing.
+        folder: as `gather_report`, like the others.
+        queries: likewise.
+        lds: likewise.
+        counterfactual: likewise.
+        source: likewise.
+        num_queries: rows of strips, the first queries.
+        console: likewise.
+
+    Returns:
+        The files.
+
+    Raises:
+        FileNotFoundError: as `gather_report`.
+        ValueError: likewise.
+    """
+    from .figures import write_figures
+
+    changed = _find_counterfactual(folder, lds, counterfactual)
+    explained = None
+    if list_queries(folder) or (folder / RUN_FILE).is_file():
+        explained = _read_explained(folder, queries, source)
+    data = None if explained is None else explained.train.fingerprint
+    table = _find_lds(folder, None if lds is None else Path(lds), data, console)
+    rows = []
+    if explained is not None:
+        scores = explained.scores[:num_queries]
+        rows = gather(explained.train, explained.queries, scores, explained.top_k)
+    kind = "" if explained is None else explained.query_kind
+    files = write_figures(target, rows, kind, table, changed)
+    if not files:
+        raise ResultsError(f"{folder} must hold something to draw, got none")
+    return files
 
 
 def write_picture(file: Path, explained: Explained) -> None:

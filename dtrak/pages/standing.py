@@ -48,21 +48,18 @@ def describe_standing(settings: Mapping[str, Any]) -> str | None:
         if (said := _compare([r for r in table["rows"] if r["queries"] == kind], title, S, name))
     ]
     used = {said[1] for said in found}
-    way = "" if title != method.title or not _can_be_whitened(method) else ", unwhitened"
-    at = f" at S = {', '.join(map(str, sorted(used)))}" if used != {0} else ""
+    way = ["unwhitened"] if title == method.title and method.is_damped else []
+    way += [f"S = {', '.join(map(str, sorted(used)))}"] if used != {0} else []
+    how = f" ({', '.join(way)})" if way else ""
     about = (
         f"In the packaged benchmark on {_PRESET} ({table['about']['models']} retrained models), "
-        f"{title}{way}{at}: {'; '.join(said for said, _ in found)}."
+        f"{title}{how}: {'; '.join(said for said, _ in found)}."
     )
     if title != wanted:
         about += " This run is whitened, which was not measured there."
     if used not in ({0}, {S}):
         about += f" This run has S = {S}: that is the nearest that was measured."
     return f"{about} Other data may differ."
-
-
-def _can_be_whitened(method: Any) -> bool:
-    return bool(method.is_damped)
 
 
 def _compare(
