@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from PIL import Image
 from torch import Tensor
 
 from ..data.images import encode_png, to_uint8
-from .html import SHARP
+from .html import SHARP, encode_webp, to_image
 
 if TYPE_CHECKING:
     from ..data.samples import Samples
 
 # how pictures are kept, the best first: format, and longest side in pixels
 _KINDS = (("png", None), ("webp", None), ("webp", 256), ("webp", 128), ("webp", 64))
-_QUALITY = 90
 # encoded to see how many bytes all will take, and read at a time
 _PROBED, _BATCH = 24, 64
 
@@ -91,19 +88,15 @@ def _common(letter: str, shape: Sequence[int]) -> str:
 
 
 def _rule(letter: str, number: int, pixels: Tensor, format: str, side: int | None) -> str:
-    content = encode_png(pixels) if format == "png" else _encode_webp(pixels, side)
+    if format == "png":
+        content = encode_png(pixels)
+    else:
+        image = to_image(pixels)
+        if side is not None:
+            image.thumbnail((side, side))
+        content = encode_webp(image)
     encoded = base64.b64encode(content).decode()
     return f".{letter}{number}{{background-image:url(data:image/{format};base64,{encoded})}}"
-
-
-def _encode_webp(pixels: Tensor, side: int | None) -> bytes:
-    array = pixels.expand(3, -1, -1).movedim(0, -1).numpy()
-    image = Image.fromarray(array)
-    if side is not None:
-        image.thumbnail((side, side))
-    buffer = io.BytesIO()
-    image.save(buffer, format="webp", quality=_QUALITY)
-    return buffer.getvalue()
 
 
 def render_embedded(letter: str, number: int, alt: str) -> str:

@@ -81,8 +81,11 @@
     return element;
   }
 
+  const drawing = make("div");
+  drawing.innerHTML = "<svg></svg>";
+  const { namespaceURI } = drawing.firstChild;
   function draw(tag, attributes, ...children) {
-    const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    const element = document.createElementNS(namespaceURI, tag);
     for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
     element.append(...children);
     return element;
@@ -96,11 +99,9 @@
     return make("span", { class: `im ${letter} absent`, role: "img", "aria-label": name }, "not in this page");
   }
 
-  function digits(value) {
+  function digits(value, count = 3) {
     const scaled = value / 10 ** data.exponent;
-    if (scaled === 0) return "0";
-    const text = scaled.toPrecision(3);
-    return text.includes("e") ? scaled.toExponential(2) : text;
+    return scaled === 0 ? "0" : scaled.toPrecision(count);
   }
   const signed = (value) => (value < 0 ? "−" : "+") + digits(Math.abs(value));
   const percent = (value) => `${(100 * value).toFixed(value < 0.0995 ? 1 : 0)} %`;
@@ -122,7 +123,7 @@
     found.firstChild.style.width = share(Math.abs(value));
     if (relative !== null) {
       const noise = 2 * error(m, k);
-      const whisker = make("s", { title: `two standard errors: ±${digits(noise)}` });
+      const whisker = make("s", { title: `two standard errors: ±${digits(noise, 2)}` });
       whisker.style.left = share(Math.abs(value) - noise);
       whisker.style.right = `calc(100% - ${share(Math.abs(value) + noise)})`;
       found.append(whisker);
@@ -133,7 +134,7 @@
   function figures(m, k) {
     const value = score(m, k);
     const found = [make("data", { class: value < 0 ? "minus" : "plus", value }, signed(value))];
-    if (relative !== null) found.push(small(`±${digits(2 * error(m, k))}`));
+    if (relative !== null) found.push(small(`±${digits(2 * error(m, k), 2)}`));
     const p = chance(m, k);
     if (p !== null) found.push(small(p < 0.001 ? "p < 0.001" : `p = ${p.toFixed(3)}`));
     if (standsOut(m, k)) found.push(make("b", { class: "out" }, "stands out"));
@@ -239,7 +240,10 @@
           queries.labels ? small(queries.labels[m]) : null)));
     for (const [kind, heading, meaning, sign] of SIDES) {
       const key = `${m} ${kind}`;
-      const usual = kind === "proponents" ? Number(chosen("count")) : Math.max(3, Math.round(0.6 * chosen("count")));
+      const wanted = Number(chosen("count"));
+      // of opponents a few, as without the script, until more are asked for
+      const few = wanted === data.shown ? 3 : Math.max(3, Math.round(0.6 * wanted));
+      const usual = kind === "proponents" ? wanted : few;
       const [found, hasMore] = matches(m, sign, usual + (more.get(key) || 0));
       const add = () => {
         more.set(key, (more.get(key) || 0) + 10);
@@ -328,7 +332,7 @@
     const rows = best.filter((g) => shares[g] > 0).map((g) => {
       const filled = make("i");
       filled.style.width = percent(shares[g] / shares[best[0]]).replace(" ", "");
-      const spread = errors ? ` ±${digits(2 * errors[g])}` : "";
+      const spread = errors ? ` ±${digits(2 * errors[g], 2)}` : "";
       return make("tr", {}, make("th", { scope: "row" }, names[g]),
         make("td", { class: "number" }, plural(sizes[g], "image")),
         make("td", { class: "number" }, percent(shares[g])),

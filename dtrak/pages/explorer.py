@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +16,16 @@ from torch import Tensor
 from ..findings import Findings, Groups
 from ..runs.files import encode_text
 from .embedding import Embedded, embed
-from .influence import OPPONENTS, captions_of, choose_exponent, classes_of
+from .influence import captions_of, choose_exponent, classes_of
 from .tables import Table
 
 if TYPE_CHECKING:
     from ..data.samples import Samples
     from .report import Explained
 
-# of a page, in bytes; what scores and pictures of queries may take of it, and what is left for the
-# rest of the page
+# of a page, in millions of bytes; what scores and pictures of queries may take of it
 MEGABYTES = 20.0
-_SCORES, _QUERIES, _REST = 0.35, 0.15, 0.1
+_SCORES, _QUERIES = 0.35, 0.15
 _BINS = 61
 # letters of a caption or a name that a page shows
 _MOST_LETTERS = 300
@@ -61,7 +60,9 @@ class Explorer:
     left_out: tuple[str, ...]
 
 
-def make_explorer(explained: Explained, scores: Tensor, megabytes: float) -> Explorer:
+def make_explorer(
+    explained: Explained, scores: Tensor, needed: Collection[int], budget: int
+) -> Explorer:
     """Gather what fits.
 
     The training images that are foremost for any query are taken first, on either side.
@@ -69,18 +70,23 @@ def make_explorer(explained: Explained, scores: Tensor, megabytes: float) -> Exp
     Args:
         explained: what a page is about.
         scores: ``[M, N]`` float32, of the first M queries.
-        megabytes: of the page, at most, in millions of bytes.
+        needed: columns that must be among them.
+        budget: bytes, at most.
+
+    Raises:
+        ValueError: a score is not finite.
     """
     M, N = scores.shape
-    budget = int(megabytes * 1e6)
-    found, shown = explained.findings, max(explained.top_k, OPPONENTS)
-    columns, depth = _choose_columns(scores, _column_bytes(M, found), int(budget * _SCORES), shown)
+    if not torch.isfinite(scores).all():
+        raise ValueError("scores must be finite, got NaN or infinity")
+    size = _column_bytes(M, explained.findings)
+    columns, depth = _choose_columns(scores, needed, int(budget * _SCORES) // size)
     exponent = choose_exponent([float(scores.abs().max())] if scores.numel() else [])
     content = {"exponent": exponent, **_describe(explained, scores, columns, depth)}
     data = json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    left = budget - len(encode_text(data)) - int(budget * _REST)
+    left = budget - len(encode_text(data))
     queries = embed(explained.queries, range(M), "q", min(left, int(budget * _QUERIES)))
-    train = embed(explained.train, columns, "t", max(0, left - len(queries.style)))
+    train = embed(explained.train, columns, "t", left - len(queries.style))
     data = data.replace('"pictures":0', f'"pictures":[{queries.count},{train.count}]', 1)
     said = tuple(_left_out(explained, M, N, len(columns), depth, queries, train))
     places = {column: place for place, column in enumerate(columns)}
@@ -97,7 +103,7 @@ def _column_bytes(M: int, found: Findings | None) -> int:
 
 
 def _choose_columns(
-    scores: Tensor, size: int, budget: int, shown: int
+    scores: Tensor, needed: Collection[int], most: int
 ) -> tuple[list[int], int | None]:
     """Columns of training images, the foremost of any query first.
 
@@ -108,15 +114,16 @@ def _choose_columns(
     M, N = scores.shape
     if not M or not N:
         return list(range(N)), None
-    # from either end; scores that are equal keep the order of the columns
-    foremost = torch.full((N,), N)
-    for signed in (-scores, scores):
-        order = signed.argsort(dim=1, stable=True)
-        ranks = torch.empty_like(order).scatter_(1, order, torch.arange(N).expand(M, N))
-        foremost = torch.minimum(foremost, ranks.amin(0))
+    foremost, places = torch.full((N,), N), torch.arange(N)
+    for row in scores:
+        # from either end; scores that are equal keep the order of the columns
+        for signed in (-row, row):
+            ranks = torch.empty_like(places)
+            ranks[signed.argsort(stable=True)] = places
+            foremost = torch.minimum(foremost, ranks)
+    foremost[list(needed)] = 0
     order = foremost.argsort(stable=True)
-    least = int((foremost < shown).sum())
-    count = min(N, max(budget // size, least))
+    count = min(N, max(most, int((foremost == 0).sum())))
     depth = None if count == N else int(foremost[order[count]])
     return order[:count].tolist(), depth
 

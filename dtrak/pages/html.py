@@ -5,10 +5,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import io
 from importlib.resources import files
 
-import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -20,6 +19,8 @@ STYLE, SCRIPT = (
 )
 # pixels of a side up to which an image is enlarged in squares
 SHARP = 64
+# and up to which it is embedded as it is
+_EXACT = 96
 
 
 def render_page(
@@ -73,20 +74,32 @@ def render_name(name: str) -> str:
 
 
 def render_image(pixels: Tensor, alt: str, largest: int = 256) -> str:
-    """An image ``[C, H, W]`` uint8, C 1 or 3, inside the page, shrunk to ``largest`` a side."""
-    if max(pixels.shape[1:]) > largest:
-        pixels = _shrink(pixels, largest)
-    encoded = base64.b64encode(encode_png(pixels)).decode()
+    """An image ``[C, H, W]`` uint8, C 1 or 3, inside the page.
+
+    Small ones are exact; large ones are compressed, and shrunk to ``largest`` pixels a side.
+    """
     height, width = pixels.shape[1:]
+    format, content = "png", b""
+    if max(height, width) > _EXACT:
+        image = to_image(pixels)
+        image.thumbnail((largest, largest))
+        (width, height), format, content = image.size, "webp", encode_webp(image)
     # enlarged, small images must stay sharp; shrunk, large ones must stay smooth
     sharp = ' class="pixelated"' if max(height, width) <= SHARP else ""
+    encoded = base64.b64encode(content or encode_png(pixels)).decode()
     return (
         f'<img{sharp} width="{width}" height="{height}" alt="{html.escape(alt)}" '
-        f'src="data:image/png;base64,{encoded}">'
+        f'src="data:image/{format};base64,{encoded}">'
     )
 
 
-def _shrink(pixels: Tensor, largest: int) -> Tensor:
-    image = Image.fromarray(pixels.expand(3, -1, -1).movedim(0, -1).numpy())
-    image.thumbnail((largest, largest))
-    return torch.from_numpy(np.array(image)).movedim(-1, 0)
+def to_image(pixels: Tensor) -> Image.Image:
+    """``[C, H, W]`` uint8, C 1 or 3, as Pillow has it."""
+    return Image.fromarray(pixels.expand(3, -1, -1).movedim(0, -1).numpy())
+
+
+def encode_webp(image: Image.Image) -> bytes:
+    """An image as WebP, whose losses are hardly seen."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="webp", quality=90)
+    return buffer.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 from collections.abc import Callable, Mapping
@@ -9,8 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from PIL import Image
 
 from ..evaluation.counterfactual.results import METRICS
@@ -20,7 +19,7 @@ from ..runs.measure import format_bytes
 from ..runs.record import MANIFEST, PICTURE, REPORT, SCORES, list_queries, read_json
 from ..runs.stages import read_seconds
 from .counterfactual import name_method
-from .html import render_image, render_page
+from .html import encode_webp, render_page
 from .lds_report import lds_table
 from .tables import Table, times_table, values_table
 
@@ -101,15 +100,17 @@ def _render_preview(file: Path, alt: str) -> str:
     """The top of a picture, small."""
     try:
         with Image.open(file) as picture:
-            width, height = _PREVIEW
             top = picture.crop((0, 0, picture.width, min(picture.height, picture.width * 4 // 7)))
             small = top.convert("RGB")
-            small.thumbnail((width, height))
+            small.thumbnail(_PREVIEW)
     # a preview is nice to have, and no more
     except OSError:
         return ""
-    pixels = torch.from_numpy(np.array(small)).movedim(-1, 0)
-    return render_image(pixels, alt, largest=max(_PREVIEW))
+    encoded = base64.b64encode(encode_webp(small)).decode()
+    return (
+        f'<img width="{small.width}" height="{small.height}" alt="{html.escape(alt)}" '
+        f'src="data:image/webp;base64,{encoded}">'
+    )
 
 
 def refresh_index(folder: Path) -> None:

@@ -253,7 +253,7 @@ def _render_match(match: Match, exponent: int, place: int) -> str:
     colour = "minus" if match.score < 0 else "plus"
     error = ""
     if match.error is not None:
-        error = f"<small>±{format_score(2 * match.error, exponent).lstrip('+')}</small>"
+        error = f"<small>±{2 * match.error / 10.0**exponent:#.2g}</small>".replace(".<", "<")
     star = '<b class="out">stands out</b>' if match.stands_out else ""
     return (
         f"<li><figure>{render_embedded('t', place, f'training image {match.id}, score {shown}')}"

@@ -73,8 +73,9 @@ class Explained:
     findings: Findings | None = None
 
 
-# rows that are there for readers without scripts
-_STATIC = 16
+# rows that are there for readers without scripts, and bytes of a page besides its parts: style
+# sheet, script, those rows, tables
+_STATIC, _REST = 16, 140_000
 
 
 class Part(NamedTuple):
@@ -105,7 +106,8 @@ def write_report(
         megabytes: of the page, at most, in millions of bytes.
     """
     again = f"report(…, megabytes={2 * megabytes:g}) makes a larger page, to_csv(…) has all scores."
-    parts, tables, explorer = _render_explained(explained, len(explained.scores), megabytes, again)
+    budget = int(megabytes * 1e6)
+    parts, tables, explorer = _render_explained(explained, len(explained.scores), budget, again)
     expand_path(path_html).write_bytes(encode_text(_assemble("", parts, tables, explorer)))
     write_picture(Path(path_png), explained)
 
@@ -182,32 +184,37 @@ def gather_report(
     check_report(folder, num_queries, megabytes)
     # read first: what follows takes minutes where the intervals of an LDS are still to be made
     changed = _find_counterfactual(folder, lds, counterfactual)
-    parts: list[Part] = []
-    tables, data, explorer = "", None, None
     if explained is None and (list_queries(folder) or (folder / RUN_FILE).is_file()):
         explained = _read_explained(folder, queries, source)
+    data = None if explained is None else explained.train.fingerprint
+    table = _find_lds(folder, None if lds is None else Path(lds), data, console)
+    evaluated: list[Part] = []
+    tables, explorer = "", None
+    if table is not None:
+        from .lds_section import render_section
+
+        evaluated.append(Part("lds", "Do scores predict retraining? (LDS)", render_section(table)))
+    if changed is not None:
+        from .counterfactual import render_section as render_counterfactual
+
+        body = render_counterfactual(changed, min(num_queries, _STATIC))
+        evaluated.append(Part("counterfactual", "Do pictures change without them?", body))
+        tables += values_table("Counterfactual retraining", list(changed.settings.items())).html()
+    if table is not None:
+        about = [(name, value) for name, value in table["about"].items() if _is_plain(value)]
+        tables += values_table("LDS", about).html()
+    parts: list[Part] = []
     if explained is not None:
-        data = explained.train.fingerprint
         again = (
             f"python -m dtrak.report {folder} --num-queries {len(explained.scores)} --megabytes "
             f"{2 * megabytes:g} makes a larger page; dtrak.Attribution.open({str(folder)!r})"
             ".to_csv('scores.csv') writes all scores."
         )
-        parts, tables, explorer = _render_explained(explained, num_queries, megabytes, again)
-    table = _find_lds(folder, None if lds is None else Path(lds), data, console)
-    if table is not None:
-        from .lds_section import render_section
-
-        parts.append(Part("lds", "Do scores predict retraining? (LDS)", render_section(table)))
-    if changed is not None:
-        from .counterfactual import render_section as render_counterfactual
-
-        body = render_counterfactual(changed, min(num_queries, _STATIC))
-        parts.append(Part("counterfactual", "Do pictures change without them?", body))
-        tables += values_table("Counterfactual retraining", list(changed.settings.items())).html()
-    if table is not None:
-        about = [(name, value) for name, value in table["about"].items() if _is_plain(value)]
-        tables += values_table("LDS", about).html()
+        taken = sum(len(encode_text(part.content)) for part in evaluated)
+        budget = int(megabytes * 1e6) - taken
+        parts, own, explorer = _render_explained(explained, num_queries, budget, again)
+        tables = own + tables
+    parts += evaluated
     if not parts:
         raise ResultsError(
             f"{folder} must hold a finished run of dtrak.attribute, or results of dtrak.lds or "
@@ -297,9 +304,13 @@ def _read_explained(folder: Path, queries: str | None, source: str | None) -> Ex
 
 
 def _render_explained(
-    explained: Explained, num_queries: int, megabytes: float, again: str
+    explained: Explained, num_queries: int, budget: int, again: str
 ) -> tuple[list[Part], str, Explorer]:
-    """What there is to say of a set of queries: parts of a page, tables of settings, the data."""
+    """What there is to say of a set of queries, in so many bytes; ``again`` gets what is left out.
+
+    Returns:
+        Parts of a page, tables of settings, and what is explored.
+    """
     kind, scores = explained.query_kind, explained.scores[:num_queries]
     rows = gather(
         explained.train,
@@ -308,7 +319,8 @@ def _render_explained(
         explained.top_k,
         findings=explained.findings,
     )
-    explorer = make_explorer(explained, scores.float(), megabytes)
+    needed = {match.index for row in rows for kind in row.matches.values() for match in kind}
+    explorer = make_explorer(explained, scores.float(), needed, budget - _REST)
     said = [f"<p>{html.escape(lead(kind))}</p>"]
     if WARNING in explained.facts:
         said.append(f'<p class="warning">{html.escape(explained.facts[WARNING])}</p>')

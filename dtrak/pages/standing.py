@@ -8,7 +8,7 @@ from typing import Any
 
 from ..evaluation.lds.options import WHITENED
 from ..evaluation.lds.table import packaged_results
-from ..methods import METHODS
+from ..methods import METHODS, NOTHING
 
 _PRESET = "digits"
 _LIKENESS = "Raw pixels, "
@@ -24,9 +24,11 @@ def describe_standing(settings: Mapping[str, Any]) -> str | None:
     Returns:
         Sentences; None for a method of which it has nothing.
     """
-    packaged = packaged_results(_PRESET)
     method = METHODS.get(str(settings.get("method")))
-    if packaged is None or method is None or method.needs == "nothing":
+    if method is None or method.needs == NOTHING:
+        return None
+    packaged = packaged_results(_PRESET)
+    if packaged is None:
         return None
     table = packaged[1]
     output = settings.get("output function")
