@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # inches: of the text of a page, between pictures, between groups of them
 _WIDTH, _GAP, _APART = 5.5, 0.05, 0.18
 # points of letters, and inches from line to line and of a letter, on average
-_POINTS, _LINE, _LETTER = 5.5, 0.088, 0.043
+_POINTS, _LINE, _LETTER = 5.5, 0.088, 0.05
 _MOST_LINES = 2
 # pixels of a picture's side at least, so that no viewer blurs it
 _SIDE = 192
