@@ -258,7 +258,6 @@ def test_the_table_of_what_is_chosen(page, made):
 
 
 def test_a_keyboard_is_enough(page):
-    page.run("document.querySelector('#rows').scrollIntoView()")
     reached = []
     for _ in range(40):
         page.key("Tab", 9)

@@ -13,7 +13,7 @@ from dtrak.models.denoiser import Denoiser
 from dtrak.models.process import linear_process
 from dtrak_kernels import Projection
 
-SETTINGS = FeatureSettings("loss", (0, 500), 3, Projection("sjlt", 64))
+SETTINGS = FeatureSettings("loss", (0, 500), 3, Projection("sjlt", 256))
 
 
 class Echo(nn.Module):
