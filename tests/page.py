@@ -65,7 +65,7 @@ def decoded(element):
 def embedded(text):
     """Pictures ``[H, W, 3]`` of a page by their class, each in it once."""
     found = {}
-    rule = r"\.([qt]\d+)\{background-image:url\(data:image/(png|webp);base64,([^)]*)\)\}"
+    rule = r"\.([qt]\d+)\{background-image:url\(data:image/(webp);base64,([^)]*)\)\}"
     for name, _, content in re.findall(rule, text):
         assert name not in found
         with Image.open(io.BytesIO(base64.b64decode(content, validate=True))) as image:

@@ -106,6 +106,9 @@ def test_scripts_show_the_rows_that_are_there_without_them(browser, made):
         return [float(t.removeprefix("±")) for t in found if t.startswith("±")]
 
     browser.open(made[0], scripts=False)
+    (said,) = [text for text in texts(browser, "p") if text.startswith("Whiskers")]
+    assert "two standard errors" in said
+    assert "held-out" in said
     told = errors()
     assert len(told) == 16 * 8
     plain = [shown(), texts(browser, ".verdict")[:16], texts(browser, ".query h2")]

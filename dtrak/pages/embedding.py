@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..data.images import encode_png, to_uint8
+from ..data.images import to_uint8
 from .html import SHARP, encode_webp, to_image
 
 if TYPE_CHECKING:
     from ..data.samples import Samples
 
-# how pictures are kept, the best first: format, and longest side in pixels
-_KINDS = (("png", None), ("webp", None), ("webp", 256), ("webp", 128), ("webp", 64))
+# how pictures are kept, the best first: whether exactly, and their longest side in pixels
+_KINDS = ((True, None), (False, None), (False, 256), (False, 128), (False, 64))
 # encoded to see how many bytes all will take, and read at a time
 _PROBED, _BATCH = 24, 64
 
@@ -40,8 +40,7 @@ class Embedded:
 def embed(samples: Samples, rows: Sequence[int], letter: str, budget: int) -> Embedded:
     """Put pictures into rules of a style sheet, as good as ``budget`` allows.
 
-    PNG, exact, where all fit; else WebP, else WebP of smaller pictures; where even those are too
-    many, the first.
+    Exact where all fit; else compressed, else smaller; where even those are too many, the first.
 
     Args:
         samples: pictures ``[C, H, W]``, C 1 or 3.
@@ -58,8 +57,8 @@ def embed(samples: Samples, rows: Sequence[int], letter: str, budget: int) -> Em
     longest = max(shape[1:])
     kinds = [kind for kind in _KINDS if kind[1] is None or kind[1] < longest]
     probed = to_uint8(samples.pictures(list(rows[:: max(1, len(rows) // _PROBED)])))
-    for format, side in kinds:
-        sizes = [len(_rule(letter, 0, pixels, format, side)) for pixels in probed]
+    for is_exact, side in kinds:
+        sizes = [len(_rule(letter, 0, pixels, is_exact, side)) for pixels in probed]
         # a little more than the mean, for those that were not looked at
         if sum(sizes) * 1.03 / max(1, len(sizes)) * len(rows) <= budget:
             break
@@ -67,17 +66,17 @@ def embed(samples: Samples, rows: Sequence[int], letter: str, budget: int) -> Em
     left, count = budget, 0
     for first in range(0, len(rows), _BATCH):
         for pixels in to_uint8(samples.pictures(list(rows[first : first + _BATCH]))):
-            rule = _rule(letter, count, pixels, format, side)
+            rule = _rule(letter, count, pixels, is_exact, side)
             left -= len(rule) + 1
             if left < 0:
-                return Embedded("\n".join(rules), count, _note(format, side))
+                return Embedded("\n".join(rules), count, _note(is_exact, side))
             rules.append(rule)
             count += 1
-    return Embedded("\n".join(rules), count, _note(format, side) if rows else "")
+    return Embedded("\n".join(rules), count, _note(is_exact, side) if rows else "")
 
 
-def _note(format: str, side: int | None) -> str:
-    if format == "png":
+def _note(is_exact: bool, side: int | None) -> str:
+    if is_exact:
         return ""
     return "compressed" if side is None else f"compressed, at most {side} pixels a side"
 
@@ -87,16 +86,12 @@ def _common(letter: str, shape: Sequence[int]) -> str:
     return f".{letter}{{aspect-ratio:{shape[2]}/{shape[1]};image-rendering:{rendering}}}"
 
 
-def _rule(letter: str, number: int, pixels: Tensor, format: str, side: int | None) -> str:
-    if format == "png":
-        content = encode_png(pixels)
-    else:
-        image = to_image(pixels)
-        if side is not None:
-            image.thumbnail((side, side))
-        content = encode_webp(image)
-    encoded = base64.b64encode(content).decode()
-    return f".{letter}{number}{{background-image:url(data:image/{format};base64,{encoded})}}"
+def _rule(letter: str, number: int, pixels: Tensor, is_exact: bool, side: int | None) -> str:
+    image = to_image(pixels)
+    if side is not None:
+        image.thumbnail((side, side))
+    encoded = base64.b64encode(encode_webp(image, is_exact=is_exact)).decode()
+    return f".{letter}{number}{{background-image:url(data:image/webp;base64,{encoded})}}"
 
 
 def render_embedded(letter: str, number: int, alt: str) -> str:

@@ -378,7 +378,7 @@
         picture("t", k, `training image ${train.ids[k]}`)),
       make("figcaption", {},
         make("b", {}, percent(shares[k])),
-        small(serves[k] ? `first ${data.shown} of ${plural(serves[k], "picture")}` : null),
+        small(serves[k] ? `in the first ${data.shown} of ${plural(serves[k], "picture")}` : null),
         shownName(train.ids[k]),
         label(k) ? make("span", { class: "soft" }, label(k)) : null)));
   }

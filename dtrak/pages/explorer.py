@@ -347,8 +347,8 @@ def _shares_table(
         (
             encode_text(names[g]).decode(),
             f"{sizes[g]:,}",
-            f"{sizes[g] / max(total, 1):.1%}",
-            f"{shares[g]:.1%}",
+            f"{100 * sizes[g] / max(total, 1):.1f} %",
+            f"{100 * shares[g]:.1f} %",
         )
         for g in best
     ]

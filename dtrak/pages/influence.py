@@ -199,6 +199,18 @@ size of a score against the strongest in its row.{unit}</p>
 <p class="soft">{html.escape(CAVEAT)}</p>"""
 
 
+def render_findings(findings: Findings) -> str:
+    """How to read what stands beside the scores, likewise."""
+    said = []
+    if findings.errors is not None:
+        said.append("Whiskers and ± are two standard errors of a score.")
+    if findings.p_values is not None:
+        said.append("p is the chance that an image the model never saw scores as high.")
+    if findings.stands_out is not None:
+        said.append("“Stands out” marks scores that are more than held-out images get.")
+    return f"<p>{' '.join(said)}</p>" if said else ""
+
+
 def render_rows(
     rows: Sequence[Row], query_kind: str, exponent: int, places: Mapping[int, int]
 ) -> str:

@@ -33,6 +33,7 @@ from .influence import (
     gather,
     lead,
     render_explanation,
+    render_findings,
     render_rows,
     write_png,
 )
@@ -325,6 +326,8 @@ def _render_explained(
     if WARNING in explained.facts:
         said.append(f'<p class="warning">{html.escape(explained.facts[WARNING])}</p>')
     said.append(render_explanation(explorer.exponent))
+    if explained.findings is not None:
+        said.append(render_findings(explained.findings))
     standing = describe_standing(explained.settings)
     if standing is not None:
         said.append(f'<p class="standing">{html.escape(standing)}</p>')
