@@ -64,13 +64,24 @@ def test_what_is_there_for_comparison_is_grey():
         ("mine", "mine"),
     ],
 )
-def test_ways_of_one_method_share_its_colour_and_differ_in_dashes(label, title):
+def test_ways_of_one_method_share_its_colour(label, title):
     assert split_label(label) == (title, label[len(title) :])
     assert colour_of(label) == colour_of(title)
+
+
+def test_ways_of_one_method_differ_in_dashes():
+    ways = ("", ", whitened", ", mean of 4 models", ", single half-data model")
+    ways += (", whitened, mean of 4 models", ", whitened, single half-data model")
     with default_style():
-        figure = plot_curves([Curve(name, [1, 2], [0, 1]) for name in {label, title}], "x", "y")
-    dashes = [line.get_linestyle() for line in lines(figure)]
-    assert len(set(dashes)) == len({label, title})
+        figure = plot_curves([Curve(f"TRAK{way}", [1, 2], [0, 1]) for way in ways], "x", "y")
+    assert len({str(line._unscaled_dash_pattern) for line in lines(figure)}) == len(ways)
+
+
+def test_few_values_of_an_axis_are_all_named():
+    with default_style():
+        figure = plot_curves([Curve("TRAK", [10, 100], [0, 1])], "S", "y", log_x=True)
+    figure.draw_without_rendering()
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["10", "100"]
 
 
 def test_a_method_looks_the_same_whatever_is_beside_it():
@@ -81,7 +92,8 @@ def test_a_method_looks_the_same_whatever_is_beside_it():
     others = [title for title in titles if not is_reference(title)]
     with default_style():
         figure = plot_curves([Curve(title, [1, 2], [0, 1]) for title in others], "x", "y")
-    looks = {(line.get_color(), line.get_linestyle()) for line in lines(figure)}
+    # what a dash looks like, whether or not it has a name
+    looks = {(line.get_color(), str(line._unscaled_dash_pattern)) for line in lines(figure)}
     assert len(looks) == len(others)
     with default_style():
         bars = plot_bars(dict.fromkeys(("TRAK", "D-TRAK"), (1.0, None)), "LDS")

@@ -145,7 +145,7 @@ def _draw(columns: Sequence[Column], lines: Sequence[Sequence[Sequence[Cell]]], 
         max((sum(len(_wrap(t, letters)) for t, _ in c.texts) for cs in g for c in cs), default=0)
         for g in lines
     ]
-    top = max(map(len, heads)) * _LINE + 0.08
+    top = max(map(len, heads)) * _LINE + 0.1
     height = top + sum(side * tall + n * _LINE + 0.1 for n in below) + (_LINE if note else 0)
     figure = Figure((_WIDTH, height), facecolor="white")
     FigureCanvasAgg(figure)
@@ -162,7 +162,7 @@ def _draw(columns: Sequence[Column], lines: Sequence[Sequence[Sequence[Cell]]], 
 
     for x, column, head in zip(starts, columns, heads, strict=True):
         for line, text in enumerate(head):
-            write(x, line * _LINE, text, column.colour, fontweight="bold")
+            write(x, 0.03 + line * _LINE, text, column.colour, fontweight="bold")
     y = top
     for groups, texts in zip(lines, below, strict=True):
         for x, cells in zip(starts, groups, strict=False):

@@ -31,7 +31,11 @@ SERIES_DARK = (
 _DPI = 150
 # inches: of a figure, and of a legend's handle with the room between columns
 _WIDTH, _BESIDE = 6.0, 0.55
-_DASHES = ("-", "--", ":", "-.")
+_DASHES = ("-", "--", ":", "-.", (0, (4, 1, 1, 1, 1, 1)), (0, (1, 0.6)))
+# ways of one method, which differ in their dashes
+_WAYS = ("whitened", "mean of", "single")
+# an axis with no more values than these shows them all
+_FEW = 6
 FEWEST_IN_A_BOX = 5
 
 
@@ -102,14 +106,13 @@ def colour_of(label: str) -> str:
     return free[_number(title) % len(free)]
 
 
-def _dashes(label: str) -> str:
+def _dashes(label: str) -> Any:
     """What tells lines of one colour apart, likewise the same in every plot."""
     title, more = split_label(label)
     place = 0
     if title not in FIXED and not is_reference(label):
         place = _number(title) // (len(SERIES) - len(FIXED))
-    # ways of one method
-    place += zlib.crc32(encode_text(more)) % (len(_DASHES) - 1) + 1 if more else 0
+    place += sum(2**number for number, way in enumerate(_WAYS) if way in more)
     return _DASHES[place % len(_DASHES)]
 
 
@@ -195,6 +198,10 @@ def plot_curves(
             axes.plot(x[chosen], curve.y[chosen], "o", color=colour, markersize=9)
     if log_x:
         axes.set_xscale("log")
+        places = sorted({x for curve in curves for x in curve.x})
+        if len(places) <= _FEW:
+            axes.set_xticks(places, [f"{x:g}" for x in places])
+            axes.minorticks_off()
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     figure.legend(
