@@ -78,6 +78,7 @@ def test_how_a_method_stands_is_what_the_packaged_benchmark_says():
     said = describe_standing(SETTINGS | {"timesteps": "70 uniform"})
     assert held_out("generated", "D-TRAK", 100) in said
     assert "This run has S = 70: that is the nearest" in said
+    assert "This run has S = 2:" in describe_standing(SETTINGS | {"timesteps": "0,500 explicit"})
 
 
 @pytest.mark.parametrize(

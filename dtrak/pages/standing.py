@@ -43,12 +43,14 @@ def describe_standing(settings: Mapping[str, Any]) -> str | None:
     title = wanted if wanted in titles else method.title
     if title not in titles:
         return None
-    S = int(str(settings.get("timesteps", "0")).split()[0] or 0)
+    S = _count(str(settings.get("timesteps", "0 uniform")))
     found = [
         said
         for kind, name in _KINDS.items()
         if (said := _compare([r for r in table["rows"] if r["queries"] == kind], title, S, name))
     ]
+    if not found:
+        return None
     used = {said[1] for said in found}
     way = ["unwhitened"] if title == method.title and method.is_damped else []
     way += [f"S = {', '.join(map(str, sorted(used)))}"] if used != {0} else []
@@ -62,6 +64,12 @@ def describe_standing(settings: Mapping[str, Any]) -> str | None:
     if used not in ({0}, {S}):
         about += f" This run has S = {S}: that is the nearest that was measured."
     return f"{about} Other data may differ."
+
+
+def _count(timesteps: str) -> int:
+    """S, of timesteps as a run records them: ``10 uniform``, ``0,500 explicit``."""
+    numbers, _, strategy = timesteps.partition(" ")
+    return len(numbers.split(",")) if strategy == "explicit" else int(numbers)
 
 
 def _compare(
