@@ -318,11 +318,11 @@ def test_it_fits_and_can_be_read(browser, made, width, dark):
 
 
 def many(M, N, size=32):
-    """A set as large as a page must hold: noise, which no format makes smaller."""
+    """A set as large as a page must hold, of smooth noise."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.rand(N, 3, size, size, generator=generator) * 2 - 1
-    # as smooth as photographs are
-    pixels = torch.nn.functional.avg_pool2d(pixels, 3, 1, 1)
+    # which takes as many bytes as a photograph of that size
+    pixels = torch.nn.functional.avg_pool2d(pixels, 7, 1, 3)
     train = Samples(
         pixels, [f"train/{i:06d}.png" for i in range(N)], [i % 10 for i in range(N)], ""
     )
