@@ -44,7 +44,7 @@ class Column(NamedTuple):
 
     head: str
     colour: str
-    count: int
+    width: int
 
 
 def write_figures(
@@ -130,7 +130,7 @@ def _draw(columns: Sequence[Column], lines: Sequence[Sequence[Sequence[Cell]]], 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    count = sum(column.count for column in columns)
+    count = sum(column.width for column in columns)
     room = _WIDTH - (len(columns) - 1) * _APART - (count - len(columns)) * _GAP
     # few pictures are no larger than a thumb
     side = min(room / count, 0.9)
@@ -139,7 +139,7 @@ def _draw(columns: Sequence[Column], lines: Sequence[Sequence[Sequence[Cell]]], 
         (c.pixels.shape[1] / c.pixels.shape[2] for g in lines for cs in g for c in cs), default=1
     )
     heads = [
-        textwrap.wrap(c.head, max(letters, int(c.count * (side + _GAP) / _LETTER))) for c in columns
+        textwrap.wrap(c.head, max(letters, int(c.width * (side + _GAP) / _LETTER))) for c in columns
     ]
     below = [
         max((sum(len(_wrap(t, letters)) for t, _ in c.texts) for cs in g for c in cs), default=0)
@@ -152,7 +152,7 @@ def _draw(columns: Sequence[Column], lines: Sequence[Sequence[Sequence[Cell]]], 
     starts, x = [], 0.0
     for column in columns:
         starts.append(x)
-        x += column.count * (side + _GAP) - _GAP + _APART
+        x += column.width * (side + _GAP) - _GAP + _APART
 
     def write(x: float, y: float, text: str, colour: str, **style: Any) -> None:
         figure.text(
@@ -176,11 +176,11 @@ def _draw(columns: Sequence[Column], lines: Sequence[Sequence[Sequence[Cell]]], 
                 axes.set_yticks([])
                 for spine in axes.spines.values():
                     spine.set(color=LINE, linewidth=0.4)
-                line = y + h + 0.02
+                under = y + h + 0.02
                 for text, colour in cell.texts:
                     for part in _wrap(text, letters):
-                        write(left, line, part, colour)
-                        line += _LINE
+                        write(left, under, part, colour)
+                        under += _LINE
         y += side * tall + texts * _LINE + 0.1
     if note:
         write(0, y - 0.02, note, SOFT)
