@@ -349,7 +349,7 @@ def test_a_hundred_queries_and_five_thousand_images(browser, tmp_path):
 
 
 def test_what_does_not_fit_is_said_with_what_gets_it(browser, tmp_path):
-    explained = many(6, 4000, size=16)
+    explained = many(6, 4000)
     file = tmp_path / "r.html"
     write_report(file, tmp_path / "r.png", explained, megabytes=1)
     assert file.stat().st_size < 1e6
