@@ -171,12 +171,16 @@ class Attribution:
             scores, None, None, settings, names=names, findings=read_findings(file, metadata)
         )
 
-    def report(self, file: str | Path = "report.html", *, k: int = 5) -> Path:
+    def report(
+        self, file: str | Path = "report.html", *, k: int = 5, megabytes: float = 20.0
+    ) -> Path:
         """Write one self-contained page, each query beside its proponents and opponents.
 
         Args:
             file: the page; a picture of its first queries is written beside it, as PNG.
-            k: proponents shown per query.
+            k: proponents shown per query, before a reader asks for more.
+            megabytes: of the page, at most, in millions of bytes; what that leaves out is said in
+                it.
 
         Returns:
             The page.
@@ -185,19 +189,23 @@ class Attribution:
             ValueError: there are no pictures to show: the attribution was read from a file, or what
                 was explained are no grey or RGB pictures.
         """
-        from .pages.influence import gather
-        from .pages.report import write_report
+        from .pages.report import Explained, write_report
 
         file = expand_path(file)
         train, queries = self._pictures()
-        write_report(
-            file,
-            file.with_suffix(".png"),
-            gather(train, queries, self.scores, k),
-            settings=self.shown_settings,
-            facts=self.facts,
-            query_kind="picture",
+        explained = Explained(
+            train,
+            queries,
+            self.scores,
+            k,
+            "picture",
+            self.shown_settings,
+            self.facts,
+            (),
+            {},
+            self.findings,
         )
+        write_report(file, file.with_suffix(".png"), explained, megabytes=megabytes)
         return file
 
     def _pictures(self) -> tuple[Samples, Samples]:

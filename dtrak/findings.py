@@ -19,7 +19,7 @@ _OF_GROUPS = ("scores", "shares", "errors")
 class Groups:
     """Scores of groups of training images, such as artists, classes or sources.
 
-    Letters: M queries, G groups.
+    Letters: M queries, N training images, G groups.
 
     Attributes:
         names: G names, in the order of the columns.
@@ -27,6 +27,8 @@ class Groups:
         scores: ``[M, G]`` float32, the sums of the scores of their images.
         shares: ``[M, G]`` float32, their share of the query's positive mass.
         errors: ``[M, G]`` float32, standard errors of ``scores``; None where they are not known.
+        members: ``[N]`` int64, the group of each training image, -1 for none; None where it is not
+            known or an image may be in several.
     """
 
     names: tuple[str, ...]
@@ -34,6 +36,7 @@ class Groups:
     scores: Tensor
     shares: Tensor
     errors: Tensor | None = None
+    members: Tensor | None = None
 
     def describe(self, row: int) -> str:
         """The groups with the largest sums for a query, as text."""

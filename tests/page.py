@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 from html.parser import HTMLParser
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 
 from dtrak.data.samples import Samples
 from dtrak.pages.influence import gather
-from dtrak.pages.report import write_report
+from dtrak.pages.report import Explained, write_report
 
 HOSTILE = "a/<script>alert(1)</script>&\"'>$x_1$"
 VOID = {"meta", "img", "link", "br", "input"}
@@ -30,6 +31,9 @@ class Page(HTMLParser):
         attributes = dict(attributes)
         if attributes.get("class") == "query":
             self.section += 1
+        elif "part" in attributes.get("class", "") and self.section >= 0:
+            # what comes after the rows is in none of them
+            self.section = 10**6
         element = {"tag": tag, "text": "", "section": self.section, **attributes}
         self.elements.append(element)
         if tag not in VOID:
@@ -56,6 +60,23 @@ def decoded(element):
     with Image.open(io.BytesIO(base64.b64decode(content, validate=True))) as image:
         assert (image.format, image.mode) in {("PNG", "L"), ("PNG", "RGB")}
         return np.asarray(image.convert("RGB"))
+
+
+def embedded(text):
+    """Pictures ``[H, W, 3]`` of a page by their class, each in it once."""
+    found = {}
+    rule = r"\.([qt]\d+)\{background-image:url\(data:image/(webp);base64,([^)]*)\)\}"
+    for name, _, content in re.findall(rule, text):
+        assert name not in found
+        with Image.open(io.BytesIO(base64.b64decode(content, validate=True))) as image:
+            found[name] = np.asarray(image.convert("RGB"))
+    return found
+
+
+def shown(page, **wanted):
+    """Classes of the pictures that elements of a page show, in order."""
+    images = page.all("span", role="img", **wanted)
+    return [image["class"].split()[-1] for image in images]
 
 
 def quantised(image):
@@ -114,9 +135,18 @@ def named(samples, names):
     return Samples(samples.images, names, samples.labels, "")
 
 
+def explained_of(options, **more):
+    """What a report is made from."""
+    options = {"query_kind": "generated picture", "findings": None, **options, **more}
+    return Explained(
+        options["train"], options["queries"], options["scores"], options["num_proponents"],
+        options["query_kind"], options["settings"], options["facts"] or {}, options["stages"], {},
+        options["findings"],
+    )  # fmt: skip
+
+
 def write(tmp_path, options):
-    options = dict(options)
-    write_report(tmp_path / "r.html", tmp_path / "r.png", rows_of(options), **options)
+    write_report(tmp_path / "r.html", tmp_path / "r.png", explained_of(options))
     page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
     with Image.open(tmp_path / "r.png") as picture:
         return page, np.asarray(picture.convert("RGB"))

@@ -300,7 +300,8 @@ def test_other_queries_of_a_finished_run(run, done, tmp_path, images_folder):
     assert read_scores(done)[0].shape == (1, 150)
     assert len(list((done / "queries").iterdir())) == 2
     index = (done / "index.html").read_text()
-    assert index.count("report.html") == 2
+    # the pages of two sets of queries, each behind its name and its picture
+    assert index.count("report.html") == 2 * 2
     assert "how far its scores can be trusted was not measured" in index
     for name in ("run/counterfactual/strips.png", "lds-run/report/table.json"):
         (tmp_path / name).parent.mkdir(parents=True)

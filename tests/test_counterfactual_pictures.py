@@ -63,7 +63,7 @@ def test_the_box_plot_shows_queries_under_readable_names():
     with default_style():
         axes = plot_distances(results, "pixel_l2").axes[0]
     names = [text.get_text() for text in axes.get_yticklabels()]
-    assert names == ["D-TRAK", "random", "no removal"]
+    assert names == ["D-TRAK", "Random", "No removal"]
     assert axes.get_xlabel() == "L2 distance of pixels (larger = more change)"
     points = [line for line in axes.lines if line.get_marker() == "o"]
     for line, method in zip(points, results.methods, strict=True):
@@ -121,6 +121,7 @@ def test_few_queries_get_no_interval_and_no_random_no_difference():
 
 def test_names():
     assert name_method("trak") == "TRAK"
+    assert [name_method(name) for name in ("random", "none")] == ["Random", "No removal"]
     assert name_method("mine<b>") == "mine<b>"
 
 

@@ -70,6 +70,8 @@ def test_both_hold_the_same_kernels(wheels):
     }
     assert kernels == sources
     assert {"dtrak_kernels/py.typed", "dtrak_kernels/sjlt/triton.py"} <= kernels
+    # what pages are made of
+    assert {"dtrak/pages/page.css", "dtrak/pages/explorer.js"} <= whole
     assert {name.split("/")[0] for name in whole} == {"dtrak", "dtrak_kernels"}
 
 

@@ -1,29 +1,34 @@
 """Plots: what is drawn is what was given, and an SVG fits into a page."""
 
 import matplotlib
+import pytest
 from page import HOSTILE, Page
 from PIL import Image
 
 from dtrak.methods import METHODS
 from dtrak.pages.canvas import INK, LINE, SOFT, default_style
+from dtrak.pages.counterfactual import name_method
 from dtrak.pages.html import STYLE
 from dtrak.pages.plots import (
     REFERENCE,
     SERIES,
     SERIES_DARK,
     Curve,
-    colours,
+    colour_of,
+    is_reference,
     plot_bars,
     plot_boxes,
     plot_curves,
     render_svg,
+    split_label,
+    write_figure,
     write_png,
 )
 
 CURVES = [
     Curve("TRAK", [1, 10, 100], [1.0, 2.0, 4.0]),
     Curve("D-TRAK", [1, 10, 100], [2.0, 5.0, 3.0], [(1, 3), (4, 6), (2, 4)]),
-    Curve("Random", [1, 100], [0.0, 0.5], is_reference=True),
+    Curve("Random", [1, 100], [0.0, 0.5]),
 ]
 
 
@@ -35,23 +40,60 @@ def lines(figure, **wanted):
     ]
 
 
-def test_colours_of_the_papers_methods_never_change():
-    found = colours(["TRAK", "a", "D-TRAK", "b", "r"], ["r"])
-    assert (found["D-TRAK"], found["TRAK"], found["r"]) == (SERIES[0], SERIES[1], REFERENCE)
-    many = colours([str(n) for n in range(30)])
-    assert set(many.values()) == set(SERIES[2:])
+def test_colours_of_the_papers_methods_are_their_own():
+    assert (colour_of("D-TRAK"), colour_of("TRAK")) == SERIES[:2]
+    others = {method.title for method in METHODS.values()} - {"D-TRAK", "TRAK"}
+    assert not {colour_of(title) for title in others | set(map(str, range(30)))} & set(SERIES[:2])
+
+
+def test_what_is_there_for_comparison_is_grey():
+    for title in ("Random", "No removal", "Raw pixels, dot", "CLIP, cosine", "Raw latents, dot"):
+        assert colour_of(title) == REFERENCE
+    assert colour_of("Randomised") != REFERENCE
+
+
+@pytest.mark.parametrize(
+    "label, title",
+    [
+        ("D-TRAK, whitened", "D-TRAK"),
+        ("D-TRAK, mean of 4 models", "D-TRAK"),
+        ("D-TRAK, mean", "D-TRAK, mean"),
+        ("D-TRAK, mean, whitened (kfac)", "D-TRAK, mean"),
+        ("TRAK, single half-data model", "TRAK"),
+        ("Datamodel, 64 models", "Datamodel"),
+        ("mine", "mine"),
+    ],
+)
+def test_ways_of_one_method_share_its_colour(label, title):
+    assert split_label(label) == (title, label[len(title) :])
+    assert colour_of(label) == colour_of(title)
+
+
+def test_ways_of_one_method_differ_in_dashes():
+    ways = ("", ", whitened", ", mean of 4 models", ", single half-data model")
+    ways += (", whitened, mean of 4 models", ", whitened, single half-data model")
+    with default_style():
+        figure = plot_curves([Curve(f"TRAK{way}", [1, 2], [0, 1]) for way in ways], "x", "y")
+    assert len({str(line._unscaled_dash_pattern) for line in lines(figure)}) == len(ways)
+
+
+def test_few_values_of_an_axis_are_all_named():
+    with default_style():
+        figure = plot_curves([Curve("TRAK", [10, 100], [0, 1])], "S", "y", log_x=True)
+    figure.draw_without_rendering()
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["10", "100"]
 
 
 def test_a_method_looks_the_same_whatever_is_beside_it():
+    # a name of the command line, and a title
+    assert name_method("relative-influence") == "Relative influence"
     titles = [method.title for method in METHODS.values()]
-    together = colours(titles)
-    assert together == {title: colours([title])[title] for title in titles}
-    assert together == colours(titles[::-1])
     # lines of one colour differ in their dashes
-    others = [title for title in titles if title not in ("D-TRAK", "TRAK")][:16]
+    others = [title for title in titles if not is_reference(title)]
     with default_style():
         figure = plot_curves([Curve(title, [1, 2], [0, 1]) for title in others], "x", "y")
-    looks = {(line.get_color(), line.get_linestyle()) for line in lines(figure)}
+    # what a dash looks like, whether or not it has a name
+    looks = {(line.get_color(), str(line._unscaled_dash_pattern)) for line in lines(figure)}
     assert len(looks) == len(others)
     with default_style():
         bars = plot_bars(dict.fromkeys(("TRAK", "D-TRAK"), (1.0, None)), "LDS")
@@ -120,26 +162,26 @@ def test_curves_show_their_points_intervals_and_choices():
 
 
 def test_boxes_show_medians_and_every_value():
-    groups = {"D-TRAK": [0.0, 1.0, 2.0, 9.0, 9.5], "random": [4.0, 4.0, 5.0, 6.0, 6.0]}
+    groups = {"D-TRAK": [0.0, 1.0, 2.0, 9.0, 9.5], "Random": [4.0, 4.0, 5.0, 6.0, 6.0]}
     with default_style():
-        figure = plot_boxes(groups, "distance", ["random"])
+        figure = plot_boxes(groups, "distance")
     medians = lines(figure, linewidth=3)
     assert [set(line.get_xdata()) for line in medians] == [{2.0}, {5.0}]
     assert [line.get_color() for line in medians] == [SERIES[0], REFERENCE]
     points = lines(figure, marker="o")
     assert [list(line.get_xdata()) for line in points] == list(groups.values())
     ticks = [text.get_text() for text in figure.axes[0].get_yticklabels()]
-    assert ticks == ["D-TRAK", "random"]
+    assert ticks == ["D-TRAK", "Random"]
     low, high = figure.axes[0].get_ylim()
     assert low > high, "the first group is on top"
 
 
 def test_bars_show_values_and_intervals():
     with default_style():
-        figure = plot_bars({"a": (3.0, (1.0, 4.0)), "b": (-1.0, None)}, "LDS", ["b"])
+        figure = plot_bars({"a": (3.0, (1.0, 4.0)), "Random": (-1.0, None)}, "LDS")
     points = lines(figure, marker="o")
     assert [list(line.get_xdata()) for line in points] == [[3.0], [-1.0]]
-    assert [line.get_color() for line in points] == [*colours(["a"]).values(), REFERENCE]
+    assert [line.get_color() for line in points] == [colour_of("a"), REFERENCE]
     assert [list(line.get_xdata()) for line in lines(figure, linewidth=1.6)] == [[1.0, 4.0]]
 
 
@@ -175,3 +217,21 @@ def test_png_does_not_depend_on_the_user(tmp_path):
         assert draw("b.png") == first
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_figures_for_a_paper_keep_their_letters_and_their_bytes(tmp_path):
+    def draw(name):
+        with default_style():
+            files = write_figure(plot_curves(CURVES, "x", "y"), tmp_path / name)
+        assert [file.name for file in files] == [f"{name}.pdf", f"{name}.png"]
+        return [file.read_bytes() for file in files]
+
+    pdf, png = draw("lds-a.b")
+    assert pdf.startswith(b"%PDF")
+    # fonts of type 3 are refused by journals
+    assert b"/Type3" not in pdf
+    assert b"/FontFile2" in pdf
+    with matplotlib.rc_context({"pdf.fonttype": 3, "savefig.dpi": 30}):
+        assert draw("again") == [pdf, png]
+    with Image.open(tmp_path / "lds-a.b.png") as picture:
+        assert round(picture.info["dpi"][0]) == 300

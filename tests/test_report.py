@@ -1,5 +1,7 @@
 """One page for one attribution, and one for everything a run left."""
 
+import base64
+import hashlib
 import json
 import shutil
 
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from finished_run import OPTIONS, results
-from page import HOSTILE, Page, case, decoded, named, quantised, ranking, write
+from page import HOSTILE, Page, case, embedded, named, quantised, ranking, shown, write
 from rich.console import Console
 from test_counterfactual_results import example
 from tiny_stable_diffusion import build_pipeline, load_tiny, write_pictures
@@ -17,7 +19,7 @@ from typer.testing import CliRunner
 from dtrak.cli.attribution import run_attribution
 from dtrak.cli.report import app
 from dtrak.data.samples import Samples
-from dtrak.evaluation.counterfactual.results import save_counterfactual
+from dtrak.evaluation.counterfactual.results import load_counterfactual, save_counterfactual
 from dtrak.evaluation.lds.statistics import predict_groups
 from dtrak.evaluation.lds.table import (
     Entry,
@@ -27,7 +29,9 @@ from dtrak.evaluation.lds.table import (
     make_table,
     save_results,
 )
+from dtrak.features.fit import FIT
 from dtrak.models.lora import save_lora
+from dtrak.pages.index import write_index
 from dtrak.pages.report import gather_report
 from dtrak.runs.results import load_attribution
 from dtrak.runs.run import Options
@@ -37,18 +41,20 @@ from dtrak.runs.run import Options
 def test_page_holds_every_image_of_every_row_in_order(tmp_path, C):
     options = case(C=C)
     page, _ = write(tmp_path, options)
-    assert page.section == 2
+    pictures = embedded((tmp_path / "r.html").read_text(encoding="utf-8"))
+    # every picture once, whether or not a row shows it
+    assert len(pictures) == 3 + 12
     for m in range(3):
-        images = page.all("img", section=m)
+        images = page.all("span", section=m, role="img")
         rows = [row for places, _ in ranking(options) for row in places[m].tolist()]
         expected = [options["queries"][m], *(options["train"][row] for row in rows)]
-        for image, source in zip(images, expected, strict=True):
-            assert np.array_equal(decoded(image), quantised(source))
+        for name, source in zip(shown(page, section=m), expected, strict=True):
+            assert np.array_equal(pictures[name], quantised(source))
         names = [options["train"].ids[row] for row in rows]
         assert [e["title"] for e in page.all("span", section=m) if "title" in e] == names
         assert [e["text"] for e in page.all("span", section=m, **{"class": "name"})] == names
-        assert f"query/{m}" in images[0]["alt"]
-        assert all(name in e["alt"] for e, name in zip(images[1:], names, strict=True))
+        assert f"query/{m}" in images[0]["aria-label"]
+        assert all(name in e["aria-label"] for e, name in zip(images[1:], names, strict=True))
         labels = [e["text"] for e in page.all("span", section=m, **{"class": "soft"})]
         assert labels == [f"label {row % 10}" for row in rows]
 
@@ -75,7 +81,7 @@ def test_scores_of_any_size_stay_readable(tmp_path, scale, has_unit):
     page, _ = write(tmp_path, case(scale=scale))
     powers = [e["text"].replace("−", "-") for e in page.all("sup")]
     assert len(powers) == has_unit
-    assert ("in units of 10" in page.all("header")[0]["text"]) == has_unit
+    assert ("in units of 10" in page.all("body")[0]["text"]) == has_unit
     unit = 10.0 ** int(powers[0]) if has_unit else 1.0
     for element in page.all("data"):
         assert len(element["text"]) <= 8
@@ -100,23 +106,28 @@ def test_the_least_of_the_proponents_is_no_opponent(tmp_path):
     assert len(shown) == options["num_proponents"] + 1
 
 
-def test_page_is_self_contained_and_needs_no_script(tmp_path):
+def test_page_is_self_contained_and_runs_its_own_script_alone(tmp_path):
     page, _ = write(tmp_path, case())
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
-    assert not any(word in text.lower() for word in ("http:", "https:", "url(", "@import", "//www"))
+    assert not any(word in text.lower() for word in ("http:", "https:", "@import", "//www"))
+    assert text.count("url(") == text.count("url(data:image/")
     for element in page.elements:
-        assert element["tag"] not in {"script", "link", "iframe", "object", "base"}
+        assert element["tag"] not in {"link", "iframe", "object", "base"}
         assert not any(name.startswith("on") for name in element)
         for name in ("src", "href", "srcset"):
-            assert element.get(name, "data:").startswith("data:")
+            assert element.get(name, "#").startswith(("data:", "#"))
     policy = page.all("meta", **{"http-equiv": "Content-Security-Policy"})[0]["content"]
     assert "default-src 'none'" in policy
+    data, script = page.all("script")
+    assert data["type"] == "application/json"
+    digest = hashlib.sha256(script["text"].encode()).digest()
+    assert f"script-src 'sha256-{base64.b64encode(digest).decode()}'" in policy
     assert page.all("html", lang="en")
     assert page.all("meta", name="viewport")
     assert len(page.all("h1")) == 1
     assert "prefers-color-scheme: dark" in text
     assert "@media print" in text
-    assert all(image["alt"] for image in page.all("img"))
+    assert all(image["aria-label"] for image in page.all("span", role="img"))
 
 
 def test_text_is_escaped_everywhere(tmp_path):
@@ -130,16 +141,27 @@ def test_text_is_escaped_everywhere(tmp_path):
         "query_kind": HOSTILE,
     }
     page, _ = write(tmp_path, options)
-    assert "<script" not in (tmp_path / "r.html").read_text(encoding="utf-8")
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert text.count("<script") == len(page.all("script")) == 2
+    known = json.loads(page.all("script")[0]["text"])
+    assert known["queries"]["ids"] == [HOSTILE]
+    assert sorted(known["train"]["ids"]) == sorted(f"{HOSTILE}{i}" for i in range(12))
     assert [e["title"] for e in page.all("h2", section=0) if "title" in e] == [HOSTILE]
-    assert HOSTILE in page.all("img")[0]["alt"]
+    assert HOSTILE in page.all("span", role="img")[0]["aria-label"]
     cells = [e["text"] for e in page.all("th") + page.all("td")]
     assert cells.count(HOSTILE) == 5
-    assert page.all("p", **{"class": "lead"})[0]["text"].startswith(f"For each {HOSTILE}: the tra")
+    assert page.all("p")[0]["text"].startswith(f"For each {HOSTILE}: the tra")
+
+
+def settings_of(tmp_path):
+    """The part of a page with the settings."""
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    return Page(text[text.index('<section class="part" id="settings"') : text.index("</main>")])
 
 
 def test_tables_give_settings_facts_and_times(tmp_path):
-    page, _ = write(tmp_path, case())
+    write(tmp_path, case())
+    page = settings_of(tmp_path)
     names, values = [[e["text"] for e in page.all(tag)] for tag in ("th", "td")]
     assert list(zip(names, values, strict=True)) == [
         ("proj_dim", "512"),
@@ -155,16 +177,17 @@ def test_tables_give_settings_facts_and_times(tmp_path):
     assert not page.all("table")
     assert "label" not in page.all("section")[0]["text"]
     stages = [("long", 3600 * 2 + 65.0), ("twice", 1.0), ("twice", 2.0)]
-    page, _ = write(tmp_path, case() | {"stages": stages})
+    write(tmp_path, case() | {"stages": stages})
+    page = settings_of(tmp_path)
     times = [e["text"] for e in page.all("td", **{"class": "number"})]
     assert times == ["2 h 01 min", "1.0 s", "2.0 s", "2 h 01 min"]
 
 
 def test_small_images_are_enlarged_sharply_and_large_ones_smoothly(tmp_path):
-    page, _ = write(tmp_path, case(M=1, size=32))
-    assert {e.get("class") for e in page.all("img")} == {"pixelated"}
-    page, _ = write(tmp_path, case(M=1, size=96))
-    assert {e.get("class") for e in page.all("img")} == {None}
+    for size, rendering in ((32, "pixelated"), (96, "auto")):
+        write(tmp_path, case(M=1, size=size))
+        text = (tmp_path / "r.html").read_text(encoding="utf-8")
+        assert text.count(f"image-rendering:{rendering}}}") == 2
 
 
 def test_same_input_gives_the_same_bytes(tmp_path):
@@ -177,15 +200,13 @@ def test_same_input_gives_the_same_bytes(tmp_path):
     assert [(tmp_path / name).read_bytes() for name in ("r.html", "r.png")] == first
 
 
-def test_no_queries_and_no_opponents(tmp_path):
-    page, _ = write(tmp_path, case(worst=0))
-    assert [e["text"].split()[0] for e in page.all("h3", section=0)] == ["Proponents"]
+def test_no_queries(tmp_path):
     nothing = case() | {
         "queries": Samples(torch.zeros(0, 3, 8, 8), [], None, ""),
         "scores": torch.zeros(0, 12),
     }
     page, _ = write(tmp_path, nothing)
-    assert not page.all("img")
+    assert not page.all("span", role="img")
 
 
 @pytest.fixture(scope="module")
@@ -221,15 +242,16 @@ def headings(text):
 
 def test_the_whole_report_has_all_there_is(finished):
     page, parts = headings(gather_report(finished))
-    assert parts == ["pictures", "lds", "counterfactual", "settings"]
+    assert parts == ["pictures", "training", "lds", "counterfactual", "settings"]
     run = load_attribution(finished)
     data = run.load_inputs()
     # the strips are those the main job wrote
     own = Page((results(finished) / "report.html").read_text(encoding="utf-8"))
-    shown = [e["src"] for e in own.all("img")]
-    assert [e["src"] for e in page.all("img")][: len(shown)] == shown
+    assert shown(page) == shown(own)
+    assert page.all("script")[0]["text"] == own.all("script")[0]["text"]
+    pictures = embedded(gather_report(finished))
     assert [e["value"] for e in page.all("data")] == [e["value"] for e in own.all("data")]
-    assert np.array_equal(decoded(page.all("img")[0]), quantised(data.queries[0]))
+    assert np.array_equal(pictures["q0"], quantised(data.queries[0]))
     cells = [e["text"] for e in page.all("th") + page.all("td")]
     for text in ("Random", "D-TRAK", "proj_dim", "256", "training images", "subset_size", "torch"):
         assert text in cells, text
@@ -250,10 +272,10 @@ def test_text_to_image_runs_show_captions_prompts_and_guidance(tmp_path):
     run_attribution(options, Console(quiet=True))
     own = Page((results(tmp_path / "run") / "report.html").read_text(encoding="utf-8"))
     page, _ = headings(gather_report(tmp_path / "run"))
-    shown = [e["text"] for e in page.all("small")]
-    assert shown == [e["text"] for e in own.all("small")]
-    assert [shown.count(text) for text in ("“a wave”", "“a <b>fog</b>”")] == [2, 1]
-    assert {"“a ukiyo e painting”", "“a romanticism painting”"} & set(shown)
+    captions = [e["text"] for e in page.all("small")]
+    assert captions == [e["text"] for e in own.all("small")]
+    assert [captions.count(text) for text in ("“a wave”", "“a <b>fog</b>”")] == [2, 1]
+    assert {"“a ukiyo e painting”", "“a romanticism painting”"} & set(captions)
     for found in (own, page):
         cells = [e["text"] for e in found.all("th") + found.all("td")]
         for text in ("guidance scale of the pictures", "3.5", "“a wave”, “a <b>fog</b>”"):
@@ -269,7 +291,7 @@ def test_text_to_image_runs_show_captions_prompts_and_guidance(tmp_path):
 def test_the_whole_report_is_self_contained(finished):
     text = gather_report(finished)
     assert text == gather_report(finished)
-    assert not any(word in text.lower() for word in ("http:", "https:", "@import", "<script"))
+    assert not any(word in text.lower() for word in ("http:", "https:", "@import"))
     for element in Page(text).elements:
         assert element.get("src", "data:").startswith("data:")
         assert element.get("href", "#").startswith("#")
@@ -279,13 +301,13 @@ def test_parts_are_left_out_where_they_are_not(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "counterfactual")
     page, parts = headings(gather_report(tmp_path / "run", num_queries=2))
-    assert parts == ["pictures", "settings"]
+    assert parts == ["pictures", "training", "settings"]
     assert sum(e.get("class") == "query" for e in page.all("section")) == 2
-    assert "The first 2 of 4." in page.all("section")[0]["text"]
+    assert "The first 2 of 4 generated pictures are here." in page.all("section")[0]["text"]
     # an LDS on other images does not belong here
     (tmp_path / "lds-run").mkdir()
     save_lds(tmp_path / "lds-run", "other")
-    assert headings(gather_report(tmp_path / "run"))[1] == ["pictures", "settings"]
+    assert headings(gather_report(tmp_path / "run"))[1] == ["pictures", "training", "settings"]
     with pytest.raises(ValueError, match="--lds must be a run on the images of"):
         gather_report(tmp_path / "run", lds=tmp_path / "lds-run")
     assert headings(gather_report(tmp_path / "lds-run"))[1] == ["lds", "settings"]
@@ -324,10 +346,26 @@ def test_the_command(finished, tmp_path):
     assert text == gather_report(finished, num_queries=1)
 
 
+def test_figures_and_the_index_of_a_run(finished, tmp_path):
+    code, output = command(finished, "--figures", tmp_path / "f", "--num-queries", "2")
+    assert code == 0, output
+    names = {file.name for file in (tmp_path / "f").iterdir()}
+    assert {"strips.pdf", "strips.png", "counterfactual-pixel_l2.pdf"} < names
+    assert output.count("figure: ") == len(names)
+    # an evaluation's figures stand in the first page of the run
+    index = Page(write_index(finished).read_text(encoding="utf-8"))
+    cells = [e["text"] for e in index.all("th") + index.all("td")]
+    median = load_counterfactual(finished / "counterfactual").summary("pixel_l2", "d-trak").median
+    assert {"D-TRAK", "Random", f"{median:.3g}", "pictures", FIT} <= {*cells}
+    assert any(e["src"].startswith("data:image/webp") for e in index.all("img"))
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["absent"], "a run must be an existing folder, got absent"),
+        (["{}", "--megabytes", "0.5"], "--megabytes must be at least 1, got 0.5"),
+        (["{}", "--figures", "f", "--output", "x.html"], "--figures writes no page: leave out"),
         (["{}", "--num-queries", "0"], "--num-queries must be at least 1, got 0"),
         (["{}", "--lds", "absent"], "--lds must be a run that dtrak.lds has evaluated, got no abs"),
         (["{}", "--output", "absent/x.html"], "--output must be a file in an existing folder, got"),

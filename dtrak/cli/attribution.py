@@ -116,7 +116,7 @@ def _explain(
             _environment(plan.device),
             found.findings,
         )
-        page = gather_report(plan.output, explained=explained, num_queries=len(queries))
+        page = gather_report(plan.output, explained=explained)
         write_atomically(results / REPORT, encode_text(page))
         write_picture(results / PICTURE, explained)
     manifest = {

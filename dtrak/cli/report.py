@@ -12,9 +12,12 @@ from pathlib import Path
 from rich.console import Console
 
 from ..runs.files import encode_text, write_atomically
-from ..runs.record import REPORT, RUN_FILE, check_report, find_queries
+from ..runs.record import NUM_QUERIES, REPORT, RUN_FILE, check_report, find_queries
 from ..runs.stated import Stated, argument, option
-from .options import make_app
+from .options import make_app, typed_options
+
+# rows of strips that fit on a page of paper
+NUM_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,20 @@ class Options(Stated):
     data: str | None = option(
         None, help="Where the training images lie now. Default: as in the run.", is_path=True
     )
-    num_queries: int = option(16, help="Queries whose pictures are shown.")
+    num_queries: int = option(NUM_QUERIES, help="Queries that are shown, the first.")
+    megabytes: float = option(
+        20.0,
+        help="Size of the page at most, in millions of bytes: what that leaves out is said in it.",
+    )
     output: str | None = option(
         None,
         help="The HTML file. Default: report.html beside the scores of the queries.",
+        is_path=True,
+    )
+    figures: str | None = option(
+        None,
+        help="Write figures for a paper to this folder, as PDF and PNG, and no page: strips of the "
+        f"first {NUM_ROWS} queries (--num-queries), plots of LDS and counterfactuals.",
         is_path=True,
     )
 
@@ -52,14 +65,21 @@ def report(options: Options, console: Console) -> None:
     run = Path(options.run)
     if options.output is not None:
         file = Path(options.output)
+        if options.figures is not None:
+            raise ValueError("--figures writes no page: leave out --output")
         if file.is_dir() or not file.parent.is_dir():
             raise ValueError(f"--output must be a file in an existing folder, got {file}")
-    check_report(run, options.num_queries)
+    if options.figures is not None and Path(options.figures).is_file():
+        raise ValueError(f"--figures must be a folder, got the file {options.figures}")
+    check_report(run, options.num_queries, options.megabytes)
     is_attributed = (run / RUN_FILE).is_file()
     if options.output is None:
         place = find_queries(run, options.queries) if is_attributed else run
         file = place / REPORT
     # light until here, so that mistakes are said at once
+    if options.figures is not None:
+        _write_figures(options, run, Path(options.figures), console)
+        return
     from ..pages.index import write_index
     from ..pages.report import gather_report
 
@@ -70,12 +90,31 @@ def report(options: Options, console: Console) -> None:
         counterfactual=options.counterfactual,
         source=options.data,
         num_queries=options.num_queries,
+        megabytes=options.megabytes,
         console=console,
     )
     write_atomically(file, encode_text(page))
     Console().print(f"report: {file}", soft_wrap=True, highlight=False)
     if is_attributed and options.output is None:
         Console().print(f"index: {write_index(run)}", soft_wrap=True, highlight=False)
+
+
+def _write_figures(options: Options, run: Path, folder: Path, console: Console) -> None:
+    from ..pages.report import write_run_figures
+
+    num_queries = options.num_queries if "num_queries" in typed_options() else NUM_ROWS
+    files = write_run_figures(
+        folder,
+        run,
+        queries=options.queries,
+        lds=options.lds,
+        counterfactual=options.counterfactual,
+        source=options.data,
+        num_queries=num_queries,
+        console=console,
+    )
+    for file in files:
+        Console().print(f"figure: {file}", soft_wrap=True, highlight=False)
 
 
 app, main = make_app("dtrak.report", Options, report)

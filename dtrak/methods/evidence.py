@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from ..features.extraction import (
     left_in,
     open_store,
 )
+from ..features.fit import describe_fit, measure_fit
 from ..features.halves import Columns
 from ..features.settings import FeatureSettings
 from ..features.store import MANIFEST, Store
@@ -314,7 +315,10 @@ class Evidence:
             self.facts |= {
                 "features": f"{rows} of {found.shape[1] // self.how.parts:,}",
                 "batch size": str(found.batch_size),
-                **self._measure(found.batch_size),
+                **self._kept(
+                    f"facts{self.how.halves_suffix}.json", lambda: self._measure(found.batch_size)
+                ),
+                **self._kept("fit.json", self._measure_fit),
             }
         return found
 
@@ -363,28 +367,36 @@ class Evidence:
             )
         return store
 
+    def _kept(self, name: str, measure: Callable[[], dict[str, str]]) -> dict[str, str]:
+        """Facts about the features, measured when they are made, and kept with them."""
+        if self.folder is None:
+            return measure()
+        file = self.how.feature_folder(self.folder) / name
+        if not self._is_new and file.is_file():
+            known: dict[str, str] = json.loads(file.read_text())
+            return known
+        facts = measure()
+        if facts:
+            write_atomically(file, json.dumps(facts, indent=1).encode())
+        return facts
+
+    def _measure_fit(self) -> dict[str, str]:
+        """Whether the model learned anything."""
+        return describe_fit(measure_fit(self.model, self.feature_settings, self.train, self.device))
+
     def _measure(self, batch_size: int) -> dict[str, str]:
-        """What one batch of the feature stage holds; kept with the features."""
+        """What one batch of the feature stage holds."""
         if not isinstance(self.extractor, FusedExtractor):
             return {}
-        file = None
-        if self.folder is not None:
-            file = self.how.feature_folder(self.folder) / f"facts{self.how.halves_suffix}.json"
-            if not self._is_new and file.is_file():
-                known: dict[str, str] = json.loads(file.read_text())
-                return known
         weights = self.extractor.model.module.state_dict().values()
         with TensorMeter(known=weights) as meter:
             extract_rows(self.extractor, self.train, slice(0, batch_size))
         never = 4 * self.extractor.grad_dim * len(self.train)
-        facts = {
+        return {
             "largest tensor": format_bytes(meter.largest_bytes),
             "live tensors at the peak": format_bytes(meter.peak_bytes),
             "gradients never stored": format_bytes(never),
         }
-        if file is not None:
-            write_atomically(file, json.dumps(facts, indent=1).encode())
-        return facts
 
     def _checkpoint_features(self) -> tuple[list[Tensor], list[Store]]:
         """Features at every checkpoint, of the queries and of the training samples."""

@@ -8,39 +8,25 @@ from typing import Any
 
 from torch import Tensor
 
-from ..evaluation.counterfactual.options import NOTHING, RANDOM
+from ..evaluation.counterfactual.options import NOTHING
 from ..evaluation.counterfactual.results import METRICS, Counterfactual, Summary
+from ..methods import METHODS
 from .canvas import LINE, SOFT, Canvas, default_style, fit, text_width
 from .html import render_image
-from .plots import plot_boxes, render_svg, write_png
+from .plots import NO_REMOVAL, plot_boxes, render_svg, write_png
 from .tables import Table
 
 CELL, GAP, MARGIN = 160, 20, 48
 PNG_QUERIES = 16
-# likenesses are there for comparison, as in the plots of an LDS
-_LIKENESSES = tuple(
-    f"{what}-{kind}" for what in ("raw", "latent", "clip") for kind in ("dot", "cosine")
-)
-REFERENCES = (RANDOM, NOTHING, *_LIKENESSES)
-NAMES = {
-    "d-trak": "D-TRAK",
-    "trak": "TRAK",
-    RANDOM: "random",
-    NOTHING: "no removal",
-    "raw-dot": "pixels, dot",
-    "raw-cosine": "pixels, cosine",
-    "latent-dot": "latents, dot",
-    "latent-cosine": "latents, cosine",
-    "clip-dot": "CLIP, dot",
-    "clip-cosine": "CLIP, cosine",
-}
 _SHORT = {"pixel_l2": "L2", "latent_l2": "latent L2", "clip_cosine": "CLIP", "loss": "loss +"}
 TITLE = "The same pictures without their top training images"
 
 
 def name_method(method: str) -> str:
-    """A method as readers know it."""
-    return NAMES.get(method, method)
+    """What chose the images that were removed, as readers know it."""
+    if method == NOTHING:
+        return NO_REMOVAL
+    return METHODS[method].title if method in METHODS else method
 
 
 def plot_distances(results: Counterfactual, metric: str) -> Any:
@@ -51,7 +37,7 @@ def plot_distances(results: Counterfactual, metric: str) -> Any:
     }
     found = METRICS[metric]
     label = f"{found.title} ({'larger' if found.rises else 'lower'} = more change)"
-    return plot_boxes(groups, label, [name_method(method) for method in REFERENCES])
+    return plot_boxes(groups, label)
 
 
 def write_box_plot(path: Path, results: Counterfactual) -> None:

@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
+import base64
 import html
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from ..evaluation.counterfactual.results import METRICS
+from ..features.fit import FIT, WARNING
 from ..runs.files import encode_text, write_atomically
 from ..runs.measure import format_bytes
 from ..runs.record import MANIFEST, PICTURE, REPORT, SCORES, list_queries, read_json
 from ..runs.stages import read_seconds
-from .html import render_page
-from .tables import times_table, values_table
+from .counterfactual import name_method
+from .html import encode_webp, render_page
+from .lds_report import lds_table
+from .tables import Table, times_table, values_table
 
 INDEX = "index.html"
 # what evaluations leave for a reader
-_EVALUATED = ("*.png", "table.json", "results.json")
+_EVALUATED = ("*.png", "*.pdf", "table.json", "results.json")
 _TITLE = "What this run found"
-# what a reader asks first, of the settings of a set
-_SHOWN = ("method", "output function", "timesteps", "projection", "proj_dim", "damping")
+# what a reader asks first, of the settings of a set, and of its facts
+_SHOWN = (
+    "method",
+    "output function",
+    "timesteps",
+    "projection",
+    "proj_dim",
+    "whitening",
+    "damping",
+)
+_FACTS = ("pictures", FIT)
+_LDS = ("method", "S", "projection", "LDS", "95 % interval")
+_BEST = 8
+# pixels of a picture's preview
+_PREVIEW = (560, 320)
 
 
 def write_index(run: Path) -> Path:
@@ -57,15 +79,38 @@ def write_index(run: Path) -> Path:
 
 
 def _render_set(run: Path, name: str, folder: Path, manifest: dict[str, Any]) -> str:
-    settings = manifest["settings"]
-    known = [(key, settings[key]) for key in _SHOWN if key in settings]
-    count = ("pictures", manifest["facts"].get("pictures", ""))
-    table = values_table(name, [count, *known]).html()
+    settings, facts = manifest["settings"], manifest["facts"]
+    known = [(key, facts[key]) for key in _FACTS if key in facts]
+    known += [(key, settings[key]) for key in _SHOWN if key in settings]
+    table = values_table(name, known).html()
     place = folder.relative_to(run).as_posix()
     files = ((REPORT, "report"), (PICTURE, "picture"), (SCORES, "scores"))
     links = _links({label: f"{place}/{file}" for file, label in files if (folder / file).is_file()})
+    said = f'<p class="note">{links}</p>\n'
+    if WARNING in facts:
+        said = f'<p class="warning">{html.escape(facts[WARNING])}</p>\n{said}'
+    preview = _render_preview(folder / PICTURE, f"The first pictures of {name}")
+    if preview and (folder / REPORT).is_file():
+        said += f'<a href="{html.escape(f"{place}/{REPORT}", quote=True)}">{preview}</a>\n'
     # inside the card of the table
-    return table.removesuffix("</section>\n") + f'<p class="note">{links}</p>\n</section>\n'
+    return table.removesuffix("</section>\n") + f"{said}</section>\n"
+
+
+def _render_preview(file: Path, alt: str) -> str:
+    """The top of a picture, small."""
+    try:
+        with Image.open(file) as picture:
+            top = picture.crop((0, 0, picture.width, min(picture.height, picture.width * 4 // 7)))
+            small = top.convert("RGB")
+            small.thumbnail(_PREVIEW)
+    # a preview is nice to have, and no more
+    except OSError:
+        return ""
+    encoded = base64.b64encode(encode_webp(small)).decode()
+    return (
+        f'<img width="{small.width}" height="{small.height}" alt="{html.escape(alt)}" '
+        f'src="data:image/webp;base64,{encoded}">'
+    )
 
 
 def refresh_index(folder: Path) -> None:
@@ -83,23 +128,63 @@ def _links(places: Mapping[str, str]) -> str:
 
 
 def _render_evaluations(run: Path) -> str:
-    """Links to what `dtrak.lds` and `dtrak.counterfactual` left in the folder or beside it."""
-    lds = "Do scores predict retraining? (LDS)"
-    folders = {
-        "report": lds,
-        f"../lds-{run.resolve().name}/report": lds,
-        "counterfactual": "Do pictures change without them?",
-    }
-    found = []
-    for folder, question in folders.items():
-        place = run.resolve() / folder
-        files = [file for kind in _EVALUATED for file in sorted(place.glob(kind))]
-        if files:
-            links = _links({file.stem: f"{folder}/{file.name}" for file in files})
-            found.append(f"<li>{question}<br>{links}</li>\n")
-    if not found:
+    """What `dtrak.lds` and `dtrak.counterfactual` found, in the folder or beside it."""
+    beside = f"../lds-{run.resolve().name}/report"
+    parts = [
+        _render_evaluation(run, "Do scores predict retraining? (LDS)", place, _lds_tables)
+        for place in ("report", beside)
+    ]
+    question = "Do pictures change without them?"
+    parts.append(_render_evaluation(run, question, "counterfactual", _counterfactual_tables))
+    if not any(parts):
         return (
             '<p class="soft">Neither python -m dtrak.lds nor python -m dtrak.counterfactual has '
             "been run on it: how far its scores can be trusted was not measured.</p>"
         )
-    return f'<section class="part">\n<h2>Evaluations</h2>\n<ul>\n{"".join(found)}</ul>\n</section>'
+    return "\n".join(part for part in parts if part)
+
+
+def _render_evaluation(
+    run: Path, question: str, place: str, tables: Callable[[Path], list[Table]]
+) -> str:
+    """The figures of an evaluation and links to its files; nothing where it has left none."""
+    folder = run.resolve() / place
+    files = [file for kind in _EVALUATED for file in sorted(folder.glob(kind))]
+    if not files:
+        return ""
+    try:
+        shown = "".join(table.html() for table in tables(folder))
+    # what is damaged is said by the command that reads it
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        shown = ""
+    links = _links({file.name: f"{place}/{file.name}" for file in files})
+    return (
+        f'<section class="part">\n<h2>{question}</h2>\n<div class="tables">\n{shown}</div>\n'
+        f'<p class="note">{links}</p>\n</section>'
+    )
+
+
+def _lds_tables(folder: Path) -> list[Table]:
+    table = json.loads((folder / "table.json").read_text(encoding="utf-8"))
+    found = []
+    for kind in dict.fromkeys(row["queries"] for row in table["rows"]):
+        whole = lds_table(table, kind, f"LDS on {kind} queries, %").select(_LDS)
+        part = f"The best {_BEST} of {len(whole.rows)}." if len(whole.rows) > _BEST else ""
+        found.append(replace(whole, rows=whole.rows[:_BEST], note=part))
+    return found
+
+
+def _counterfactual_tables(folder: Path) -> list[Table]:
+    metrics = json.loads((folder / "results.json").read_text(encoding="utf-8"))["metrics"]
+    found = []
+    for metric, methods in metrics.items():
+        rows = []
+        for method, values in methods.items():
+            ends = values["interval"]
+            between = "" if ends is None else f"{ends[0]:.3g} to {ends[1]:.3g}"
+            rows.append((name_method(method), f"{values['median']:.3g}", between))
+        count = len(next(iter(methods.values()))["queries"])
+        columns = ("Removed by", "Median", "95 % interval")
+        title, note = METRICS[metric].title, f"Over {count} queries."
+        found.append(Table(columns, rows, title, note).without_empty())
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from ..data.images import to_uint8
 from ..data.walk import IMAGE_SUFFIXES
+from ..findings import Findings
 from ..methods.scores import top_k
 from .canvas import LINE, MINUS, PLUS, SOFT, Canvas, default_style, fit, text_width
+from .embedding import render_embedded
 from .html import render_image, render_name
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 TITLE = "Which training images made these pictures?"
 PNG_QUERIES = 16
-_OPPONENTS = 3
+OPPONENTS = 3
 CELL, SUBJECT, GAP, MARGIN = 192, 256, 16, 48
 COLOURS = {"proponents": PLUS, "opponents": MINUS}
 HEADINGS = (
@@ -39,14 +41,21 @@ CAVEAT = (
 
 @dataclass(frozen=True)
 class Match:
-    """A training image beside a query: pixels [C, H, W] uint8, and bar length in [0, 1]."""
+    """A training image beside a query: pixels [C, H, W] uint8, and bar length in [0, 1].
 
+    ``index`` is its column of the scores; ``error`` the standard error of the score, and
+    ``stands_out`` whether it is more than held-out images get, where that is known.
+    """
+
+    index: int
     pixels: Tensor
     id: str
     label: str | None
     score: float
     share: float
     caption: str | None = None
+    error: float | None = None
+    stands_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,7 @@ class Row:
     id: str
     matches: dict[str, list[Match]]
     caption: str | None = None
+    verdict: str | None = None
 
 
 def gather(
@@ -64,7 +74,8 @@ def gather(
     queries: Samples,
     scores: Tensor,
     num_proponents: int,
-    num_opponents: int = _OPPONENTS,
+    num_opponents: int = OPPONENTS,
+    findings: Findings | None = None,
 ) -> list[Row]:
     """Put every query together with the images of its matches.
 
@@ -75,6 +86,7 @@ def gather(
             opponents that are not negative.
         num_proponents: R; all N where there are fewer.
         num_opponents: likewise.
+        findings: what is known about the scores beside them.
 
     Raises:
         ValueError: these are no grey or RGB pictures, or a score is not finite.
@@ -90,9 +102,9 @@ def gather(
         "proponents": (found.proponents, found.proponent_scores, num_proponents),
         "opponents": (found.opponents, found.opponent_scores, num_opponents),
     }
-    labels, captions = train.classes, _captions(train)
+    labels, captions = classes_of(train), captions_of(train)
     rows = []
-    asked = _captions(queries)
+    asked, known = captions_of(queries), findings or Findings()
     for m, pixels in enumerate(to_uint8(pictures)):
         best = {
             kind: list(zip(places[m, :k].tolist(), values[m, :k].tolist(), strict=True))
@@ -103,12 +115,15 @@ def gather(
         matches = {
             kind: [
                 Match(
+                    index=index,
                     pixels=to_uint8(train[index]),
                     id=train.ids[index],
-                    label=_label(train.ids[index], None if labels is None else labels[index]),
+                    label=None if labels is None else labels[index],
                     score=score,
                     share=abs(score) / strongest if strongest else 0.0,
                     caption=None if captions is None else captions[index],
+                    error=None if known.errors is None else float(known.errors[m, index]),
+                    stands_out=known.stands_out is not None and bool(known.stands_out[m, index]),
                 )
                 for index, score in pairs
                 # the lowest of all-positive scores is no opponent
@@ -116,23 +131,35 @@ def gather(
             ]
             for kind, pairs in best.items()
         }
-        rows.append(Row(pixels, queries.ids[m], matches, None if asked is None else asked[m]))
+        caption = None if asked is None else asked[m]
+        verdict = None if known.verdicts is None else known.verdicts[m]
+        rows.append(Row(pixels, queries.ids[m], matches, caption, verdict))
     return rows
 
 
-def _captions(samples: Samples) -> list[str] | None:
-    """What goes with samples, as text: captions, or classes that were drawn."""
-    if samples.conditions is None:
+def captions_of(samples: Samples) -> list[str] | None:
+    """What the model read beside samples, as text: captions, or classes that were drawn.
+
+    None where it read nothing, or the labels that `classes_of` gives.
+    """
+    if samples.conditions is None or samples.conditions == samples.labels:
         return None
-    return [c if isinstance(c, str) else f"class {c}" for c in samples.conditions]
+    names = samples.class_names
+    return [c if isinstance(c, str) else names.get(c, f"class {c}") for c in samples.conditions]
 
 
-def _label(name: str, label: int | str | None) -> str | None:
-    """The class of an image in words: its number, its name, or the folder it lies in."""
-    if label is None:
-        folder = PurePosixPath(name).parent.name
-        return folder if name.lower().endswith(IMAGE_SUFFIXES) and folder else None
-    return label if isinstance(label, str) else f"label {label}"
+def classes_of(samples: Samples) -> list[str] | None:
+    """The class of every image in words: its number, its name, or the folder it lies in.
+
+    None where they have none; an image in no folder is of the class "none" beside others that are.
+    """
+    if samples.classes is not None:
+        return [c if isinstance(c, str) else f"label {c}" for c in samples.classes]
+    folders = [
+        PurePosixPath(name).parent.name if name.lower().endswith(IMAGE_SUFFIXES) else ""
+        for name in samples.ids
+    ]
+    return [folder or "none" for folder in folders] if any(folders) else None
 
 
 def lead(query_kind: str) -> str:
@@ -143,22 +170,25 @@ def lead(query_kind: str) -> str:
     )
 
 
-def _exponent(rows: Sequence[Row]) -> int:
-    """Choose one power of ten for all scores, 0 where they are readable as they are."""
-    scores = [abs(m.score) for row in rows for kind in row.matches.values() for m in kind]
-    largest = max(scores, default=0.0)
+def choose_exponent(scores: Iterable[float]) -> int:
+    """One power of ten for all scores, 0 where they are readable as they are."""
+    largest = max(map(abs, scores), default=0.0)
     if largest == 0 or 0.01 <= largest < 1000:
         return 0
     return math.floor(math.log10(largest))
 
 
-def _format_score(score: float, exponent: int) -> str:
+def _exponent(rows: Sequence[Row]) -> int:
+    return choose_exponent(m.score for row in rows for kind in row.matches.values() for m in kind)
+
+
+def format_score(score: float, exponent: int) -> str:
+    """A score as it is shown, with its sign, in units of a power of ten."""
     return f"{score / 10.0**exponent:+#.3g}".rstrip(".").replace("-", "−")
 
 
-def render_explanation(rows: Sequence[Row]) -> str:
-    """How to read the scores, as HTML paragraphs."""
-    exponent = _exponent(rows)
+def render_explanation(exponent: int) -> str:
+    """How to read the scores, in units of a power of ten, as HTML paragraphs."""
     power = f"10<sup>{exponent}</sup>".replace("-", "−")
     unit = f" Scores here are in units of {power}." if exponent else ""
     return f"""<p>A <b class="plus">positive</b> score marks a proponent: with this image in the
@@ -169,28 +199,55 @@ size of a score against the strongest in its row.{unit}</p>
 <p class="soft">{html.escape(CAVEAT)}</p>"""
 
 
-def render_rows(rows: Sequence[Row], query_kind: str) -> str:
-    """One HTML section per row."""
-    exponent = _exponent(rows)
-    return "\n".join(_render_query(row, exponent, query_kind) for row in rows)
+def render_findings(findings: Findings) -> str:
+    """How to read what stands beside the scores, likewise."""
+    said = []
+    if findings.errors is not None:
+        said.append("Whiskers and ± are two standard errors of a score.")
+    if findings.p_values is not None:
+        said.append("p is the chance that an image the model never saw scores as high.")
+    if findings.stands_out is not None:
+        said.append("“Stands out” marks scores that are more than held-out images get.")
+    return f"<p>{' '.join(said)}</p>" if said else ""
 
 
-def _render_query(row: Row, exponent: int, query_kind: str) -> str:
+def render_rows(
+    rows: Sequence[Row], query_kind: str, exponent: int, places: Mapping[int, int]
+) -> str:
+    """One HTML section per row.
+
+    Args:
+        rows: to show, the first of the embedded queries.
+        query_kind: what one query is, in words.
+        exponent: of the power of ten in which scores are shown.
+        places: of a column of the scores, the number of its embedded picture.
+    """
+    return "\n".join(
+        _render_query(row, number, exponent, query_kind, places) for number, row in enumerate(rows)
+    )
+
+
+def _render_query(
+    row: Row, number: int, exponent: int, query_kind: str, places: Mapping[int, int]
+) -> str:
     sides = []
     for kind, heading, meaning in HEADINGS:
         if kind not in row.matches:
             continue
-        items = "\n".join(_render_match(match, exponent) for match in row.matches[kind])
+        items = "\n".join(_render_match(m, exponent, places[m.index]) for m in row.matches[kind])
         items = items or '<li class="soft">none</li>'
         sides.append(
             f'<div class="side {kind}">\n<h3>{heading} <span>{meaning}</span></h3>\n'
             f'<ol class="strip">\n{items}\n</ol>\n</div>'
         )
-    image = render_image(row.pixels, f"{query_kind} {row.id}")
+    image = render_embedded("q", number, f"{query_kind} {row.id}")
+    verdict = "" if row.verdict is None else f'<p class="verdict">{html.escape(row.verdict)}</p>\n'
     return (
-        f'<section class="query">\n<div class="subject">{image}'
+        f'<section class="query">\n<div class="subject">{image}<div>'
         f'<h2 title="{html.escape(row.id)}">{html.escape(row.id)}</h2>'
-        f"{_render_caption(row.caption)}</div>\n" + "\n".join(sides) + "\n</section>"
+        f"{_render_caption(row.caption)}</div></div>\n"
+        + "\n".join(sides)
+        + f"\n{verdict}</section>"
     )
 
 
@@ -202,14 +259,18 @@ def _quote(caption: str) -> str:
     return f"“{caption}”" if caption else "no caption"
 
 
-def _render_match(match: Match, exponent: int) -> str:
-    shown = _format_score(match.score, exponent)
+def _render_match(match: Match, exponent: int, place: int) -> str:
+    shown = format_score(match.score, exponent)
     label = "" if match.label is None else f'<span class="soft">{html.escape(match.label)}</span>'
     colour = "minus" if match.score < 0 else "plus"
+    error = ""
+    if match.error is not None:
+        error = f"<small>±{2 * match.error / 10.0**exponent:#.2g}</small>".replace(".<", "<")
+    star = '<b class="out">stands out</b>' if match.stands_out else ""
     return (
-        f"<li><figure>{render_image(match.pixels, f'training image {match.id}, score {shown}')}"
+        f"<li><figure>{render_embedded('t', place, f'training image {match.id}, score {shown}')}"
         f'<figcaption><span class="bar {colour}"><i style="width:{match.share:.1%}"></i></span>'
-        f'<data class="{colour}" value="{match.score!r}">{shown}</data>'
+        f'<data class="{colour}" value="{match.score!r}">{shown}</data>{error}{star}'
         f'<span class="name" title="{html.escape(match.id)}">{render_name(match.id)}</span>'
         f"{_render_caption(match.caption)}{label}</figcaption></figure></li>"
     )
@@ -244,7 +305,8 @@ def draw(rows: Sequence[Row], query_kind: str, total: int | None = None) -> Canv
         starts[kind] = x
         x += width + 3 * GAP
     width = max(x - 3 * GAP + MARGIN, 1100, text_width(lead(query_kind), 21) + 2 * MARGIN)
-    top, pitch = MARGIN + 150, max(subject + 32, cell + 94) + 2 * GAP
+    lines = max((len(_below(match)) for match in matches), default=1)
+    top, pitch = MARGIN + 150, max(subject + 32, cell + 70 + 24 * max(lines, 1)) + 2 * GAP
     canvas = Canvas(width, top + len(shown) * pitch + 96)
     inner = width - 2 * MARGIN
     canvas.write(MARGIN, MARGIN - 8, TITLE, pixels=34, width=inner, bold=True)
@@ -290,13 +352,17 @@ def _draw_match(canvas: Canvas, x: int, y: int, match: Match, cell: int, exponen
     y += cell + 6
     canvas.fill(x, y, cell, 5, LINE)
     canvas.fill(x, y, cell * match.share, 5, colour)
-    score = _format_score(match.score, exponent)
+    score = format_score(match.score, exponent)
     canvas.write(x, y + 11, score, pixels=20, width=cell, colour=colour, bold=True)
     canvas.write(x, y + 37, match.id, pixels=17, width=cell, colour=SOFT)
-    if match.caption is not None:
-        canvas.write(x, y + 61, _quote(match.caption), pixels=17, width=cell, colour=SOFT)
-    elif match.label is not None:
-        canvas.write(x, y + 61, match.label, pixels=17, width=cell, colour=SOFT)
+    for line, text in enumerate(_below(match)):
+        canvas.write(x, y + 61 + 24 * line, text, pixels=17, width=cell, colour=SOFT)
+
+
+def _below(match: Match) -> list[str]:
+    """What is said of a training image below its name: its class, and its caption."""
+    label = [] if match.label is None else [match.label]
+    return label if match.caption is None else [*label, _quote(match.caption)]
 
 
 def render_strips(train: Samples, queries: Samples, scores: Tensor, num_proponents: int) -> str:
@@ -317,7 +383,7 @@ def render_strips(train: Samples, queries: Samples, scores: Tensor, num_proponen
     for row in rows:
         cells = [_render_cell(row.pixels, row.id, "")]
         for match in row.matches["proponents"]:
-            cells.append(_render_cell(match.pixels, match.id, _format_score(match.score, exponent)))
+            cells.append(_render_cell(match.pixels, match.id, format_score(match.score, exponent)))
         lines.append(f"<tr>{''.join(cells)}</tr>")
     unit = f" Scores in units of 1e{exponent}." if exponent else ""
     return (

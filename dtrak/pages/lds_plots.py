@@ -11,14 +11,6 @@ from typing import Any
 from ..evaluation.lds.table import AUTO, UNIT
 from .plots import FIXED, Curve, plot_bars, plot_curves
 
-REFERENCES = (
-    "Random",
-    *(
-        f"{what}, {kind}"
-        for what in ("Raw pixels", "Raw latents", "CLIP")
-        for kind in ("dot", "cosine")
-    ),
-)
 # more lines than this cannot be told apart
 _MOST_CURVES = 6
 
@@ -72,9 +64,8 @@ def _percent(estimate: Mapping[str, Any]) -> tuple[float, tuple[float, float]]:
 
 def _plot_methods(rows: Rows, suffix: str) -> Any:
     values = {row["method"]: _percent(row["held_out"]) for row in rows}
-    references = [name for name in REFERENCES if name in values]
     interval = ", 95 % interval" if all("bca" in row["held_out"] for row in rows) else ""
-    return plot_bars(values, f"held-out LDS (%){suffix}{interval}", references)
+    return plot_bars(values, f"held-out LDS (%){suffix}{interval}")
 
 
 def _plot_damping(rows: Rows, suffix: str) -> Any:

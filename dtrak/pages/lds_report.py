@@ -20,8 +20,8 @@ from ..evaluation.lds.table import (
     select_rows,
 )
 from ..training.presets import PRESETS
-from .lds_plots import REFERENCES, plot_lds
-from .plots import default_style, write_png
+from .lds_plots import plot_lds
+from .plots import default_style, is_reference, write_png
 from .tables import Table
 
 _COLUMNS = (
@@ -112,7 +112,7 @@ def lds_table(table: Mapping[str, Any], kind: str, title: str = "") -> Table:
         [_cells(row) for row in rows],
         title,
         words=("projection",),
-        soft=[number for number, row in enumerate(rows) if row["method"] in REFERENCES],
+        soft=[number for number, row in enumerate(rows) if is_reference(row["method"])],
     ).without_empty()
 
 

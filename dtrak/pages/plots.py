@@ -11,24 +11,31 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..methods import METHODS
+from ..methods import CLIP, METHODS, NOTHING
 from ..runs.files import encode_text
 from .canvas import INK, LINE, MINUS, PLUS, SOFT, default_style, text_width
 
 # one colour per series, and the grey of what is there for comparison only
-SERIES = (PLUS, MINUS, "#35589c", "#7d3f98", "#8a6d00", "#a3265e")
+SERIES = (PLUS, MINUS, "#35589c", "#7d3f98", "#8a6d00", "#a3265e", "#4a6b1f", "#1f6f8b")
 REFERENCE = SOFT
-# the methods of the paper, whose colours never change
+# the methods of the paper, with colours that no other has
 FIXED = ("D-TRAK", "TRAK")
+NO_REMOVAL = "No removal"
 # how the colours of a plot are called in the style sheet of a page
 VARIABLES = {INK: "--ink", SOFT: "--soft", LINE: "--line"} | {
     colour: f"--series-{number}" for number, colour in enumerate(SERIES)
 }
-SERIES_DARK = ("#53cdb8", "#f2a45f", "#93b4f5", "#d0a2e6", "#d9be5a", "#f08bb6")
+SERIES_DARK = (
+    "#53cdb8", "#f2a45f", "#93b4f5", "#d0a2e6", "#d9be5a", "#f08bb6", "#a9cf6f", "#6fc7e4",
+)  # fmt: skip
 _DPI = 150
 # inches: of a figure, and of a legend's handle with the room between columns
 _WIDTH, _BESIDE = 6.0, 0.55
-_DASHES = ("-", "--", ":", "-.")
+_DASHES = ("-", "--", ":", "-.", (0, (4, 1, 1, 1, 1, 1)), (0, (1, 0.6)))
+# ways of one method, which differ in their dashes
+_WAYS = ("whitened", "mean of", "single")
+# an axis with no more values than these shows them all
+_FEW = 6
 FEWEST_IN_A_BOX = 5
 
 
@@ -39,7 +46,6 @@ class Curve(NamedTuple):
     x: Sequence[float]
     y: Sequence[float]
     interval: Sequence[tuple[float, float]] | None = None
-    is_reference: bool = False
 
 
 def new_figure(width: float = _WIDTH, height: float = 3.4) -> Any:
@@ -62,25 +68,52 @@ def new_figure(width: float = _WIDTH, height: float = 3.4) -> Any:
     return figure
 
 
-def _number(label: str) -> int:
-    """The same for a label wherever it is drawn: its place among the methods, or a hash."""
-    titles = [method.title for method in METHODS.values() if method.title not in FIXED]
-    return titles.index(label) if label in titles else zlib.crc32(encode_text(label))
+def split_label(label: str) -> tuple[str, str]:
+    """The title of the method that a label is of, and what the label says more.
+
+    ``D-TRAK, whitened`` is D-TRAK; a label of no method of the registry is one of its own.
+    """
+    fitting = [
+        method.title
+        for method in METHODS.values()
+        if label == method.title or label.startswith(f"{method.title}, ")
+    ]
+    title = max(fitting, key=len, default=label)
+    return title, label[len(title) :]
 
 
-def colours(labels: Sequence[str], references: Sequence[str] = ()) -> dict[str, str]:
-    """A colour for every label, the same in every plot, whatever else is in it."""
+def is_reference(label: str) -> bool:
+    """Whether a label is of what scores are compared with: likeness, chance, nothing removed."""
+    title, _ = split_label(label)
+    needs = [method.needs for method in METHODS.values() if method.title == title]
+    return label == NO_REMOVAL or needs in ([NOTHING], [CLIP])
+
+
+def _number(title: str) -> int:
+    """The same for a method wherever it is drawn: its place in the registry, or a hash."""
+    titles = [m.title for m in METHODS.values() if not (m.title in FIXED or is_reference(m.title))]
+    return titles.index(title) if title in titles else zlib.crc32(encode_text(title))
+
+
+def colour_of(label: str) -> str:
+    """The colour of a method, the same in every plot, whatever else is in it."""
+    title, _ = split_label(label)
+    if is_reference(label):
+        return REFERENCE
+    if title in FIXED:
+        return SERIES[FIXED.index(title)]
     free = SERIES[len(FIXED) :]
-    found = {label: free[_number(label) % len(free)] for label in labels}
-    found |= dict(zip(FIXED, SERIES, strict=False)) | dict.fromkeys(references, REFERENCE)
-    return {label: found[label] for label in labels}
+    return free[_number(title) % len(free)]
 
 
-def _dashes(label: str, is_reference: bool) -> str:
+def _dashes(label: str) -> Any:
     """What tells lines of one colour apart, likewise the same in every plot."""
-    if label in FIXED or is_reference:
-        return "-"
-    return _DASHES[_number(label) // (len(SERIES) - len(FIXED)) % len(_DASHES)]
+    title, more = split_label(label)
+    place = 0
+    if title not in FIXED and not is_reference(label):
+        place = _number(title) // (len(SERIES) - len(FIXED))
+    place += sum(2**number for number, way in enumerate(_WAYS) if way in more)
+    return _DASHES[place % len(_DASHES)]
 
 
 def _keep_within(figure: Any) -> Any:
@@ -99,9 +132,7 @@ def _keep_within(figure: Any) -> Any:
     return figure
 
 
-def plot_boxes(
-    groups: Mapping[str, Sequence[float]], label: str, references: Sequence[str] = ()
-) -> Any:
+def plot_boxes(groups: Mapping[str, Sequence[float]], label: str) -> Any:
     """Horizontal boxes, the first group on top, with every value as a point.
 
     A group of fewer than `FEWEST_IN_A_BOX` values has no quartiles worth a box: its points alone.
@@ -109,12 +140,11 @@ def plot_boxes(
     Args:
         groups: values by name; at least one value each.
         label: of the axis of values.
-        references: groups there for comparison only, drawn in grey.
     """
     figure = new_figure(6.0, 1.0 + 0.5 * len(groups))
     axes = figure.axes[0]
-    for place, (name, colour) in enumerate(colours(list(groups), references).items()):
-        values = list(groups[name])
+    for place, (name, given) in enumerate(groups.items()):
+        values, colour = list(given), colour_of(name)
         line = {"color": colour, "linewidth": 1.6}
         if len(values) >= FEWEST_IN_A_BOX:
             axes.boxplot(
@@ -154,12 +184,10 @@ def plot_curves(
     """
     figure = new_figure()
     axes = figure.axes[0]
-    references = [curve.label for curve in curves if curve.is_reference]
-    palette = colours([curve.label for curve in curves], references)
     for curve in curves:
-        colour, x = palette[curve.label], list(curve.x)
+        colour, x = colour_of(curve.label), list(curve.x)
         axes.plot(
-            x, curve.y, marker="o", linestyle=_dashes(curve.label, curve.is_reference),
+            x, curve.y, marker="o", linestyle=_dashes(curve.label),
             color=colour, label=curve.label, linewidth=1.8, markersize=3.5,
         )  # fmt: skip
         if curve.interval is not None:
@@ -170,6 +198,10 @@ def plot_curves(
             axes.plot(x[chosen], curve.y[chosen], "o", color=colour, markersize=9)
     if log_x:
         axes.set_xscale("log")
+        places = sorted({x for curve in curves for x in curve.x})
+        if len(places) <= _FEW:
+            axes.set_xticks(places, [f"{x:g}" for x in places])
+            axes.minorticks_off()
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     figure.legend(
@@ -188,21 +220,18 @@ def _columns(labels: Sequence[str]) -> int:
 def plot_bars(
     values: Mapping[str, tuple[float, tuple[float, float] | None]],
     label: str,
-    references: Sequence[str] = (),
 ) -> Any:
     """Horizontal points with their intervals, the first on top, from a line at 0.
 
     Args:
         values: by name, the value and its interval.
         label: of the axis of values.
-        references: names there for comparison only, drawn in grey.
     """
     figure = new_figure(6.0, 1.0 + 0.3 * len(values))
     axes = figure.axes[0]
     axes.axvline(0, color=SOFT, linewidth=1)
-    palette = colours(list(values), references)
     for place, (name, (value, interval)) in enumerate(values.items()):
-        colour = palette[name]
+        colour = colour_of(name)
         axes.plot([0, value], [place, place], color=LINE, linewidth=5, solid_capstyle="butt")
         if interval is not None:
             axes.plot(interval, [place, place], color=colour, linewidth=1.6)
@@ -217,6 +246,27 @@ def plot_bars(
 def write_png(figure: Any, path: Path) -> None:
     """Write a figure on white; the same figure gives the same bytes."""
     figure.savefig(path, format="png", dpi=_DPI, facecolor="white", metadata={"Software": None})
+
+
+def write_figure(figure: Any, path: Path) -> list[Path]:
+    """Write a figure for a paper: as PDF, with its fonts, and as PNG of 300 dots per inch.
+
+    Args:
+        figure: of matplotlib, of any size.
+        path: without a suffix.
+
+    Returns:
+        The files. The same figure gives the same bytes.
+    """
+    import matplotlib
+
+    pdf, png = path.with_name(f"{path.name}.pdf"), path.with_name(f"{path.name}.png")
+    # letters stay letters, which journals ask for
+    with matplotlib.rc_context({"pdf.fonttype": 42}):
+        nothing = dict.fromkeys(("Creator", "Producer", "CreationDate"))
+        figure.savefig(pdf, format="pdf", facecolor="white", metadata=nothing)
+    figure.savefig(png, format="png", dpi=300, facecolor="white", metadata={"Software": None})
+    return [pdf, png]
 
 
 def render_svg(figure: Any, title: str) -> str:
@@ -252,12 +302,15 @@ def render_svg(figure: Any, title: str) -> str:
 __all__ = [
     "FIXED",
     "Curve",
-    "colours",
+    "colour_of",
     "default_style",
+    "is_reference",
     "new_figure",
     "plot_bars",
     "plot_boxes",
     "plot_curves",
     "render_svg",
+    "split_label",
+    "write_figure",
     "write_png",
 ]

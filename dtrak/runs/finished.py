@@ -195,7 +195,9 @@ def _hash_code(package: str) -> str:
     assert spec.submodule_search_locations is not None
     digest = hashlib.sha256()
     for place in spec.submodule_search_locations:
-        for file in sorted(Path(place).rglob("*.py")):
+        # what a report is made of, too
+        code = (f for f in Path(place).rglob("*") if f.suffix in (".py", ".css", ".js"))
+        for file in sorted(code):
             digest.update(f"{file.relative_to(place).as_posix()} {_hash_file(file)}\n".encode())
     return digest.hexdigest()
 

@@ -20,6 +20,8 @@ RUN = Record(RUN_FILE)
 # of a set of queries, in its folder
 QUERIES, MANIFEST, SCORES = "queries", "manifest.json", "scores.safetensors"
 REPORT, PICTURE = "report.html", "report.png"
+# that a page shows
+NUM_QUERIES = 100
 
 
 class ResultsError(ValueError):
@@ -154,13 +156,15 @@ def check_runs(folders: Sequence[str | Path], output: Path) -> None:
         read_record(folder, next(iter(list_queries(folder)), None))
 
 
-def check_report(folder: Path, num_queries: int) -> None:
+def check_report(folder: Path, num_queries: int, megabytes: float) -> None:
     """Refuse a report of nothing.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: no query is to be shown.
+        ValueError: no query is to be shown, or the page has no room for one.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"a run must be an existing folder, got {folder}")
     check_counts(num_queries=num_queries)
+    if not megabytes >= 1:
+        raise ValueError(f"--megabytes must be at least 1, got {megabytes:g}")
