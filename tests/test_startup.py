@@ -19,7 +19,7 @@ from rich.console import Console
 
 from dtrak.features.output_names import OUTPUT_NAMES
 from dtrak.features.outputs import OUTPUT_FUNCTIONS
-from dtrak.runs import finished
+from dtrak.runs import code as code_of
 from dtrak.runs.choices import DEFAULT_PROJ_DIM, DTYPES
 from dtrak.runs.files import LOCK_FILE, claim
 from dtrak.runs.finished import find_finished
@@ -148,7 +148,7 @@ def test_names_that_options_take_are_those_that_are_there():
     assert DEFAULT_PROJ_DIM.keys() == set(KINDS)
     for name in DTYPES:
         assert getattr(torch, name).is_floating_point
-    for name in finished._LIBRARIES:
+    for name in code_of.LIBRARIES:
         assert version(name)
 
 
@@ -242,9 +242,9 @@ def test_whatever_differs_is_done_again(copy, monkeypatch):
         assert not reuses(options, folder), place
         file.write_bytes(kept)
     assert reuses(options, folder)
-    for name in ("version", "_hash_code"):
+    for name in ("version", "hash_code"):
         with monkeypatch.context() as patch:
-            patch.setattr(finished, name, lambda package: "another")
+            patch.setattr(code_of, name, lambda package: "another")
             assert not reuses(options, folder), name
     assert reuses(options, folder)
 

@@ -16,6 +16,7 @@ from dtrak_kernels.gradients.whitening.definition import TWO_SIDED_KINDS
 from ..data.samples import Samples
 from ..models.denoiser import Denoiser
 from ..runs.files import write_atomically
+from ..runs.ranks import ranks
 from .extraction import (
     FusedExtractor,
     condition_rows,
@@ -71,18 +72,20 @@ def open_whitening(
     if asked is None:
         return None
     function = settings.output_function
-    if file is not None and file.is_file():
-        return _read(file, asked, function)
-    with nullcontext() if stage is None else stage() as progress:
-        whitening = fit_whitening(
-            model, settings, data, device, batch_size=batch_size, progress=progress
-        )
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, whitening.to_bytes())
-        # the same numbers now and when it is read again
-        return _read(file, asked, function)
-    return whitening
+    # one process fits it, the others wait
+    with nullcontext() if file is None else ranks().alone(file.parent, file.stem):
+        if file is not None and file.is_file():
+            return _read(file, asked, function)
+        with nullcontext() if stage is None else stage() as progress:
+            whitening = fit_whitening(
+                model, settings, data, device, batch_size=batch_size, progress=progress
+            )
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, whitening.to_bytes())
+            # the same numbers now and when it is read again
+            return _read(file, asked, function)
+        return whitening
 
 
 def _read(file: Path, asked: WhiteningSettings, function: str) -> Whitening:

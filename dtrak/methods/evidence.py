@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dtrak_kernels import Whitening
 from dtrak_kernels.ridge import RidgeSolver
+from dtrak_kernels.ridge.group import Group
 
 from ..data.samples import Samples
 from ..features.cost import seconds_per_row
@@ -28,19 +29,22 @@ from ..features.extraction import (
     left_in,
     open_store,
 )
+from ..features.packing import packed_bytes
 from ..features.settings import FeatureSettings
-from ..features.store import MANIFEST, Store
+from ..features.store import MANIFEST, FeatureStore, Part, Store, own_rows
 from ..features.whitening import FILE, open_whitening
 from ..models.denoiser import Denoiser, Drawn
 from ..models.hashing import hash_model, hash_tensors
+from ..runs.choices import FLOAT32
 from ..runs.console import format_seconds
 from ..runs.files import write_atomically
 from ..runs.measure import TensorMeter, available_bytes, format_bytes
 from ..runs.options import ExplainOptions
+from ..runs.ranks import LeftToOthers, ranks
 from ..runs.stages import Stages
 from . import CHECKPOINTS, CLIP, FEATURES, MODELS, NOTHING, TRAJECTORY, check_needs
 from .damping import damping_unit
-from .scores import journey_query_features
+from .scores import check_room, journey_query_features
 
 TRAIN, QUERY = "train", "query"
 _LABELS = {TRAIN: "features of training images", QUERY: "features of queries"}
@@ -148,22 +152,45 @@ class Evidence:
         """
         self.check()
         method, settings = self.how.what, self._settings()
+        is_solved = method.needs in (FEATURES, TRAJECTORY) and method.is_damped
+        if method.needs not in (FEATURES, CHECKPOINTS, TRAJECTORY):
+            self.stages.lead()
         gradients = self._gradient_settings() if method.output_function is not None else {}
-        if method.needs in (FEATURES, TRAJECTORY) and method.is_damped:
+        if is_solved:
+            check_room(
+                len(self.queries),
+                len(self.train),
+                "explain fewer at a time, or: python -m dtrak.store score --only-top 100 …",
+            )
             train = self._features(TRAIN)
-            left = self._journeys() if method.needs == TRAJECTORY else self._features(QUERY).load()
+            left = self._left()
+            here = ranks()
+            if not here.is_launched:
+                self.stages.lead()
             with self.stages.stage("kernel inverse and scores"):
-                solver = RidgeSolver(_in_memory(train))
+                group = here.group()
+                solver = RidgeSolver(_in_memory(own_rows(train, here)), group=group)
                 damping, unit = self.how.damped.resolve(solver), damping_unit(solver)
-                scores = method.score(solver, left, damping)
+                scores = Group(group).join_columns(method.score(solver, left, damping))
+            self.stages.lead()
             auto = " (auto)" if self.how.damped.value is None else ""
             gradients["damping"] = f"{damping:.6g}{auto}"
             gradients["damping in mean squared feature norms"] = f"{damping / unit:.4g}x"
         else:
             arguments = self._arguments()
+            self.stages.lead()
             with self.stages.stage("scores"):
                 scores = method.score(*arguments)
         return scores.float(), settings | gradients | self._decided()
+
+    def _left(self) -> Tensor:
+        """Features of the queries ``[M, K]``, for a method with a damping."""
+        if self.how.what.needs != TRAJECTORY:
+            return self._features(QUERY).load()
+        group = Group(ranks().group())
+        # one process draws, and tells the others
+        found = self._journeys() if group.rank == 0 else None
+        return group.first(found, (len(self.queries), self.extractor.proj_dim), torch.float32)
 
     def _arguments(self) -> tuple[Any, Any]:
         """What a method without damping is called with."""
@@ -221,6 +248,7 @@ class Evidence:
             "proj_dim": extractor.proj_dim,
             "projection seed": how.seed,
             **({"flips": True} if how.flips else {}),
+            **({} if how.store_dtype == FLOAT32 else {"store dtype": how.store_dtype}),
             **({} if how.whitening == "none" else {"whitening": how.whitening}),
             "dtype": how.dtype,
         }
@@ -291,7 +319,9 @@ class Evidence:
         folder = None if self.folder is None else self.how.feature_folder(self.folder, part) / name
         is_new = folder is not None and not MANIFEST.is_in(folder)
         batch_size = partial(self._batch_size, extractor, data)
-        store = open_store(folder, extractor, data, role, batch_size)
+        # of queries there are few, and each is one row of many scores
+        dtype = self.how.store_dtype if role == TRAIN else FLOAT32
+        store = open_store(folder, extractor, data, role, batch_size, dtype)
         key = f"{self.how.function} {part} {name}"
         if role == TRAIN:
             self._batch = store.batch_size
@@ -299,8 +329,8 @@ class Evidence:
             self.stages.reuse(label, key)
             return store
         self._is_new |= role == TRAIN
-        if folder is not None and role == TRAIN:
-            size = format_bytes(4 * math.prod(store.shape))
+        if folder is not None and role == TRAIN and ranks().is_main:
+            size = format_bytes(len(store) * packed_bytes(store.shape[1], dtype))
             # the batch size was chosen by making some
             is_warm = is_new and self.how.batch_size is None and self.how.fused
             given = self.how.batch_size
@@ -309,6 +339,8 @@ class Evidence:
                 f"{label}: {store.shape[0]:,} x {store.shape[1]:,}, {size} in {folder}, "
                 f"{format_seconds(seconds * left_in(store))} or less"
             )
+        if isinstance(store, FeatureStore):
+            store.only_own = role == TRAIN
         with self.stages.stage(label, key) as progress:
             fill_store(
                 store,
@@ -318,11 +350,17 @@ class Evidence:
                 batch_size=self.how.batch_size,
                 progress=progress,
             )
+        missing = store.missing()
+        if missing:
+            raise LeftToOthers(
+                f"{label}: {len(missing)} shards of {store.rows(0).stop} rows are left to other "
+                "commands; the last of them makes the scores and the report"
+            )
         return store
 
     def _measure(self, batch_size: int) -> dict[str, str]:
         """What one batch of the feature stage holds; kept with the features."""
-        if not isinstance(self.extractor, FusedExtractor):
+        if not isinstance(self.extractor, FusedExtractor) or not ranks().is_main:
             return {}
         file = None
         if self.folder is not None:
@@ -340,7 +378,8 @@ class Evidence:
             "gradients never stored": format_bytes(never),
         }
         if file is not None:
-            write_atomically(file, json.dumps(facts, indent=1).encode())
+            with ranks().alone(file.parent, file.stem):
+                write_atomically(file, json.dumps(facts, indent=1).encode())
         return facts
 
     def _checkpoint_features(self) -> tuple[list[Tensor], list[Store]]:
@@ -424,7 +463,7 @@ def journey_features(
     return journey_query_features(torch.stack(features))
 
 
-def _in_memory(store: Store) -> Any:
+def _in_memory(store: Store | Part) -> Any:
     """The features themselves where a quarter of the memory holds them, else the store."""
     fits = 4 * math.prod(store.shape) < available_bytes(torch.device("cpu")) // 4
-    return store.load() if fits else store
+    return store[: store.shape[0]] if fits else store
