@@ -13,7 +13,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from ..runs.options import Options, check_options
-from ..runs.ranks import ranks, share
+from ..runs.ranks import by_itself, ranks, share
 from .options import make_app, typed_options
 
 
@@ -44,7 +44,12 @@ def attribute(options: Options, console: Console) -> None:
         return
     from .attribution import run_attribution, run_comparison
 
-    (run_comparison if compare else run_attribution)(options, console)
+    if compare:
+        # the others have ended
+        with by_itself():
+            run_comparison(options, console)
+    else:
+        run_attribution(options, console)
 
 
 app, main = make_app("dtrak.attribute", Options, attribute, shares=True)

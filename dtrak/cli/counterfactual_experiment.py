@@ -178,7 +178,7 @@ def run_counterfactual(options: Options, console: Console) -> Counterfactual | N
 def _retrain(
     experiment: Experiment, processes: int, device: torch.device, console: Console
 ) -> None:
-    missing = experiment.missing()
+    missing, folder = experiment.missing(), experiment.origin.retraining.folder
     steps = {job: experiment.steps(job) for job in missing}
     done = dict.fromkeys(missing, 0)
     devices = (str(device),)
@@ -197,7 +197,7 @@ def _retrain(
             missing,
             processes,
             report,
-            lambda job, wait: alone_at(experiment.folder, lock_name(job), wait=wait),
+            lambda job, wait: alone_at(folder, lock_name(job), wait=wait),
             lambda job: experiment.file(job).is_file(),
         )
 

@@ -26,8 +26,8 @@ from .locks import hold_shared
 T = TypeVar("T", bound=Hashable)
 # of a launcher; accelerate takes any of them for a training that this process has a part of
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-# seconds until a process that was launched must have begun, and until one that is gone is given up
-_START_SECONDS, _GONE_SECONDS = 600, 10
+# seconds until every process that was launched must have begun
+_START_SECONDS = 600
 # of a wait for others, who may train a model meanwhile
 _WAIT = timedelta(days=30)
 _RECORD = "ranks.json"
@@ -227,7 +227,7 @@ def _store() -> Any:
 
     here = ranks()
     where = f"env://?rank={here.rank}&world_size={here.world}"
-    timeout = timedelta(seconds=_GONE_SECONDS if here.rank == 0 else _START_SECONDS)
+    timeout = timedelta(seconds=_START_SECONDS)
     return next(iter(dist.rendezvous(where, timeout=timeout)))[0]
 
 
