@@ -29,8 +29,8 @@ SMALL = (
 def places(tmp_path_factory):
     folder = tmp_path_factory.mktemp("launched")
     UNet(small_unet().float(), linear_process()).save(folder / "model")
-    # three shards of training images
-    make_images(folder / "data", 1100)
+    # two shards of training images
+    make_images(folder / "data", 600)
     return "--model", folder / "model", "--data", folder / "data", *SMALL
 
 
@@ -65,7 +65,7 @@ def test_three_processes_make_what_one_makes(places, tmp_path):
     assert len(features) == 2
     assert all(torch.equal(features[place], others[place]) for place in features)
     for said in (
-        "features of training images: 1,100 of 1,100",
+        "features of training images: 600 of 600",
         "generate the queries: ",
         "report:",
     ):

@@ -192,8 +192,8 @@ class RidgeSolver:
         damping = self._check_damping(damping)
         check_k(k, self.num_samples)
         if self._is_dual:
-            scores = self._dual_scores(queries, damping)
-            return join_queries([top_k(part, k) for _, _, part in scores])
+            parts = self._dual_scores(queries, damping)
+            return join_queries([top_k(part, k) for _, _, part in parts])
         preconditioned = self._inverse_at(damping)(queries)
         reader = self._reader
         blocks = reader.blocks(width=queries.shape[0])
