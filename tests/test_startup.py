@@ -48,6 +48,8 @@ REFUSALS = {
         ("--model nowhere", "or a file of its weights, got nowhere"),
         ("--preset cifar3", "did you mean 'cifar2'?"),
         ("--top-k 0", "--top-k must be at least 1, got 0"),
+        ("--shard 4/3", "--shard must be i/n with i from 1 to n, such as 3/16, got '4/3'"),
+        ("--store-dtype int4", "did you mean 'int8'?"),
     ],
     "train": [
         ("--preset cifar3 --output x", "did you mean 'cifar2'?"),
@@ -73,6 +75,11 @@ REFUSALS = {
         ("evaluate --output nowhere --projection x", "--projection must be one of rademacher"),
         ("evaluate --output nowhere --ensemble 1", "--ensemble must be numbers of models"),
         ("report --resamples 3", "--resamples must be at least 1000, got 3"),
+    ],
+    "store": [
+        ("import x --format dtrak --output y", "did you mean 'd-trak'?"),
+        ("import x z --format trak --output y", "--format trak takes one folder, got 2"),
+        ("score x z --output y --damping a", "--damping must be 'auto', a finite number"),
     ],
     "counterfactual": [
         ("nowhere", "a run must be an existing folder, got nowhere"),

@@ -31,6 +31,8 @@ _START_SECONDS = 600
 # of a wait for others, who may train a model meanwhile
 _WAIT = timedelta(days=30)
 _RECORD = "ranks.json"
+# how many pieces of work this process is at for which the others wait
+_alone = 0
 
 
 class LeftToOthers(Exception):
@@ -98,14 +100,24 @@ class Ranks:
                     pass
             left = busy
 
+    @property
+    def speaks(self) -> bool:
+        """Whether this one shows what it does: the main one, or who works while the others wait."""
+        return self.is_main or _alone > 0
+
     @contextmanager
     def alone(self, folder: Path, name: str) -> Iterator[None]:
         """One process at a time, of those that share a folder; nothing where this one is alone."""
+        global _alone
         if not self.is_shared:
             yield
             return
         with alone_at(folder, name, wait=True):
-            yield
+            _alone += 1
+            try:
+                yield
+            finally:
+                _alone -= 1
 
     @contextmanager
     def hold(self, folder: Path, about: Callable[[], dict[str, Any]]) -> Iterator[None]:

@@ -47,11 +47,14 @@ class Stages:
             name: of the stage.
             of: tells several of one name in a folder apart.
         """
-        start = time.perf_counter()
+        start, was_quiet = time.perf_counter(), self.console.quiet
+        if not ranks().is_main and ranks().speaks:
+            self.console.quiet = False
         try:
             with self.clock.stage(name), progress_bar(self.console, name) as progress:
                 yield progress
         finally:
+            self.console.quiet = was_quiet
             self._keep(_key(name, of), time.perf_counter() - start)
 
     def reuse(self, name: str, of: str = "") -> None:
@@ -74,7 +77,7 @@ class Stages:
         if self.folder is None or not self.folder.is_dir():
             return
         here = ranks()
-        if not here.is_main:
+        if not here.speaks:
             return
         with here.alone(self.folder, "stages"):
             kept = read_seconds(self.folder)
