@@ -37,7 +37,7 @@ from dtrak_kernels.ridge import RidgeSolver
 RESULTS = ROOT / "benchmarks" / "results" / "stores.jsonl"
 FOLDER = Path("runs") / "digits-stores"
 FUNCTIONS = {"mean_squared_l2_norm": "D-TRAK", "loss": "TRAK"}
-KINDS = ("none", "lowrank")
+KINDS = ("lowrank", "none")
 TIMESTEPS, WIDTH = 10, 8192
 
 
