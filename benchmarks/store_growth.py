@@ -26,7 +26,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "store_growth.jsonl"
 FOLDER = Path("runs") / "store-growth"
 # a Gram of 8 MB, so that what grows are the rows
 WIDTH, QUERIES, TOP = 1024, 16, 10
-SIZES = (2**17, 2**18, 2**19, 2**20, 2**21, 2**22)
+SIZES = (2**14, 2**16, 2**18, 2**20, 2**22)
 DTYPES = ("float32", "int8")
 # free on disk beside the store
 _ROOM = 2 * 2**30

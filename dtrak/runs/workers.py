@@ -89,14 +89,17 @@ def work_together(
     """
     here, told = ranks(), set[str]()
 
+    def tell_of_others() -> None:
+        for other in names if here.is_launched else ():
+            if other not in told and is_done(other):
+                told.add(other)
+                report(other, 0, 0)
+
     def reported(name: str, done: int, units: int) -> None:
         told.add(name)
         report(name, done, units)
-        if done == units and here.is_launched:
-            for other in names:
-                if other not in told and is_done(other):
-                    told.add(other)
-                    report(other, 0, 0)
+        if done == units:
+            tell_of_others()
 
     own = names[here.rank :: here.world] if here.is_launched else names
     left = [*own, *(name for name in names if name not in set(own))]
@@ -106,6 +109,7 @@ def work_together(
         with claim(left[0], True):
             pass
         finished += work(make_job, left, processes, reported)
+    tell_of_others()
     return finished
 
 
