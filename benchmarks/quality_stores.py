@@ -145,7 +145,7 @@ def table() -> list[str]:
         lines.append(
             f"| {FUNCTIONS[row['function']]} | `{row['kind']}` | {row['dtype']} "
             f"| {row['bytes']:,} | {row['error']:.1e} | {_lds(row, 'held_out')} "
-            f"| {_lds(row, UNIT)} | {_lds(row, AUTO)} | {row['auto']:.3f}x |"
+            f"| {_lds(row, UNIT)} | {_lds(row, AUTO)} | {row['auto']:.3g}x |"
         )
     last = rows[-1]
     return [

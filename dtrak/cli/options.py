@@ -86,7 +86,7 @@ def _in_common(asked: Any) -> dict[str, Any]:
     from ..runs.code import describe_code
 
     options = {name: value for name, value in asdict(asked).items() if name != "device"}
-    return json.loads(json.dumps({"options": options, **describe_code()}, default=str))  # type: ignore[no-any-return]
+    return json.loads(json.dumps({"options": options, **describe_code()}, default=str))
 
 
 @contextmanager

@@ -82,7 +82,7 @@ def open_dtrak(files: Sequence[str | Path], width: int) -> list[np.ndarray]:
         FileNotFoundError: a file is not there.
         StoreError: its size is no number of rows of that width.
     """
-    found = []
+    found: list[np.ndarray] = []
     for file in map(expand_path, files):
         if not file.is_file():
             raise FileNotFoundError(f"features must be an existing file, got {file}")
