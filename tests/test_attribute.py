@@ -24,12 +24,14 @@ from typer.testing import CliRunner
 from dtrak.cli.attribute import app
 from dtrak.data.images import encode_png, load_data, to_uint8
 from dtrak.features import extraction
+from dtrak.features import store as stores
 from dtrak.features.extraction import FeatureSettings, FusedExtractor
 from dtrak.models.process import DiscreteProcess, linear_process
 from dtrak.models.unet import UNet
 from dtrak.pages.index import refresh_index
 from dtrak.runs import inputs
 from dtrak.runs.files import LOCK_FILE, claim
+from dtrak.runs.ranks import Ranks, share
 from dtrak.runs.results import load_attribution
 from dtrak_kernels import Projection
 
@@ -135,6 +137,27 @@ def test_end_to_end(run, tmp_path, model_folder, images_folder):
     # the pictures are drawn from their seeds
     assert len(list((folder / "generated").glob("*.png"))) == 3
     assert not list(folder.rglob("*.partial"))
+
+
+def test_commands_that_share_a_run_make_it_between_them(run, tmp_path, monkeypatch):
+    # as many rows as a batch, so that all shards have the batches of one
+    monkeypatch.setattr(stores, "_ROWS_PER_SHARD", 64)
+    shared, how = tmp_path / "shared", ("--whiten", "none")
+    assert run(*how)[0] == 0
+    code, output = run(*how, "--shard", "1/2", output=shared)
+    assert (code, list(shared.glob("queries/*"))) == (0, [])
+    assert "1 shards of 64 rows are left to other commands" in output
+    # what they share must be the same; a command that shares nothing is kept out
+    claimed = Ranks(0, 2, is_shared=True).hold(shared, lambda: {"options": {"seed": 7}})
+    with claimed:
+        for words, message in ((("--shard", "2/2"), "options.seed is 7"), ((), "another command")):
+            code, output = run(*how, *words, output=shared)
+            assert (code, message in output) == (2, True), output
+    assert run(*how, "--shard", "2/2", output=shared)[0] == 0
+    share(None)
+    (scores, about), (other, others) = read_scores(tmp_path / "run"), read_scores(shared)
+    assert torch.equal(scores, other)
+    assert about == others
 
 
 def test_a_second_run_reuses_everything_and_other_queries_join(run, done, tmp_path):

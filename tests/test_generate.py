@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partialmethod
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from dtrak.cli.generate import app
 from dtrak.data.images import load_data, to_uint8
 from dtrak.models.process import linear_process
 from dtrak.runs.files import LOCK_FILE
+from dtrak.runs.ranks import Ranks
+from dtrak.training import drawing
 from dtrak.training.drawing import draw_all, load_trajectories
 
 SMALL = ["--num-images", "3", "--num-inference-steps", "4", "--device", "cpu"]
@@ -70,6 +73,28 @@ def test_one_picture_a_seed(run, tmp_path):
     settings = json.loads((folder / "generation.json").read_text())["settings"]
     assert settings["num_inference_steps"] == 4
     assert "trajectories" not in os.listdir(folder)
+
+
+def test_several_processes_draw_what_one_draws(run, tmp_path, monkeypatch):
+    assert run("--batch-size", "2", "--num-images", "5")[0] == 0
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    # what they leave word in, which here nobody else looks into
+    monkeypatch.setattr(Ranks, "agree", lambda *_: None)
+    words, shared = ("--batch-size", "2", "--num-images", "5"), tmp_path / "shared"
+    begun, draw = [], drawing.draw_missing
+
+    def noted(model, seeds, *rest, **how):
+        begun.append(list(seeds))
+        draw(model, seeds, *rest, **how)
+
+    monkeypatch.setattr(drawing, "draw_missing", noted)
+    monkeypatch.setattr(Ranks, "divide", partialmethod(Ranks.divide, only_own=True))
+    assert run(*words, output=shared)[0] == 0
+    monkeypatch.setenv("RANK", "1")
+    assert run(*words, output=shared)[0] == 0
+    assert begun == [[0, 1], [4], [2, 3]]
+    assert drawn(shared) == drawn(tmp_path / "drawn")
 
 
 def test_more_are_added_and_none_drawn_again(run, tmp_path):

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from dtrak.features.output_names import OUTPUT_NAMES
 from dtrak.features.outputs import OUTPUT_FUNCTIONS
-from dtrak.runs import finished
+from dtrak.runs import code as code_of
 from dtrak.runs.choices import DEFAULT_PROJ_DIM, DTYPES
 from dtrak.runs.files import LOCK_FILE, claim
 from dtrak.runs.finished import find_finished
@@ -50,6 +50,8 @@ REFUSALS = {
         ("--top-k 0", "--top-k must be at least 1, got 0"),
         ("--noise-halves --timesteps 5", "must have an even number of timesteps, got 5"),
         ("--held-out validation --method gas --checkpoints .", "--held-out is for TRAK's formula"),
+        ("--shard 4/3", "--shard must be i/n with i from 1 to n, such as 3/16, got '4/3'"),
+        ("--store-dtype int4", "did you mean 'int8'?"),
     ],
     "train": [
         ("--preset cifar3 --output x", "did you mean 'cifar2'?"),
@@ -75,6 +77,11 @@ REFUSALS = {
         ("evaluate --output nowhere --projection x", "--projection must be one of rademacher"),
         ("evaluate --output nowhere --ensemble 1", "--ensemble must be numbers of models"),
         ("report --resamples 3", "--resamples must be at least 1000, got 3"),
+    ],
+    "store": [
+        ("import x --format dtrak --output y", "did you mean 'd-trak'?"),
+        ("import x z --format trak --output y", "--format trak takes one folder, got 2"),
+        ("score x z --output y --damping a", "--damping must be 'auto', a finite number"),
     ],
     "counterfactual": [
         ("nowhere", "a run must be an existing folder, got nowhere"),
@@ -154,7 +161,7 @@ def test_names_that_options_take_are_those_that_are_there():
     assert DEFAULT_PROJ_DIM.keys() == set(KINDS)
     for name in DTYPES:
         assert getattr(torch, name).is_floating_point
-    for name in finished._LIBRARIES:
+    for name in code_of.LIBRARIES:
         assert version(name)
 
 
@@ -248,9 +255,9 @@ def test_whatever_differs_is_done_again(copy, monkeypatch):
         assert not reuses(options, folder), place
         file.write_bytes(kept)
     assert reuses(options, folder)
-    for name in ("version", "_hash_code"):
+    for name in ("version", "hash_code"):
         with monkeypatch.context() as patch:
-            patch.setattr(finished, name, lambda package: "another")
+            patch.setattr(code_of, name, lambda package: "another")
             assert not reuses(options, folder), name
     assert reuses(options, folder)
 

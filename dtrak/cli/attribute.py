@@ -13,6 +13,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from ..runs.options import Options, check_options
+from ..runs.ranks import by_itself, ranks, share
 from .options import make_app, typed_options
 
 
@@ -30,8 +31,12 @@ def attribute(options: Options, console: Console) -> None:
     from ..pages.summary import print_findings, print_summary
     from ..runs.finished import find_finished
 
+    share(options.shard)
+    here = ranks()
     compare, options = options.compare, replace(options, compare=False)
-    found = None if compare else find_finished(options, console)
+    found = find_finished(options, console) if here.is_main and not compare else None
+    if here.told("finished", found is not None or compare) and not here.is_main:
+        return
     if found is not None:
         results, manifest = found
         once = {stage["name"]: stage["seconds"] for stage in manifest["stages"]}
@@ -44,10 +49,15 @@ def attribute(options: Options, console: Console) -> None:
         return
     from .attribution import run_attribution, run_comparison
 
-    (run_comparison if compare else run_attribution)(options, console)
+    if compare:
+        # the others have ended
+        with by_itself():
+            run_comparison(options, console)
+    else:
+        run_attribution(options, console)
 
 
-app, main = make_app("dtrak.attribute", Options, attribute)
+app, main = make_app("dtrak.attribute", Options, attribute, shares=True)
 
 if __name__ == "__main__":
     main()

@@ -34,6 +34,7 @@ from ..runs.folders import describe_differences
 from ..runs.inputs import drawing_facts, load_held_out, load_model_and_data, load_queries
 from ..runs.measure import format_bytes
 from ..runs.options import Options, lasting
+from ..runs.ranks import LeftToOthers
 from ..runs.record import (
     GENERATED,
     MANIFEST,
@@ -48,7 +49,7 @@ from ..runs.record import (
 from ..runs.run import Run, make_plan
 
 
-def run_attribution(options: Options, console: Console) -> Path:
+def run_attribution(options: Options, console: Console) -> Path | None:
     """Run the whole job.
 
     Args:
@@ -56,7 +57,8 @@ def run_attribution(options: Options, console: Console) -> Path:
         console: where progress goes.
 
     Returns:
-        The folder of the results, in the output folder.
+        The folder of the results, in the output folder; None where another process of several that
+        share the run makes them.
 
     Raises:
         ValueError: an option, the model, the data or the output folder is refused; one clear line.
@@ -66,7 +68,11 @@ def run_attribution(options: Options, console: Console) -> Path:
         run = Run(make_plan(options), console, held)
         model, data = load_model_and_data(run)
         queries, drawing = load_queries(run, model)
-        return _explain(run, model, data, queries, drawing)
+        try:
+            return _explain(run, model, data, queries, drawing)
+        except LeftToOthers as left:
+            run.say(str(left))
+            return None
 
 
 def _explain(

@@ -27,7 +27,7 @@ def run(options: Options, console: Console) -> None:
         refresh_index(options.folder.parent)
 
 
-app, main = make_app("dtrak.counterfactual", Options, run)
+app, main = make_app("dtrak.counterfactual", Options, run, shares=True)
 
 if __name__ == "__main__":
     main()

@@ -31,6 +31,7 @@ from ..evaluation.counterfactual.retraining import (
     Experiment,
     RetrainJob,
     check_removal,
+    lock_name,
     prepare,
     removal_positions,
 )
@@ -47,9 +48,11 @@ from ..pages.counterfactual import distance_table, write_box_plot, write_strips
 from ..runs.choices import counted
 from ..runs.console import choose_device, progress_bar
 from ..runs.files import expand_path
+from ..runs.folders import alone_at
 from ..runs.measure import available_bytes
+from ..runs.ranks import ranks
 from ..runs.results import read_scores
-from ..runs.workers import NAME_BYTES, work
+from ..runs.workers import NAME_BYTES, work_together
 
 # the published part of the training set, 1,000 of 5,000
 DEFAULT_PART = 0.2
@@ -148,21 +151,24 @@ def run_counterfactual(options: Options, console: Console) -> Counterfactual | N
         if method != NOTHING
     }
     removed[NOTHING] = torch.zeros(len(rows), 0, dtype=torch.int64)
-    experiment = prepare(
-        output,
-        origin,
-        [origin.queries.ids[row] for row in rows],
-        {name: removed[method] for name, method in zip(names, methods, strict=True)},
-        top_k=k,
-        retrainings=retrainings,
-        recipe=options.recipe,
-        preset=options.preset,
-        source=options.data,
-        queries=options.queries,
-    )
+    with ranks().alone(output, "prepare"):
+        experiment = prepare(
+            output,
+            origin,
+            [origin.queries.ids[row] for row in rows],
+            {name: removed[method] for name, method in zip(names, methods, strict=True)},
+            top_k=k,
+            retrainings=retrainings,
+            recipe=options.recipe,
+            preset=options.preset,
+            source=options.data,
+            queries=options.queries,
+        )
     if experiment.missing():
         origin.retraining.prepare(device, partial(progress_bar, console))
         _retrain(experiment, options.processes, device, console)
+    if not ranks().is_main:
+        return None
     left = experiment.missing()
     if left:
         console.print(
@@ -175,19 +181,28 @@ def run_counterfactual(options: Options, console: Console) -> Counterfactual | N
 def _retrain(
     experiment: Experiment, processes: int, device: torch.device, console: Console
 ) -> None:
-    missing = experiment.missing()
+    missing, folder = experiment.missing(), experiment.origin.retraining.folder
     steps = {job: experiment.steps(job) for job in missing}
     done = dict.fromkeys(missing, 0)
     devices = (str(device),)
+    # one that was launched with others has one of its own
     if device.type == "cuda" and device.index is None:
         devices = tuple(f"cuda:{index}" for index in range(torch.cuda.device_count()))
     with progress_bar(console, f"retrain {counted(len(missing), 'model')}") as progress:
 
-        def report(job: str, steps_done: int, _: int) -> None:
-            done[job] = steps_done
+        def report(job: str, steps_done: int, of: int) -> None:
+            # another process has finished one of 0 steps
+            done[job] = steps_done if of else steps[job]
             progress(sum(done.values()), sum(steps.values()))
 
-        work(RetrainJob(experiment.folder, devices), missing, processes, report)
+        work_together(
+            RetrainJob(experiment.folder, devices),
+            missing,
+            processes,
+            report,
+            lambda job, wait: alone_at(folder, lock_name(job), wait=wait),
+            lambda job: experiment.file(job).is_file(),
+        )
 
 
 def _measure(

@@ -20,7 +20,7 @@ def generate(options: Options, console: Console) -> None:
     run_generation(options, console)
 
 
-app, main = make_app("dtrak.generate", Options, generate)
+app, main = make_app("dtrak.generate", Options, generate, shares=True)
 
 if __name__ == "__main__":
     main()

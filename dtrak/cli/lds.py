@@ -68,8 +68,8 @@ def report(options: ReportOptions, console: Console) -> None:
 
 
 add_command(app, PrepareOptions, prepare, name="prepare")
-add_command(app, TrainOptions, train, name="train")
-add_command(app, EvaluateOptions, evaluate, name="evaluate")
+add_command(app, TrainOptions, train, name="train", shares=True)
+add_command(app, EvaluateOptions, evaluate, name="evaluate", shares=True)
 add_command(app, ReportOptions, report, name="report")
 
 

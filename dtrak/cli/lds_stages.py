@@ -34,6 +34,7 @@ from ..evaluation.lds.losses import (
     claim_settings,
     estimate,
     evaluate_one,
+    is_measured,
     is_outdated,
     load_losses,
     measured_names,
@@ -77,9 +78,10 @@ from ..pages.lds_report import print_table, read_table, render_markdown, write_p
 from ..runs.choices import counted
 from ..runs.console import choose_device, model_bar, progress_bar
 from ..runs.files import encode_text, write_atomically
-from ..runs.folders import refuse_inside
+from ..runs.folders import alone_at, refuse_inside
 from ..runs.measure import format_bytes
-from ..runs.workers import Job, work
+from ..runs.ranks import ranks
+from ..runs.workers import Job, work_together
 from ..training.presets import get_preset
 
 
@@ -132,7 +134,7 @@ def _worker_device(name: str, worker: int) -> torch.device:
     """The device of a worker: workers share the GPUs out between them."""
     device = choose_device(name)
     if name in ("auto", "cuda") and device.type == "cuda":
-        return torch.device("cuda", worker % torch.cuda.device_count())
+        return torch.device("cuda", (ranks().local + worker) % torch.cuda.device_count())
     return device
 
 
@@ -212,7 +214,14 @@ def train_models(folder: Path, options: TrainOptions, console: Console) -> None:
     missing = [name for name in names if not experiment.is_trained(name)]
     if missing:
         with model_bar(console, "train", len(missing)) as report:
-            work(_TrainJob(folder, options.device), missing, options.processes, report)
+            work_together(
+                _TrainJob(folder, options.device),
+                missing,
+                options.processes,
+                report,
+                lambda name, wait: alone_at(folder, name, wait=wait),
+                experiment.is_trained,
+            )
     _say_what_is_left(console, len(trained_names(experiment, names)), len(names), "trained")
     if experiment.is_trained(FULL) and missing_queries(experiment):
         with progress_bar(console, "draw the queries") as progress:
@@ -258,18 +267,23 @@ def evaluate_models(folder: Path, options: EvaluateOptions, console: Console) ->
     done = {name for each in families for name in measured_names(experiment, each, queries)}
     missing = [name for name in trained if name not in done]
     _say_what_is_outdated(experiment, queries, missing, console)
-    claim_settings(experiment, losses)
+    here = ranks()
+    with here.alone(folder, "losses"):
+        claim_settings(experiment, losses)
     if missing:
-        cost = estimate(
-            experiment, queries, losses, missing, main_device, batch_size=options.batch_size
-        )
-        console.print(cost, highlight=False, soft_wrap=True)
+        if here.is_main:
+            cost = estimate(
+                experiment, queries, losses, missing, main_device, batch_size=options.batch_size
+            )
+            console.print(cost, highlight=False, soft_wrap=True)
         with model_bar(console, "losses", len(missing)) as report:
-            work(
+            work_together(
                 _LossJob(folder, device, losses, options.batch_size),
                 missing,
                 options.processes,
                 report,
+                lambda name, wait: alone_at(folder, f"losses-{name}", wait=wait),
+                lambda name: is_measured(experiment, name, queries),
             )
     for each in families:
         total = len(experiment.names(family=each))
@@ -291,9 +305,13 @@ def evaluate_models(folder: Path, options: EvaluateOptions, console: Console) ->
         batch_size=options.feature_batch_size,
         flips=options.flips,
     )
-    of_features = predictor.estimate(settings)
+    of_features = predictor.estimate(settings) if here.is_main else None
     if of_features is not None:
         console.print(of_features, highlight=False, soft_wrap=True)
+    if here.is_launched:
+        predictor.share(settings)
+        if not here.is_main:
+            return
     results = _predict(predictor, queries, losses, settings, sizes, console)
     if options.flips:
         results.about["flips"] = True

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import MISSING
+from dataclasses import MISSING, asdict
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 from rich.console import Console
 
 from ..runs.console import reporting_errors, run_app
+from ..runs.ranks import ranks
 from ..runs.stated import stated
 
 T = TypeVar("T")
@@ -26,6 +28,7 @@ def add_command(
     run: Callable[[T, Console], None],
     *,
     name: str | None = None,
+    shares: bool = False,
 ) -> None:
     """Add a command to ``app`` whose options are the fields of a dataclass.
 
@@ -37,13 +40,22 @@ def add_command(
             docstring is not shown.
         run: called with the options and a console on stderr; its docstring is the help.
         name: of a command of several; None for an app of one.
+        shares: whether processes that were launched together divide the work; of any other command
+            the first does all.
     """
 
     def command(context: typer.Context, **values: Any) -> None:
         console = Console(stderr=True)
         typed = {name for name in values if _was_typed(context, name)}
+        here = ranks()
+        # of processes that were launched together one speaks
+        console.quiet = not here.is_main
         with reporting_errors(console, values.pop(_TRACEBACK)), _typing(typed):
-            run(options(**values), console)
+            asked = options(**values)
+            if here.is_launched and shares:
+                here.agree("options", _in_common(asked))
+            if here.is_main or shares:
+                run(asked, console)
 
     command.__doc__ = run.__doc__
     command.__signature__ = _signature(options)  # type: ignore[attr-defined]
@@ -51,11 +63,11 @@ def add_command(
 
 
 def make_app(
-    name: str, options: type[T], run: Callable[[T, Console], None]
+    name: str, options: type[T], run: Callable[[T, Console], None], *, shares: bool = False
 ) -> tuple[typer.Typer, Callable[..., None]]:
     """The app of a command, and the entry point of ``python -m name``; arguments as above."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    add_command(app, options, run)
+    add_command(app, options, run, shares=shares)
 
     def main(arguments: Sequence[str] | None = None) -> None:
         run_app(app, name, arguments)
@@ -67,6 +79,14 @@ def make_app(
 def typed_options() -> set[str]:
     """Names of the options that were typed, inside the ``run`` of a command."""
     return _typed.get()
+
+
+def _in_common(asked: Any) -> dict[str, Any]:
+    """What all processes of a launch must have in common: options, and the code."""
+    from ..runs.code import describe_code
+
+    options = {name: value for name, value in asdict(asked).items() if name != "device"}
+    return json.loads(json.dumps({"options": options, **describe_code()}, default=str))
 
 
 @contextmanager

@@ -22,7 +22,7 @@ def run(options: Options, console: Console) -> None:
     run_training(options, console)
 
 
-app, main = make_app("dtrak.train", Options, run)
+app, main = make_app("dtrak.train", Options, run, shares=True)
 
 if __name__ == "__main__":
     main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,12 +18,13 @@ from dtrak_kernels import GradientSketcher, Whitening, check_features, compile_a
 from .. import NUMERICS
 from ..data.samples import Samples
 from ..models.denoiser import Condition, Denoiser
+from ..runs.choices import FLOAT32
 from ..runs.measure import TensorMeter, available_bytes
 from .halves import combine_halves, order_halves
 from .noise import sample_noise
 from .outputs import evaluate_output
 from .settings import FeatureSettings
-from .store import MANIFEST, ROWS_PER_PART, FeatureStore, Store, StoreInMemory
+from .store import ROWS_PER_PART, FeatureStore, Store, StoreInMemory
 
 # before the id that decides the noise of a mirror image
 _MIRRORED = "mirrored/"
@@ -30,6 +32,8 @@ _MIRRORED = "mirrored/"
 
 # samples of a batch that is chosen here, where memory holds them
 _LEAST = 4
+# seconds after which it is looked up what other processes have made
+_COUNTED_EVERY = 20.0
 
 
 class Extractor(Protocol):
@@ -329,7 +333,12 @@ def item_identity(model: Denoiser, data: Samples) -> dict[str, str]:
 
 
 def open_store(
-    folder: Path | None, extractor: Any, data: Samples, role: str, batch_size: Callable[[], int]
+    folder: Path | None,
+    extractor: Any,
+    data: Samples,
+    role: str,
+    batch_size: Callable[[], int],
+    dtype: str = FLOAT32,
 ) -> Store:
     """The store of the features of ``data``, to be filled by `fill_store`.
 
@@ -339,26 +348,24 @@ def open_store(
         data: N images.
         role: part of what decides the features, as there.
         batch_size: called for the images per batch of a new store.
+        dtype: what rows are kept as.
 
     Raises:
         StoreError: the folder holds features made with other settings, or a damaged manifest.
     """
     if folder is None:
-        return StoreInMemory(data.ids, extractor.proj_dim, batch_size())
+        return StoreInMemory(data.ids, extractor.proj_dim, batch_size(), dtype)
     settings = replace(extractor.settings, flips=extractor.flips)
     deciding = deciding_settings(
         extractor.model, settings, data, extractor.method, extractor.whitening
     )
-    size = 1 if MANIFEST.is_in(folder) else batch_size()
-    return FeatureStore.open(folder, {**deciding, "role": role}, data.ids, extractor.proj_dim, size)
+    deciding["role"] = role
+    return FeatureStore.open(folder, deciding, data.ids, extractor.proj_dim, batch_size, dtype)
 
 
 def left_in(store: Store) -> int:
     """Rows of a store that are still to be computed."""
-    return sum(
-        len(range(*store.rows(shard).indices(len(store)))) - len(store.begun(shard))
-        for shard in store.missing()
-    )
+    return len(store) - store.count()
 
 
 def fill_store(
@@ -370,7 +377,7 @@ def fill_store(
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Compute the shards that are missing, one after the other.
+    """Compute the shards that are missing, one after the other, or this process's part of them.
 
     Args:
         store: whose ids are those of ``data``.
@@ -386,13 +393,15 @@ def fill_store(
             (which).
     """
     step = batch_size or store.batch_size
-    missing = store.missing()
-    done = len(store) - left_in(store)
+    done, counted = store.count(), time.monotonic()
     if progress is not None:
         progress(done, len(store))
-    if missing:
+    if done < len(store):
         extractor.model.prepare(data.conditions, extractor.device)
-    for shard in missing:
+    for shard in store.to_fill():
+        if time.monotonic() > counted + _COUNTED_EVERY:
+            # other processes make some meanwhile
+            done, counted = store.count(), time.monotonic()
         rows, made = store.rows(shard), store.begun(shard)
         kept, new = len(made), []
         for first in range(rows.start + kept, rows.stop, step):
@@ -408,6 +417,8 @@ def fill_store(
                 store.keep(shard, kept, torch.cat(new))
                 made, new, kept = torch.cat([made, *new]), [], last - rows.start
         store.write(shard, torch.cat([made, *new]))
+    if progress is not None:
+        progress(store.count(), len(store))
 
 
 def complete_store(

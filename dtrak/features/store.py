@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,8 +12,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..runs.files import write_atomically
+from ..runs.choices import FLOAT32
+from ..runs.files import LOCK_FILE, claim, expand_path, write_atomically
 from ..runs.folders import Record
+from ..runs.ranks import Ranks, ranks
+from .packing import pack, unpack
 
 # of a shard, whatever the batch size
 _ROWS_PER_SHARD, _BYTES_PER_SHARD = 512, 2**28
@@ -24,6 +28,8 @@ class StoreError(ValueError):
     """A feature store that does not fit what is asked, or is damaged; the message says which."""
 
 
+# key of what rows are kept as, in the settings of a manifest
+STORE_DTYPE = "store dtype"
 MANIFEST = Record("manifest.json", "features made with other settings", StoreError, format=2)
 
 
@@ -36,6 +42,14 @@ class Store(Protocol):
 
     def missing(self) -> list[int]:
         """Shards that are still to be computed."""
+        ...
+
+    def to_fill(self) -> Iterator[int]:
+        """Missing shards that this process is to compute, one after the other."""
+        ...
+
+    def count(self) -> int:
+        """Rows that are there, those of missing shards that are kept included."""
         ...
 
     def rows(self, shard: int) -> slice:
@@ -70,10 +84,13 @@ class StoreInMemory:
         ids: N sample ids.
         num_features: ``K``.
         batch_size: samples per batch.
+        dtype: what rows are rounded to, as one on disk keeps them.
     """
 
-    def __init__(self, ids: Sequence[str], num_features: int, batch_size: int) -> None:
-        self.ids, self.batch_size = list(ids), batch_size
+    def __init__(
+        self, ids: Sequence[str], num_features: int, batch_size: int, dtype: str = FLOAT32
+    ) -> None:
+        self.ids, self.batch_size, self.dtype = list(ids), batch_size, dtype
         self.shape = (len(self.ids), num_features)
         self._step = _shard_rows(num_features)
         self._features = torch.empty(self.shape)
@@ -82,6 +99,14 @@ class StoreInMemory:
     def missing(self) -> list[int]:
         """See `Store.missing`."""
         return [n for n in range(-(-len(self) // self._step)) if n not in self._done]
+
+    def to_fill(self) -> Iterator[int]:
+        """See `Store.to_fill`: all of them, which no other process has a part in."""
+        return iter(self.missing())
+
+    def count(self) -> int:
+        """See `Store.count`."""
+        return sum(len(range(*self.rows(shard).indices(len(self)))) for shard in self._done)
 
     def rows(self, shard: int) -> slice:
         """See `Store.rows`."""
@@ -96,6 +121,7 @@ class StoreInMemory:
 
     def write(self, shard: int, features: Tensor) -> None:
         """See `Store.write`."""
+        features = unpack(pack(features.cpu(), self.dtype))
         # double precision stays what it is, as on disk
         if features.dtype != self._features.dtype:
             self._features = self._features.to(features.dtype)
@@ -117,7 +143,8 @@ class StoreInMemory:
 class FeatureStore:
     """Features ``[N, K]`` on disk: a manifest and shards, each written whole or not at all.
 
-    Rows can be read in slices (``store[i:j]``), so nothing needs them in memory at once.
+    Rows can be read in slices (``store[i:j]``), so nothing needs them in memory at once. Processes
+    that share it divide its shards; see `runs.ranks`.
 
     Attributes:
         folder: where it lies.
@@ -125,10 +152,13 @@ class FeatureStore:
         shape: ``(N, K)``.
         rows_per_shard: rows of every shard but the last.
         batch_size: samples per batch the features were computed with.
+        dtype: what rows are kept as; they are read as float32.
+        only_own: of several processes each computes its own shards, and leaves the others.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
-        self.folder, self.manifest = folder, manifest
+        self.folder, self.manifest, self.only_own = folder, manifest, False
+        self.dtype: str = manifest["settings"].get(STORE_DTYPE, FLOAT32)
         self.ids: list[str] = manifest["ids"]
         self.shape: tuple[int, int] = (len(self.ids), manifest["num_features"])
         self.rows_per_shard: int = manifest["rows_per_shard"]
@@ -141,7 +171,8 @@ class FeatureStore:
         deciding: dict[str, Any],
         ids: Sequence[str],
         num_features: int,
-        batch_size: int,
+        batch_size: int | Callable[[], int],
+        dtype: str = FLOAT32,
     ) -> FeatureStore:
         """Open the store in ``folder``, or begin one.
 
@@ -150,27 +181,54 @@ class FeatureStore:
             deciding: everything that decides the numbers; JSON-serialisable.
             ids: N sample ids.
             num_features: ``K``.
-            batch_size: samples per batch of a new store; an existing one keeps its own.
+            batch_size: samples per batch of a new store, or what finds it; an existing one keeps
+                its own.
+            dtype: what rows are kept as, a key of `choices.STORE_DTYPES`.
 
         Raises:
             StoreError: the folder holds a store made with other settings (the keys are named), or
                 its manifest is unreadable.
         """
         folder = Path(folder)
-        layout = {
-            "num_features": num_features,
-            "rows_per_shard": _shard_rows(num_features),
-            "batch_size": batch_size,
-            "ids": list(ids),
-        }
-        return cls(folder, MANIFEST.claim(folder, deciding, also=layout))
+        if dtype != FLOAT32:
+            deciding = {**deciding, STORE_DTYPE: dtype}
+        # two that begin it at once may choose different batches
+        with ranks().alone(folder.parent, f"open-{folder.name}"):
+            found = MANIFEST.check(folder, deciding)
+            if found is None:
+                size = batch_size() if callable(batch_size) else batch_size
+                layout = {
+                    "num_features": num_features,
+                    "rows_per_shard": _shard_rows(num_features),
+                    "batch_size": size,
+                    "ids": list(ids),
+                }
+                found = MANIFEST.claim(folder, deciding, also=layout)
+        return cls(folder, found)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> FeatureStore:
+        """The store in ``folder``, whatever its settings.
+
+        Raises:
+            StoreError: there is none, or its manifest is damaged or of another format.
+        """
+        folder = expand_path(folder)
+        found = MANIFEST.read(folder)
+        if found is None:
+            raise StoreError(f"{folder} must hold a store of features, got no {MANIFEST.file_name}")
+        try:
+            return cls(folder, found)
+        except (KeyError, TypeError) as error:
+            raise MANIFEST.damaged(folder) from error
 
     @property
     def num_shards(self) -> int:
         """Shards of the complete store."""
         return -(-self.shape[0] // self.rows_per_shard)
 
-    def _file(self, shard: int) -> Path:
+    def file(self, shard: int) -> Path:
+        """Where a shard lies, or will."""
         return self.folder / f"{shard:06d}.safetensors"
 
     def rows(self, shard: int) -> slice:
@@ -180,7 +238,40 @@ class FeatureStore:
 
     def missing(self) -> list[int]:
         """Shards that are still to be computed."""
-        return [shard for shard in range(self.num_shards) if not self._file(shard).is_file()]
+        return [shard for shard in range(self.num_shards) if not self.file(shard).is_file()]
+
+    def to_fill(self) -> Iterator[int]:
+        """See `Store.to_fill`; each is claimed while it is yielded."""
+        here = ranks()
+        if not here.is_shared:
+            return iter(self.missing())
+        return here.divide(
+            range(self.num_shards),
+            self._claim,
+            lambda shard: self.file(shard).is_file(),
+            only_own=self.only_own and not here.is_launched,
+        )
+
+    def _claim(self, shard: int, wait: bool) -> AbstractContextManager[bool]:
+        return claim(self.folder / LOCK_FILE, part=range(shard, shard + 1), wait=wait)
+
+    def count(self) -> int:
+        """See `Store.count`."""
+        return len(self) - sum(self._left(shard) for shard in self.missing())
+
+    def _left(self, shard: int) -> int:
+        """Rows of a shard that are not kept yet."""
+        whole, first = self.rows(shard), 0
+        while (file := self._part(shard, first)).is_file():
+            try:
+                with safe_open(file, "pt") as opened:
+                    first += opened.get_slice("features").get_shape()[0]
+            except FileNotFoundError:
+                # another process has finished the shard
+                return 0
+            except (SafetensorError, OSError) as error:
+                raise self._damaged(file, error) from error
+        return whole.stop - whole.start - first
 
     def begun(self, shard: int) -> Tensor:
         """See `Store.begun`."""
@@ -192,24 +283,24 @@ class FeatureStore:
         return torch.cat(found[1:] or found)
 
     def keep(self, shard: int, first: int, features: Tensor) -> None:
-        """See `Store.keep`."""
-        self._write(self._part(shard, first), features)
+        """See `Store.keep`; rows are rounded when their shard is whole."""
+        self._write(self._part(shard, first), features, FLOAT32)
 
     def write(self, shard: int, features: Tensor) -> None:
         """Write one shard, ``[rows of the shard, K]``, atomically."""
-        self._write(self._file(shard), features)
+        self._write(self.file(shard), features, self.dtype)
         for part in self.folder.glob(self._part(shard, "*").name):
             part.unlink()
 
     def _part(self, shard: int, first: int | str) -> Path:
         return self.folder / f"{shard:06d}-from-{first}.safetensors"
 
-    def _write(self, file: Path, features: Tensor) -> None:
-        write_atomically(file, save({"features": features.cpu().contiguous()}))
+    def _write(self, file: Path, features: Tensor, dtype: str) -> None:
+        write_atomically(file, save(pack(features.cpu().contiguous(), dtype)))
 
     def _read(self, shard: int, rows: slice) -> Tensor:
         """Some rows of a shard, and no more than these."""
-        file, whole = self._file(shard), self.rows(shard)
+        file, whole = self.file(shard), self.rows(shard)
         if not file.is_file():
             raise StoreError(
                 f"{self.folder} is incomplete: {file.name} is missing; run again to resume"
@@ -219,18 +310,21 @@ class FeatureStore:
     def _load(self, file: Path, rows: slice, length: int | None = None) -> Tensor:
         try:
             with safe_open(file, "pt") as opened:
-                there = opened.get_slice("features")
-                shape = tuple(there.get_shape())
-                features: Tensor = there[rows]
+                shape = tuple(opened.get_slice("features").get_shape())
+                names = ["features", *({"scales"} & set(opened.keys()))]
+                features = unpack({name: opened.get_slice(name)[rows] for name in names})
         except (SafetensorError, OSError, KeyError) as error:
-            raise StoreError(
-                f"{file} is damaged ({' '.join(str(error).split())}): delete it and run again to "
-                "compute its rows anew"
-            ) from error
+            raise self._damaged(file, error) from error
         expected = (length or shape[0], self.shape[1])
         if shape != expected:
             raise StoreError(f"{file} must hold features {expected}, got {shape}")
         return features
+
+    def _damaged(self, file: Path, error: Exception) -> StoreError:
+        return StoreError(
+            f"{file} is damaged ({' '.join(str(error).split())}): delete it and run again to "
+            "compute its rows anew"
+        )
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -249,6 +343,27 @@ class FeatureStore:
     def load(self) -> Tensor:
         """All features, ``[N, K]``."""
         return self[:]
+
+
+class Part:
+    """Consecutive rows of a store, as a store of their own to read."""
+
+    def __init__(self, store: Store, rows: range) -> None:
+        self._store, self._rows = store, rows
+        self.shape = (len(rows), store.shape[1])
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Features of a contiguous slice of the rows, ``[rows, K]``."""
+        chosen = self._rows[rows]
+        return self._store[chosen.start : chosen.stop]
+
+
+def own_rows(store: Store, here: Ranks) -> Store | Part:
+    """Of the rows of a store those whose scores a process makes; all, where it is alone."""
+    if not here.is_launched:
+        return store
+    first, last = (len(store) * rank // here.world for rank in (here.rank, here.rank + 1))
+    return Part(store, range(first, last))
 
 
 def _shard_rows(num_features: int) -> int:

@@ -17,6 +17,7 @@ from ..data.samples import Samples
 from ..models.denoiser import Denoiser
 from ..runs.files import write_atomically
 from ..runs.folders import Record
+from ..runs.ranks import ranks
 from .extraction import (
     FusedExtractor,
     condition_rows,
@@ -78,26 +79,28 @@ def open_whitening(
         return None
     function = settings.output_function
     fitted_to = {} if file is None else _fitted_to(model, settings, data)
-    if file is not None and file.is_file():
-        found = _read(file, asked, function)
-        if not RECORD.is_in(file.parent):
-            raise WhiteningError(
-                f"{file} must have {RECORD.file_name} beside it, which says what it was fitted to, "
-                f"got none: delete {file.parent}"
+    # one process fits it, the others wait
+    with nullcontext() if file is None else ranks().alone(file.parent, file.stem):
+        if file is not None and file.is_file():
+            found = _read(file, asked, function)
+            if not RECORD.is_in(file.parent):
+                raise WhiteningError(
+                    f"{file} must have {RECORD.file_name} beside it, which says what it was fitted "
+                    f"to, got none: delete {file.parent}"
+                )
+            RECORD.check(file.parent, fitted_to)
+            return found
+        with nullcontext() if stage is None else stage() as progress:
+            whitening = fit_whitening(
+                model, settings, data, device, batch_size=batch_size, progress=progress
             )
-        RECORD.check(file.parent, fitted_to)
-        return found
-    with nullcontext() if stage is None else stage() as progress:
-        whitening = fit_whitening(
-            model, settings, data, device, batch_size=batch_size, progress=progress
-        )
-    if file is not None:
-        # first: a file without it is not used
-        RECORD.write(file.parent, fitted_to)
-        write_atomically(file, whitening.to_bytes())
-        # the same numbers now and when it is read again
-        return _read(file, asked, function)
-    return whitening
+        if file is not None:
+            # first: a file without it is not used
+            RECORD.write(file.parent, fitted_to)
+            write_atomically(file, whitening.to_bytes())
+            # the same numbers now and when it is read again
+            return _read(file, asked, function)
+        return whitening
 
 
 def _fitted_to(model: Denoiser, settings: FeatureSettings, data: Samples) -> dict[str, Any]:

@@ -60,4 +60,4 @@ class Damping:
 
 def damping_unit(solver: RidgeSolver) -> float:
     """``1x``: the mean squared norm of the solver's features."""
-    return float(solver.feature_norms().square().mean())
+    return solver.mean_squared_norm()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dtrak_kernels import Whitening
 from dtrak_kernels.ridge import RidgeSolver
+from dtrak_kernels.ridge.group import Group
 
 from ..data.samples import Samples
 from ..features.cost import seconds_per_row
@@ -30,19 +31,22 @@ from ..features.extraction import (
 )
 from ..features.fit import describe_fit, measure_fit
 from ..features.halves import Columns
+from ..features.packing import packed_bytes
 from ..features.settings import FeatureSettings
-from ..features.store import MANIFEST, Store
+from ..features.store import MANIFEST, FeatureStore, Part, Store, own_rows
 from ..features.whitening import FILE, open_whitening
 from ..models.denoiser import Denoiser, Drawn
 from ..models.hashing import hash_model, hash_tensors
+from ..runs.choices import FLOAT32
 from ..runs.console import format_seconds
 from ..runs.files import write_atomically
 from ..runs.measure import TensorMeter, available_bytes, format_bytes
 from ..runs.options import ExplainOptions
+from ..runs.ranks import LeftToOthers, ranks
 from ..runs.stages import Stages
 from . import CHECKPOINTS, CLIP, FEATURES, MODELS, NOTHING, TRAJECTORY, check_needs
 from .damping import damping_unit
-from .scores import journey_query_features
+from .scores import check_room, journey_query_features
 
 TRAIN, QUERY, HELD_OUT = "train", "query", "held-out"
 _LABELS = {
@@ -79,15 +83,20 @@ class Scored:
         queries: ``[M, K]`` features.
         train: those of the training images, ``[N, K]``; of settings with halves ``[N, 2K]``.
         query_noise: ``[M, K]``, half differences of the queries' features, where there are any.
-        solver: on the training features, of a method with a damping.
+        make_solver: the solver on all training features, of a method with a damping.
         damping: λ of it.
     """
 
     queries: Tensor
     train: Store
     query_noise: Tensor | None = None
-    solver: RidgeSolver | None = None
+    make_solver: Callable[[], RidgeSolver] | None = None
     damping: float = 0.0
+
+    @cached_property
+    def solver(self) -> RidgeSolver | None:
+        """What `make_solver` gives, made once it is asked for."""
+        return None if self.make_solver is None else self.make_solver()
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,28 +184,51 @@ class Evidence:
         """
         self.check()
         method, settings = self.how.what, self._settings()
+        is_solved = method.needs in (FEATURES, TRAJECTORY) and method.is_damped
+        if method.needs not in (FEATURES, CHECKPOINTS, TRAJECTORY):
+            self.stages.lead()
         gradients = self._gradient_settings() if method.output_function is not None else {}
-        if method.needs in (FEATURES, TRAJECTORY) and method.is_damped:
+        if is_solved:
+            check_room(
+                len(self.queries),
+                len(self.train),
+                "explain fewer at a time, or: python -m dtrak.store score --only-top 100 …",
+            )
             train = self._features(TRAIN)
-            is_drawn, noise = method.needs == TRAJECTORY, None
-            left = self._journeys() if is_drawn else self._features(QUERY).load()
-            features: Any = train
+            left, noise, features = self._left(), None, train
             if self.how.noise_halves:
-                features = Columns(train, 0)
                 left, noise = left.chunk(2, dim=1)
+                features = Columns(train, 0)
+            here = ranks()
+            if not here.is_launched:
+                self.stages.lead()
             with self.stages.stage("kernel inverse and scores"):
-                solver = RidgeSolver(_in_memory(features))
+                group = here.group()
+                solver = RidgeSolver(_in_memory(own_rows(features, here)), group=group)
                 damping, unit = self.how.damped.resolve(solver), damping_unit(solver)
-                scores = method.score(solver, left, damping)
-            self.scored = Scored(left, train, noise, solver, damping)
+                scores = Group(group).join_columns(method.score(solver, left, damping))
+            self.stages.lead()
+            # one of a group answers for its own rows, and only together with the others
+            make = (lambda: solver) if group is None else lambda: RidgeSolver(_in_memory(features))
+            self.scored = Scored(left, train, noise, make, damping)
             auto = " (auto)" if self.how.damped.value is None else ""
             gradients["damping"] = f"{damping:.6g}{auto}"
             gradients["damping in mean squared feature norms"] = f"{damping / unit:.4g}x"
         else:
             arguments = self._arguments()
+            self.stages.lead()
             with self.stages.stage("scores"):
                 scores = method.score(*arguments)
         return scores.float(), settings | gradients | self._decided()
+
+    def _left(self) -> Tensor:
+        """Features of the queries ``[M, K]``, for a method with a damping."""
+        if self.how.what.needs != TRAJECTORY:
+            return self._features(QUERY).load()
+        group = Group(ranks().group())
+        # one process draws, and tells the others
+        found = self._journeys() if group.rank == 0 else None
+        return group.first(found, (len(self.queries), self.extractor.proj_dim), torch.float32)
 
     def _arguments(self) -> tuple[Any, Any]:
         """What a method without damping is called with."""
@@ -255,6 +287,7 @@ class Evidence:
             "proj_dim": extractor.proj_dim // how.parts,
             "projection seed": how.seed,
             **({"flips": True} if how.flips else {}),
+            **({} if how.store_dtype == FLOAT32 else {"store dtype": how.store_dtype}),
             **({} if how.whitening == "none" else {"whitening": how.whitening}),
             "dtype": how.dtype,
             **({"noise halves": True} if how.noise_halves else {}),
@@ -338,7 +371,9 @@ class Evidence:
         folder = None if self.folder is None else self.how.feature_folder(self.folder, part) / name
         is_new = folder is not None and not MANIFEST.is_in(folder)
         batch_size = partial(self._batch_size, extractor, data)
-        store = open_store(folder, extractor, data, role, batch_size)
+        # of queries there are few, and each is one row of many scores
+        dtype = self.how.store_dtype if role == TRAIN else FLOAT32
+        store = open_store(folder, extractor, data, role, batch_size, dtype)
         key = f"{self.how.function} {part} {name}"
         if role == TRAIN:
             self._batch = store.batch_size
@@ -346,8 +381,8 @@ class Evidence:
             self.stages.reuse(label, key)
             return store
         self._is_new |= role == TRAIN
-        if folder is not None and role == TRAIN:
-            size = format_bytes(4 * math.prod(store.shape))
+        if folder is not None and role == TRAIN and ranks().is_main:
+            size = format_bytes(len(store) * packed_bytes(store.shape[1], dtype))
             # the batch size was chosen by making some
             is_warm = is_new and self.how.batch_size is None and self.how.fused
             given = self.how.batch_size
@@ -356,6 +391,8 @@ class Evidence:
                 f"{label}: {store.shape[0]:,} x {store.shape[1]:,}, {size} in {folder}, "
                 f"{format_seconds(seconds * left_in(store))} or less"
             )
+        if isinstance(store, FeatureStore):
+            store.only_own = role == TRAIN
         with self.stages.stage(label, key) as progress:
             fill_store(
                 store,
@@ -364,6 +401,12 @@ class Evidence:
                 role=f"{role}/",
                 batch_size=self.how.batch_size,
                 progress=progress,
+            )
+        missing = store.missing()
+        if missing:
+            raise LeftToOthers(
+                f"{label}: {len(missing)} shards of {store.rows(0).stop} rows are left to other "
+                "commands; the last of them makes the scores and the report"
             )
         return store
 
@@ -375,9 +418,12 @@ class Evidence:
         if not self._is_new and file.is_file():
             known: dict[str, str] = json.loads(file.read_text())
             return known
+        if not ranks().is_main:
+            return {}
         facts = measure()
         if facts:
-            write_atomically(file, json.dumps(facts, indent=1).encode())
+            with ranks().alone(file.parent, file.stem):
+                write_atomically(file, json.dumps(facts, indent=1).encode())
         return facts
 
     def _measure_fit(self) -> dict[str, str]:
@@ -479,7 +525,7 @@ def journey_features(
     return journey_query_features(torch.stack(features))
 
 
-def _in_memory(store: Store) -> Any:
+def _in_memory(store: Store | Part) -> Any:
     """The features themselves where a quarter of the memory holds them, else the store."""
     fits = 4 * math.prod(store.shape) < available_bytes(torch.device("cpu")) // 4
-    return store.load() if fits else store
+    return store[: store.shape[0]] if fits else store

@@ -21,8 +21,11 @@ from torch import Tensor
 
 from dtrak_kernels.ridge import RidgeSolver, TopK, top_k
 
+from ..runs.measure import available_bytes, format_bytes
+
 __all__ = [
     "TopK",
+    "check_room",
     "ensemble",
     "gas",
     "gradient_cosine",
@@ -37,6 +40,25 @@ __all__ = [
 
 # bytes of training features held in float64 at once
 _BLOCK_BYTES = 64 * 2**20
+
+
+def check_room(num_queries: int, num_train: int, instead: str) -> None:
+    """Refuse a matrix of scores that does not fit the memory, before anything is computed.
+
+    Args:
+        num_queries: M.
+        num_train: N.
+        instead: what to do.
+
+    Raises:
+        ValueError: ``[M, N]`` float32 and a copy take more than there is.
+    """
+    needed, free = 8 * num_queries * num_train, available_bytes(torch.device("cpu"))
+    if needed > free:
+        raise ValueError(
+            f"scores of {num_queries:,} queries by {num_train:,} training images must fit in "
+            f"{format_bytes(free)} of memory, got {format_bytes(needed)}: {instead}"
+        )
 
 
 def trak(solver: RidgeSolver, queries: Tensor, damping: float) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from ..runs.choices import NUM_INFERENCE_STEPS
+from ..runs.choices import DRAWN_TOGETHER, NUM_INFERENCE_STEPS
 from .hashing import hash_model
 from .process import Process
 
@@ -64,6 +64,7 @@ class Denoiser:
         guidance_scale: of classifier-free guidance that pictures are drawn with where nothing else
             is said; None where the model has none.
         num_inference_steps: of drawing, likewise.
+        drawn_together: pictures of a batch, likewise.
         adapters: formats of the adapters that it reads, in words; None where it takes none.
         checkpointing: whether the network's activations are made again in the backward, which saves
             memory; None leaves that to its size (above two billion parameters).
@@ -74,6 +75,7 @@ class Denoiser:
     vae: Any = None
     guidance_scale: float | None = None
     num_inference_steps: int = NUM_INFERENCE_STEPS
+    drawn_together: int = DRAWN_TOGETHER
     adapters: str | None = None
     noised_by: str = "discrete, flow matching"
     checkpointing: bool | None = None

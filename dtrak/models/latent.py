@@ -16,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from ..runs.choices import DRAWN_TOGETHER, LORA_TARGETS, TRAINING_FILE
+from ..runs.choices import LORA_TARGETS, TRAINING_FILE
 from ..runs.measure import available_bytes
 from .denoiser import (
     Condition,
@@ -256,7 +256,7 @@ class LatentPipeline(Denoiser):
             D-TRAK computes it (TRAK_gen_sampling_trajectory.ipynb at e2a0c2e).
         """
         steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
-        batch_size = DRAWN_TOGETHER if batch_size is None else batch_size
+        batch_size = self.drawn_together if batch_size is None else batch_size
         self._check_drawn(seeds, items)
         check_seeds(seeds)
         guidance = self._guidance(guidance_scale)

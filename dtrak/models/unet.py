@@ -25,9 +25,6 @@ from .places import CONFIG, INDEX, Place
 from .process import DiscreteProcess, FlowMatching, linear_process, shift_of, take_step
 from .weights import guessed_process, load_part, load_process, read_json, read_process
 
-# pictures drawn at a time
-_BATCH = 64
-
 
 class UNet(Denoiser):
     """A U-Net of pixels and the noise schedule it was trained with.
@@ -42,6 +39,7 @@ class UNet(Denoiser):
 
     module: UNet2DModel
     process: DiscreteProcess | FlowMatching
+    drawn_together = 64
 
     @property
     def num_classes(self) -> int | None:
@@ -145,7 +143,7 @@ class UNet(Denoiser):
             gen_unconditional.py at e2a0c2e. Trajectories: Journey-TRAK (arXiv:2312.06205) as D-TRAK
             computes it (01_gen_sampling_troj_5000_0.5.ipynb at e2a0c2e).
         """
-        batch_size = _BATCH if batch_size is None else batch_size
+        batch_size = self.drawn_together if batch_size is None else batch_size
         steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
         check_steps(steps, self.process.num_timesteps, batch_size)
         check_seeds(seeds)

@@ -10,6 +10,8 @@ from .files import expand_path
 
 # of the weights and the forward pass, as torch calls them; 16-bit ones run under autocast
 DTYPES = ("float32", "float64", "bfloat16", "float16")
+# what rows of features are kept as
+FLOAT32, BFLOAT16, INT8 = STORE_DTYPES = ("float32", "bfloat16", "int8")
 # of the forward pass while training, as accelerate calls them
 PRECISIONS = ("no", "fp16", "bf16")
 # K by kind of the projection

@@ -30,6 +30,7 @@ from rich.progress import (
 from safetensors import SafetensorError
 
 from .interrupts import keep_quiet
+from .ranks import ranks
 
 if TYPE_CHECKING:
     import torch
@@ -130,7 +131,8 @@ def model_bar(
         def report(name: str, done: int, units: int) -> None:
             nonlocal said
             started.setdefault(name, time.monotonic())
-            parts[name] = done / units
+            # another process has finished one of 0 units
+            parts[name] = done / units if units else 1.0
             so_far, now = sum(parts.values()), time.monotonic()
             progress.update(task, completed=so_far)
             if not console.is_terminal and now - said > _MODELS_LOGGED_EVERY and done < units:
@@ -139,7 +141,7 @@ def model_bar(
                 text = f"{label}: {so_far:.1f} of {total} models, about {left} left"
                 console.print(text, highlight=False)
                 said = now
-            if done == units:
+            if done == units > 0:
                 seconds = time.monotonic() - started[name]
                 console.print(f"{label} {name}: {seconds:.0f} s", highlight=False)
 
@@ -199,7 +201,12 @@ def _warnings_on(console: Console) -> Iterator[None]:
 
 
 def fail(console: Console, message: str) -> NoReturn:
-    """Print one line and end the command with 2."""
+    """Print one line and end the command with 2; of processes launched together one speaks."""
+    here = ranks()
+    if not here.is_first_to_fail():
+        raise typer.Exit(2)
+    if not here.is_main:
+        console.quiet, message = False, f"rank {here.rank}: {message}"
     console.print(f"error: {message}", style="red", soft_wrap=True, highlight=False, markup=False)
     raise typer.Exit(2)
 
@@ -246,6 +253,8 @@ def check_device(name: str) -> None:
 def choose_device(name: str) -> torch.device:
     """The device called ``name``; ``"auto"`` is the first GPU, or the CPU.
 
+    Of processes that share their work each takes a GPU of its machine for ``auto`` or ``cuda``.
+
     Raises:
         ValueError: the name is unknown, or of a device that is not there.
     """
@@ -253,6 +262,12 @@ def choose_device(name: str) -> torch.device:
     # the rest of this module is what every command needs before it needs torch
     import torch
 
+    here = ranks()
+    if here.is_shared and name in ("auto", "cuda") and torch.cuda.is_available():
+        device = torch.device("cuda", here.local % torch.cuda.device_count())
+        # kernels are launched on the current one
+        torch.cuda.set_device(device)
+        return device
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

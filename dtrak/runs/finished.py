@@ -7,11 +7,9 @@ here, and refuses what it refuses.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
-from importlib.metadata import version
-from importlib.util import find_spec
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,26 +19,17 @@ from ..features.output_names import describe_output_function
 from ..features.settings import FILE
 from ..methods import FEATURES, NOTHING
 from .choices import MODEL_INDEX
+from .code import describe_code, hash_file
 from .files import picture_name
 from .folders import alone_in
 from .options import Options, lasting
+from .ranks import ranks
 from .record import MANIFEST, PICTURE, REPORT, RUN_FILE, SCORES, list_queries
 from .run import Plan, make_plan
 
 if TYPE_CHECKING:
     from ..models.denoiser import Denoiser
 
-_OURS = ("dtrak", "dtrak_kernels")
-_LIBRARIES = (
-    "diffusers",
-    "matplotlib",
-    "numpy",
-    "pillow",
-    "safetensors",
-    "scikit-learn",
-    "scipy",
-    "torch",
-)
 _RESULTS = (SCORES, REPORT, PICTURE)
 
 
@@ -83,7 +72,8 @@ def find_finished(options: Options, console: Console) -> tuple[Path, dict[str, A
         manifest = _read_manifest(plan, results)
         if manifest is None:
             continue
-        with alone_in(plan.output):
+        # those that share a run keep each other company
+        with nullcontext() if ranks().is_shared else alone_in(plan.output):
             if not _is_unchanged(plan, results, manifest):
                 continue
         return results, manifest
@@ -133,8 +123,7 @@ def _describe(plan: Plan, results: Path, queries: str) -> dict[str, Any]:
     if options.queries == "generated":
         pictures = [output / "generated" / picture_name(i) for i in range(options.num_queries)]
     return {
-        "versions": {name: version(name) for name in _LIBRARIES},
-        "code": {name: _hash_code(name) for name in _OURS},
+        **describe_code(),
         "device": str(plan.device),
         **({} if options.function is None else describe_output_function(options.function)),
         "model": _hash_folder(output / "model" if options.model is None else Path(options.model)),
@@ -147,7 +136,7 @@ def _describe(plan: Plan, results: Path, queries: str) -> dict[str, Any]:
             if options.function is not None
         },
         "files": {
-            str(file.relative_to(output)): _hash_file(file)
+            str(file.relative_to(output)): hash_file(file)
             for file in (
                 output / RUN_FILE,
                 *pictures,
@@ -189,25 +178,7 @@ def _are_images_unchanged(options: Options, manifest: dict[str, Any]) -> bool:
     return True
 
 
-def _hash_code(package: str) -> str:
-    spec = find_spec(package)
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    digest = hashlib.sha256()
-    for place in spec.submodule_search_locations:
-        # what a report is made of, too
-        code = (f for f in Path(place).rglob("*") if f.suffix in (".py", ".css", ".js"))
-        for file in sorted(code):
-            digest.update(f"{file.relative_to(place).as_posix()} {_hash_file(file)}\n".encode())
-    return digest.hexdigest()
-
-
 def _hash_folder(folder: Path) -> dict[str, str]:
     """SHA-256 of every file, by its place in the folder."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {file.relative_to(folder).as_posix(): _hash_file(file) for file in files}
-
-
-def _hash_file(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    return {file.relative_to(folder).as_posix(): hash_file(file) for file in files}

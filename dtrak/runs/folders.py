@@ -11,6 +11,9 @@ from typing import Any
 
 from .files import LOCK_FILE, check_utf8, claim, expand_path, write_atomically
 
+# of a folder, in it: what claims pieces of the work there
+LOCKS = "locks"
+
 
 class OutputError(ValueError):
     """An output folder that belongs to something else; the message says what differs."""
@@ -60,7 +63,7 @@ def refuse_inside(folder: Path, **sources: str | None) -> None:
 @contextmanager
 def alone_at(folder: Path, name: str, *, wait: bool = False) -> Iterator[bool]:
     """As `files.claim`, for one piece of the work in a folder, by its name."""
-    with claim(folder / "locks" / f"{name}.lock", wait=wait) as is_ours:
+    with claim(folder / LOCKS / f"{name}.lock", wait=wait) as is_ours:
         yield is_ours
 
 
@@ -158,7 +161,7 @@ class Record:
     def is_free(self, folder: Path) -> bool:
         """Whether a folder is missing, or nobody's: empty but for locks and killed writers'."""
         return not folder.exists() or all(
-            path.suffix == ".partial" or path.name in (LOCK_FILE, *self.before)
+            path.suffix == ".partial" or path.name in (LOCK_FILE, LOCKS, *self.before)
             for path in folder.iterdir()
         )
 

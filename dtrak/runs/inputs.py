@@ -35,6 +35,7 @@ from ..training.trainer import one_thread, train
 from .console import check_source, tell
 from .files import picture_name
 from .folders import OutputError
+from .ranks import ranks
 from .run import Run
 
 _TRAINING, _GENERATION = "train the model", "generate the queries"
@@ -132,6 +133,11 @@ def _image_options(run: Run, model: Denoiser) -> dict[str, Any]:
 
 
 def _train_digits(run: Run, model: Denoiser, data: Samples, recipe: Recipe) -> Denoiser:
+    with ranks().alone(run.plan.output, "model"):
+        return _trained_digits(run, model, data, recipe)
+
+
+def _trained_digits(run: Run, model: Denoiser, data: Samples, recipe: Recipe) -> Denoiser:
     output = run.plan.output
     folder = output / "model"
     if (folder / "model_index.json").is_file():
@@ -301,17 +307,18 @@ def _draw_queries(run: Run, model: Denoiser) -> tuple[Samples, Drawing]:
         "size": options.resolution,
     }
     # picture i depends on its seed i alone, so pictures are added to those drawn before
-    missing = missing_seeds(folder, seeds)
-    if not missing:
-        run.reuse(_GENERATION, folder.name)
-    else:
-        folder.mkdir(exist_ok=True)
-        if prompts is not None and items is not None:
-            write_captions(folder, {picture_name(seed): items[seed] for seed in seeds})
-        with run.stage(_GENERATION, folder.name) as progress:
-            model.to(run.plan.device)
-            chosen = None if items is None else [items[seed] for seed in missing]
-            draw_missing(model, missing, folder, chosen, progress=progress, **how_drawn)
+    with ranks().alone(output, folder.name):
+        missing = missing_seeds(folder, seeds)
+        if not missing:
+            run.reuse(_GENERATION, folder.name)
+        else:
+            folder.mkdir(exist_ok=True)
+            if prompts is not None and items is not None:
+                write_captions(folder, {picture_name(seed): items[seed] for seed in seeds})
+            with run.stage(_GENERATION, folder.name) as progress:
+                model.to(run.plan.device)
+                chosen = None if items is None else [items[seed] for seed in missing]
+                draw_missing(model, missing, folder, chosen, progress=progress, **how_drawn)
     # the query is the picture as saved, 8 bits a channel
     pictures = load_data(folder, channels=model.channels, limit=options.num_queries)
     return pictures.conditioned(items), Drawing(seeds, items, how_drawn)

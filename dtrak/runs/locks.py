@@ -42,6 +42,10 @@ except ImportError:
         finally:
             if is_ours:
                 _change(file, part, msvcrt.LK_UNLCK)  # type: ignore[attr-defined]
+
+    def hold_shared(file: IO[Any], *, first: bool) -> bool:
+        """As below."""
+        raise OSError("Windows has no locks that processes share: run one command alone")
 else:
 
     @contextmanager
@@ -64,3 +68,19 @@ else:
             yield False
             return
         yield True
+
+    def hold_shared(file: IO[Any], *, first: bool) -> bool:
+        """Lock a file as a whole together with others that do; closing it ends that.
+
+        Args:
+            file: open for writing, not locked by parts.
+            first: only where nobody has it yet, and then keep everybody away for the moment.
+
+        Returns:
+            Whether it is locked so.
+        """
+        try:
+            fcntl.flock(file, (fcntl.LOCK_EX if first else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True

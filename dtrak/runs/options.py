@@ -25,8 +25,10 @@ from .choices import (
     DEFAULT_PROJ_DIM,
     DENSITIES,
     DTYPES,
+    FLOAT32,
     GROUPS,
     SHIFTS,
+    STORE_DTYPES,
     WEIGHTS,
     WHITENINGS,
     check_choice,
@@ -36,6 +38,7 @@ from .choices import (
     parse_numbers,
 )
 from .console import check_device
+from .ranks import parse_shard
 from .stated import Stated, option
 
 if TYPE_CHECKING:
@@ -119,6 +122,12 @@ class ExplainOptions(Stated):
         help="Average the features of training images over the image and its mirror image, for a "
         "model that was trained with flips.",
     )
+    store_dtype: str = option(
+        FLOAT32,
+        panel=_FEATURES,
+        help=f"What features of training images are kept as: {', '.join(STORE_DTYPES)}, one byte "
+        "an entry and a scale for 128 of them. docs/scale.md says what each costs.",
+    )
     fused: bool = option(
         True,
         panel=_FEATURES,
@@ -163,6 +172,10 @@ class ExplainOptions(Stated):
             raise ValueError(f"--whiten is for methods that take gradients, got {method.name}")
         _ = self.when, self.damped
         check_choice("--dtype", self.dtype, DTYPES)
+        check_choice("--store-dtype", self.store_dtype, STORE_DTYPES)
+        if self.store_dtype != FLOAT32 and (self.function is None or self.dtype == "float64"):
+            what = f"--dtype {self.dtype}" if self.function else self.what.name
+            raise ValueError(f"--store-dtype is for features in float32, got it with {what}")
         check_counts(batch_size=self.batch_size, look_alikes=self.look_alikes)
         if self.noise_halves:
             self._check_halves()
@@ -211,6 +224,7 @@ class ExplainOptions(Stated):
         way += "-flips" if self.flips and self.function is not None else ""
         if self.whiten not in (AUTO, self._chosen_whitening(AUTO)):
             way += "-unwhitened" if self.whiten == "none" else f"-{self.whiten}"
+        way += "" if self.store_dtype == FLOAT32 else f"-{self.store_dtype}"
         if self.what.is_damped and self.damped != self._usual_damping:
             way += f"-damping-{self.damped}"
         return f"{self.what.name}{other}{way}".replace(":", "-")
@@ -258,6 +272,7 @@ class ExplainOptions(Stated):
         room = "features" if self.fused else "features-published"
         room += "" if self.whitening == "none" else f"-{self.whitening}"
         room += "-flips" if self.flips else ""
+        room += "" if self.store_dtype == FLOAT32 else f"-{self.store_dtype}"
         return run / room / str(self.function).replace(":", "-") / part
 
     @cached_property
@@ -352,6 +367,12 @@ class Options(ExplainOptions):
         "lines image,group below a line of heads.",
         is_path=True,
     )
+    shard: str | None = option(
+        None,
+        help="Share the run with other commands: 3/16 makes every 16th shard of the training "
+        "images' features, from the third on, 1/1 whatever nobody is at. torchrun needs no such "
+        "option (docs/scale.md).",
+    )
     compare: bool = option(
         False, help="Run both ways on one batch and print agreement, times and memory."
     )
@@ -430,6 +451,8 @@ class Options(ExplainOptions):
             raise ValueError(
                 f"--trained-guidance must be a finite number of at least 0, got {guidance}"
             )
+        if self.shard is not None:
+            parse_shard(self.shard)
         check_counts(num_queries=self.num_queries, top_k=self.top_k, resolution=self.resolution)
 
     @property
@@ -469,7 +492,7 @@ def lasting(options: Options) -> dict[str, Any]:
     for name in _PLACES:
         if found[name] is not None and found[name] not in _WORDS:
             found[name] = _lasting_path(found[name])
-    return {**found, "output": None, "run": None, "compare": False}
+    return {**found, "output": None, "run": None, "compare": False, "shard": None}
 
 
 def _lasting_path(text: str) -> str:

@@ -12,10 +12,12 @@ from rich.console import Console
 
 from ..features.settings import FeatureSettings
 from ..methods.damping import Damping
+from .code import describe_code
 from .console import choose_device
 from .files import plain_stem
-from .folders import alone_in, refuse_inside
+from .folders import alone_at, refuse_inside
 from .options import Options, check_options, lasting
+from .ranks import LeftToOthers, ranks
 from .record import RUN, RUN_FILE
 from .stages import Stages
 
@@ -77,7 +79,7 @@ class Run(Stages):
     def __init__(self, plan: Plan, console: Console, held: ExitStack | None = None) -> None:
         super().__init__(plan.device, console)
         self.plan, self.folder = plan, plan.output
-        self._held, self._is_locked = held, False
+        self._held, self._is_locked, self._leads = held, False, False
 
     def choose_timesteps(self, model: Denoiser) -> None:
         """Fix the timesteps for a model, whose process bounds them.
@@ -92,12 +94,29 @@ class Run(Stages):
     def lock(self) -> None:
         """Keep other commands away from the output folder, which is made if missing.
 
+        Those that share this run, as `ranks` says, are not kept away.
+
         Raises:
             OutputError: another one is at work in it.
         """
         if self._held is not None and not self._is_locked:
-            self._held.enter_context(alone_in(self.plan.output))
+            self._held.enter_context(ranks().hold(self.plan.output, self._shared))
             self._is_locked = True
+
+    def _shared(self) -> dict[str, Any]:
+        """What must be the same for all processes that share this run."""
+        options = {**lasting(self.plan.options), "device": self.plan.device.type}
+        return {"options": options, **describe_code()}
+
+    def lead(self) -> None:
+        """See `Stages.lead`."""
+        here = ranks()
+        if not here.is_main:
+            raise LeftToOthers("the results")
+        if here.is_shared and not here.is_launched and self._held is not None and not self._leads:
+            self._leads = self._held.enter_context(alone_at(self.plan.output, "results"))
+            if not self._leads:
+                raise LeftToOthers("another command makes the scores and the report")
 
     def lock_existing(self) -> None:
         """As `lock`, where there is a run already: before anything is read for another one."""
@@ -117,7 +136,8 @@ class Run(Stages):
         self.check_output(deciding)
         self.lock()
         again = {"options": lasting(self.plan.options)}
-        RUN.claim(self.plan.output, deciding, also=again)
+        with ranks().alone(self.plan.output, "run"):
+            RUN.claim(self.plan.output, deciding, also=again)
 
     def check_output(self, deciding: dict[str, Any], *, partly: bool = False) -> bool:
         """Refuse an output folder that cannot be ours; nothing is written.

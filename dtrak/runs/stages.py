@@ -14,6 +14,7 @@ from rich.console import Console
 from .console import progress_bar
 from .files import write_atomically
 from .measure import StageClock
+from .ranks import ranks
 
 _FILE = "stages.json"
 
@@ -46,11 +47,14 @@ class Stages:
             name: of the stage.
             of: tells several of one name in a folder apart.
         """
-        start = time.perf_counter()
+        start, was_quiet = time.perf_counter(), self.console.quiet
+        if not ranks().is_main and ranks().speaks:
+            self.console.quiet = False
         try:
             with self.clock.stage(name), progress_bar(self.console, name) as progress:
                 yield progress
         finally:
+            self.console.quiet = was_quiet
             self._keep(_key(name, of), time.perf_counter() - start)
 
     def reuse(self, name: str, of: str = "") -> None:
@@ -61,23 +65,24 @@ class Stages:
         """One line for whoever waits."""
         self.console.print(line, highlight=False, soft_wrap=True)
 
-    def _kept(self) -> dict[str, float]:
-        try:
-            found: dict[str, float] = json.loads(
-                (self.folder or Path()).joinpath(_FILE).read_text()
-            )
-        # what it took once is nice to know, and no more
-        except (OSError, ValueError):
-            return {}
-        return found if self.folder is not None else {}
+    def lead(self) -> None:
+        """Go on alone: of processes that share the work one scores and writes.
+
+        Raises:
+            LeftToOthers: another one does.
+        """
 
     def _keep(self, name: str, seconds: float) -> None:
         """Add to what a stage took: one that is interrupted goes on another time."""
         if self.folder is None or not self.folder.is_dir():
             return
-        kept = read_seconds(self.folder)
-        kept[name] = round(kept.get(name, 0.0) + seconds, 3)
-        write_atomically(self.folder / _FILE, json.dumps(kept, indent=1).encode())
+        here = ranks()
+        if not here.speaks:
+            return
+        with here.alone(self.folder, "stages"):
+            kept = read_seconds(self.folder)
+            kept[name] = round(kept.get(name, 0.0) + seconds, 3)
+            write_atomically(self.folder / _FILE, json.dumps(kept, indent=1).encode())
 
 
 def _key(name: str, of: str) -> str:

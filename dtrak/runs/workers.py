@@ -6,10 +6,12 @@ import multiprocessing
 import queue
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 from ..training.trainer import one_thread
+from .ranks import ranks
 
 # (name of the model, units of work done, units) as work goes on
 Report = Callable[[str, int, int], None]
@@ -60,6 +62,55 @@ def work(
         for worker in workers:
             worker.terminate()
             worker.join()
+
+
+def work_together(
+    make_job: Callable[[int], Job],
+    names: Sequence[str],
+    processes: int,
+    report: Report,
+    claim: Callable[[str, bool], AbstractContextManager[bool]],
+    is_done: Callable[[str], bool],
+) -> int:
+    """`work`, by all processes that were launched together; by this one where it is alone.
+
+    Each begins with names of its own, goes on with what nobody is at, and waits for the others.
+
+    Args:
+        make_job: as there; a job claims what it works on.
+        names: as there, the same in every process.
+        processes: as there, in each.
+        report: as there; of a model that another process finished with 0 units.
+        claim: of a name, as its job claims it, waiting or not.
+        is_done: whether a model is finished.
+
+    Raises:
+        ValueError, RuntimeError: as `work`.
+    """
+    here, told = ranks(), set[str]()
+
+    def tell_of_others() -> None:
+        for other in names if here.is_launched else ():
+            if other not in told and is_done(other):
+                told.add(other)
+                report(other, 0, 0)
+
+    def reported(name: str, done: int, units: int) -> None:
+        told.add(name)
+        report(name, done, units)
+        if done == units:
+            tell_of_others()
+
+    own = names[here.rank :: here.world] if here.is_launched else names
+    left = [*own, *(name for name in names if name not in set(own))]
+    finished = work(make_job, left, processes, reported)
+    while here.is_launched and (left := [name for name in names if not is_done(name)]):
+        # another process is at these: wait until it has ended, however it ends
+        with claim(left[0], True):
+            pass
+        finished += work(make_job, left, processes, reported)
+    tell_of_others()
+    return finished
 
 
 def _work_through(job: Job, names: Sequence[str], report: Report) -> int:

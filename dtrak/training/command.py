@@ -191,14 +191,11 @@ def _train(options: Options, console: Console, held: ExitStack) -> Path:
 def _encode(
     folder: Path, model: Denoiser, data: Samples, accelerator: Accelerator, console: Console
 ) -> Samples:
-    """``data`` with its posteriors, made by the main process while the others wait."""
-    if accelerator.is_main_process:
-        store = open_latents(folder, model, data, flips=True)
-        if store.missing():
-            with progress_bar(console, "latents of training images") as progress:
-                fill_latents(store, model, data, accelerator.device, progress=progress)
-    accelerator.wait_for_everyone()
+    """``data`` with its posteriors, which all processes make between them."""
     store = open_latents(folder, model, data, flips=True)
+    if store.missing():
+        with progress_bar(console, "latents of training images") as progress:
+            fill_latents(store, model, data, accelerator.device, progress=progress)
     return data.encoded(InMemory(read_posteriors(store, model, data)))
 
 

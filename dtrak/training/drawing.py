@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,15 @@ from ..models import load
 from ..models.denoiser import Denoiser, Drawn
 from ..runs.choices import counted
 from ..runs.console import choose_device, progress_bar
-from ..runs.files import expand_path, picture_name, write_atomically
+from ..runs.files import LOCK_FILE, claim, expand_path, picture_name, write_atomically
 from ..runs.folders import Record
+from ..runs.ranks import ranks
 from .generate_options import Options, check_options
 
 SETTINGS_FILE = "generation.json"
 _TRAJECTORY = "predicted_clean"
+# beyond all seeds: whoever has it begins the folder
+_BEGIN = range(2**40, 2**40 + 1)
 
 
 def trajectory_file(folder: Path, seed: int) -> Path:
@@ -179,28 +182,61 @@ def _draw(options: Options, console: Console, held: ExitStack) -> Path:
     # nothing is drawn yet: what is refused must not claim the folder
     model.draw(seeds, items, **how)
     missing = missing_seeds(output, seeds, options.trajectories)
-    Record(SETTINGS_FILE).claim(
-        output,
-        {
-            **model.identity(),
-            "schedule": model.process.describe(),
-            "num_inference_steps": steps,
-            **drawn_from,
-        },
-        # what is finished is only read, and commands with other seeds draw other pictures
-        held if missing else None,
-        seeds,
-    )
+    here = ranks()
+    with claim(output / LOCK_FILE, part=_BEGIN, wait=True) if here.is_shared else nullcontext():
+        Record(SETTINGS_FILE).claim(
+            output,
+            {
+                **model.identity(),
+                "schedule": model.process.describe(),
+                "num_inference_steps": steps,
+                **drawn_from,
+            },
+            # what is finished is only read, and commands with other seeds draw other pictures
+            held if missing and not here.is_shared else None,
+            seeds,
+        )
     missing = missing_seeds(output, seeds, options.trajectories)
     if not missing:
         console.print(f"already drawn: {output}", highlight=False, soft_wrap=True)
         return output
     model.to(device)
-    chosen = None if items is None else [items[seed - options.first_seed] for seed in missing]
+
+    def draw(seeds: Sequence[int], progress: Callable[[int, int], None] | None) -> None:
+        chosen = None if items is None else [items[seed - options.first_seed] for seed in seeds]
+        draw_missing(model, seeds, output, chosen, progress=progress, **how)
+
     with progress_bar(console, f"draw {counted(len(missing), 'image')}") as progress:
-        draw_missing(model, missing, output, chosen, progress=progress, **how)
+        if here.is_shared:
+            size = options.batch_size or model.drawn_together
+            _draw_together(output, seeds, size, options.trajectories, draw, progress)
+        else:
+            draw(missing, progress)
     console.print(f"images: {output}", highlight=False, soft_wrap=True)
     return output
+
+
+def _draw_together(
+    output: Path,
+    seeds: range,
+    size: int,
+    trajectories: bool,
+    draw: Callable[[Sequence[int], None], None],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Batch by batch, with other processes that do the same."""
+
+    def left(part: Sequence[int]) -> list[int]:
+        return missing_seeds(output, part, trajectories)
+
+    batches = [seeds[first : first + size] for first in range(0, len(seeds), size)]
+    for batch in ranks().divide(
+        batches,
+        lambda batch, wait: claim(output / LOCK_FILE, part=batch, wait=wait),
+        lambda batch: not left(batch),
+    ):
+        draw(left(batch), None)
+        progress(len(seeds) - len(left(seeds)), len(seeds))
 
 
 def save_trajectory(file: Path, trajectory: Tensor) -> None:

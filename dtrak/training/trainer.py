@@ -22,6 +22,7 @@ from ..data.samples import Samples, as_samples
 from ..models.denoiser import Condition, Denoiser
 from ..models.hashing import hash_tensors
 from ..runs.files import write_atomically
+from ..runs.ranks import by_itself
 from .recipe import Recipe
 
 Progress = Callable[[int, int], None]
@@ -405,7 +406,8 @@ def one_process_accelerator(mixed_precision: str, device: torch.device) -> Accel
     if device.type == "cuda":
         # an accelerator of one process takes the current device
         torch.cuda.set_device(device)
-    return Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu")
+    with by_itself():
+        return Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from ...runs.console import progress_bar
 from ...runs.files import expand_path, picture_seed
 from ...runs.folders import alone_at, refuse_inside
 from ...runs.options import ExplainOptions
+from ...runs.ranks import ranks
 from ...runs.record import GENERATED, list_queries
 from ...runs.results import load_attribution
 from ...training.drawing import fitting_steps
@@ -120,8 +122,8 @@ class Origin:
         """
         if output_function in self.scores:
             return self.scores[output_function]
-        # two commands would begin stores of different shards
-        with alone_at(folder, "features", wait=True):
+        # those that were launched together divide the shards between them
+        with nullcontext() if ranks().is_launched else alone_at(folder, "features", wait=True):
             stores = self._fill_stores(output_function, folder, device, console)
         solver = RidgeSolver(stores[0])
         return solver.scores(stores[1].load(), self.damping.resolve(solver)).float()

@@ -185,7 +185,7 @@ class Experiment:
             write_atomically(self.file(job), content)
 
         return retraining.train_once(
-            job.replace("/", "-"),
+            lock_name(job),
             kept,
             (seed, order),
             device,
@@ -193,6 +193,11 @@ class Experiment:
             finish=finish,
             progress=progress,
         )
+
+
+def lock_name(job: str) -> str:
+    """What a job is claimed by, in its folder."""
+    return job.replace("/", "-")
 
 
 def removal_positions(scores: Tensor, rows: Sequence[int], k: int) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,7 @@ from ...runs.console import format_seconds
 from ...runs.files import write_atomically
 from ...runs.folders import alone_at
 from ...runs.measure import format_bytes
+from ...runs.ranks import ranks
 from ..retraining import TRAIN
 from .clip import ClipEncoder
 from .experiment import Experiment
@@ -135,6 +136,22 @@ def list_settings(
     return settings
 
 
+def _groups(settings: Sequence[Setting]) -> list[list[Setting]]:
+    """Settings of one kind of features together, so that its solver is shared."""
+    groups: dict[tuple[str | None, str, int, str, str], list[Setting]] = {}
+    for setting in settings:
+        function = setting.method.output_function
+        group = (
+            function,
+            setting.projection,
+            setting.num_timesteps,
+            setting.model,
+            setting.whitening,
+        )
+        groups.setdefault(group, []).append(setting)
+    return list(groups.values())
+
+
 def feature_bytes(experiment: Experiment) -> tuple[int, int]:
     """What the features in a run's folder take: of all models, and of the retrain family's."""
     folder = experiment.folder / "features"
@@ -206,19 +223,7 @@ class Predictor:
             ExperimentError: a file is damaged.
             ValueError: as the features and scores of a method.
         """
-        # those of one kind of features one after the other, so that its solver is shared
-        groups: dict[tuple[str | None, str, int, str, str], list[Setting]] = {}
-        for setting in settings:
-            function = setting.method.output_function
-            group = (
-                function,
-                setting.projection,
-                setting.num_timesteps,
-                setting.model,
-                setting.whitening,
-            )
-            groups.setdefault(group, []).append(setting)
-        for members in groups.values():
+        for members in _groups(settings):
             kept = {setting: self._read(setting) for setting in members}
             if None in kept.values():
                 with self._alone_at(members[0]):
@@ -230,6 +235,20 @@ class Predictor:
                 prediction = kept[setting]
                 assert prediction is not None
                 yield prediction
+
+    def share(self, settings: Sequence[Setting]) -> None:
+        """Make what no other process is at, of those launched together; the rest is left to them.
+
+        Raises:
+            ExperimentError, ValueError: as `predict`.
+        """
+        here, groups = ranks(), _groups(settings)
+        own = groups[here.rank :: here.world]
+        for members in (*own, *(group for group in groups if group not in own)):
+            with self._claim(members[0], False) as is_ours:
+                missing = [setting for setting in members if self._read(setting) is None]
+                if is_ours and missing:
+                    self._compute(missing)
 
     def estimate(self, settings: Sequence[Setting]) -> str | None:
         """What the features will cost that predictions are still to be made of; None for nothing.
@@ -272,11 +291,14 @@ class Predictor:
         """Wait until no other command makes these features: two would begin different shards."""
         name = self._feature_folder(setting, -1).name
         with ExitStack() as stack:
-            claim = partial(alone_at, self.experiment.folder, f"features-{name}")
-            if not stack.enter_context(claim()):
+            if not stack.enter_context(self._claim(setting, False)):
                 with self.progress_bar(f"wait for another command: {name}"):
-                    stack.enter_context(claim(wait=True))
+                    stack.enter_context(self._claim(setting, True))
             yield
+
+    def _claim(self, setting: Setting, wait: bool) -> AbstractContextManager[bool]:
+        name = self._feature_folder(setting, -1).name
+        return alone_at(self.experiment.folder, f"features-{name}", wait=wait)
 
     def _file(self, setting: Setting) -> Path:
         flips = "-flips" if self.flips and setting.method.output_function else ""
@@ -347,7 +369,7 @@ class Predictor:
             method = setting.method
             if method.is_damped:
                 # one factorisation serves every damping and method of these features
-                unit = float(solver.feature_norms().square().mean())
+                unit = solver.mean_squared_norm()
                 rules = {f"{factor:g}": factor * unit for factor in DAMPING_FACTORS}
                 rules["auto"] = solver.auto_damping()
                 is_journey = method.needs == TRAJECTORY

@@ -24,7 +24,8 @@ def choose_parameters(model: nn.Module, choice: ParameterChoice) -> dict[str, nn
         choice: names, a predicate, or None for all that require a gradient.
 
     Raises:
-        ValueError: a name is unknown, a parameter is not real or not initialised, or none is left.
+        ValueError: a name is unknown, a parameter is not real, not initialised or sharded, or none
+            is left.
     """
     if isinstance(choice, str):
         raise ValueError(f"parameters must be several names or a predicate, got {choice!r}")
@@ -44,6 +45,12 @@ def choose_parameters(model: nn.Module, choice: ParameterChoice) -> dict[str, nn
         if is_lazy(parameter):
             raise ValueError(
                 f"parameters must be initialised, got {name!r} that waits for a first forward"
+            )
+        # a DTensor, as FSDP2 leaves them: whole only while its module runs
+        if hasattr(parameter, "placements"):
+            raise ValueError(
+                f"parameters must be whole in every process, got {name!r} that is sharded: give "
+                "fully_shard those that are attributed as ignored_params, which shards the others"
             )
         if not parameter.is_floating_point():
             raise ValueError(

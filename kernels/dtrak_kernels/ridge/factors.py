@@ -150,8 +150,12 @@ class Factors:
         triangle: Tensor | None = None
         # of Φᵀ (dual) or Φ (primal): either way the right singular vectors are wanted
         for piece in reader.columns() if self.is_dual else (rows for _, _, rows in reader.blocks()):
-            stacked = piece if triangle is None else torch.cat([triangle, piece])
-            triangle = torch.linalg.qr(stacked, mode="r").R
+            triangle = _add_rows(triangle, piece)
+        if reader.group.world > 1 and not self.is_dual:
+            mine = reader.zeros(0, reader.num_features) if triangle is None else triangle
+            triangle = None
+            for piece in reader.group.each(mine):
+                triangle = _add_rows(triangle, piece)
         assert triangle is not None
         _, sigma, right = torch.linalg.svd(triangle, full_matrices=True)
         s = right.new_zeros(right.shape[0])
@@ -169,16 +173,25 @@ class Factors:
         return self._gram
 
 
+def _add_rows(triangle: Tensor | None, rows: Tensor) -> Tensor:
+    """The triangle of QR of the rows that gave ``triangle``, and of more rows."""
+    stacked = rows if triangle is None else torch.cat([triangle, rows])
+    found: Tensor = torch.linalg.qr(stacked, mode="r").R
+    return found
+
+
 def _primal_gram(reader: RowReader) -> Tensor:
     """The lower triangle of ``ΦᵀΦ [K, K]``, one pass over the rows."""
     gram = reader.zeros(reader.num_features, reader.num_features)
     for _, _, rows in reader.blocks():
         accumulate_gram(rows, gram)
-    return gram
+    return reader.group.sum(gram)
 
 
 def _dual_gram(reader: RowReader) -> Tensor:
     """The lower triangle of ``ΦΦᵀ [N, N]``."""
+    if reader.group.world > 1:
+        return _dual_gram_together(reader)
     N = reader.num_samples
     # wide, because every earlier row is read again for each of these blocks
     wide = max(1, reader.memory_budget // 8 // (8 * reader.num_features))
@@ -192,3 +205,17 @@ def _dual_gram(reader: RowReader) -> Tensor:
             end = min(other + narrow, start)
             gram[start:stop, other:end] = left @ reader.read(other, end).T
     return gram
+
+
+def _dual_gram_together(reader: RowReader) -> Tensor:
+    """The same: each process takes its own rows of it, against everybody's rows in turn."""
+    mine = reader.zeros(reader.num_rows, reader.num_samples)
+    wide = max(1, reader.memory_budget // 8 // (8 * reader.num_features))
+    for rank, first, others in reader.everyones_blocks(wide):
+        start = reader.first_of(rank) + first
+        if start >= reader.own.stop:
+            # above the diagonal
+            continue
+        for row, stop, rows in reader.blocks(width=len(others)):
+            mine[row:stop, start : start + len(others)] = rows @ others.T
+    return reader.group.join(mine)

@@ -140,7 +140,13 @@ def gram_product(
 
 
 def nystrom_preconditioner(
-    features: Any, damping: float, *, rank: int, seed: int = 0, device: torch.device | str = "cpu"
+    features: Any,
+    damping: float,
+    *,
+    rank: int,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    combine: Product | None = None,
 ) -> Product:
     """An approximate inverse of ``ΦᵀΦ + λI`` from one pass over the features, in float64.
 
@@ -153,6 +159,7 @@ def nystrom_preconditioner(
         rank: R, from 1 to K.
         seed: of the sketch.
         device: of the features.
+        combine: sums what processes make of the rows that each of them has; None for all rows.
 
     Returns:
         A function of ``[K, M]`` float64 vectors, symmetric positive definite.
@@ -170,6 +177,7 @@ def nystrom_preconditioner(
     sketch = torch.randn(K, rank, generator=generator, dtype=torch.float64)
     sketch = torch.linalg.qr(sketch).Q.to(device)
     image = gram_product(features, sketch, 0.0)
+    image = image if combine is None else combine(image)
     # the shift keeps the small factorisation positive definite under rounding
     shift = max(torch.finfo(torch.float64).eps * float(torch.linalg.norm(image)), 1e-300)
     image = image + shift * sketch

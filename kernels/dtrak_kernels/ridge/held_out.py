@@ -24,7 +24,8 @@ on half of them.
 
 With targets, it is generalised cross-validation: the minimum of ``N ‖(I - H) y‖² / tr(I - H)²``.
 
-Index legend: N training rows, K features, C targets, L dampings, R as in `ridge_factors`.
+Index legend: N training rows, n of them in this process, K features, C targets, L dampings, R as in
+`factors`.
 """
 
 from __future__ import annotations
@@ -51,14 +52,15 @@ def check_targets(targets: Tensor, num_samples: int) -> Tensor:
             f"targets must be [{num_samples}] or [{num_samples}, C], "
             f"got shape {tuple(targets.shape)}"
         )
-    return targets.to(torch.float64).reshape(num_samples, -1)
+    targets = targets.to(torch.float64)
+    return targets[:, None] if targets.ndim == 1 else targets
 
 
 def leverages(reader: RowReader, spectrum: Spectrum, inverse: Tensor) -> Tensor:
-    """``[N, L]`` diagonals of ``Φ V diag(inverse) Vᵀ Φᵀ`` for ``inverse [R, L]``, in one pass."""
+    """``[n, L]`` diagonals of ``Φ V diag(inverse) Vᵀ Φᵀ`` for ``inverse [R, L]``, in one pass."""
     if spectrum.is_dual:
-        return spectrum.basis**2 @ (spectrum.s[:, None] * inverse)
-    found = inverse.new_empty(reader.num_samples, inverse.shape[1])
+        return spectrum.basis[reader.own] ** 2 @ (spectrum.s[:, None] * inverse)
+    found = inverse.new_empty(reader.num_rows, inverse.shape[1])
     for start, stop, rows in reader.blocks():
         found[start:stop] = (rows @ spectrum.basis) ** 2 @ inverse
     return found
@@ -67,13 +69,14 @@ def leverages(reader: RowReader, spectrum: Spectrum, inverse: Tensor) -> Tensor:
 def fitted_values(
     reader: RowReader, spectrum: Spectrum, inverse: Tensor, targets: Tensor
 ) -> Tensor:
-    """``Φ (G + λI)⁻¹ Φᵀ targets [N, C]`` float64, for ``inverse [R]``."""
+    """``Φ (G + λI)⁻¹ Φᵀ targets [n, C]`` float64, for ``inverse [R]`` and ``targets [n, C]``."""
     basis = spectrum.basis
     if spectrum.is_dual:
-        weight = (spectrum.s * inverse)[:, None]
-        return basis @ (weight * (basis.T @ targets))
+        basis, weight = basis[reader.own], (spectrum.s * inverse)[:, None]
+        return basis @ (weight * reader.group.sum(basis.T @ targets))
     coefficients = basis @ (inverse[:, None] * (basis.T @ reader.moment(targets)))
-    return torch.cat([rows @ coefficients for _, _, rows in reader.blocks()])
+    fitted = [rows @ coefficients for _, _, rows in reader.blocks()]
+    return torch.cat([targets.new_empty(0, targets.shape[1]), *fitted])
 
 
 def choose_damping(reader: RowReader, spectrum: Spectrum, targets: Tensor | None) -> float:
@@ -98,7 +101,7 @@ def choose_damping(reader: RowReader, spectrum: Spectrum, targets: Tensor | None
     if targets is None:
         criterion = _held_out_density(reader, spectrum)
     else:
-        criterion = _cross_validation(reader, spectrum, check_targets(targets, reader.num_samples))
+        criterion = _cross_validation(reader, spectrum, check_targets(targets, reader.num_rows))
     for search, points in enumerate(_POINTS):
         exponents = torch.linspace(
             math.log(low), math.log(high), points, dtype=torch.float64, device=spectrum.s.device
@@ -118,13 +121,15 @@ def _held_out_density(reader: RowReader, spectrum: Spectrum) -> Callable[[Tensor
     """The criterion without targets, a function of dampings ``grid [L]``."""
     copies, is_zero = _duplicates(reader)
     m = copies[~is_zero][:, None]
+    counted = float(reader.group.sum(copies.new_tensor(len(m))))
     span = spectrum.s[spectrum.is_span]
 
     def criterion(grid: Tensor) -> Tensor:
         h = leverages(reader, spectrum, 1.0 / (spectrum.s[:, None] + grid))[~is_zero]
         left_out = (1.0 - m * h).clamp(min=EPS)
-        misfit = torch.log(left_out) + (len(h) - m) * h / left_out
-        return torch.log(span[:, None] + grid).sum(dim=0) + misfit.mean(dim=0)
+        misfit = torch.log(left_out) + (counted - m) * h / left_out
+        mean = reader.group.sum(misfit.sum(dim=0)) / counted
+        return torch.log(span[:, None] + grid).sum(dim=0) + mean
 
     return criterion
 
@@ -132,15 +137,15 @@ def _held_out_density(reader: RowReader, spectrum: Spectrum) -> Callable[[Tensor
 def _cross_validation(
     reader: RowReader, spectrum: Spectrum, targets: Tensor
 ) -> Callable[[Tensor], Tensor]:
-    """The criterion with ``targets [N, C]``, a function of dampings ``grid [L]``."""
+    """The criterion with ``targets [n, C]``, a function of dampings ``grid [L]``."""
     is_span = spectrum.is_span
     if spectrum.is_dual:
-        along = spectrum.basis.T @ targets
+        along = reader.group.sum(spectrum.basis[reader.own].T @ targets)
     else:
         sigma = torch.where(is_span, spectrum.s, 1.0).sqrt()
         along = (spectrum.basis.T @ reader.moment(targets)) / sigma[:, None]
     energy = torch.where(is_span, (along**2).sum(dim=1), 0.0)
-    outside = ((targets**2).sum() - energy.sum()).clamp(min=0.0)
+    outside = (reader.group.sum((targets**2).sum()) - energy.sum()).clamp(min=0.0)
 
     def criterion(grid: Tensor) -> Tensor:
         shrink = grid / (spectrum.s[:, None] + grid)
@@ -152,8 +157,9 @@ def _cross_validation(
 
 
 def _duplicates(reader: RowReader) -> tuple[Tensor, Tensor]:
-    """How many rows equal each row bit for bit ``[N] float64``, and which are zero ``[N]``."""
-    keys, zeros = [], []
+    """How many rows equal each row bit for bit ``[n] float64``, and which are zero ``[n]``."""
+    keys = [torch.empty(0, dtype=torch.int64, device=reader.device)]
+    zeros = [torch.empty(0, dtype=torch.bool, device=reader.device)]
     for _, _, rows in reader.blocks():
         # adding 0.0 makes one zero of the two
         words = (rows + 0.0).view(torch.int64)
@@ -162,5 +168,6 @@ def _duplicates(reader: RowReader) -> tuple[Tensor, Tensor]:
         mixed = (words ^ (words >> 29)) * (columns * -7046029254386353131 * 2 + 1)
         keys.append((mixed ^ (mixed >> 32)).sum(dim=1))
         zeros.append((rows == 0).all(dim=1))
-    _, group, counts = torch.unique(torch.cat(keys), return_inverse=True, return_counts=True)
-    return counts[group].to(torch.float64), torch.cat(zeros)
+    every = reader.group.join(torch.cat(keys))
+    _, kind, counts = torch.unique(every, return_inverse=True, return_counts=True)
+    return counts[kind[reader.own]].to(torch.float64), torch.cat(zeros)

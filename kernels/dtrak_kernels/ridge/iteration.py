@@ -22,7 +22,7 @@ from .gram import (
     gram_product,
     nystrom_preconditioner,
 )
-from .rows import FeatureRows, RowReader
+from .rows import RowReader
 
 _TINY = torch.finfo(torch.float64).tiny
 
@@ -65,10 +65,9 @@ def iterative_inverse(
         damping,
         rank=preconditioner_rank(reader.num_samples, reader.num_features),
         device=reader.device,
+        combine=reader.group.sum,
     )
-    system = _System(
-        reader.features, damping, precondition, tolerance, max_iterations, implementation
-    )
+    system = _System(reader, damping, precondition, tolerance, max_iterations, implementation)
     columns = columns_together(reader.num_features)
 
     def inverse(queries: Tensor) -> Tensor:
@@ -85,7 +84,7 @@ def iterative_inverse(
 class _System:
     """``(ΦᵀΦ + λI) X = right``, and how well it is to be solved."""
 
-    features: Tensor | FeatureRows
+    reader: RowReader
     damping: float
     precondition: Product
     tolerance: float
@@ -97,7 +96,8 @@ class _System:
         scale = torch.linalg.norm(right, dim=0).clamp(min=_TINY)
         right = right / scale
         x, residual, worst = torch.zeros_like(right), right, 1.0
-        on_gpu = isinstance(self.features, Tensor) and self.features.is_cuda
+        features = self.reader.features
+        on_gpu = isinstance(features, Tensor) and features.is_cuda
         refine = self.implementation == "triton" or (self.implementation is None and on_gpu)
         while refine and worst > self.tolerance:
             try:
@@ -134,9 +134,13 @@ class _System:
         return step.double() * size
 
     def _product(self, vectors: Tensor) -> Tensor:
-        return gram_product(self.features, vectors, self.damping, implementation="torch")
+        return self._times(vectors, "torch")
 
     def _fast_product(self, vectors: Tensor) -> Tensor:
-        return gram_product(
-            self.features, vectors, self.damping, implementation=self.implementation
-        )
+        return self._times(vectors, self.implementation)
+
+    def _times(self, vectors: Tensor, implementation: str | None) -> Tensor:
+        group, features = self.reader.group, self.reader.features
+        # λ counts once, whoever the rows are with
+        damping = self.damping if group.rank == 0 else 0.0
+        return group.sum(gram_product(features, vectors, damping, implementation=implementation))

@@ -53,17 +53,31 @@ def top_k(scores: Tensor, k: int) -> TopK:
     return rank_blocks([scores], k)
 
 
-def rank_blocks(blocks: Iterable[Tensor], k: int) -> TopK:
-    """:func:`top_k` of scores that come as ``[M, B]`` blocks of neighbouring rows, in order."""
+def rank_blocks(blocks: Iterable[Tensor], k: int, start: int = 0) -> TopK:
+    """:func:`top_k` of scores that come as ``[M, B]`` blocks of neighbouring rows, in order.
+
+    Rows are numbered from ``start``; there may be fewer than k of them.
+    """
     high: Best | None = None
     low: Best | None = None
-    start = 0
     for scores in blocks:
         stop = start + scores.shape[1]
         numbers = torch.arange(start, stop, device=scores.device).expand(scores.shape)
         high = _extend(high, scores, numbers, k, descending=True)
         low = _extend(low, scores, numbers, k, descending=False)
         start = stop
+    assert high is not None
+    assert low is not None
+    return TopK(high[1], high[0], low[1], low[0])
+
+
+def join_rows(parts: Iterable[TopK], k: int) -> TopK:
+    """One :class:`TopK` of those of the same queries over other rows, in order of the rows."""
+    high: Best | None = None
+    low: Best | None = None
+    for part in parts:
+        high = _extend(high, part.proponent_scores, part.proponents, k, descending=True)
+        low = _extend(low, part.opponent_scores, part.opponents, k, descending=False)
     assert high is not None
     assert low is not None
     return TopK(high[1], high[0], low[1], low[0])

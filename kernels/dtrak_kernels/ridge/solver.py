@@ -5,29 +5,37 @@
     svd      QR, then the singular values of Φ itself: no squared condition number
     cg       conjugate gradients on G + λI, G never formed
 
-Index legend: N training rows, K features, M queries, L dampings. Everything is factorised in
-float64 (float32 loses every λ below about 1e-7 of the largest eigenvalue) and features are read
-block by block, so they may be a tensor or anything on disk that answers ``features[i:j]``.
+Index legend: N training rows, n of them in this process (all, where it is alone), K features, M
+queries, L dampings. Everything is factorised in float64 (float32 loses every λ below about 1e-7 of
+the largest eigenvalue) and features are read block by block, so they may be a tensor or anything on
+disk that answers ``features[i:j]``.
 
-``damping`` is λ in units of ``gram = ΦᵀΦ``, a sum over rows and not a mean. Scores are ``[M, N]``;
+Several processes may have a part of the rows each. G is then summed over them, D is made by blocks
+of rows, conjugate gradients sum their products, and whatever has a row or column for each training
+row is of the n rows of this process: only top-k and the factorisation are the same in all.
+
+``damping`` is λ in units of ``gram = ΦᵀΦ``, a sum over rows and not a mean. Scores are ``[M, n]``;
 positive means proponent.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .factors import Factors
 from .gram import Product
+from .group import Group
 from .held_out import check_targets, choose_damping, fitted_values, leverages
 from .iteration import iterative_inverse
 from .plan import MEMORY_BUDGET, METHODS, plan_ridge
-from .ranking import TopK, check_k, join_queries, rank_blocks, top_k
+from .ranking import TopK, check_k, join_queries, join_rows, rank_blocks, top_k
 from .rows import FeatureRows, RowReader, check_finite
 
 
@@ -40,7 +48,7 @@ class RidgeSolver:
     themselves are factorised (QR, then singular values), so every λ > 0 is answered to about 1e-6.
 
     Args:
-        features: ``[N, K]`` floating tensor, or a store with ``.shape`` and ``store[i:j]``. Its
+        features: ``[n, K]`` floating tensor, or a store with ``.shape`` and ``store[i:j]``. Its
             device is where the work is done. Rows are read anew whenever they are needed, so they
             must not change.
         method: ``"primal"``, ``"dual"``, ``"svd"``, ``"cg"``, or ``None`` to choose by cost within
@@ -51,9 +59,13 @@ class RidgeSolver:
         implementation: of the Gram-vector product in conjugate gradients, as in
             :func:`gram_product`. Where that is the float32 kernel, its solutions are refined
             against float64 residuals, so the tolerance means the same.
+        group: process group of `torch.distributed` whose processes have a part of the rows each,
+            in order of their ranks; ``None`` for all rows here. Every process makes the same calls
+            in the same order, with the same queries and dampings. The working memory of each is
+            that of :func:`plan_ridge`, for all N rows.
 
     Raises:
-        ValueError: ``features`` is not ``[N, K]`` with N, K >= 1, or ``method`` is unknown.
+        ValueError: ``features`` is not ``[n, K]`` with N, K >= 1, or ``method`` is unknown.
 
     Source:
         TRAK, Park et al. 2023 (arXiv:2303.14186) for the score; the dual form is the push-through
@@ -69,8 +81,10 @@ class RidgeSolver:
         tolerance: float = 1e-9,
         max_iterations: int = 1000,
         implementation: str | None = None,
+        group: Any = None,
     ) -> None:
-        self._reader = RowReader(features, memory_budget)
+        self._reader = RowReader(features, memory_budget, group)
+        memory_budget = self._reader.memory_budget
         if method is not None and method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)} or None, got {method!r}")
         self.features = features
@@ -127,10 +141,10 @@ class RidgeSolver:
         Args:
             queries: ``[M, K]`` floating, on the features' device.
             damping: λ in units of ``gram``, finite; 0 only where the Gram has full rank.
-            out: ``[M, N]`` float32 to write to (a memory-mapped file will do), or ``None``.
+            out: ``[M, n]`` float32 to write to (a memory-mapped file will do), or ``None``.
 
         Returns:
-            ``[M, N]`` float32, positive = proponent.
+            ``[M, n]`` float32, positive = proponent.
 
         Raises:
             TypeError: ``damping`` is not a number.
@@ -141,7 +155,7 @@ class RidgeSolver:
         """
         queries = self._checked_queries(queries)
         damping = self._check_damping(damping)
-        shape = (queries.shape[0], self.num_samples)
+        shape = (queries.shape[0], self._reader.num_rows)
         if out is None:
             out = queries.new_empty(shape, dtype=torch.float32)
         elif tuple(out.shape) != shape or out.dtype != torch.float32:
@@ -150,7 +164,7 @@ class RidgeSolver:
             )
         if self._is_dual:
             for start, stop, scores in self._dual_scores(queries, damping):
-                out[start:stop] = scores
+                out[start:stop] = scores[:, self._reader.own]
         else:
             preconditioned = self._inverse_at(damping)(queries)
             self._reader.times_rows(preconditioned, out)
@@ -178,11 +192,15 @@ class RidgeSolver:
         damping = self._check_damping(damping)
         check_k(k, self.num_samples)
         if self._is_dual:
-            scores = self._dual_scores(queries, damping)
-            return join_queries([top_k(part, k) for _, _, part in scores])
+            parts = self._dual_scores(queries, damping)
+            return join_queries([top_k(part, k) for _, _, part in parts])
         preconditioned = self._inverse_at(damping)(queries)
-        blocks = self._reader.blocks(width=queries.shape[0])
-        return rank_blocks(((preconditioned @ rows.T).float() for _, _, rows in blocks), k)
+        reader = self._reader
+        blocks = reader.blocks(width=queries.shape[0])
+        scores = ((preconditioned @ rows.T).float() for _, _, rows in blocks)
+        none = queries.new_empty(len(queries), 0, dtype=torch.float32)
+        mine = rank_blocks(itertools.chain([none], scores), k, reader.own.start)
+        return mine if reader.group.world == 1 else join_rows(_handed_round(mine, reader.group), k)
 
     def scores_sweep(self, queries: Tensor, dampings: Sequence[float]) -> Tensor:
         """:meth:`scores` for several dampings, for the price of one eigendecomposition.
@@ -192,7 +210,7 @@ class RidgeSolver:
             dampings: L values of λ in units of ``gram``.
 
         Returns:
-            ``[L, M, N]`` float32. :meth:`iter_sweep` yields them one by one instead.
+            ``[L, M, n]`` float32. :meth:`iter_sweep` yields them one by one instead.
 
         Raises:
             ValueError: as for :meth:`scores`.
@@ -200,7 +218,7 @@ class RidgeSolver:
         return torch.stack(list(self.iter_sweep(queries, dampings)))
 
     def iter_sweep(self, queries: Tensor, dampings: Sequence[float]) -> Iterator[Tensor]:
-        """The ``[M, N]`` float32 scores of each damping in turn, one held at a time."""
+        """The ``[M, n]`` float32 scores of each damping in turn, one held at a time."""
         queries = self._checked_queries(queries)
         checked = [self._check_damping(damping) for damping in dampings]
         return self._sweep(queries, checked)
@@ -218,13 +236,16 @@ class RidgeSolver:
             if id(spectrum) not in rotated:
                 rotated[id(spectrum)] = left @ spectrum.basis
             product = (rotated[id(spectrum)] * spectrum.inverse(damping)) @ spectrum.basis.T
-            yield product.float() if self._is_dual else self._times_rows(product)
+            if self._is_dual:
+                yield product[:, self._reader.own].float()
+            else:
+                yield self._times_rows(product)
 
     def preconditioned(self, damping: float) -> Tensor:
         """``Φ (ΦᵀΦ + λI)⁻¹``: what a query is multiplied with to give its scores.
 
         Returns:
-            ``[N, K]`` float32, computed in float64.
+            ``[n, K]`` float32, computed in float64.
 
         Raises:
             TypeError: ``damping`` is not a number.
@@ -233,7 +254,8 @@ class RidgeSolver:
         damping = self._check_damping(damping)
         if not self._is_dual:
             inverse = self._inverse_at(damping)
-            return torch.cat([inverse(rows).float() for _, _, rows in self._reader.blocks()])
+            none = torch.empty(0, self.num_features, device=self._reader.device)
+            return torch.cat([none, *self._own_solutions(inverse)])
         factor = self._factors.cholesky_at(damping)
         blocks = []
         for columns in self._reader.columns():
@@ -243,7 +265,19 @@ class RidgeSolver:
                 spectrum = self._factors.spectrum_at(damping)
                 weighted = (columns @ spectrum.basis) * spectrum.inverse(damping)
                 blocks.append((spectrum.basis @ weighted.T).float())
-        return torch.cat(blocks, dim=1)
+        return torch.cat(blocks, dim=1)[self._reader.own]
+
+    def _own_solutions(self, inverse: Product) -> Iterator[Tensor]:
+        """``inverse`` of this process's rows, ``[B, K]`` float32 each."""
+        reader = self._reader
+        if self.method != "cg" or reader.group.world == 1:
+            yield from (inverse(rows).float() for _, _, rows in reader.blocks())
+            return
+        # every product takes all processes, so they solve for everybody's rows together
+        for rank, _, rows in reader.everyones_blocks(reader.block_rows()):
+            found = inverse(rows).float()
+            if rank == reader.group.rank:
+                yield found
 
     def inverse_times(self, queries: Tensor, damping: float) -> Tensor:
         """``Q (ΦᵀΦ + λI)⁻¹``.
@@ -273,9 +307,10 @@ class RidgeSolver:
         weight = inverse if damping > 0.0 else inverse**2
         inner = (self._reader.cross(queries) @ spectrum.basis) * weight
         inner = inner @ spectrum.basis.T
-        explained = torch.zeros_like(queries)
+        explained, inner = torch.zeros_like(queries), inner[:, self._reader.own]
         for start, stop, rows in self._reader.blocks():
             explained += inner[:, start:stop] @ rows
+        explained = self._reader.group.sum(explained)
         return (queries - explained) / damping if damping > 0.0 else explained
 
     def _dual_scores(self, queries: Tensor, damping: float) -> Iterator[tuple[int, int, Tensor]]:
@@ -300,8 +335,8 @@ class RidgeSolver:
         )
 
     def _times_rows(self, preconditioned: Tensor) -> Tensor:
-        """``[M, K] float64 -> [M, N] float32``, the product with Φᵀ."""
-        shape = (preconditioned.shape[0], self.num_samples)
+        """``[M, K] float64 -> [M, n] float32``, the product with Φᵀ."""
+        shape = (preconditioned.shape[0], self._reader.num_rows)
         out = preconditioned.new_empty(shape, dtype=torch.float32)
         return self._reader.times_rows(preconditioned, out)
 
@@ -309,7 +344,7 @@ class RidgeSolver:
         """The diagonal of ``Φ (ΦᵀΦ + λI)⁻¹ Φᵀ``: each training row's score on itself.
 
         Returns:
-            ``[N]`` float64 in [0, 1).
+            ``[n]`` float64 in [0, 1).
 
         Raises:
             ValueError: a damping :meth:`scores` refuses, or method ``"cg"``.
@@ -323,20 +358,20 @@ class RidgeSolver:
         """``y_i`` minus its prediction by ridge regression on every row but ``i``, exactly.
 
         Args:
-            targets: ``[N]`` or ``[N, C]`` floating, regressed on ``features`` without intercept.
+            targets: ``[n]`` or ``[n, C]`` floating, regressed on ``features`` without intercept.
             damping: λ in units of ``gram``, the same for every fold.
 
         Returns:
             float64, shaped as ``targets``.
 
         Raises:
-            ValueError: ``targets`` is not ``[N]`` or ``[N, C]``, or as for :meth:`leverages`.
+            ValueError: ``targets`` is not ``[n]`` or ``[n, C]``, or as for :meth:`leverages`.
 
         Source:
             Allen 1974 (PRESS); the identity ``(y − Hy) / (1 − h)`` holds for ridge regression
             without intercept.
         """
-        y = check_targets(targets, self.num_samples)
+        y = check_targets(targets, self._reader.num_rows)
         self._refuse_cg("leverages")
         damping = self._check_damping(damping)
         spectrum = self._factors.spectrum_at(damping)
@@ -346,11 +381,19 @@ class RidgeSolver:
         return ((y - fitted) / left_out).reshape(targets.shape)
 
     def feature_norms(self) -> Tensor:
-        """``‖φ_i‖₂`` of every training row, ``[N]`` float64."""
-        return torch.cat([torch.linalg.norm(rows, dim=1) for _, _, rows in self._reader.blocks()])
+        """``‖φ_i‖₂`` of every training row, ``[n]`` float64."""
+        norms = [torch.linalg.norm(rows, dim=1) for _, _, rows in self._reader.blocks()]
+        return torch.cat([self._reader.zeros(0), *norms])
+
+    def mean_squared_norm(self) -> float:
+        """The mean of ``‖φ_i‖₂²`` over all N training rows, in units of ``gram``."""
+        squares = self.feature_norms().square()
+        if self._reader.group.world == 1:
+            return float(squares.mean())
+        return float(self._reader.group.sum(squares.sum()) / self.num_samples)
 
     def preconditioned_norms(self, damping: float) -> Tensor:
-        """``‖(ΦᵀΦ + λI)⁻¹ φ_i‖₂`` of every training row, ``[N]`` float64.
+        """``‖(ΦᵀΦ + λI)⁻¹ φ_i‖₂`` of every training row, ``[n]`` float64.
 
         Raises:
             TypeError: ``damping`` is not a number.
@@ -376,7 +419,7 @@ class RidgeSolver:
         target.
 
         Args:
-            targets: ``[N]`` or ``[N, C]`` floating, or ``None``.
+            targets: ``[n]`` or ``[n, C]`` floating, or ``None``.
 
         Returns:
             λ in units of ``gram``, within [1e-10, 10] times the Gram's largest eigenvalue.
@@ -387,3 +430,11 @@ class RidgeSolver:
         """
         self._refuse_cg("auto_damping")
         return choose_damping(self._reader, self._factors.eigenvalues(), targets)
+
+
+def _handed_round(mine: TopK, group: Group) -> Iterator[TopK]:
+    """Everybody's strongest rows in turn."""
+    # lists may be of different lengths: the first dimension says so
+    lists = (mine.proponents, mine.proponent_scores, mine.opponents, mine.opponent_scores)
+    for parts in zip(*(group.each(each.T) for each in lists), strict=True):
+        yield TopK(*(part.T for part in parts))

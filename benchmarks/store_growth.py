@@ -1,0 +1,124 @@
+"""Time and peak memory of solving synthetic features from disk, against their size.
+
+``python benchmarks/store_growth.py --record`` appends a row per size that
+benchmarks/results/store_growth.jsonl lacks, ``--docs`` rewrites the table of docs/scale.md,
+``--check`` only says whether it is up to date. A store of every size that the disk has room for is
+made in ``--folder``, and deleted once it is solved.
+"""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from pages import ROOT, Table, read_rows, record, run
+
+from dtrak.features.packing import packed_bytes
+from dtrak.features.store import FeatureStore
+from dtrak_kernels.ridge import RidgeSolver
+
+RESULTS = ROOT / "benchmarks" / "results" / "store_growth.jsonl"
+FOLDER = Path("runs") / "store-growth"
+# a Gram of 8 MB, so that what grows are the rows
+WIDTH, QUERIES, TOP = 1024, 16, 10
+SIZES = (2**14, 2**16, 2**18, 2**20, 2**22)
+DTYPES = ("float32", "int8")
+# free on disk beside the store
+_ROOM = 2 * 2**30
+
+
+def make(folder: Path, rows: int, dtype: str) -> FeatureStore:
+    """A store of random rows whose columns have unlike sizes."""
+    ids = [str(row) for row in range(rows)]
+    store = FeatureStore.open(folder, {"synthetic": rows}, ids, WIDTH, 1, dtype)
+    sizes = torch.logspace(0, -2, WIDTH)
+    for shard in store.missing():
+        part = store.rows(shard)
+        generator = torch.Generator().manual_seed(shard)
+        store.write(shard, torch.randn(part.stop - part.start, WIDTH, generator=generator) * sizes)
+    return store
+
+
+def solve(folder: Path) -> dict[str, Any]:
+    """What one process takes for top-k of a store, in seconds and bytes."""
+    torch.set_num_threads(1)
+    store = FeatureStore.read(folder)
+    queries = torch.randn(QUERIES, WIDTH, generator=torch.Generator().manual_seed(1))
+    # what is resident before, the manifest with its ids included
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begin, cpu = time.perf_counter(), time.process_time()
+    solver = RidgeSolver(store)
+    solver.top_k(queries, TOP, solver.mean_squared_norm())
+    return {
+        "seconds": time.perf_counter() - begin,
+        "cpu": time.process_time() - cpu,
+        "method": solver.method,
+        "before_bytes": 1024 * before,
+        "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    }
+
+
+def measure_and_record(is_recorded: bool, smoke: bool, folder: Path) -> None:
+    """Append what is missing; without ``--record`` only print it."""
+    done = {(row["N"], row["dtype"]) for row in read_rows(RESULTS)}
+    for rows in (2**11,) if smoke else SIZES:
+        for dtype in DTYPES:
+            place = folder / f"{rows}-{dtype}"
+            size = rows * packed_bytes(WIDTH, dtype)
+            folder.mkdir(parents=True, exist_ok=True)
+            if (rows, dtype) in done or size + _ROOM > shutil.disk_usage(folder).free:
+                continue
+            make(place, rows, dtype)
+            # in a process of its own, whose peak is that of the solve
+            found = subprocess.run(
+                [sys.executable, __file__, "--solve", place], stdout=subprocess.PIPE, check=True
+            )
+            shutil.rmtree(place)
+            how = {"case": "store growth", "N": rows, "K": WIDTH, "dtype": dtype, "bytes": size}
+            row = how | {"queries": QUERIES} | json.loads(found.stdout)
+            if is_recorded:
+                record(RESULTS, row)
+            sys.stdout.write(f"{row}\n")
+            sys.stdout.flush()
+
+
+def table() -> list[str]:
+    """Lines of the page's table."""
+    rows = sorted(read_rows(RESULTS), key=lambda row: (row["N"], row["dtype"]))
+    lines = [
+        "| N | kept as | on disk | seconds | processor | peak beyond what was there |",
+        "|--:|---|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        beyond = row["peak_bytes"] - row["before_bytes"]
+        lines.append(
+            f"| {row['N']:,} | {row['dtype']} | {row['bytes'] / 1e9:.2f} GB | {row['seconds']:.0f} "
+            f"| {row['cpu']:.0f} | {beyond / 1e6:.0f} MB |"
+        )
+    last = rows[-1]
+    return [
+        *lines,
+        "",
+        f"Top {TOP} of {last['queries']} queries by `{last['method']}`, K = {last['K']:,}, λ = 1x, "
+        f"one thread, three passes over the store. {last['device']}, torch {last['torch']}.",
+    ]
+
+
+TABLE = Table(ROOT / "docs" / "scale.md", "store-growth", table)
+
+
+def main() -> None:
+    """Measure, or rewrite or check the page."""
+    if sys.argv[1:2] == ["--solve"]:
+        sys.stdout.write(json.dumps(solve(Path(sys.argv[2]))))
+        return
+    run(TABLE, __doc__, measure_and_record, folder=FOLDER)
+
+
+if __name__ == "__main__":
+    main()

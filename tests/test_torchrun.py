@@ -1,0 +1,137 @@
+"""Commands whose processes a launcher started: one run, divided, that says everything once."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from finished_run import make_images, results
+from numerics import relative_error
+from safetensors.torch import load_file
+from test_sketcher import small_unet
+
+from dtrak.features.store import FeatureStore
+from dtrak.models.process import linear_process
+from dtrak.models.unet import UNet
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+SMALL = (
+    "--timesteps", "1", "--proj-dim", "256", "--num-queries", "3", "--batch-size", "32",
+    "--device", "cpu",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launched")
+    UNet(small_unet().float(), linear_process()).save(folder / "model")
+    # two shards of training images
+    make_images(folder / "data", 600)
+    return "--model", folder / "model", "--data", folder / "data", *SMALL
+
+
+def command(*words, world=1):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    return [sys.executable, *(launcher if world > 1 else []), *map(str, words)]
+
+
+def run(*words, world=1):
+    done = subprocess.run(
+        command(*words, world=world), env=ENVIRONMENT, capture_output=True, text=True, timeout=500
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def read(folder):
+    """Scores, and every store of features by its place."""
+    scores = load_file(results(folder) / "scores.safetensors")["scores"]
+    found = {file.parent for file in (folder / "features-lowrank").rglob("manifest.json")}
+    return scores, {place.relative_to(folder): FeatureStore.read(place).load() for place in found}
+
+
+@pytest.mark.full
+def test_three_processes_make_what_one_makes(places, tmp_path):
+    attribute = ("-m", "dtrak.attribute", *places, "--output")
+    assert run(*attribute, tmp_path / "one")[0] == 0
+    code, output = run(*attribute, tmp_path / "three", world=3)
+    assert code == 0, output
+    (scores, features), (other, others) = read(tmp_path / "one"), read(tmp_path / "three")
+    assert relative_error(other, scores) < 1e-6
+    assert features.keys() == others.keys()
+    assert len(features) == 2
+    assert all(torch.equal(features[place], others[place]) for place in features)
+    for said in (
+        "features of training images: 600 of 600",
+        "generate the queries: ",
+        "report:",
+    ):
+        assert output.count(said) == 1, output
+    # again: it is finished
+    code, output = run(*attribute, tmp_path / "three", world=3)
+    assert (code, output.count("scores: ")) == (0, 1), output
+    code, output = run(
+        *attribute, tmp_path / "three", "--projection", "none", "--proj-dim", 7, world=3
+    )
+    assert (code != 0, output.count("error: ")) == (True, 1), output
+
+
+@pytest.mark.full
+def test_a_launch_whose_process_is_killed_goes_on(places, tmp_path):
+    words = ("-m", "dtrak.attribute", *places, "--output", tmp_path / "run")
+    launch = subprocess.Popen(
+        command(*words, world=2), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    begun = tmp_path / "run" / "features-lowrank"
+    while launch.poll() is None and not list(begun.rglob("*-from-*.safetensors")):
+        time.sleep(0.05)
+    children = Path(f"/proc/{launch.pid}/task/{launch.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    launch.communicate(timeout=300)
+    assert launch.returncode != 0
+    kept = {file: file.stat().st_mtime_ns for file in begun.rglob("000???.safetensors")}
+    # one process goes on where two were
+    code, output = run(*words)
+    assert code == 0, output
+    assert all(file.stat().st_mtime_ns == made for file, made in kept.items())
+    assert run("-m", "dtrak.attribute", *places, "--output", tmp_path / "whole")[0] == 0
+    for place, rows in read(tmp_path / "whole")[1].items():
+        assert torch.equal(FeatureStore.read(tmp_path / "run" / place).load(), rows)
+
+
+@pytest.mark.full
+def test_processes_that_were_called_otherwise_are_refused(places, tmp_path):
+    words = ("-m", "dtrak.attribute", *places, "--output", tmp_path / "run", "--seed")
+    started = [
+        subprocess.Popen(
+            [sys.executable, *map(str, words), str(rank)],
+            env=ENVIRONMENT
+            | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = " ".join("".join(one.communicate(timeout=300)[1] for one in started).split())
+    assert [one.returncode for one in started] == [2, 2]
+    assert said.count("error: ") == 1
+    assert "rank 1 is not: options.seed is 0 in rank 0 and 1" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.full
+def test_models_are_trained_and_measured_once(tmp_path):
+    script = Path(__file__).with_name("launched_lds.py")
+    code, output = run(script, tmp_path, "prepare")
+    assert code == 0, output
+    code, output = run(script, tmp_path, "train", "evaluate", world=2)
+    assert code == 0, output
+    assert output.count("5 of 5 models are trained") == 1, output
+    assert output.count("losses of 4 of 4 models are measured") == 1, output
+    assert output.count("results: ") == 1, output
+    trained = [line for line in output.splitlines() if line.startswith("train ")]
+    assert len(set(trained)) == len(trained)
