@@ -195,7 +195,8 @@ class Evidence:
                 "explain fewer at a time, or: python -m dtrak.store score --only-top 100 …",
             )
             train = self._features(TRAIN)
-            left, noise, features = self._left(), None, train
+            features: Any = train
+            left, noise = self._left(), None
             if self.how.noise_halves:
                 left, noise = left.chunk(2, dim=1)
                 features = Columns(train, 0)
