@@ -12,7 +12,7 @@ from torch import Tensor
 _PREFIX = "findings/"
 _TENSORS = ("errors", "reliabilities", "p_values", "stands_out", "look_alikes", "agreement")
 _SHOWN = 3
-_OF_GROUPS = ("scores", "shares", "errors")
+_OF_GROUPS = ("scores", "shares", "errors", "members")
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +107,10 @@ class Findings:
         if "groups" in about:
             names, sizes = (tuple(about["groups"][name]) for name in ("names", "sizes"))
             scores, shares = (tensors[f"{_PREFIX}groups/{name}"] for name in ("scores", "shares"))
-            groups = Groups(names, sizes, scores, shares, tensors.get(f"{_PREFIX}groups/errors"))
+            errors, members = (
+                tensors.get(f"{_PREFIX}groups/{name}") for name in ("errors", "members")
+            )
+            groups = Groups(names, sizes, scores, shares, errors, members)
         verdicts = about["verdicts"]
         return cls(
             verdicts=None if verdicts is None else tuple(verdicts),

@@ -210,6 +210,7 @@ def test_findings_lie_beside_the_scores(asked, tmp_path):
     groups = again.findings.groups
     assert (groups.names, groups.sizes) == (("g0", "g1", "g2"), (16, 16, 16))
     assert torch.equal(groups.errors, found.findings.groups.errors)
+    assert groups.members.tolist() == [i % 3 for i in range(N)]
     file = tmp_path / "scores.safetensors"
     metadata = read_scores(file)[1]
     file.write_bytes(file.read_bytes().replace(b"likeness", b"lickness"))
@@ -221,6 +222,7 @@ def test_findings_lie_beside_the_scores(asked, tmp_path):
 def test_groups_sum_scores_and_share_what_is_positive():
     scores = torch.tensor([[1.0, -2.0, 3.0, 4.0], [-1.0, -1.0, -1.0, -1.0]])
     found = score_groups(scores, ["b", "a", "b", None])
+    assert found.members.tolist() == [0, 1, 0, -1]
     assert found.names == ("b", "a")
     assert found.scores.tolist() == [[4.0, -2.0], [-2.0, -1.0]]
     assert torch.allclose(found.shares, torch.tensor([[0.5, 0.0], [0.0, 0.0]]))

@@ -97,9 +97,8 @@ def score_groups(
     ordered = sorted(counts, key=lambda name: (-counts[name], name))
     place = {name: column for column, name in enumerate(ordered)}
     members = torch.zeros(len(names), len(ordered), dtype=torch.bool)
-    for row, name in enumerate(names):
-        if name is not None:
-            members[row, place[name]] = True
+    columns = torch.tensor([-1 if name is None else place[name] for name in names])
+    members[columns >= 0, columns[columns >= 0]] = True
     inside, positive = members.double(), scores.double().clamp(min=0)
     mass = positive.sum(1, keepdim=True)
     shares = torch.where(mass > 0, positive @ inside / mass.clamp(min=1e-300), 0.0)
@@ -109,4 +108,5 @@ def score_groups(
         (scores.double() @ inside).float(),
         shares.float(),
         None if noise is None else noise.group_errors(members),
+        columns,
     )
