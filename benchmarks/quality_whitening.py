@@ -254,7 +254,7 @@ def table(preset: str = "digits") -> list[str]:
     """Lines of the page's table of a benchmark."""
     rows = sorted(rows_of(preset), key=_order)
     if not rows:
-        return ["Not measured yet."]
+        return ["Other kinds, exact gradients and other widths are **not measured yet** there."]
     lines = [
         "| function | S | K | kind | λ held out (95 %) | λ = 1x | λ auto |",
         "|---|--:|--:|---|--:|--:|--:|",
