@@ -237,9 +237,10 @@ def _draw_panel(ax: Any, preset: str, queries: str) -> None:
         top = max((p for p in found if p.timesteps == count), key=lambda point: point.lds)
         ax.annotate(
             f"S = {count}", (top.seconds, top.interval[1]), (0, 3), textcoords="offset points",
-            ha="center", fontsize=8,
+            ha="center", fontsize=8, bbox={"color": "white", "pad": 0.5},
         )  # fmt: skip
     ax.set_xscale("log")
+    plots._readable(ax.xaxis, lambda value: f"{value:g}")
     ax.set_title(f"{_TITLES[preset]}, {queries} queries", fontsize=9, loc="left")
     ax.set_ylim(bottom=min(0, *(p.interval[0] for p in found)) if found else 0)
     ax.grid(axis="y", linewidth=0.3)

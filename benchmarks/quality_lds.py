@@ -67,26 +67,31 @@ def trained_run(
 
 
 def exact_gradients(
-    experiment: Experiment, queries: Mapping[str, Samples], function: str, num_timesteps: int
+    experiment: Experiment,
+    queries: Mapping[str, Samples],
+    function: str,
+    num_timesteps: int,
+    name: str = FULL,
 ) -> tuple[dict[str, Tensor], list[tuple[int, ...]]]:
-    """Gradients of an output function, as the methods of `dtrak.evaluation.lds.methods` take them.
+    """A model's gradients of an output function, as the methods of `dtrak.lds` take them.
 
     Returns:
         ``[N, P]`` float32 of the training images and ``[M, P]`` of every kind of query, and the
         shapes of the parameters.
     """
-    model, retraining = experiment.load_model(), experiment.retraining
+    model, retraining = experiment.load_model(name), experiment.retraining
+    member = "" if name == FULL else f"-{name}"
     process = model.process
     timesteps = select_timesteps(num_timesteps, "uniform", process.num_timesteps, process.spread)
     settings = FeatureSettings(function, tuple(timesteps), 0, Projection("none", 0))
     extractor = FusedExtractor(model, settings, CPU)
     parts = {TRAIN: retraining.samples(TRAIN, experiment.data, CPU), **queries}
     gradients = {}
-    for name, data in parts.items():
-        role = "train" if name == TRAIN else "query"
-        folder = experiment.folder / "gradients" / f"{function}-{num_timesteps}" / name
-        bar = partial(progress_bar, Console(stderr=True), f"{function} {name}")
-        gradients[name] = complete_store(folder, extractor, data, role, bar).load()
+    for part, data in parts.items():
+        role = "train" if part == TRAIN else "query"
+        folder = experiment.folder / "gradients" / f"{function}-{num_timesteps}{member}" / part
+        bar = partial(progress_bar, Console(stderr=True), f"{function}{member} {part}")
+        gradients[part] = complete_store(folder, extractor, data, role, bar).load()
     return gradients, extractor.sketcher.shapes
 
 

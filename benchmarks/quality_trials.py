@@ -1,9 +1,10 @@
 """What else could make attribution more accurate, tried on the packaged benchmarks.
 
-``python benchmarks/quality_trials.py --preset digits --record`` appends a row per output function
-and whitening that benchmarks/results/trials.jsonl lacks, ``--docs`` rewrites the tables of
-docs/trials.md, ``--check`` only says whether they are up to date. Kernels are exact (no
-projection), S is 10, λ is chosen on one half of the retrained models and judged on the other.
+``python benchmarks/quality_trials.py --preset digits --record`` appends a row per group of
+trials, output function and whitening that benchmarks/results/trials.jsonl lacks, ``--docs``
+rewrites the tables of docs/trials.md, ``--check`` only says whether they are up to date. Kernels
+are exact (no projection), S is 10, λ is chosen on one half of the retrained models and judged on
+the other.
 """
 
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from pages import PRESETS, ROOT, Table, read_rows, record, run
-from quality_lds import CPU, trained_run
+from quality_lds import CPU, exact_gradients, trained_run
 from quality_whitening import FUNCTIONS, QUERIES, fitted, reduced
 from rich.console import Console
 from torch import Tensor
@@ -54,7 +55,7 @@ PAGE = ROOT / "docs" / "trials.md"
 TIMESTEPS, MEMBERS, BATCH = 10, 4, 16
 # of the mean squared feature norm of the training set
 MULTIPLES = ("0.0001", "0.001", "0.01", "0.1", UNIT, "10")
-RESAMPLES = 1000
+RESAMPLES = 400
 WHITENINGS = ("none", "lowrank")
 PLAIN = "as it is"
 # how the S rows of a sample are drawn, beside S evenly spaced timesteps with a noise each
@@ -146,26 +147,21 @@ def averaged(
     settings: FeatureSettings,
     parts: Mapping[str, Samples],
     scheme: str,
-    maps: Mapping[str, Callable[[Tensor], Tensor]],
+    change: Callable[[Tensor], Tensor],
     label: str,
-) -> dict[str, Gradients]:
-    """The mean over a sample's rows of several functions of its row gradients ``[B, S, P]``."""
-    found: dict[str, dict[str, list[Tensor]]] = {name: {} for name in maps}
+) -> Gradients:
+    """The mean over a sample's rows of a function of its row gradients ``[B, S, P]``."""
+    found: dict[str, list[Tensor]] = {}
     done, total = 0, sum(len(data) for data in parts.values())
     with progress_bar(Console(stderr=True), label) as progress:
         for part, data in parts.items():
             role = "train" if part == TRAIN else "query"
             for grads in row_gradients(model, settings, data, role, scheme):
-                for name, function in maps.items():
-                    found[name].setdefault(part, []).append(function(grads).mean(1))
+                found.setdefault(part, []).append(change(grads).mean(1))
                 done += len(grads)
                 progress(done, total)
-    joined = {}
-    for name in maps:
-        parts_of = found.pop(name)
-        queries = [torch.cat(parts_of[kind]) for kind in QUERIES]
-        joined[name] = Gradients(torch.cat(parts_of[TRAIN]), torch.cat(queries))
-    return joined
+    queries = [torch.cat(found[kind]) for kind in QUERIES]
+    return Gradients(torch.cat(found[TRAIN]), torch.cat(queries))
 
 
 def unit(grads: Tensor) -> Tensor:
@@ -352,102 +348,118 @@ def ekfac_influence(grads: Gradients, whitening: Whitening) -> Callable[[float],
     return scores
 
 
-def trial_entries(
-    experiment: Experiment, parts: Mapping[str, Samples], judge: Judge, function: str, kind: str
-) -> Iterator[Entry]:
-    """Every trial of an output function and a whitening."""
-    model = experiment.load_model()
-    process = model.process
-    steps = tuple(select_timesteps(TIMESTEPS, "uniform", process.num_timesteps, process.spread))
-    settings = FeatureSettings(function, steps, 0, Projection("none"))
-    whitening = None if kind == "none" else fitted(experiment, function, TIMESTEPS, kind)
+@dataclass(frozen=True, eq=False)
+class Trials:
+    """Every trial on one benchmark, group by group, the cheapest first.
 
-    def rows(scheme: str) -> dict[str, Gradients]:
-        maps = {"plain": lambda grads: grads}
-        if scheme == "":
-            maps["unit"] = unit if whitening is None else whitened_unit(whitening)
-        label = f"{other} {kind} {scheme}"
-        found = averaged(
-            model, replace(settings, output_function=other), parts, scheme, maps, label
-        )
-        if whitening is not None:
-            found["plain"] = found["plain"].whitened(whitening)
-        return found
+    Attributes:
+        experiment: with its full model and `MEMBERS` models of the retrain family.
+        queries: by their kind.
+        judge: of scores.
+    """
 
-    found = rows("")
-    yield from judge.kernel(found.pop("unit"), {"unit timesteps": plain_scores})
-    plain = found["plain"]
-    changes = {
-        PLAIN: plain_scores,
-        "over 1 - h": left_out,
-        "squared": squared,
-    }
-    yield from judge.kernel(plain, changes)
-    names = [name for name, _ in model.module.named_parameters() if name in model.parameters()]
-    shapes = [model.module.get_parameter(name).shape for name in names]
-    scores, norm, auto = layer_weighted(plain, layers_of(names, shapes))
-    yield judge.entry("layers weighted", scores, norm, auto)
-    if kind != "none":
-        kfac = fitted(experiment, function, TIMESTEPS, "kfac")
-        raw = averaged(
-            model, settings, parts, "", {"plain": lambda grads: grads}, f"{function} raw"
-        )["plain"]
-        influence = ekfac_influence(raw, kfac)
-        yield judge.entry("EK-FAC influence, no kernel", influence, 1.0, _PUBLISHED_DAMPING)
-        del raw, influence
-    for other, title in FUNCTIONS.items():
-        if other != function:
-            queries = {name: data for name, data in parts.items() if name != TRAIN}
-            crossed = averaged(
-                model,
-                replace(settings, output_function=other),
-                {TRAIN: parts[TRAIN].select(range(1)), **queries},
-                "",
-                {"plain": lambda grads: grads},
-                f"queries of {other}",
-            )["plain"]
-            if whitening is not None:
-                crossed = crossed.whitened(whitening)
-            mixed = Gradients(plain.train, crossed.queries)
-            yield from judge.kernel(mixed, {f"queries by f of {title}": plain_scores})
-    del plain, found
-    for scheme, title in SCHEMES.items():
-        yield from judge.kernel(rows(scheme)["plain"], {title: plain_scores})
-    yield ensemble_entry(experiment, parts, judge, settings, kind)
+    experiment: Experiment
+    queries: Mapping[str, Samples]
+    judge: Judge
 
+    @property
+    def groups(self) -> dict[str, Callable[[str, str], Iterator[Entry]]]:
+        """Trials of an output function and a kind of whitening, by the name of their group."""
+        return {
+            "scores": self.scores,
+            "ensemble": self.ensemble,
+            "unit": self.unit_timesteps,
+            "draws": self.draws,
+        }
 
-def ensemble_entry(
-    experiment: Experiment,
-    parts: Mapping[str, Samples],
-    judge: Judge,
-    settings: FeatureSettings,
-    kind: str,
-) -> Entry:
-    """Mean scores of models trained on halves of their own, λ one multiple of each one's norm."""
-    members = []
-    for name in experiment.names(0, MEMBERS, RETRAIN):
-        model = experiment.load_model(name)
-        grads = averaged(
-            model, settings, parts, "", {"plain": lambda grads: grads}, f"model {name}"
-        )["plain"]
+    def plain(self, function: str, kind: str, of: str | None = None) -> Gradients:
+        """Averaged gradients, whitened as those of another function are if ``of`` says so."""
+        found, _ = exact_gradients(self.experiment, self.queries, function, TIMESTEPS)
+        grads = Gradients(found[TRAIN], torch.cat([found[name] for name in QUERIES]))
+        whitening = self.whitening(of or function, kind)
+        return grads if whitening is None else grads.whitened(whitening)
+
+    def whitening(self, function: str, kind: str) -> Whitening | None:
+        """Fitted to gradients of a function; None for none."""
+        return None if kind == "none" else fitted(self.experiment, function, TIMESTEPS, kind)
+
+    def base(self, function: str, kind: str) -> Iterator[Entry]:
+        """What trials are compared with."""
+        yield from self.judge.kernel(self.plain(function, kind), {PLAIN: plain_scores})
+
+    def scores(self, function: str, kind: str) -> Iterator[Entry]:
+        """What is made of the gradients as they are."""
+        plain = self.plain(function, kind)
+        changes = {PLAIN: plain_scores, "over 1 - h": left_out, "squared": squared}
+        yield from self.judge.kernel(plain, changes)
+        model = self.experiment.load_model()
+        names = list(model.parameters())
+        shapes = [model.module.get_parameter(name).shape for name in names]
+        scores, norm, auto = layer_weighted(plain, layers_of(names, shapes))
+        yield self.judge.entry("layers weighted", scores, norm, auto)
+        for other, title in FUNCTIONS.items():
+            if other != function:
+                queries = self.plain(other, kind, of=function).queries
+                mixed = {f"queries by f of {title}": plain_scores}
+                yield from self.judge.kernel(Gradients(plain.train, queries), mixed)
         if kind != "none":
-            grads = grads.whitened(
-                fitted(experiment, settings.output_function, TIMESTEPS, kind, name)
-            )
-        train, queries = reduced(grads.train, grads.queries)
-        solver = RidgeSolver(train)
-        norm = float(train.double().square().sum(1).mean())
-        members.append((solver, queries, norm, solver.auto_damping() / norm))
-    automatic = members[0][3]
+            kfac = fitted(self.experiment, function, TIMESTEPS, "kfac")
+            influence = ekfac_influence(self.plain(function, "none"), kfac)
+            yield self.judge.entry("EK-FAC, no kernel", influence, 1.0, _PUBLISHED_DAMPING)
 
-    def scores(multiple: float) -> Tensor:
-        total: Any = 0
-        for solver, queries, norm, auto in members:
-            chosen = auto if multiple == automatic else multiple
-            total = total + trak(solver, queries, chosen * norm).double()
-        return total / len(members)
+    def ensemble(self, function: str, kind: str) -> Iterator[Entry]:
+        """Mean scores of models trained on halves of their own, λ a multiple of each one's norm."""
+        yield from self.base(function, kind)
+        members = []
+        for name in self.experiment.names(0, MEMBERS, RETRAIN):
+            found, _ = exact_gradients(self.experiment, self.queries, function, TIMESTEPS, name)
+            grads = Gradients(found[TRAIN], torch.cat([found[query] for query in QUERIES]))
+            if kind != "none":
+                whitening = fitted(self.experiment, function, TIMESTEPS, kind, name)
+                grads = grads.whitened(whitening)
+            train, queries = reduced(grads.train, grads.queries)
+            solver = RidgeSolver(train)
+            norm = float(train.double().square().sum(1).mean())
+            members.append((solver, queries, norm, solver.auto_damping() / norm))
+        automatic = members[0][3]
 
-    return judge.entry(f"{MEMBERS} models", scores, 1.0, automatic)
+        def scores(multiple: float) -> Tensor:
+            total: Any = 0
+            for solver, queries, norm, auto in members:
+                chosen = auto if multiple == automatic else multiple
+                total = total + trak(solver, queries, chosen * norm).double()
+            return total / len(members)
+
+        yield self.judge.entry(f"{MEMBERS} models", scores, 1.0, automatic)
+
+    def unit_timesteps(self, function: str, kind: str) -> Iterator[Entry]:
+        """Every timestep's gradient over its norm."""
+        yield from self.base(function, kind)
+        whitening = self.whitening(function, kind)
+        change = unit if whitening is None else whitened_unit(whitening)
+        found = self.averaged(function, "", change, f"{function} {kind} unit")
+        yield from self.judge.kernel(found, {"unit timesteps": plain_scores})
+
+    def draws(self, function: str, kind: str) -> Iterator[Entry]:
+        """Other timesteps and noises."""
+        yield from self.base(function, kind)
+        whitening = self.whitening(function, kind)
+        for scheme, title in SCHEMES.items():
+            label = f"{function} {kind} {scheme}"
+            grads = self.averaged(function, scheme, lambda rows: rows, label)
+            grads = grads if whitening is None else grads.whitened(whitening)
+            yield from self.judge.kernel(grads, {title: plain_scores})
+
+    def averaged(
+        self, function: str, scheme: str, change: Callable[[Tensor], Tensor], label: str
+    ) -> Gradients:
+        """As `averaged`, of the full model."""
+        model, retraining = self.experiment.load_model(), self.experiment.retraining
+        parts = {TRAIN: retraining.samples(TRAIN, self.experiment.data, CPU), **self.queries}
+        process = model.process
+        steps = select_timesteps(TIMESTEPS, "uniform", process.num_timesteps, process.spread)
+        settings = FeatureSettings(function, tuple(steps), 0, Projection("none"))
+        return averaged(model, settings, parts, scheme, change, label)
 
 
 def measure_and_record(is_recorded: bool, smoke: bool, folder: Path, preset: str) -> None:
@@ -468,21 +480,25 @@ def measure_and_record(is_recorded: bool, smoke: bool, folder: Path, preset: str
     for name in experiment.names(0, MEMBERS, RETRAIN):
         with progress_bar(Console(stderr=True), f"train {name}") as progress, one_thread():
             train_one(experiment, name, CPU, progress)
-    parts = {TRAIN: experiment.retraining.samples(TRAIN, experiment.data, CPU), **queries}
-    judge = Judge(results)
-    done = {(row["preset"], row["function"], row["whitening"]) for row in read_rows(RESULTS)}
-    for function, kind in product(FUNCTIONS, WHITENINGS):
-        if (preset, function, kind) in done:
+    trials = Trials(experiment, queries, Judge(results))
+    keys = ("preset", "group", "function", "whitening")
+    done = {tuple(row[key] for key in keys) for row in read_rows(RESULTS)}
+    # the default first
+    wanted = product(trials.groups, FUNCTIONS, reversed(WHITENINGS))
+    for group, function, kind in wanted:
+        if (preset, group, function, kind) in done:
             continue
-        entries = list(trial_entries(experiment, parts, judge, function, kind))
+        entries = list(trials.groups[group](function, kind))
         row = {
             "case": "trials",
             "preset": preset,
+            "group": group,
             "function": function,
             "whitening": kind,
             "timesteps": TIMESTEPS,
             "models": len(results.subsets),
-            "cases": judge.table(entries, PLAIN),
+            "resamples": RESAMPLES,
+            "cases": trials.judge.table(entries, PLAIN),
         }
         if is_recorded:
             record(RESULTS, row)
@@ -512,41 +528,45 @@ def table() -> list[str]:
     rows = read_rows(RESULTS)
     lines: list[str] = []
     for preset in PRESETS:
-        found = {(r["function"], r["whitening"]): r for r in rows if r["preset"] == preset}
-        if not found:
+        cases: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+        for row in (row for row in rows if row["preset"] == preset):
+            for case in row["cases"]:
+                found = cases.setdefault((row["function"], row["whitening"]), {})
+                kept = found.setdefault(case["method"], [])
+                kept[:] = [c for c in kept if c["queries"] != case["queries"]] + [case]
+        if not cases:
             continue
-        methods = list(
-            dict.fromkeys(case["method"] for row in found.values() for case in row["cases"])
-        )
-        methods.sort(key=lambda name: name != PLAIN)
+        columns = [key for key in product(FUNCTIONS, WHITENINGS) if key in cases]
+        methods = dict.fromkeys(method for key in columns for method in cases[key])
         heads = [
             f"{FUNCTIONS[function]}{'' if kind == 'none' else ', whitened'}"
-            for function, kind in found
+            for function, kind in columns
         ]
-        body = [(name, *(_cell(row["cases"], name) for row in found.values())) for name in methods]
-        last = next(reversed(found.values()))
+        body = [
+            (method, *(_cell(cases[key].get(method, [])) for key in columns))
+            for method in sorted(methods, key=lambda name: name != PLAIN)
+        ]
+        last = rows[-1]
         lines += [
             f"### {preset}",
             "",
             *tables.Table(("", *heads), body, words=("",)).markdown(),
             "",
             f"LDS in %, validation / generated queries, {last['models']} retrained models, S = "
-            f"{last['timesteps']}, exact kernel, λ held out. Bold: the 95 % interval of the paired "
-            f'difference to "{PLAIN}" lies above zero; struck out: below. torch {last["torch"]}.',
+            f"{last['timesteps']}, exact gradients, λ held out. Bold: the 95 % interval of the "
+            f'paired difference to "{PLAIN}" lies above zero; struck out: below '
+            f"({last['resamples']} resamples). torch {last['torch']}.",
             "",
         ]
     return lines[:-1]
 
 
-def _cell(cases: Sequence[Mapping[str, Any]], method: str) -> str:
+def _cell(cases: Sequence[Mapping[str, Any]]) -> str:
     texts = []
-    for kind in QUERIES:
-        found = [c for c in cases if c["method"] == method and c["queries"] == kind]
-        if not found:
-            return ""
-        text = f"{100 * found[0]['held_out']['lds']:.1f}"
-        if found[0]["over"] is not None:
-            low, high = found[0]["over"]["bca"]
+    for case in sorted(cases, key=lambda case: QUERIES.index(case["queries"])):
+        text = f"{100 * case['held_out']['lds']:.1f}"
+        if case["over"] is not None:
+            low, high = case["over"]["bca"]
             text = f"**{text}**" if low > 0 else f"~~{text}~~" if high < 0 else text
         texts.append(text)
     return " / ".join(texts)
