@@ -98,33 +98,41 @@ def test_commands_run(tmp_path):
         assert all(f'href="queries/{folder.name}/report.html"' in index for folder in folders)
 
 
-def test_the_digits_table_is_what_comes_with_the_package():
-    _, table = packaged_results("digits")
-    header = re.search(r"\| \| (D-TRAK, whitened .*) \|\n", README).group(1).split(" | ")
-    names = {"raw pixels": "Raw pixels, dot", "random": "Random"}
-    file = ROOT / "benchmarks" / "results" / "whitening.jsonl"
-    fitted = {
-        (row["function"], case["queries"]): case["1"]["lds"]
-        for row in map(json.loads, file.read_text().splitlines())
-        if (row["timesteps"], row["kind"], row["proj_dim"]) == (100, "lowrank", 8192)
-        for case in row["cases"]
+def lds_cells(preset):
+    """The README's row of a benchmark, from the package and, of whitened digits, from rows."""
+    _, table = packaged_results(preset)
+    rows = {
+        (r["method"], r["timesteps"], r["queries"]): r
+        for r in table["rows"]
+        if r["projection"] in ("", "sjlt")
     }
-    functions = {"D-TRAK, whitened": "mean_squared_l2_norm", "f = mean, whitened": "mean"}
-    for kind in ("validation", "generated"):
-        cells = re.search(rf"\| {kind} images \| (.*) \|\n", README).group(1).split(" | ")
-        for name, cell in zip(header, cells, strict=True):
-            if name in functions:
-                assert cell == f"**{100 * fitted[functions[name], kind]:.1f}**", (kind, name)
-                continue
-            method = names.get(name, name.replace("f = ", ""))
-            (row,) = [
-                row
-                for row in select_rows(table, kind)
-                if row["method"] == method
-                and row["timesteps"] in (0, 100)
-                and row["projection"] in ("", "sjlt")
-            ]
-            assert cell == f"{100 * row['held_out']['lds']:.1f}", (kind, name)
+    file = ROOT / "benchmarks" / "results" / "whitening.jsonl"
+    names = {"mean_squared_l2_norm": "D-TRAK, whitened", "loss": "TRAK, whitened"}
+    for row in map(json.loads, file.read_text().splitlines()):
+        is_shown = row["kind"] == "lowrank" and row["proj_dim"] == 8192
+        if preset == "digits" and is_shown and row["function"] in names:
+            for case in row["cases"]:
+                rows[names[row["function"]], row["timesteps"], case["queries"]] = case
+
+    def both(method, S, rule):
+        values = (rows[method, S, kind][rule]["lds"] for kind in ("validation", "generated"))
+        return " / ".join(f"{100 * value:.1f}" for value in values)
+
+    cells = []
+    for method in ("D-TRAK, whitened", "D-TRAK", "TRAK, whitened", "TRAK"):
+        rule = "1" if "whitened" in method else "held_out"
+        shown = [both(method, S, rule) for S in (10, 100)]
+        is_bold = method == "D-TRAK, whitened"
+        cells.append("; ".join(f"**{text}**" if is_bold else text for text in shown))
+    return [*cells, both("Raw pixels, cosine", 0, "held_out")]
+
+
+@pytest.mark.parametrize(
+    "preset, name", [("digits", "digits"), ("cifar2-16", "CIFAR-2 at 16 x 16")]
+)
+def test_the_table_of_accuracy_is_what_comes_with_the_package(preset, name):
+    line = f"| {name}, S = 10; 100 | {' | '.join(lds_cells(preset))} |"
+    assert line in README.splitlines(), line
 
 
 def test_the_table_is_the_newest_row(monkeypatch):
