@@ -13,7 +13,7 @@ import pytest
 from test_reproduce import parse
 
 from dtrak.data.images import encode_png, load_data, to_uint8
-from dtrak.evaluation.lds.table import packaged_results, select_rows
+from dtrak.evaluation.lds.table import packaged_results
 from dtrak.models.unet import digits_model
 
 ROOT = Path(__file__).parents[1]
