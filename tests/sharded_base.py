@@ -71,7 +71,9 @@ def process(folder, rank):
     plain, names = make()
     net, _ = make()
     shard(net, mesh, {p for name, p in net.named_parameters() if name in names})
-    assert torch.equal(features(net, names, x), features(plain, names, x))
+    found, whole = features(net, names, x), features(plain, names, x)
+    # products of gathered weights may be summed in another order
+    assert (found - whole).norm() < 1e-6 * whole.norm()
     base = [p for name, p in net.named_parameters() if name not in names]
     assert sum(p.to_local().numel() for p in base) < 0.6 * sum(p.numel() for p in base)
     net, _ = make()
@@ -92,7 +94,7 @@ def main(folder):
             os._exit(0)
         children.append(child)
     assert all(os.waitpid(child, 0)[1] == 0 for child in children)
-    print("the bits of the whole model")
+    print("the features of the whole model")
 
 
 if __name__ == "__main__":

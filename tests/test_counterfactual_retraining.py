@@ -215,7 +215,7 @@ def test_folders_of_other_experiments_are_refused(origin, experiment, tmp_path):
     with pytest.raises(CounterfactualError, match="is damaged: run again to write it anew"):
         load_experiment(folder)
     (folder / "plan.json").write_text('{"format": 7}')
-    with pytest.raises(CounterfactualError, match="must be of format 3, got 7"):
+    with pytest.raises(CounterfactualError, match="must be of format 4, got 7"):
         load_experiment(folder)
     (folder / "plan.json").write_text("[]")
     with pytest.raises(CounterfactualError, match=r"plan\.json is damaged"):

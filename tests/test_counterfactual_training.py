@@ -101,7 +101,7 @@ def test_a_recipe_written_by_hand(changed, opened, tmp_path):
         ('{"recipe": {"steps": 0}}', "steps of a recipe must be at least 1, got 0"),
         ('{"recipe": {"steps": "many"}}', "must hold numbers"),
         ('{"recipe": {}, "mixed_precision": "fp15"}', "did you mean 'fp16'"),
-        ('{"recipe": {}, "start": {"weights": 3}}', "unexpected keyword argument 'weights'"),
+        ('{"recipe": {}, "start": {"weight": 3}}', "unexpected keyword argument 'weight'"),
     ):
         file.write_text(content)
         with pytest.raises(RecordError, match=message):

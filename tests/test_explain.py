@@ -129,7 +129,8 @@ def test_models_as_people_hold_them(model, folder, tmp_path):
     ]
     scores = [dtrak.explain(one, folder, folder, **HOW).scores for one in given]
     for other in scores[1:]:
-        assert torch.allclose(scores[0], other, rtol=1e-4, atol=1e-6)
+        # a fit that differs in last bits rounds directions to bfloat16 otherwise
+        assert torch.allclose(scores[0], other, rtol=5e-3, atol=1e-4)
     with pytest.raises(ValueError, match="got a Linear"):
         dtrak.explain(torch.nn.Linear(2, 2), folder, folder, **HOW)
 

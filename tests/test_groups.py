@@ -34,4 +34,4 @@ def test_other_numbers_of_processes(tmp_path):
 
 @pytest.mark.full
 def test_the_base_of_an_adapter_may_be_sharded(tmp_path):
-    assert said("sharded_base.py", tmp_path) == "the bits of the whole model\n"
+    assert said("sharded_base.py", tmp_path) == "the features of the whole model\n"

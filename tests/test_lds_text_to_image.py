@@ -21,7 +21,7 @@ from dtrak import attribute, lds
 from dtrak import train as train_command
 from dtrak.data.images import load_data, to_uint8
 from dtrak.data.samples import Samples
-from dtrak.evaluation import retraining
+from dtrak import models
 from dtrak.evaluation.counterfactual.origin import open_origin
 from dtrak.evaluation.lds import methods as lds_methods
 from dtrak.evaluation.lds.experiment import (
@@ -111,7 +111,7 @@ def ready(folder, base, preset=PRESET, **options):
 def test_from_the_trained_models_to_the_table(folder, tmp_path, monkeypatch):
     copy = shutil.copytree(folder, tmp_path / "run")
     loaded = []
-    monkeypatch.setattr(retraining, "load", lambda *a: loaded.append(a) or load(*a))
+    monkeypatch.setattr(models, "load", lambda *a, **k: loaded.append(a) or load(*a, **k))
     code, text = lds_run("evaluate", copy, *SMALL)
     assert (code, "losses of 4 of 4 models are measured" in text) == (0, True), text
     assert len(loaded) == 2, "once by the command, once by its worker, whatever the models"

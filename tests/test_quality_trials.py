@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_lds import PRESET, register
+from tiny_lds import PRESET
 
 from dtrak.evaluation.lds.statistics import lds
 from dtrak.evaluation.lds.table import Results
 from dtrak.features.extraction import FusedExtractor
 from dtrak.features.settings import FeatureSettings
+from dtrak.training import presets
 from dtrak_kernels import Projection, Whitening
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -119,8 +120,8 @@ def test_rows_are_drawn_as_the_scheme_says(monkeypatch):
     assert trials.drawn_timesteps("antithetic", ids, every, 1000)[0] == every[::2]
 
 
-def test_averaged_rows_are_the_features_of_the_product(tmp_path):
-    register()
+def test_averaged_rows_are_the_features_of_the_product(tmp_path, monkeypatch):
+    monkeypatch.setitem(presets.PRESETS, PRESET.name, PRESET)
     experiment, queries = trials.trained_run(
         tmp_path / "run", PRESET, {"validation": 2, "generated": 2}
     )

@@ -39,10 +39,10 @@ def ids(source, split="train", **options):
 
 
 def test_names_of_parts():
-    assert split_names("train") == ("train", "training")
-    held_out = ("validation", "valid", "val", "dev", "test", "testing", "eval")
+    assert split_names("train") == ("train", "training", "trainset")
+    held_out = ("validation", "valid", "val", "dev", "valset", "test", "testing", "eval", "testset")
     assert split_names("validation") == held_out
-    assert split_names("test") == ("test", "testing", "eval")
+    assert split_names("test") == ("test", "testing", "eval", "testset")
     assert split_names("extra") == ("extra",)
 
 
@@ -78,7 +78,8 @@ def test_class_folders_without_parts(tmp_path):
 def test_parts_that_are_missing(tmp_path):
     write_png(tmp_path / "test" / "cat" / "a.png")
     with pytest.raises(
-        ValueError, match="must have a folder train or training for the split 'train', got"
+        ValueError,
+        match="must have a folder train or training or trainset for the split 'train', got",
     ):
         ids(tmp_path, "train", classes=["cat"])
 

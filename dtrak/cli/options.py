@@ -53,7 +53,7 @@ def add_command(
         with reporting_errors(console, values.pop(_TRACEBACK)), _typing(typed):
             asked = options(**values)
             if here.is_launched and shares:
-                here.agree("options", _in_common(asked))
+                here.agree(f"options of {name}", _in_common(asked))
             if here.is_main or shares:
                 run(asked, console)
 

@@ -214,7 +214,7 @@ class WhiteningAccumulator(Accumulator):
             return SLICES, on_slices
         side = layer.output_grads if isinstance(layer.module, TRANSPOSED) else layer.x
         on_factor = side.numel() // root.size * root.flop
-        if on_factor <= on_slices + _forming(layer, shape, forms):
+        if on_factor <= on_slices + self._forming(layer, shape, forms):
             return FACTOR, on_factor
         return SLICES, on_slices
 
@@ -228,10 +228,18 @@ class WhiteningAccumulator(Accumulator):
         on_slices = layer.num_samples * math.prod(shape) // root.size * root.flop
         # all rows at once: of few samples, and a sample must not be much
         fits = math.prod(shape) * layer.dtype.itemsize <= 4 * workspace_bytes(layer.x.device)
-        is_cheap = on_factor <= on_slices + _forming(layer, shape, forms)
+        is_cheap = on_factor <= on_slices + self._forming(layer, shape, forms)
         if self.all_samples or not fits or is_cheap:
             return FACTOR, on_factor
         return SLICES, on_slices
+
+    def _forming(self, layer: LayerGradient, shape: tuple[int, ...], forms: bool) -> float:
+        """Multiplications and additions of a gradient that would not be formed otherwise."""
+        if forms:
+            return 0
+        # a two-sided sketch has no gradient to form: its input is thin already
+        can_form = self._launches(layer)
+        return 2 * _positions(layer, shape) * math.prod(shape) if can_form else math.inf
 
     def _add_thin(self, index: int, layer: LayerGradient, out: Tensor) -> None:
         """To two-sided sketches, whose side of the input was whitened before it was kept."""
@@ -264,11 +272,6 @@ class WhiteningAccumulator(Accumulator):
             scale = self.parameters[index].scale
             self._laid[index] = scales_in_tiles(self.accumulator.sketches[index], scale)
         return self._laid[index]
-
-
-def _forming(layer: LayerGradient, shape: tuple[int, ...], forms: bool) -> int:
-    """Multiplications and additions of a gradient that would not be formed otherwise."""
-    return 0 if forms else 2 * _positions(layer, shape) * math.prod(shape)
 
 
 def _positions(layer: LayerGradient, shape: tuple[int, ...]) -> int:
