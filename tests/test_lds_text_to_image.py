@@ -17,11 +17,10 @@ from tiny_lds_lora import CPU, NAME, PRESET, pictures, register
 from tiny_stable_diffusion import build_pipeline, write_pictures
 from typer.testing import CliRunner
 
-from dtrak import attribute, lds
+from dtrak import attribute, lds, models
 from dtrak import train as train_command
 from dtrak.data.images import load_data, to_uint8
 from dtrak.data.samples import Samples
-from dtrak import models
 from dtrak.evaluation.counterfactual.origin import open_origin
 from dtrak.evaluation.lds import methods as lds_methods
 from dtrak.evaluation.lds.experiment import (
