@@ -417,7 +417,8 @@ def fill_store(
                 store.keep(shard, kept, torch.cat(new))
                 made, new, kept = torch.cat([made, *new]), [], last - rows.start
         store.write(shard, torch.cat([made, *new]))
-    if progress is not None:
+    # what others made meanwhile
+    if progress is not None and store.count() != done:
         progress(store.count(), len(store))
 
 
