@@ -244,13 +244,18 @@ def left_out(solver: RidgeSolver, train: Tensor, queries: Tensor, damping: float
 
 
 def layer_weighted(
-    grads: Gradients, groups: Sequence[tuple[int, int]]
+    grads: Gradients, groups: Sequence[tuple[int, int]], sizes: Sequence[int]
 ) -> tuple[Callable[[float], Tensor], float, float]:
     """Scores whose layers are weighted so that the best matches stand out; no label is looked at.
 
     The weights w, of a softmax, make ``mean of the k largest scores / norm of all`` of a query
     largest, over all queries of a kind, minus ``‖w‖²``: the criterion of Li et al. 2026
     (arXiv:2506.05647), with k = 10, 200 steps of Adam.
+
+    Args:
+        grads: of all queries, one kind after the other.
+        groups: first and last column of every layer.
+        sizes: how many queries of each kind there are.
 
     Returns:
         Scores by λ, the mean squared norm of a feature, and λ auto.
@@ -268,10 +273,8 @@ def layer_weighted(
     def scores(damping: float) -> Tensor:
         inverse = (vectors / (values.clamp(min=0) + damping)) @ vectors.T
         by_layer = cross @ inverse
-        half = by_layer.shape[1] // 2
-        return torch.cat(
-            [torch.einsum("l,lmn->mn", _weights(x), x) for x in by_layer.split(half, 1)]
-        )
+        kinds = by_layer.split(list(sizes), dim=1)
+        return torch.cat([torch.einsum("l,lmn->mn", _weights(x), x) for x in kinds])
 
     return scores, float(values.sum() / N), RidgeSolver(train).auto_damping()
 
@@ -395,7 +398,8 @@ class Trials:
         model = self.experiment.load_model()
         names = list(model.parameters())
         shapes = [model.module.get_parameter(name).shape for name in names]
-        scores, norm, auto = layer_weighted(plain, layers_of(names, shapes))
+        sizes = [len(self.queries[kind]) for kind in QUERIES]
+        scores, norm, auto = layer_weighted(plain, layers_of(names, shapes), sizes)
         yield self.judge.entry("layers weighted", scores, norm, auto)
         for other, title in FUNCTIONS.items():
             if other != function:
@@ -483,9 +487,9 @@ def measure_and_record(is_recorded: bool, smoke: bool, folder: Path, preset: str
     trials = Trials(experiment, queries, Judge(results))
     keys = ("preset", "group", "function", "whitening")
     done = {tuple(row[key] for key in keys) for row in read_rows(RESULTS)}
-    # the default first
-    wanted = product(trials.groups, FUNCTIONS, reversed(WHITENINGS))
-    for group, function, kind in wanted:
+    # all of the default first
+    wanted = product(FUNCTIONS, reversed(WHITENINGS), trials.groups)
+    for function, kind, group in wanted:
         if (preset, group, function, kind) in done:
             continue
         entries = list(trials.groups[group](function, kind))
@@ -518,7 +522,9 @@ def rehearse() -> None:
     N, M = judge.results.subsets.shape[1], sum(judge.results.losses[k].shape[1] for k in QUERIES)
     grads = Gradients(*(torch.randn(n, 256, generator=generator) for n in (N, M)))
     entries = list(judge.kernel(grads, {PLAIN: plain_scores, "squared": squared}))
-    entries.append(judge.entry("layers weighted", *layer_weighted(grads, [(0, 100), (100, 256)])))
+    sizes = [judge.results.losses[kind].shape[1] for kind in QUERIES]
+    weighted = layer_weighted(grads, [(0, 100), (100, 256)], sizes)
+    entries.append(judge.entry("layers weighted", *weighted))
     for case in judge.table(entries, PLAIN):
         sys.stdout.write(f"random, {case['method']}, {case['queries']}: {case['held_out']}\n")
 

@@ -67,10 +67,19 @@ def test_changed_scores_are_their_formulas(grads, judge, monkeypatch):
 def test_layers_are_weighted_to_make_the_best_stand_out(grads, monkeypatch):
     groups = [(0, 5), (5, P)]
     monkeypatch.setattr(trials, "_TOP", 3)
-    monkeypatch.setattr(trials, "_weights", lambda scores: torch.tensor([1.0, 1.0]).double())
-    scores, norm, _ = trials.layer_weighted(grads, groups)
+    seen = []
+
+    def weights_of(scores):
+        seen.append(scores.shape[1])
+        return torch.tensor([1.0, 1.0]).double()
+
+    monkeypatch.setattr(trials, "_weights", weights_of)
+    sizes = [1, len(grads.queries) - 1]
+    scores, norm, _ = trials.layer_weighted(grads, groups, sizes)
     # all weights 1 is the plain score
     assert torch.allclose(scores(norm), kernel(grads, norm)[2], rtol=1e-6)
+    # chosen for each kind of query by itself
+    assert seen == sizes
     monkeypatch.undo()
     monkeypatch.setattr(trials, "_TOP", 3)
     noise = torch.randn(1, 3, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
