@@ -86,8 +86,8 @@ def run(
     Args:
         table: what ``--docs`` rewrites and ``--check`` compares.
         description: of the command.
-        measure: given ``--record`` and ``--smoke``, and what of ``--folder`` and ``--preset`` there
-            is.
+        measure: given ``--record`` and ``--smoke``, then what of ``--folder``, ``--preset`` and
+            ``--data`` there is; a ValueError of it ends the command with its message.
         folder: default of ``--folder``, where work is kept; None for a command that keeps none, or
             of ``runs/<preset>-whitening`` where there are presets.
         presets: choices of ``--preset``, the first by default.
@@ -99,6 +99,7 @@ def run(
         parser.add_argument("--folder", type=Path, default=folder)
     if presets:
         parser.add_argument("--preset", choices=presets, default=presets[0])
+        parser.add_argument("--data", help="where the preset's data set lies, as for dtrak.lds")
     options = parser.parse_args()
     if options.docs or options.check:
         table.bring_up_to_date(only_check=options.check)
@@ -106,8 +107,11 @@ def run(
         kept = [options.folder] if folder is not None else []
         if presets:
             place = options.folder or Path("runs") / f"{options.preset}-whitening"
-            kept = [place, options.preset]
-        measure(options.record and not options.smoke, options.smoke, *kept)
+            kept = [place, options.preset, options.data]
+        try:
+            measure(options.record and not options.smoke, options.smoke, *kept)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
 
 
 def record(results: Path, row: dict[str, Any]) -> None:

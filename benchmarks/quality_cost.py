@@ -53,7 +53,9 @@ class Point(NamedTuple):
     interval: tuple[float, float]
 
 
-def measure_and_record(is_recorded: bool, smoke: bool, folder: Path, preset: str) -> None:
+def measure_and_record(
+    is_recorded: bool, smoke: bool, folder: Path, preset: str, source: str | None
+) -> None:
     """Processor time of the features of an image, by function, S and kind, in rounds."""
     packaged = packaged_results("digits" if smoke else preset)
     if packaged is None:
@@ -63,7 +65,7 @@ def measure_and_record(is_recorded: bool, smoke: bool, folder: Path, preset: str
             sys.stdout.write(f"{chosen}: {len(list(points(chosen, 'validation')))} points\n")
         return
     torch.set_num_threads(1)
-    experiment, _ = trained_run(folder, get_preset(preset), packaged[0].about["queries"])
+    experiment, _ = trained_run(folder, get_preset(preset), packaged[0].about["queries"], source)
     data = experiment.retraining.samples(TRAIN, experiment.data, CPU)
     settings = list(product(FUNCTIONS, STEPS, KINDS))
     taken: dict[Any, list[float]] = {key: [] for key in settings}

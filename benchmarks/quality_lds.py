@@ -46,7 +46,11 @@ _POINT = 0.01
 
 
 def trained_run(
-    folder: Path, preset: Preset, num_queries: Mapping[str, int], **numbers: int
+    folder: Path,
+    preset: Preset,
+    num_queries: Mapping[str, int],
+    source: str | None = None,
+    **numbers: int,
 ) -> tuple[Experiment, dict[str, Samples]]:
     """The run in ``folder`` with its full model and queries, as ``python -m dtrak.lds`` makes it.
 
@@ -56,10 +60,11 @@ def trained_run(
         folder: of the run.
         preset: of the experiment.
         num_queries: by their kind.
+        source: where the data set lies, as `prepare` takes it.
         numbers: others, as `prepare` takes them.
     """
     counts = {f"num_{kind}": count for kind, count in num_queries.items()}
-    experiment, console = prepare(folder, preset, **counts, **numbers), Console(stderr=True)
+    experiment, console = prepare(folder, preset, source, **counts, **numbers), Console(stderr=True)
     with progress_bar(console, "train") as progress, one_thread():
         train_one(experiment, FULL, CPU, progress)
     with progress_bar(console, "draw the queries") as progress:

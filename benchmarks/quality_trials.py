@@ -466,7 +466,9 @@ class Trials:
         return averaged(model, settings, parts, scheme, change, label)
 
 
-def measure_and_record(is_recorded: bool, smoke: bool, folder: Path, preset: str) -> None:
+def measure_and_record(
+    is_recorded: bool, smoke: bool, folder: Path, preset: str, source: str | None
+) -> None:
     """Append what is missing; without ``--record`` only print it."""
     if smoke:
         rehearse()
@@ -477,7 +479,7 @@ def measure_and_record(is_recorded: bool, smoke: bool, folder: Path, preset: str
     results, _ = packaged
     torch.set_num_threads(1)
     experiment, queries = trained_run(
-        folder, get_preset(preset), results.about["queries"], num_retrain=MEMBERS
+        folder, get_preset(preset), results.about["queries"], source, num_retrain=MEMBERS
     )
     if not torch.equal(experiment.subsets[: len(results.subsets)], results.subsets):
         sys.exit(f"subsets of {folder} must be those of the packaged results, got others")

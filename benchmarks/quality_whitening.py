@@ -2,8 +2,8 @@
 
 ``python benchmarks/quality_whitening.py --record`` appends a row per combination that
 benchmarks/results/whitening.jsonl lacks, ``--docs`` rewrites the tables of docs/whitening.md,
-``--check`` only says whether they are up to date, ``--preset cifar2-16`` measures on natural
-images. The full model, its queries, the exact gradients (0.8 GB per function and S on the digits)
+``--check`` only says whether they are up to date, ``--preset cifar2-16 --data FOLDER`` measures on
+natural images. The full model, its queries, the exact gradients (0.8 GB per function and S on the digits)
 and the fitted whitenings are kept in ``--folder``, and used again from there.
 """
 
@@ -152,7 +152,9 @@ def rows_of(preset: str) -> list[dict[str, Any]]:
     return [row for row in read_rows(RESULTS) if row.get("preset", "digits") == preset]
 
 
-def measure_and_record(is_recorded: bool, smoke: bool, folder: Path, preset: str) -> None:
+def measure_and_record(
+    is_recorded: bool, smoke: bool, folder: Path, preset: str, source: str | None
+) -> None:
     """Append what is missing; without ``--record`` only print it."""
     packaged = packaged_results(preset)
     if packaged is None:
@@ -162,7 +164,7 @@ def measure_and_record(is_recorded: bool, smoke: bool, folder: Path, preset: str
         rehearse(results)
         return
     torch.set_num_threads(1)
-    experiment, queries = trained_run(folder, get_preset(preset), results.about["queries"])
+    experiment, queries = trained_run(folder, get_preset(preset), results.about["queries"], source)
     if not torch.equal(experiment.subsets[: len(results.subsets)], results.subsets):
         sys.exit(f"subsets of {folder} must be those of the packaged results, got others")
     done = {key_of(row) for row in rows_of(preset)}
