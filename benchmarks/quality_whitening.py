@@ -3,8 +3,8 @@
 ``python benchmarks/quality_whitening.py --record`` appends a row per combination that
 benchmarks/results/whitening.jsonl lacks, ``--docs`` rewrites the tables of docs/whitening.md,
 ``--check`` only says whether they are up to date, ``--preset cifar2-16 --data FOLDER`` measures on
-natural images. The full model, its queries, the exact gradients (0.8 GB per function and S on the digits)
-and the fitted whitenings are kept in ``--folder``, and used again from there.
+natural images. The full model, its queries, the exact gradients (0.8 GB per function and S on the
+digits) and the fitted whitenings are kept in ``--folder``, and used again from there.
 """
 
 import sys
