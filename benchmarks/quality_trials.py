@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from pages import PRESETS, ROOT, Table, read_rows, record, run
 from quality_lds import CPU, exact_gradients, trained_run
-from quality_whitening import FUNCTIONS, QUERIES, fitted, reduced
+from quality_whitening import FUNCTIONS, KINDS, QUERIES, fitted, reduced
 from rich.console import Console
 from torch import Tensor
 
@@ -45,7 +45,7 @@ from dtrak.pages import tables
 from dtrak.runs.console import progress_bar
 from dtrak.training.presets import get_preset
 from dtrak.training.trainer import one_thread
-from dtrak_kernels import GradientSketcher, Projection, Whitening
+from dtrak_kernels import GradientSketcher, Projection, Whitening, project
 from dtrak_kernels.gradients.whitening.roots import DenseRoot
 from dtrak_kernels.ridge import RidgeSolver
 
@@ -57,6 +57,9 @@ TIMESTEPS, MEMBERS, BATCH = 10, 4, 16
 MULTIPLES = ("0.0001", "0.001", "0.01", "0.1", UNIT, "10")
 RESAMPLES = 400
 WHITENINGS = ("none", "lowrank")
+# instead of 0.01
+RHOS = (0.1, 1.0)
+PROJ_DIM = 8192
 PLAIN = "as it is"
 # how the S rows of a sample are drawn, beside S evenly spaced timesteps with a noise each
 SCHEMES = {
@@ -373,6 +376,8 @@ class Trials:
             "ensemble": self.ensemble,
             "unit": self.unit_timesteps,
             "draws": self.draws,
+            "rho": self.rho,
+            "kinds": self.kinds,
         }
 
     def plain(self, function: str, kind: str, of: str | None = None) -> Gradients:
@@ -454,6 +459,33 @@ class Trials:
             grads = grads if whitening is None else grads.whitened(whitening)
             yield from self.judge.kernel(grads, {title: plain_scores})
 
+    def rho(self, function: str, kind: str) -> Iterator[Entry]:
+        """A whitening that blows up less of what is small."""
+        if kind == "none":
+            return
+        yield from self.base(function, kind)
+        plain = self.plain(function, "none")
+        for rho in RHOS:
+            grads = plain.whitened(fitted(self.experiment, function, TIMESTEPS, kind, rho=rho))
+            yield from self.judge.kernel(grads, {f"ρ = {rho}": plain_scores})
+
+    def kinds(self, function: str, kind: str) -> Iterator[Entry]:
+        """Other kinds of whitening at the usual width, where a flat spectrum costs something."""
+        if kind == "none":
+            return
+        plain, sketch = self.plain(function, "none"), Projection("sjlt", PROJ_DIM, 0)
+        model = self.experiment.load_model()
+        shapes = [model.module.get_parameter(name).shape for name in model.parameters()]
+        wanted = {f"K = {PROJ_DIM:,}": (kind, None)}
+        wanted |= {f"K = {PROJ_DIM:,}, `{each}`": (each, None) for each in KINDS if each != kind}
+        wanted |= {f"K = {PROJ_DIM:,}, ρ = {rho}": (kind, rho) for rho in RHOS}
+        for name, (each, rho) in wanted.items():
+            grads = plain
+            if each != "none":
+                grads = plain.whitened(fitted(self.experiment, function, TIMESTEPS, each, rho=rho))
+            found = (project(rows, sketch, shapes=shapes) for rows in (grads.train, grads.queries))
+            yield from self.judge.kernel(Gradients(*found), {name: plain_scores})
+
     def averaged(
         self, function: str, scheme: str, change: Callable[[Tensor], Tensor], label: str
     ) -> Gradients:
@@ -495,6 +527,8 @@ def measure_and_record(
         if (preset, group, function, kind) in done:
             continue
         entries = list(trials.groups[group](function, kind))
+        if not entries:
+            continue
         row = {
             "case": "trials",
             "preset": preset,
@@ -504,7 +538,7 @@ def measure_and_record(
             "timesteps": TIMESTEPS,
             "models": len(results.subsets),
             "resamples": RESAMPLES,
-            "cases": trials.judge.table(entries, PLAIN),
+            "cases": trials.judge.table(entries, entries[0].method),
         }
         if is_recorded:
             record(RESULTS, row)
@@ -562,8 +596,8 @@ def table() -> list[str]:
             "",
             f"LDS in %, validation / generated queries, {last['models']} retrained models, S = "
             f"{last['timesteps']}, exact gradients, λ held out. Bold: the 95 % interval of the "
-            f'paired difference to "{PLAIN}" lies above zero; struck out: below '
-            f"({last['resamples']} resamples). torch {last['torch']}.",
+            f'paired difference to "{PLAIN}" (of a line with a K: to the first with it) lies above '
+            f"zero; struck out: below ({last['resamples']} resamples). torch {last['torch']}.",
             "",
         ]
     return lines[:-1]

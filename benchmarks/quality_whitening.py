@@ -10,7 +10,7 @@ digits) and the fitted whitenings are kept in ``--folder``, and used again from 
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,18 @@ RESAMPLES = 1000
 
 
 def fitted(
-    experiment: Experiment, function: str, num_timesteps: int, kind: str, name: str = FULL
+    experiment: Experiment,
+    function: str,
+    num_timesteps: int,
+    kind: str,
+    name: str = FULL,
+    rho: float | None = None,
 ) -> Whitening:
-    """The whitening of a model and a kind, kept in the folder once it is fitted."""
+    """The whitening of a model and a kind, kept in the folder once it is fitted; ρ as usual."""
     folder = experiment.folder / "whitenings"
     member = "" if name == FULL else f"-{name}"
-    file = folder / f"{function}-{num_timesteps}-{kind}{member}.safetensors"
+    unusual = "" if rho is None else f"-rho-{rho}"
+    file = folder / f"{function}-{num_timesteps}-{kind}{unusual}{member}.safetensors"
     if file.is_file():
         return Whitening.load(file, kind=kind, function=function)
     begin = time.perf_counter()
@@ -72,9 +78,9 @@ def fitted(
     )
     process = model.process
     steps = select_timesteps(num_timesteps, "uniform", process.num_timesteps, process.spread)
-    settings = FeatureSettings(
-        function, tuple(steps), 0, Projection("none"), whitening=WhiteningSettings(kind)
-    )
+    how = WhiteningSettings(kind)
+    how = how if rho is None else replace(how, damping=rho)
+    settings = FeatureSettings(function, tuple(steps), 0, Projection("none"), whitening=how)
     whitening = fit_whitening(model, settings, data, CPU)
     sys.stdout.write(f"fitted {file.stem}: {time.perf_counter() - begin:.1f} s\n")
     folder.mkdir(exist_ok=True)
