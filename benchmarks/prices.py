@@ -52,7 +52,7 @@ def projections(sparse: Sequence[int], dense: Sequence[int]) -> list[Projection]
 
 
 @contextmanager
-def _in_double(workload: Workload) -> Iterator[Workload]:
+def in_double(workload: Workload) -> Iterator[Workload]:
     """The workload in float64; the model is put back."""
     workload.model.double()
     inputs = [x.detach().double() if x.is_floating_point() else x for x in workload.inputs]
@@ -86,7 +86,7 @@ def make_contest(
         gradients: peers that stop at ``[B, P]``, keys of `peers.GRADIENTS`.
         peer_projection: what the peers that project do, if any.
     """
-    with _in_double(workload) as wide:
+    with in_double(workload) as wide:
         truth = peers.loop_gradients(wide)
     eager = peers.loop_gradients(workload).double() - truth
     allowed = max(_FLOOR, 2 * float(eager.norm() / truth.norm()))
