@@ -7,6 +7,7 @@ digits, whose model is used; it is made where there is none.
 """
 
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "findings.jsonl"
 PAGE = ROOT / "docs" / "findings.md"
 FOLDER = Path("runs") / "digits"
 
-METHODS, WHITENINGS, TIMESTEPS = ("d-trak", "trak"), ("auto", "none"), 10
+METHODS, WHITENINGS, TIMESTEPS, MORE = ("d-trak", "trak"), ("auto", "none"), 10, 100
 REPEATS, TRAIN, QUERIES = 6, 200, 24
 # of verdicts: training images, images that no model saw, others of these that are queries, and
 # queries that are copies of training images
@@ -54,7 +55,9 @@ def covered(values: torch.Tensor, errors: torch.Tensor) -> torch.Tensor:
     return (values - others).abs() <= 1.959964 * errors * (1 + 1 / (count - 1)) ** 0.5
 
 
-def noise_row(model: Any, method: str, whiten: str, repeats: int, train: int) -> dict[str, Any]:
+def noise_row(
+    model: Any, method: str, whiten: str, timesteps: int, repeats: int, train: int
+) -> dict[str, Any]:
     """Repeats that differ in ``noise_seed`` alone, whitening and damping made anew in each."""
     data = spread(load_data("digits", channels=1, size=8), train)
     queries = load_data("digits", channels=1, size=8, split="validation", limit=QUERIES)
@@ -65,7 +68,7 @@ def noise_row(model: Any, method: str, whiten: str, repeats: int, train: int) ->
             queries,
             method=method,
             whiten=whiten,
-            timesteps=TIMESTEPS,
+            timesteps=timesteps,
             noise_seed=seed,
             noise_halves=True,
             groups="label",
@@ -100,7 +103,7 @@ def noise_row(model: Any, method: str, whiten: str, repeats: int, train: int) ->
     }
 
 
-def verdict_row(model: Any, method: str, whiten: str) -> dict[str, Any]:
+def verdict_row(model: Any, method: str, whiten: str, timesteps: int) -> dict[str, Any]:
     """What stands out for unseen images, and for copies of training images."""
     whole = load_data("digits", channels=1, size=8)
     rest = load_data("digits", channels=1, size=8, split="all").without(whole)
@@ -114,7 +117,7 @@ def verdict_row(model: Any, method: str, whiten: str) -> dict[str, Any]:
         held_out=rest,
         method=method,
         whiten=whiten,
-        timesteps=TIMESTEPS,
+        timesteps=timesteps,
         device="cpu",
         progress=False,
     )
@@ -167,15 +170,17 @@ def price_row(model: Any, whiten: str) -> dict[str, Any]:
     return {"batch": BATCH, "seconds": plain, "seconds_with_halves": both, "ratio": both / plain}
 
 
-def combinations() -> Iterator[tuple[str, str, str]]:
-    """Case, method and whitening of every row; the first ones first."""
+def combinations() -> Iterator[tuple[str, str, str, int]]:
+    """Case, method, whitening and S of every row; the first ones first."""
     for whiten in WHITENINGS:
-        yield "price", "d-trak", whiten
+        yield "price", "d-trak", whiten, TIMESTEPS
     for whiten in WHITENINGS:
         for method in METHODS:
-            yield "noise", method, whiten
-            for case in ("untrained", "trained"):
-                yield case, method, whiten
+            for case in ("noise", "untrained", "trained"):
+                yield case, method, whiten, TIMESTEPS
+    for method in METHODS:
+        for case in ("untrained", "trained", "noise"):
+            yield case, method, "auto", MORE
 
 
 def measure_and_record(is_recorded: bool, smoke: bool, folder: Path) -> None:
@@ -185,25 +190,27 @@ def measure_and_record(is_recorded: bool, smoke: bool, folder: Path) -> None:
         trained = digits_model()
     else:
         if not (folder / "model" / "model_index.json").is_file():
-            from dtrak.attribute import main as attribute
-
-            attribute(["--output", str(folder)])
+            command = [sys.executable, "-m", "dtrak.attribute", "--output", str(folder)]
+            subprocess.run(command, check=True)
         trained = dtrak.load(folder / "model")
-    done = {(row["case"], row["method"], row["whiten"]) for row in read_rows(RESULTS)}
-    for case, method, whiten in combinations():
-        if (case, method, whiten) in done and not smoke:
+    keys = ("case", "method", "whiten", "timesteps")
+    done = {tuple(row[key] for key in keys) for row in read_rows(RESULTS)}
+    for combination in combinations():
+        case, method, whiten, timesteps = combination
+        if timesteps == MORE if smoke else combination in done:
             continue
         begin = time.perf_counter()
         if case == "price":
             found = price_row(trained, whiten)
         elif case == "noise":
-            found = noise_row(trained, method, whiten, *((2, 20) if smoke else (REPEATS, TRAIN)))
+            sizes = (2, 20) if smoke else (REPEATS, TRAIN)
+            found = noise_row(trained, method, whiten, timesteps, *sizes)
         elif smoke:
             continue
         else:
             model = trained if case == "trained" else digits_model()
-            found = verdict_row(model, method, whiten)
-        row = {"case": case, "method": method, "whiten": whiten, "timesteps": TIMESTEPS, **found}
+            found = verdict_row(model, method, whiten, timesteps)
+        row = dict(zip(keys, combination, strict=True)) | found
         if is_recorded:
             record(RESULTS, row)
         sys.stdout.write(f"{row} ({time.perf_counter() - begin:.0f} s)\n")
@@ -221,15 +228,15 @@ def _kind(row: dict[str, Any]) -> str:
 def noise_table() -> list[str]:
     """Lines of the table of errors, and of their price."""
     lines = [
-        "| method | features | covered | by query | groups | reliability | expected | clear |",
-        "|---|---|--:|--:|--:|--:|--:|--:|",
+        "| method | features | S | covered | by query | groups | reliability | expected | clear |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     rows = _rows("noise")
     for row in rows:
         low, high = row["covered_by_query"]
         lines.append(
-            f"| {row['method']} | {_kind(row)} | {row['covered']:.1%} | {low:.0%} to {high:.0%} "
-            f"| {row['groups_covered']:.1%} | {row['reliability']:.2f} "
+            f"| {row['method']} | {_kind(row)} | {row['timesteps']} | {row['covered']:.1%} "
+            f"| {low:.0%} to {high:.0%} | {row['groups_covered']:.1%} | {row['reliability']:.2f} "
             f"| {row['expected_reliability']:.2f} | {row['clear']:.0%} |"
         )
     last = rows[-1]
@@ -241,9 +248,8 @@ def noise_table() -> list[str]:
         *lines,
         "",
         f"{last['repeats']} repeats that differ in `--noise-seed` alone (whitening and λ made anew "
-        f"in each), {last['train']} training digits, {last['queries']} validation digits, S = "
-        f"{last['timesteps']}. Covered: 95 % intervals of a repeat that hold the mean of the "
-        "others. Reliability: mean correlation of two repeats' scores of a query, and what the "
+        f"in each), {last['train']} training digits, {last['queries']} validation "
+        "digits. Covered: 95 % intervals of a repeat that hold the mean of the others. Reliability: mean correlation of two repeats' scores of a query, and what the "
         "errors of one repeat expect it to be. Clear: scores larger than 1.96 errors. Price of "
         f"half differences: {prices} the processor time of a batch without. {last['device']}, "
         f"torch {last['torch']}.",
@@ -253,22 +259,23 @@ def noise_table() -> list[str]:
 def verdict_table() -> list[str]:
     """Lines of the table of verdicts."""
     lines = [
-        "| model | method | features | unseen digits with anything | copies found | beside them |",
-        "|---|---|---|--:|--:|--:|",
+        "| model | method | features | S | unseen digits with anything | copies found "
+        "| beside them |",
+        "|---|---|---|--:|--:|--:|--:|",
     ]
     rows = _rows("untrained", "trained")
     for row in rows:
         lines.append(
-            f"| {row['case']} | {row['method']} | {_kind(row)} | {row['unseen_with_any']} of "
-            f"{row['unseen']} | {row['copies_found']} of {row['copies']} "
+            f"| {row['case']} | {row['method']} | {_kind(row)} | {row['timesteps']} "
+            f"| {row['unseen_with_any']} of {row['unseen']} | {row['copies_found']} of {row['copies']} "
             f"| {row['others_of_copies']} |"
         )
     last = rows[-1]
     return [
         *lines,
         "",
-        f"{last['train']:,} training digits, {last['held_out']} held-out digits, S = "
-        f"{last['timesteps']}, false discovery rate 5 %. Copies are queries with the pixels of a "
+        f"{last['train']:,} training digits, {last['held_out']} held-out digits, "
+        "false discovery rate 5 %. Copies are queries with the pixels of a "
         "training digit and noise of their own; beside them: other images that stand out for these "
         f"queries. {last['device']}, torch {last['torch']}.",
     ]
