@@ -249,7 +249,8 @@ def noise_table() -> list[str]:
         "",
         f"{last['repeats']} repeats that differ in `--noise-seed` alone (whitening and λ made anew "
         f"in each), {last['train']} training digits, {last['queries']} validation "
-        "digits. Covered: 95 % intervals of a repeat that hold the mean of the others. Reliability: mean correlation of two repeats' scores of a query, and what the "
+        "digits. Covered: 95 % intervals of a repeat that hold the mean of the others. "
+        "Reliability: mean correlation of two repeats' scores of a query, and what the "
         "errors of one repeat expect it to be. Clear: scores larger than 1.96 errors. Price of "
         f"half differences: {prices} the processor time of a batch without. {last['device']}, "
         f"torch {last['torch']}.",
@@ -267,8 +268,8 @@ def verdict_table() -> list[str]:
     for row in rows:
         lines.append(
             f"| {row['case']} | {row['method']} | {_kind(row)} | {row['timesteps']} "
-            f"| {row['unseen_with_any']} of {row['unseen']} | {row['copies_found']} of {row['copies']} "
-            f"| {row['others_of_copies']} |"
+            f"| {row['unseen_with_any']} of {row['unseen']} "
+            f"| {row['copies_found']} of {row['copies']} | {row['others_of_copies']} |"
         )
     last = rows[-1]
     return [
