@@ -132,7 +132,8 @@ def points(preset: str, queries: str) -> Iterator[Point]:
     for found in rows_of(preset):
         if found["proj_dim"] == row["proj_dim"]:
             key = found["function"], found["timesteps"], found["kind"]
-            judged[key] = next(c for c in found["cases"] if c["queries"] == queries)["held_out"]
+            case = next(c for c in found["cases"] if c["queries"] == queries)
+            judged.setdefault(key, case["held_out"])
     for case in row["cases"]:
         key = case["function"], case["timesteps"], case["kind"]
         if key in judged:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -219,7 +220,11 @@ def save_results(file: Path, results: Results) -> None:
     text = encode_text(json.dumps(about, ensure_ascii=False))
     arrays["about"] = np.frombuffer(text, dtype=np.uint8)
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
+    # as np.savez_compressed, a tenth smaller
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_LZMA) as archive:
+        for name, values in arrays.items():
+            with archive.open(f"{name}.npy", "w") as member:
+                np.lib.format.write_array(member, values, allow_pickle=False)
     write_atomically(file, buffer.getbuffer())
 
 
