@@ -115,7 +115,7 @@ def lds_cells(preset):
     for method in columns:
         rule = "1" if "whitened" in method else "held_out"
         shown = [both(method, S, rule) for S in (10, 100)]
-        is_bold = method == "D-TRAK, whitened"
+        is_bold = method == "D-TRAK, mean, whitened"
         cells.append("; ".join(f"**{text}**" if is_bold else text for text in shown))
     return [*cells, both("Raw pixels, cosine", 0, "held_out")]
 
