@@ -54,7 +54,7 @@ _RIVALS = (
 )
 # of the split into halves and of the resamples
 _SEED = 0
-_FORMAT = 1
+_FORMAT = 2
 
 
 class ResultsError(ValueError):
@@ -197,7 +197,8 @@ def _retrained_entries(subsets: Tensor, retrain: Family) -> list[Entry]:
 def save_results(file: Path, results: Results) -> None:
     """Write a compressed ``.npz``.
 
-    Ranks at neighbouring dampings are alike: all but the first are kept as differences, modulo 256.
+    Ranks at neighbouring dampings are alike: but for the smallest damping, differences to the next
+    smaller one are kept, modulo 256.
     """
     about: dict[str, Any] = {"format": _FORMAT, "about": results.about, "entries": []}
     arrays: dict[str, Any] = {
@@ -216,6 +217,7 @@ def save_results(file: Path, results: Results) -> None:
         # NaN is not JSON
         fields["dampings"] = [d if np.isfinite(d) else None for d in entry.dampings]
         about["entries"].append(fields)
+        ranks = ranks[np.argsort(entry.dampings, kind="stable")]
         arrays[f"ranks {number}"] = np.diff(ranks, axis=0, prepend=ranks[:1] * 0)
     text = encode_text(json.dumps(about, ensure_ascii=False))
     arrays["about"] = np.frombuffer(text, dtype=np.uint8)
@@ -248,13 +250,7 @@ def load_results(source: Path | bytes) -> Results:
             if "retrain subsets" in arrays.files:
                 retrain = _read_family(arrays, "retrain ")
             entries = [
-                Entry(
-                    **{key: _tuple(value) for key, value in fields.items() if key != "dampings"},
-                    dampings=tuple(float("nan") if d is None else d for d in fields["dampings"]),
-                    ranks=torch.from_numpy(
-                        np.add.accumulate(arrays[f"ranks {number}"], axis=0, dtype=np.uint8)
-                    ),
-                )
+                _read_entry(fields, arrays[f"ranks {number}"])
                 for number, fields in enumerate(about["entries"])
             ]
     except FileNotFoundError:
@@ -265,6 +261,15 @@ def load_results(source: Path | bytes) -> Results:
     if about["format"] != _FORMAT:
         raise ResultsError(f"{name} must be of format {_FORMAT}, got {about['format']}")
     return Results(about["about"], family.subsets, family.losses, entries, retrain)
+
+
+def _read_entry(fields: Mapping[str, Any], differences: Any) -> Entry:
+    values = {key: _tuple(value) for key, value in fields.items()}
+    dampings = tuple(float("nan") if d is None else d for d in fields["dampings"])
+    ranks = np.empty_like(differences)
+    order = np.argsort(dampings, kind="stable")
+    ranks[order] = np.add.accumulate(differences, axis=0, dtype=np.uint8)
+    return Entry(**values | {"dampings": dampings, "ranks": torch.from_numpy(ranks)})
 
 
 def _read_family(arrays: Any, prefix: str) -> Family:
