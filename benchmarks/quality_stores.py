@@ -28,6 +28,7 @@ from dtrak.features.extraction import FusedExtractor, complete_store
 from dtrak.features.packing import pack, packed_bytes, unpack
 from dtrak.features.settings import FeatureSettings, WhiteningSettings
 from dtrak.features.timesteps import select_timesteps
+from dtrak.pages import tables
 from dtrak.runs.choices import STORE_DTYPES
 from dtrak.runs.console import progress_bar
 from dtrak.training.presets import get_preset
@@ -136,20 +137,25 @@ def table() -> list[str]:
         KINDS.index(row["kind"]),
         STORE_DTYPES.index(row["dtype"]),
     )
+    columns = (
+        "function", "whitening", "kept as", "bytes a row", "error", "LDS, λ held out", "λ = 1x",
+        "λ auto", "λ auto is",
+    )  # fmt: skip
     lines = [
-        "| function | whitening | kept as | bytes a row | error | LDS, λ held out | λ = 1x "
-        "| λ auto | λ auto is |",
-        "|---|---|---|--:|--:|--:|--:|--:|--:|",
-    ]
-    for row in sorted(rows, key=order):
-        lines.append(
-            f"| {FUNCTIONS[row['function']]} | `{row['kind']}` | {row['dtype']} "
-            f"| {row['bytes']:,} | {row['error']:.1e} | {_lds(row, 'held_out')} "
-            f"| {_lds(row, UNIT)} | {_lds(row, AUTO)} | {row['auto']:.3g}x |"
+        (
+            FUNCTIONS[row["function"]],
+            f"`{row['kind']}`",
+            row["dtype"],
+            f"{row['bytes']:,}",
+            f"{row['error']:.1e}",
+            *(_lds(row, rule) for rule in ("held_out", UNIT, AUTO)),
+            f"{row['auto']:.3g}x",
         )
+        for row in sorted(rows, key=order)
+    ]
     last = rows[-1]
     return [
-        *lines,
+        *tables.Table(columns, lines, words=("whitening", "kept as")).markdown(),
         "",
         "Digits, LDS in %, validation / generated queries, "
         f"{last['models']} retrained models, S = {last['timesteps']}, `sjlt` with "

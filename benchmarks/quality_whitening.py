@@ -39,6 +39,7 @@ from dtrak.features.settings import FeatureSettings, WhiteningSettings
 from dtrak.features.timesteps import select_timesteps
 from dtrak.features.whitening import fit_whitening
 from dtrak.methods.scores import trak
+from dtrak.pages import tables
 from dtrak.training.presets import get_preset
 from dtrak_kernels import Projection, Whitening, project
 from dtrak_kernels.ridge import RidgeSolver
@@ -255,22 +256,18 @@ def table(preset: str = "digits") -> list[str]:
     rows = sorted(rows_of(preset), key=_order)
     if not rows:
         return ["Other kinds, exact gradients and other widths are **not measured yet** there."]
-    lines = [
-        "| function | S | K | kind | λ held out (95 %) | λ = 1x | λ auto |",
-        "|---|--:|--:|---|--:|--:|--:|",
-    ]
+    columns, lines = ("function", "S", "K", "kind", "λ held out (95 %)", "λ = 1x", "λ auto"), []
     for row in rows:
         unit, auto = (
             _both(row["cases"], lambda case, rule=rule: f"{100 * case[rule]['lds']:.1f}")
             for rule in (UNIT, AUTO)
         )
-        lines.append(
-            f"| {FUNCTIONS[row['function']]} | {row['timesteps']} | {_width(row)} "
-            f"| `{row['kind']}` | {_both(row['cases'], _interval)} | {unit} | {auto} |"
-        )
+        settings = (row["timesteps"], _width(row), f"`{row['kind']}`")
+        held_out = _both(row["cases"], _interval)
+        lines.append((FUNCTIONS[row["function"]], *settings, held_out, unit, auto))
     last = rows[-1]
     return [
-        *lines,
+        *tables.Table(columns, lines, words=("kind",)).markdown(),
         "",
         f"Rank correlation (LDS) on `{preset}`, in %, validation / generated queries: "
         f"{last['models']} retrained models. λ is chosen on one half of them and judged on the "
@@ -293,23 +290,21 @@ def price_table() -> list[str]:
         if found and next(iter(found.values()))["run"] != row["run"]:
             found.clear()
         found[row["provider"]] = row
-    lines = [
-        "| batch | " + " | ".join(f"`{kind}`" for kind in KINDS[1:]) + " |",
-        "|---|" + "--:|" * 5,
-    ]
+    lines = []
     last: dict[str, Any] = {}
     for group, rows in newest.items():
         last = list(rows.values())[-1]
         sizes, cpu = last["sizes"], last["cpu"]
         name = f"{group}, P = {sizes['P']:,}, B = {sizes['B']}, S = {sizes['S']}"
         ratios = (f"{cpu[kind] / cpu['none']:.2f}x" for kind in KINDS[1:])
-        lines.append(f"| {name} | {' | '.join(ratios)} |")
+        lines.append((name, *ratios))
         walls = (f"{rows[kind]['ratio']:.2f}x" if kind in rows else "" for kind in KINDS[1:])
-        lines.append(f"| the same by the clock | {' | '.join(walls)} |")
+        lines.append(("the same by the clock", *walls))
         sizes_of = (f"{last['factor_bytes'][kind] / 1e6:.3g} MB" for kind in KINDS[1:])
-        lines.append(f"| factors and scales | {' | '.join(sizes_of)} |")
+        lines.append(("factors and scales", *sizes_of))
+    columns = ("batch", *(f"`{kind}`" for kind in KINDS[1:]))
     return [
-        *lines,
+        *tables.Table(columns, lines).markdown(),
         "",
         "Processor time of a batch of `sjlt` features over that of the same batch unwhitened, "
         "medians of rounds that take turns, every result checked against the map of exact "
