@@ -20,7 +20,7 @@ import plots
 import torch
 from matplotlib.figure import Figure
 from pages import PRESETS, ROOT, Table, read_rows, record, run
-from quality_lds import CPU, exact_gradients, trained_run
+from quality_lds import CPU, exact_gradients, packaged_run, random_features
 from torch import Tensor
 
 from dtrak.evaluation.lds.experiment import FULL, Experiment
@@ -40,7 +40,6 @@ from dtrak.features.timesteps import select_timesteps
 from dtrak.features.whitening import fit_whitening
 from dtrak.methods.scores import trak
 from dtrak.pages import tables
-from dtrak.training.presets import get_preset
 from dtrak_kernels import Projection, Whitening, project
 from dtrak_kernels.ridge import RidgeSolver
 
@@ -163,9 +162,7 @@ def measure_and_record(is_recorded: bool, smoke: bool, folder: Path, preset: str
         rehearse(results)
         return
     torch.set_num_threads(1)
-    experiment, queries = trained_run(folder, get_preset(preset), results.about["queries"])
-    if not torch.equal(experiment.subsets[: len(results.subsets)], results.subsets):
-        sys.exit(f"subsets of {folder} must be those of the packaged results, got others")
+    experiment, queries = packaged_run(folder, results, preset)
     done = {key_of(row) for row in rows_of(preset)}
     loaded: dict[Any, Any] = {}
     for key in combinations(preset):
@@ -218,11 +215,7 @@ def measure_and_record(is_recorded: bool, smoke: bool, folder: Path, preset: str
 
 def rehearse(results: Results) -> None:
     """Random features of the benchmark's sizes: everything but the model."""
-    generator = torch.Generator().manual_seed(0)
-    sizes = {TRAIN: results.subsets.shape[1]}
-    sizes |= {kind: results.losses[kind].shape[1] for kind in QUERIES}
-    features = {name: torch.randn(n, 256, generator=generator) for name, n in sizes.items()}
-    for case in measure("random", 10, features, results):
+    for case in measure("random", 10, random_features(results, 256), results):
         sys.stdout.write(f"random, {case['queries']}: {case['held_out']}\n")
 
 
