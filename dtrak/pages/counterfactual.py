@@ -11,6 +11,7 @@ from torch import Tensor
 from ..evaluation.counterfactual.options import NOTHING
 from ..evaluation.counterfactual.results import METRICS, Counterfactual, Summary
 from ..methods import METHODS
+from ..runs.choices import counted
 from .canvas import SOFT, Canvas, default_style
 from .html import render_image
 from .plots import NO_REMOVAL, plot_boxes, render_svg, write_png
@@ -85,7 +86,7 @@ def draw(results: Counterfactual, *, look: Look = PAGE) -> Canvas:
         "drawn from the same seed"
     )
     part = "" if len(shown) == count else f"{len(shown)} of "
-    queries = "1 query" if count == 1 else f"{count} queries"
+    queries = counted(count, "query", "queries")
     note = f"{part}{queries}; first retraining; L2 of pixels in [-1, 1]."
     return draw_strips(columns, lines, title=TITLE, lead=done, notes=[note])
 
@@ -138,12 +139,12 @@ def distance_table(results: Counterfactual, metric: str) -> Table:
             )
         )
     first = results.summary(metric, results.methods[0])
+    over = f"Medians over {counted(first.count, 'query', 'queries')}"
     direction = "more" if METRICS[metric].rises else "less"
     note = (
-        f"Medians over {first.count} queries, with 95 % percentile bootstrap intervals over "
-        "queries (not over training seeds)."
+        f"{over}, with 95 % percentile bootstrap intervals over queries (not over training seeds)."
         if first.interval
-        else f"Medians over {first.count} queries, too few for an interval."
+        else f"{over}, too few for an interval."
     )
     title = f"{METRICS[metric].title} ({direction} = more change)"
     columns = ("Removed by", "Median", "Mean", "Beyond random")
