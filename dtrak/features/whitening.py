@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,6 +19,7 @@ from ..runs.files import write_atomically
 from ..runs.folders import Record
 from ..runs.ranks import ranks
 from .extraction import (
+    Extractor,
     FusedExtractor,
     condition_rows,
     deciding_settings,
@@ -36,6 +37,7 @@ _BATCH = 10
 _ROLE = "train/"
 
 Progress = Callable[[int, int], None]
+E = TypeVar("E", bound=Extractor)
 
 
 class WhiteningError(ValueError):
@@ -101,6 +103,39 @@ def open_whitening(
             # the same numbers now and when it is read again
             return _read(file, asked, function)
         return whitening
+
+
+def open_extractor(
+    model: Denoiser,
+    settings: FeatureSettings,
+    data: Samples,
+    device: torch.device,
+    folder: Path | None = None,
+    *,
+    batch_size: int | None = None,
+    stage: Callable[[], Any] | None = None,
+    kind: type[E] = FusedExtractor,  # type: ignore[assignment]
+) -> E:
+    """What makes features of a model, with the whitening that its settings ask for.
+
+    Args:
+        model: as `open_whitening`, like the others.
+        settings: likewise.
+        data: likewise.
+        device: likewise.
+        folder: of the features, in which the whitening is kept.
+        batch_size: likewise.
+        stage: likewise.
+        kind: of the extractor.
+
+    Raises:
+        ValueError: as `open_whitening` and the extractor.
+    """
+    file = None if folder is None else folder / FILE
+    whitening = open_whitening(
+        model, settings, data, device, file, batch_size=batch_size, stage=stage
+    )
+    return kind(model, settings, device, whitening)
 
 
 def _fitted_to(model: Denoiser, settings: FeatureSettings, data: Samples) -> dict[str, Any]:
