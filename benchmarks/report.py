@@ -142,27 +142,10 @@ def main_job(rows: list[Row]) -> Row | None:
     }
 
 
-def old_main_job(rows: list[Row]) -> Row:
-    """The same from the newest row of before there were providers."""
-    row = [row for row in rows if "provider" not in row][-1]
-    return {
-        **{key: row[key] for key in row if key in ("device", "torch", "commit")},
-        **{key: row[key] for key in ("samples", "timesteps", "grad_dim", "proj_dim")},
-        **{key: row[key] for key in ("fused_seconds", "fused_peak_bytes", "published_peak_bytes")},
-        **{key: row[key] for key in ("fused_batch_size", "published_batch_size")},
-        "date": row["utc"][:10],
-        "gradient_seconds": row["published_gradient_seconds"],
-        "projection_seconds": row["published_projection_seconds"],
-        "error": row["gradient_error"],
-    }
-
-
 def readme_table(folder: Path) -> str:
     """The README's table: the main job on a CPU, then on a GPU if one ran it."""
     rows = read(folder, "attribute")
     cpu, gpu = main_job(newest(rows, "cpu")), main_job(newest(rows, "cuda"))
-    if cpu is None and gpu is None:
-        cpu = old_main_job(rows)
     lines: list[str] = []
     for job in filter(None, (cpu, gpu)):
         published = job["gradient_seconds"] + job["projection_seconds"]
