@@ -271,7 +271,7 @@ def autocast(device: torch.device, dtype: str) -> Any:
     return torch.autocast(device.type, getattr(torch, dtype))
 
 
-def fitting_batch_size(extractor: FusedExtractor, data: Samples) -> int:
+def fitting_batch_size(extractor: Extractor, data: Samples) -> int:
     """The batch size that uses a modest share of the free memory, found by measuring one sample.
 
     On a CPU the working set is kept small enough for the caches (96 MB), though not below four
@@ -432,7 +432,7 @@ def fill_store(
 
 def complete_store(
     folder: Path,
-    extractor: FusedExtractor,
+    extractor: Extractor,
     data: Samples,
     role: str,
     progress_bar: Callable[[], Any],
@@ -469,7 +469,7 @@ def complete_store(
 
 def complete_pair(
     folder: Path,
-    extractor: FusedExtractor,
+    extractor: Extractor,
     train: Samples,
     queries: Samples,
     progress_bar: Callable[[str], Any],

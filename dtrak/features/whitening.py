@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -37,7 +37,6 @@ _BATCH = 10
 _ROLE = "train/"
 
 Progress = Callable[[int, int], None]
-E = TypeVar("E", bound=Extractor)
 
 
 class WhiteningError(ValueError):
@@ -114,8 +113,8 @@ def open_extractor(
     *,
     batch_size: int | None = None,
     stage: Callable[[], Any] | None = None,
-    kind: type[E] = FusedExtractor,  # type: ignore[assignment]
-) -> E:
+    kind: type[Extractor] = FusedExtractor,
+) -> Extractor:
     """What makes features of a model, with the whitening that its settings ask for.
 
     Args:

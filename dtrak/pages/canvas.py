@@ -49,7 +49,8 @@ def text_width(text: str, pixels: float, *, bold: bool = False) -> int:
 def wrap(text: str, width: int, pixels: int, *, bold: bool = False, lines: int = 1) -> list[str]:
     """A text in so many lines at most, cut before its end where it is longer."""
     # fonts know no bytes of file names that are no text
-    words, found = encode_text(text).decode().split(), []
+    words = encode_text(text).decode().split()
+    found: list[str] = []
     while words:
         kept = len(words) if len(found) == lines - 1 else 1
         while (

@@ -48,7 +48,7 @@ class Column(NamedTuple):
     """Columns that belong together: their head, how many they are, room in pixels for a picture."""
 
     head: str
-    count: int = 1
+    places: int = 1
     colour: str = INK
     room: int = 192
 
@@ -74,7 +74,7 @@ def draw_strips(
     """
     size = look.letters
     step = round(1.35 * size)
-    count = sum(column.count for column in columns)
+    count = sum(column.places for column in columns)
     between = (count - len(columns)) * _GAP + (len(columns) - 1) * _APART
     if look.fills:
         rooms = [min((look.width - between) // count, _THUMB)] * len(columns)
@@ -84,7 +84,7 @@ def draw_strips(
             or column.room
             for n, column in enumerate(columns)
         ]
-    widths = [c.count * (room + _GAP) - _GAP for c, room in zip(columns, rooms, strict=True)]
+    widths = [c.places * (room + _GAP) - _GAP for c, room in zip(columns, rooms, strict=True)]
     starts = [look.margin + sum(widths[:n]) + n * _APART for n in range(len(widths))]
     width = max(look.width, starts[-1] + widths[-1] + look.margin)
     inner = width - 2 * look.margin

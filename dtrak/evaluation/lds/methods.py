@@ -26,7 +26,7 @@ from dtrak_kernels.ridge import RidgeSolver
 from ... import NUMERICS
 from ...data.samples import Samples, join
 from ...features.cost import seconds_per_row
-from ...features.extraction import FusedExtractor, complete_pair
+from ...features.extraction import Extractor, FusedExtractor, complete_pair
 from ...features.settings import AUTO, FeatureSettings, WhiteningSettings, choose_whitening
 from ...features.store import MANIFEST, Store
 from ...features.timesteps import select_timesteps
@@ -440,7 +440,7 @@ class Predictor:
 
     def _extractor(
         self, setting: Setting, model: Denoiser, settings: FeatureSettings, number: int
-    ) -> FusedExtractor:
+    ) -> Extractor:
         folder = self._feature_folder(setting, number)
         extractor = open_extractor(
             model,
