@@ -477,13 +477,7 @@ def complete_pair(
 ) -> tuple[Store, Store]:
     """`complete_store` of training images and of queries, side by side in a folder.
 
-    Args:
-        folder: of both.
-        extractor: as there; of queries there are no mirror images.
-        train: N images.
-        queries: M images.
-        progress_bar: called with the role of either.
-        batch_size: as there.
+    Of queries there are no mirror images; ``progress_bar`` is called with the role of either.
     """
     flips, stores = extractor.flips, []
     for role, data in (("train", train), ("query", queries)):

@@ -117,18 +117,8 @@ def open_extractor(
 ) -> Extractor:
     """What makes features of a model, with the whitening that its settings ask for.
 
-    Args:
-        model: as `open_whitening`, like the others.
-        settings: likewise.
-        data: likewise.
-        device: likewise.
-        folder: of the features, in which the whitening is kept.
-        batch_size: likewise.
-        stage: likewise.
-        kind: of the extractor.
-
-    Raises:
-        ValueError: as `open_whitening` and the extractor.
+    Arguments and errors are those of `open_whitening`; ``folder`` is that of the features, in which
+    the whitening is kept, and ``kind`` that of the extractor.
     """
     file = None if folder is None else folder / FILE
     whitening = open_whitening(

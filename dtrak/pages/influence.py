@@ -336,17 +336,7 @@ def _cell(match: Match, exponent: int, names: bool) -> Cell:
 
 
 def render_strips(train: Samples, queries: Samples, scores: Tensor, num_proponents: int) -> str:
-    """Queries and their proponents as a table of pictures, for a notebook.
-
-    Args:
-        train: as `gather`, like the others.
-        queries: likewise.
-        scores: likewise.
-        num_proponents: likewise.
-
-    Raises:
-        ValueError: as `gather`.
-    """
+    """Queries and their proponents as a table of pictures, for a notebook; else as `gather`."""
     rows = gather(train, queries, scores, num_proponents, 0)
     exponent = _exponent(rows)
     lines = []
