@@ -219,7 +219,8 @@ def is_outdated(
 ) -> bool:
     """Whether the losses of the model called ``name`` were measured before it was trained anew.
 
-    Where the model is gone, losses are kept for what they were.
+    Losses that do not say under which weights or of which queries, as those of older versions, are
+    taken for those that are there; where the model is gone, losses are kept for what they were.
 
     Args:
         experiment: the run.
@@ -229,15 +230,16 @@ def is_outdated(
     try:
         with safe_open(_file(experiment, name), "pt") as opened:
             about = opened.metadata() or {}
-        measured_of: dict[str, str] = json.loads(about.get(_QUERIES, "{}"))
+        measured_of: dict[str, str] | None = json.loads(about.get(_QUERIES, "null"))
     except (OSError, SafetensorError):
         # missing or damaged: that is said where they are read
         return False
-    if queries is not None:
+    if queries is not None and measured_of is not None:
         fingerprints = {kind: images.fingerprint for kind, images in queries.items()}
         if not fingerprints.items() <= measured_of.items():
             return True
-    return experiment.sample_weights(name) not in (None, about.get(_WEIGHTS))
+    weights = about.get(_WEIGHTS)
+    return weights is not None and experiment.sample_weights(name) not in (None, weights)
 
 
 def is_measured(

@@ -317,7 +317,11 @@ class Predictor:
         return self._digests[setting.model]
 
     def _read(self, setting: Setting) -> Prediction | None:
-        """What is kept of a setting; None for nothing, or predictions of something else."""
+        """What is kept of a setting; None for nothing, or predictions of something else.
+
+        Predictions that do not say of which weights, as those of older versions, are taken for
+        those of the model that is there.
+        """
         file = self._file(setting)
         if not file.is_file():
             return None
@@ -329,7 +333,8 @@ class Predictor:
             raise ExperimentError(f"{file} is damaged: delete it and run again") from error
         if about["identity"] != self._identity(setting):
             return None
-        if self._weights(setting) not in (None, about.get("weights")):
+        weights = about.get("weights")
+        if weights is not None and self._weights(setting) not in (None, weights):
             return None
         kinds = (GENERATED,) if setting.method.needs == TRAJECTORY else tuple(self.sizes)
         return Prediction(setting, kinds, tuple(about["dampings"]), tuple(about["rules"]), values)

@@ -105,7 +105,8 @@ def record_painter(folder: Path, weights: str | None) -> None:
 def check_painter(folder: Path, weights: str | None) -> None:
     """Refuse generated queries that another full model drew than the one that is there.
 
-    Where the model is gone, they are kept for what they were.
+    Queries that do not say which model drew them, as those of older versions, are taken for those
+    of the model that is there; where the model is gone, they are kept for what they were.
 
     Args:
         folder: of the run.
