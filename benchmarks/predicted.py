@@ -40,6 +40,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_triton
 
+from dtrak.pages import tables
 from dtrak_kernels.dense import config as dense_config
 from dtrak_kernels.sjlt import config as sketch_config
 from dtrak_kernels.sjlt import triton as sketch_kernel
@@ -508,49 +509,51 @@ def make_table() -> list[str]:
     """The page's tables, from the last row of results."""
     row = newest(RESULTS)
     cards = list(row["stages"])
-    adds = " `lowrank` adds |" if "whitening" in row["rows"][0] else ""
+    head = f"stage of CIFAR-2 (N = {N:,}, S = {S}, K = {WIDTH:,}), modelled"
+    stages = [
+        (stage, *(f"{row['stages'][card][stage]:.2f} s" for card in cards))
+        for stage in row["stages"][cards[0]]
+    ]
+    columns = ["one batch, modelled", "card", "samples", "launches", "variants", "sketches"]
+    columns.append("at best")
+    kinds = ["model", "card", "samples", "launches", "variants"]
+    times = ["seconds", "ideal"]
+    if "whitening" in row["rows"][0]:
+        columns.append("`lowrank` adds")
+        times.append("whitening")
+    batches = [
+        [*(found[name] for name in kinds), *(f"{1e3 * found[name]:.2f} ms" for name in times)]
+        for found in row["rows"]
+    ]
+    changes = [
+        (change["what"], change["card"], _duration(change["before"]), _duration(change["after"]))
+        for change in row["changes"]
+    ]
+    changed = ("changed because of it, modelled", "card", "before", "after")
     lines = [
-        f"| stage of CIFAR-2 (N = {N:,}, S = {S}, K = {WIDTH:,}), modelled | {' | '.join(cards)} |",
-        f"|---|{'--:|' * len(cards)}",
-    ]
-    for stage in row["stages"][cards[0]]:
-        cells = " | ".join(f"{row['stages'][card][stage]:.2f} s" for card in cards)
-        lines.append(f"| {stage} | {cells} |")
-    lines += [
+        *tables.Table((head, *cards), stages).markdown(),
         "",
-        "| one batch, modelled | card | samples | launches | variants | sketches | at best |"
-        + adds,
-        f"|---|---|--:|--:|--:|--:|--:|{'--:|' if adds else ''}",
-    ]
-    for found in row["rows"]:
-        cells = [found["model"], found["card"], *map(str, (found["samples"], found["launches"]))]
-        cells += [str(found["variants"]), f"{1e3 * found['seconds']:.2f} ms"]
-        added = f" {1e3 * found['whitening']:.2f} ms |" if adds else ""
-        lines.append(f"| {' | '.join(cells)} | {1e3 * found['ideal']:.2f} ms |{added}")
-    lines += [
+        *tables.Table(columns, batches, words=("card",)).markdown(),
         "",
-        "| changed because of it, modelled | card | before | after |",
-        "|---|---|--:|--:|",
+        *tables.Table(changed, changes, words=("card",)).markdown(),
     ]
-    for change in row["changes"]:
-        before, after = (
-            f"{1e6 * t:.0f} µs" if t < 0.01 else f"{t:.2f} s"
-            for t in (change["before"], change["after"])
-        )
-        lines.append(f"| {change['what']} | {change['card']} | {before} | {after} |")
+    of_layers = (
+        "layer", "times", "modelled", "at best", "limited by", "programs", "registers", "resident",
+    )  # fmt: skip
     for card in cards:
+        layers = [layer_cells(*found) for found in worst(row["rows"], card)]
         lines += ["", f"Layers that lose most, {card}:", ""]
-        lines += [
-            "| layer | times | modelled | at best | limited by | programs | registers | resident |",
-            "|---|--:|--:|--:|---|--:|--:|--:|",
-            *(layer_line(*found) for found in worst(row["rows"], card)),
-        ]
+        lines += tables.Table(of_layers, layers, words=("limited by",)).markdown()
     lines += [
         "",
         f"**Modelled, not measured**, by `python benchmarks/predicted.py`: bfloat16, LoRA of rank "
         f"{RANK}, S = {S}, K = {WIDTH:,}. torch {row['torch']}, {row['utc'][:10]}.",
     ]
     return lines
+
+
+def _duration(seconds: float) -> str:
+    return f"{1e6 * seconds:.0f} µs" if seconds < 0.01 else f"{seconds:.2f} s"
 
 
 def worst(rows: list[dict[str, Any]], card: str) -> list[tuple[str, dict[str, Any]]]:
@@ -564,19 +567,15 @@ def worst(rows: list[dict[str, Any]], card: str) -> list[tuple[str, dict[str, An
     return found
 
 
-def layer_line(model: str, layer: dict[str, Any]) -> str:
+def layer_cells(model: str, layer: dict[str, Any]) -> tuple[Any, ...]:
     """A row of the table of layers."""
-    cells = [
+    return (
         f"{model}, {layer['layer']}",
-        str(layer["count"]),
+        layer["count"],
         f"{1e6 * layer['seconds']:.0f} µs",
         f"{1e6 * layer['ideal']:.0f} µs",
-        layer["limit"],
-        str(layer["programs"]),
-        str(layer["registers"]),
-        str(layer["resident"]),
-    ]
-    return f"| {' | '.join(cells)} |"
+        *(layer[name] for name in ("limit", "programs", "registers", "resident")),
+    )
 
 
 TABLE = Table(ROOT / "docs" / "predicted.md", "predicted", make_table)

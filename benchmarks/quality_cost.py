@@ -22,7 +22,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from pages import PRESETS, ROOT, Table, read_rows, record, run
-from quality_lds import CPU, trained_run
+from quality_lds import CPU, packaged_run
 from quality_whitening import FUNCTIONS, QUERIES, fitted, rows_of
 
 from dtrak.evaluation.lds.options import WHITENED
@@ -31,7 +31,6 @@ from dtrak.evaluation.retraining import TRAIN
 from dtrak.features.extraction import FusedExtractor, extract_rows, fitting_batch_size
 from dtrak.features.settings import FeatureSettings, WhiteningSettings
 from dtrak.features.timesteps import select_timesteps
-from dtrak.training.presets import get_preset
 from dtrak_kernels import Projection
 
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy_cost.jsonl"
@@ -65,7 +64,7 @@ def measure_and_record(
             sys.stdout.write(f"{chosen}: {len(list(points(chosen, 'validation')))} points\n")
         return
     torch.set_num_threads(1)
-    experiment, _ = trained_run(folder, get_preset(preset), packaged[0].about["queries"], source)
+    experiment, _ = packaged_run(folder, packaged[0], preset, source)
     data = experiment.retraining.samples(TRAIN, experiment.data, CPU)
     settings = list(product(FUNCTIONS, STEPS, KINDS))
     taken: dict[Any, list[float]] = {key: [] for key in settings}

@@ -26,6 +26,7 @@ from dtrak.features.settings import FeatureSettings, WhiteningSettings
 from dtrak.features.timesteps import select_timesteps
 from dtrak.features.whitening import fit_whitening
 from dtrak.models.unet import digits_model
+from dtrak.pages import tables
 from dtrak_kernels import Projection
 
 RESULTS = ROOT / "benchmarks" / "results" / "findings.jsonl"
@@ -227,17 +228,25 @@ def _kind(row: dict[str, Any]) -> str:
 
 def noise_table() -> list[str]:
     """Lines of the table of errors, and of their price."""
-    lines = [
-        "| method | features | S | covered | by query | groups | reliability | expected | clear |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    rows = _rows("noise")
+    columns = (
+        "method", "features", "S", "covered", "by query", "groups", "reliability", "expected",
+        "clear",
+    )  # fmt: skip
+    rows, lines = _rows("noise"), []
     for row in rows:
         low, high = row["covered_by_query"]
         lines.append(
-            f"| {row['method']} | {_kind(row)} | {row['timesteps']} | {row['covered']:.1%} "
-            f"| {low:.0%} to {high:.0%} | {row['groups_covered']:.1%} | {row['reliability']:.2f} "
-            f"| {row['expected_reliability']:.2f} | {row['clear']:.0%} |"
+            (
+                row["method"],
+                _kind(row),
+                row["timesteps"],
+                f"{row['covered']:.1%}",
+                f"{low:.0%} to {high:.0%}",
+                f"{row['groups_covered']:.1%}",
+                f"{row['reliability']:.2f}",
+                f"{row['expected_reliability']:.2f}",
+                f"{row['clear']:.0%}",
+            )
         )
     last = rows[-1]
     prices = ", ".join(
@@ -245,7 +254,7 @@ def noise_table() -> list[str]:
         for row in _rows("price")
     )
     return [
-        *lines,
+        *tables.Table(columns, lines, words=("features",)).markdown(),
         "",
         f"{last['repeats']} repeats that differ in `--noise-seed` alone (whitening and λ made anew "
         f"in each), {last['train']} training digits, {last['queries']} validation "
@@ -259,21 +268,26 @@ def noise_table() -> list[str]:
 
 def verdict_table() -> list[str]:
     """Lines of the table of verdicts."""
-    lines = [
-        "| model | method | features | S | unseen digits with anything | copies found "
-        "| beside them |",
-        "|---|---|---|--:|--:|--:|--:|",
-    ]
+    columns = (
+        "model", "method", "features", "S", "unseen digits with anything", "copies found",
+        "beside them",
+    )  # fmt: skip
     rows = _rows("untrained", "trained")
-    for row in rows:
-        lines.append(
-            f"| {row['case']} | {row['method']} | {_kind(row)} | {row['timesteps']} "
-            f"| {row['unseen_with_any']} of {row['unseen']} "
-            f"| {row['copies_found']} of {row['copies']} | {row['others_of_copies']} |"
+    lines = [
+        (
+            row["case"],
+            row["method"],
+            _kind(row),
+            row["timesteps"],
+            f"{row['unseen_with_any']} of {row['unseen']}",
+            f"{row['copies_found']} of {row['copies']}",
+            row["others_of_copies"],
         )
+        for row in rows
+    ]
     last = rows[-1]
     return [
-        *lines,
+        *tables.Table(columns, lines, words=("method", "features")).markdown(),
         "",
         f"{last['train']:,} training digits, {last['held_out']} held-out digits, "
         "false discovery rate 5 %. Copies are queries with the pixels of a "

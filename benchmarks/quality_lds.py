@@ -23,14 +23,15 @@ from dtrak.evaluation.lds.queries import query_sets
 from dtrak.evaluation.lds.statistics import lds
 from dtrak.evaluation.lds.table import AUTO, Results, packaged_results
 from dtrak.evaluation.retraining import TRAIN
-from dtrak.features.extraction import FeatureSettings, FusedExtractor, complete_store
+from dtrak.features.extraction import FusedExtractor, complete_store
+from dtrak.features.settings import FeatureSettings, WhiteningSettings
 from dtrak.features.timesteps import select_timesteps
 from dtrak.methods.scores import trak
 from dtrak.pages import tables
 from dtrak.runs.console import progress_bar
 from dtrak.training.presets import Preset, get_preset
 from dtrak.training.trainer import one_thread
-from dtrak_kernels import Projection, project
+from dtrak_kernels import Projection, Whitening, project
 from dtrak_kernels.ridge import RidgeSolver
 
 RESULTS = ROOT / "benchmarks" / "results" / "lds_draws.jsonl"
@@ -84,20 +85,66 @@ def exact_gradients(
         ``[N, P]`` float32 of the training images and ``[M, P]`` of every kind of query, and the
         shapes of the parameters.
     """
-    model, retraining = experiment.load_model(name), experiment.retraining
     member = "" if name == FULL else f"-{name}"
+    place = f"gradients/{function}-{num_timesteps}{member}"
+    projection = Projection("none", 0)
+    return features_of(experiment, queries, function, num_timesteps, projection, place, name=name)
+
+
+def features_of(
+    experiment: Experiment,
+    queries: Mapping[str, Samples],
+    function: str,
+    num_timesteps: int,
+    projection: Projection,
+    place: str,
+    *,
+    name: str = FULL,
+    whitening: Whitening | None = None,
+) -> tuple[dict[str, Tensor], list[tuple[int, ...]]]:
+    """A model's features, kept in ``place`` of the run.
+
+    Returns:
+        ``[N, K]`` float32 of the training images and ``[M, K]`` of every kind of query, and the
+        shapes of the parameters.
+    """
+    model = experiment.load_model(name)
     process = model.process
     timesteps = select_timesteps(num_timesteps, "uniform", process.num_timesteps, process.spread)
-    settings = FeatureSettings(function, tuple(timesteps), 0, Projection("none", 0))
-    extractor = FusedExtractor(model, settings, CPU)
-    parts = {TRAIN: retraining.samples(TRAIN, experiment.data, CPU), **queries}
-    gradients = {}
+    way = None if whitening is None else WhiteningSettings.of(whitening.kind)
+    settings = FeatureSettings(function, tuple(timesteps), 0, projection, whitening=way)
+    extractor = FusedExtractor(model, settings, CPU, whitening)
+    parts = {TRAIN: experiment.retraining.samples(TRAIN, experiment.data, CPU), **queries}
+    found = {}
     for part, data in parts.items():
         role = "train" if part == TRAIN else "query"
-        folder = experiment.folder / "gradients" / f"{function}-{num_timesteps}{member}" / part
-        bar = partial(progress_bar, Console(stderr=True), f"{function}{member} {part}")
-        gradients[part] = complete_store(folder, extractor, data, role, bar).load()
-    return gradients, extractor.sketcher.shapes
+        bar = partial(progress_bar, Console(stderr=True), f"{place} {part}")
+        folder = experiment.folder / place / part
+        found[part] = complete_store(folder, extractor, data, role, bar).load()
+    return found, extractor.sketcher.shapes
+
+
+def packaged_run(
+    folder: Path,
+    results: Results,
+    preset: str = "digits",
+    source: str | None = None,
+    **numbers: int,
+) -> tuple[Experiment, dict[str, Samples]]:
+    """`trained_run` of packaged results; ends with a message where ``folder`` is another."""
+    counts = results.about["queries"]
+    experiment, queries = trained_run(folder, get_preset(preset), counts, source, **numbers)
+    if not torch.equal(experiment.subsets[: len(results.subsets)], results.subsets):
+        sys.exit(f"subsets of {folder} must be those of the packaged results, got others")
+    return experiment, queries
+
+
+def random_features(results: Results, width: int) -> dict[str, Tensor]:
+    """For a rehearsal: ``[rows, width]`` of the training images and of every kind of query."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {TRAIN: results.subsets.shape[1]}
+    sizes |= {kind: losses.shape[1] for kind, losses in results.losses.items()}
+    return {name: torch.randn(size, width, generator=generator) for name, size in sizes.items()}
 
 
 def auto_lds(features: Mapping[str, Tensor], results: Results) -> dict[str, float]:
@@ -210,10 +257,7 @@ TABLE = Table(ROOT / "docs" / "sketches.md", "lds-draws", table)
 
 def rehearse(results: Results) -> None:
     """Two draws of random gradients: everything but the model."""
-    generator = torch.Generator().manual_seed(0)
-    sizes = {TRAIN: results.subsets.shape[1]}
-    sizes |= {kind: losses.shape[1] for kind, losses in results.losses.items()}
-    gradients = {name: torch.randn(size, 4160, generator=generator) for name, size in sizes.items()}
+    gradients = random_features(results, 4160)
     found = measure(gradients, [(64, 64), (64,)], results, proj_dim=512, draws=2)
     for kind in KINDS:
         sys.stdout.write(f"random, {kind}: {summary(**_both(found[kind]))}\n")
@@ -231,9 +275,7 @@ def measure_and_record(is_recorded: bool, smoke: bool, folder: Path) -> None:
     if smoke:
         rehearse(results)
         return
-    experiment, queries = trained_run(folder, get_preset("digits"), results.about["queries"])
-    if not torch.equal(experiment.subsets[: len(results.subsets)], results.subsets):
-        sys.exit(f"subsets of {folder} must be those of the packaged results, got others")
+    experiment, queries = packaged_run(folder, results)
     cases, grad_dim = [], 0
     for method, function in METHODS.items():
         gradients, shapes = exact_gradients(experiment, queries, function, TIMESTEPS)

@@ -8,29 +8,21 @@ in ``--folder``, and used again from there.
 
 import sys
 from collections.abc import Mapping
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from pages import ROOT, Table, read_rows, record, run
-from quality_lds import CPU, trained_run
+from quality_lds import features_of, packaged_run, random_features
 from quality_whitening import fitted, measure
-from rich.console import Console
 from torch import Tensor
 
-from dtrak.data.samples import Samples
-from dtrak.evaluation.lds.experiment import Experiment
 from dtrak.evaluation.lds.table import AUTO, UNIT, packaged_results
 from dtrak.evaluation.retraining import TRAIN
-from dtrak.features.extraction import FusedExtractor, complete_store
 from dtrak.features.packing import pack, packed_bytes, unpack
-from dtrak.features.settings import FeatureSettings, WhiteningSettings
-from dtrak.features.timesteps import select_timesteps
+from dtrak.pages import tables
 from dtrak.runs.choices import STORE_DTYPES
-from dtrak.runs.console import progress_bar
-from dtrak.training.presets import get_preset
 from dtrak_kernels import Projection
 from dtrak_kernels.ridge import RidgeSolver
 
@@ -39,32 +31,6 @@ FOLDER = Path("runs") / "digits-stores"
 FUNCTIONS = {"mean_squared_l2_norm": "D-TRAK", "loss": "TRAK"}
 KINDS = ("lowrank", "none")
 TIMESTEPS, WIDTH = 10, 8192
-
-
-def features_of(
-    experiment: Experiment, queries: Mapping[str, Samples], function: str, kind: str
-) -> dict[str, Tensor]:
-    """Features of the training images and of every kind of query, ``[rows, K]``."""
-    model = experiment.load_model()
-    process = model.process
-    steps = select_timesteps(TIMESTEPS, "uniform", process.num_timesteps, process.spread)
-    whitening = None if kind == "none" else fitted(experiment, function, TIMESTEPS, kind)
-    settings = FeatureSettings(
-        function,
-        tuple(steps),
-        0,
-        Projection("sjlt", WIDTH),
-        whitening=WhiteningSettings.of(kind),
-    )
-    extractor = FusedExtractor(model, settings, CPU, whitening)
-    parts = {TRAIN: experiment.retraining.samples(TRAIN, experiment.data, CPU), **queries}
-    found = {}
-    for name, data in parts.items():
-        role = "train" if name == TRAIN else "query"
-        folder = experiment.folder / "features" / f"{function}-{kind}" / name
-        bar = partial(progress_bar, Console(stderr=True), f"{function} {kind} {name}")
-        found[name] = complete_store(folder, extractor, data, role, bar).load()
-    return found
 
 
 def case_of(
@@ -90,22 +56,21 @@ def measure_and_record(is_recorded: bool, smoke: bool, folder: Path) -> None:
     assert packaged is not None
     results, _ = packaged
     if smoke:
-        generator = torch.Generator().manual_seed(0)
-        sizes = {TRAIN: results.subsets.shape[1]}
-        sizes |= {kind: losses.shape[1] for kind, losses in results.losses.items()}
-        features = {name: torch.randn(n, 256, generator=generator) for name, n in sizes.items()}
+        features = random_features(results, 256)
         sys.stdout.write(f"{case_of(features, 'int8', 'loss', results)}\n")
         return
     torch.set_num_threads(1)
-    experiment, queries = trained_run(folder, get_preset("digits"), results.about["queries"])
-    if not torch.equal(experiment.subsets[: len(results.subsets)], results.subsets):
-        sys.exit(f"subsets of {folder} must be those of the packaged results, got others")
+    experiment, queries = packaged_run(folder, results)
     done = {(row["function"], row["kind"], row["dtype"]) for row in read_rows(RESULTS)}
     for function, kind in product(FUNCTIONS, KINDS):
         left = [dtype for dtype in STORE_DTYPES if (function, kind, dtype) not in done]
         if not left:
             continue
-        features = features_of(experiment, queries, function, kind)
+        whitening = None if kind == "none" else fitted(experiment, function, TIMESTEPS, kind)
+        place, projection = f"features/{function}-{kind}", Projection("sjlt", WIDTH)
+        features, _ = features_of(
+            experiment, queries, function, TIMESTEPS, projection, place, whitening=whitening
+        )
         for dtype in left:
             how = {
                 "case": "stores",
@@ -136,20 +101,25 @@ def table() -> list[str]:
         KINDS.index(row["kind"]),
         STORE_DTYPES.index(row["dtype"]),
     )
+    columns = (
+        "function", "whitening", "kept as", "bytes a row", "error", "LDS, λ held out", "λ = 1x",
+        "λ auto", "λ auto is",
+    )  # fmt: skip
     lines = [
-        "| function | whitening | kept as | bytes a row | error | LDS, λ held out | λ = 1x "
-        "| λ auto | λ auto is |",
-        "|---|---|---|--:|--:|--:|--:|--:|--:|",
-    ]
-    for row in sorted(rows, key=order):
-        lines.append(
-            f"| {FUNCTIONS[row['function']]} | `{row['kind']}` | {row['dtype']} "
-            f"| {row['bytes']:,} | {row['error']:.1e} | {_lds(row, 'held_out')} "
-            f"| {_lds(row, UNIT)} | {_lds(row, AUTO)} | {row['auto']:.3g}x |"
+        (
+            FUNCTIONS[row["function"]],
+            f"`{row['kind']}`",
+            row["dtype"],
+            f"{row['bytes']:,}",
+            f"{row['error']:.1e}",
+            *(_lds(row, rule) for rule in ("held_out", UNIT, AUTO)),
+            f"{row['auto']:.3g}x",
         )
+        for row in sorted(rows, key=order)
+    ]
     last = rows[-1]
     return [
-        *lines,
+        *tables.Table(columns, lines, words=("whitening", "kept as")).markdown(),
         "",
         "Digits, LDS in %, validation / generated queries, "
         f"{last['models']} retrained models, S = {last['timesteps']}, `sjlt` with "

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from pages import PRESETS, ROOT, Table, read_rows, record, run
-from quality_lds import CPU, exact_gradients, trained_run
+from quality_lds import CPU, exact_gradients, packaged_run
 from quality_whitening import FUNCTIONS, KINDS, QUERIES, fitted, reduced
 from rich.console import Console
 from torch import Tensor
@@ -43,7 +43,6 @@ from dtrak.methods.scores import gradient_dot, trak
 from dtrak.models.denoiser import Denoiser
 from dtrak.pages import tables
 from dtrak.runs.console import progress_bar
-from dtrak.training.presets import get_preset
 from dtrak.training.trainer import one_thread
 from dtrak_kernels import GradientSketcher, Projection, Whitening, project
 from dtrak_kernels.gradients.whitening.roots import DenseRoot
@@ -510,11 +509,7 @@ def measure_and_record(
         sys.exit(f"the package must have results of {preset}, but has none")
     results, _ = packaged
     torch.set_num_threads(1)
-    experiment, queries = trained_run(
-        folder, get_preset(preset), results.about["queries"], source, num_retrain=MEMBERS
-    )
-    if not torch.equal(experiment.subsets[: len(results.subsets)], results.subsets):
-        sys.exit(f"subsets of {folder} must be those of the packaged results, got others")
+    experiment, queries = packaged_run(folder, results, preset, source, num_retrain=MEMBERS)
     for name in experiment.names(0, MEMBERS, RETRAIN):
         with progress_bar(Console(stderr=True), f"train {name}") as progress, one_thread():
             train_one(experiment, name, CPU, progress)

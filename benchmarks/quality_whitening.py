@@ -20,7 +20,7 @@ import plots
 import torch
 from matplotlib.figure import Figure
 from pages import PRESETS, ROOT, Table, read_rows, record, run
-from quality_lds import CPU, exact_gradients, trained_run
+from quality_lds import CPU, exact_gradients, packaged_run, random_features
 from torch import Tensor
 
 from dtrak.evaluation.lds.experiment import FULL, Experiment
@@ -39,7 +39,7 @@ from dtrak.features.settings import FeatureSettings, WhiteningSettings
 from dtrak.features.timesteps import select_timesteps
 from dtrak.features.whitening import fit_whitening
 from dtrak.methods.scores import trak
-from dtrak.training.presets import get_preset
+from dtrak.pages import tables
 from dtrak_kernels import Projection, Whitening, project
 from dtrak_kernels.ridge import RidgeSolver
 
@@ -170,9 +170,7 @@ def measure_and_record(
         rehearse(results)
         return
     torch.set_num_threads(1)
-    experiment, queries = trained_run(folder, get_preset(preset), results.about["queries"], source)
-    if not torch.equal(experiment.subsets[: len(results.subsets)], results.subsets):
-        sys.exit(f"subsets of {folder} must be those of the packaged results, got others")
+    experiment, queries = packaged_run(folder, results, preset, source)
     done = {key_of(row) for row in rows_of(preset)}
     loaded: dict[Any, Any] = {}
     for key in combinations(preset):
@@ -225,11 +223,7 @@ def measure_and_record(
 
 def rehearse(results: Results) -> None:
     """Random features of the benchmark's sizes: everything but the model."""
-    generator = torch.Generator().manual_seed(0)
-    sizes = {TRAIN: results.subsets.shape[1]}
-    sizes |= {kind: results.losses[kind].shape[1] for kind in QUERIES}
-    features = {name: torch.randn(n, 256, generator=generator) for name, n in sizes.items()}
-    for case in measure("random", 10, features, results):
+    for case in measure("random", 10, random_features(results, 256), results):
         sys.stdout.write(f"random, {case['queries']}: {case['held_out']}\n")
 
 
@@ -263,22 +257,18 @@ def table(preset: str = "digits") -> list[str]:
     rows = sorted(rows_of(preset), key=_order)
     if not rows:
         return ["Other kinds, exact gradients and other widths are **not measured yet** there."]
-    lines = [
-        "| function | S | K | kind | λ held out (95 %) | λ = 1x | λ auto |",
-        "|---|--:|--:|---|--:|--:|--:|",
-    ]
+    columns, lines = ("function", "S", "K", "kind", "λ held out (95 %)", "λ = 1x", "λ auto"), []
     for row in rows:
         unit, auto = (
             _both(row["cases"], lambda case, rule=rule: f"{100 * case[rule]['lds']:.1f}")
             for rule in (UNIT, AUTO)
         )
-        lines.append(
-            f"| {FUNCTIONS[row['function']]} | {row['timesteps']} | {_width(row)} "
-            f"| `{row['kind']}` | {_both(row['cases'], _interval)} | {unit} | {auto} |"
-        )
+        settings = (row["timesteps"], _width(row), f"`{row['kind']}`")
+        held_out = _both(row["cases"], _interval)
+        lines.append((FUNCTIONS[row["function"]], *settings, held_out, unit, auto))
     last = rows[-1]
     return [
-        *lines,
+        *tables.Table(columns, lines, words=("kind",)).markdown(),
         "",
         f"Rank correlation (LDS) on `{preset}`, in %, validation / generated queries: "
         f"{last['models']} retrained models. λ is chosen on one half of them and judged on the "
@@ -301,23 +291,21 @@ def price_table() -> list[str]:
         if found and next(iter(found.values()))["run"] != row["run"]:
             found.clear()
         found[row["provider"]] = row
-    lines = [
-        "| batch | " + " | ".join(f"`{kind}`" for kind in KINDS[1:]) + " |",
-        "|---|" + "--:|" * 5,
-    ]
+    lines = []
     last: dict[str, Any] = {}
     for group, rows in newest.items():
         last = list(rows.values())[-1]
         sizes, cpu = last["sizes"], last["cpu"]
         name = f"{group}, P = {sizes['P']:,}, B = {sizes['B']}, S = {sizes['S']}"
         ratios = (f"{cpu[kind] / cpu['none']:.2f}x" for kind in KINDS[1:])
-        lines.append(f"| {name} | {' | '.join(ratios)} |")
+        lines.append((name, *ratios))
         walls = (f"{rows[kind]['ratio']:.2f}x" if kind in rows else "" for kind in KINDS[1:])
-        lines.append(f"| the same by the clock | {' | '.join(walls)} |")
+        lines.append(("the same by the clock", *walls))
         sizes_of = (f"{last['factor_bytes'][kind] / 1e6:.3g} MB" for kind in KINDS[1:])
-        lines.append(f"| factors and scales | {' | '.join(sizes_of)} |")
+        lines.append(("factors and scales", *sizes_of))
+    columns = ("batch", *(f"`{kind}`" for kind in KINDS[1:]))
     return [
-        *lines,
+        *tables.Table(columns, lines).markdown(),
         "",
         "Processor time of a batch of `sjlt` features over that of the same batch unwhitened, "
         "medians of rounds that take turns, every result checked against the map of exact "

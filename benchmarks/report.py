@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import plots
 from pages import markers, replace_table
 from rows import RESULTS, ROOT, format_seconds, read
 
+from dtrak.pages import tables
 from dtrak.runs.measure import format_bytes
 
 MARKER = "benchmark"
@@ -141,43 +142,29 @@ def main_job(rows: list[Row]) -> Row | None:
     }
 
 
-def old_main_job(rows: list[Row]) -> Row:
-    """The same from the newest row of before there were providers."""
-    row = [row for row in rows if "provider" not in row][-1]
-    return {
-        **{key: row[key] for key in row if key in ("device", "torch", "commit")},
-        **{key: row[key] for key in ("samples", "timesteps", "grad_dim", "proj_dim")},
-        **{key: row[key] for key in ("fused_seconds", "fused_peak_bytes", "published_peak_bytes")},
-        **{key: row[key] for key in ("fused_batch_size", "published_batch_size")},
-        "date": row["utc"][:10],
-        "gradient_seconds": row["published_gradient_seconds"],
-        "projection_seconds": row["published_projection_seconds"],
-        "error": row["gradient_error"],
-    }
-
-
 def readme_table(folder: Path) -> str:
     """The README's table: the main job on a CPU, then on a GPU if one ran it."""
     rows = read(folder, "attribute")
     cpu, gpu = main_job(newest(rows, "cpu")), main_job(newest(rows, "cuda"))
-    if cpu is None and gpu is None:
-        cpu = old_main_job(rows)
     lines: list[str] = []
     for job in filter(None, (cpu, gpu)):
         published = job["gradient_seconds"] + job["projection_seconds"]
-        lines += [
-            f"| features of {job['samples']} digits, S = {job['timesteps']}, "
-            f"P = {job['grad_dim']:,}, K = {job['proj_dim']:,} | fused | published way | ratio |",
-            "|---|---|---|---|",
-            f"| time | {job['fused_seconds']:.2f} s | {published:.2f} s "
-            f"(gradients {job['gradient_seconds']:.2f}, "
-            f"projection {job['projection_seconds']:.2f}) "
-            f"| {published / job['fused_seconds']:.1f}x |",
-            f"| tensors alive at the peak | {job['fused_peak_bytes'] / 1e6:.0f} MB "
-            f"| {job['published_peak_bytes'] / 1e6:.0f} MB "
-            f"| {job['published_peak_bytes'] / job['fused_peak_bytes']:.1f}x |",
-            "",
+        head = (
+            f"features of {job['samples']} digits, S = {job['timesteps']}, "
+            f"P = {job['grad_dim']:,}, K = {job['proj_dim']:,}"
+        )
+        time = (
+            f"{published:.2f} s (gradients {job['gradient_seconds']:.2f}, "
+            f"projection {job['projection_seconds']:.2f})"
+        )
+        ratio = f"{published / job['fused_seconds']:.1f}x"
+        peaks = [job[f"{way}_peak_bytes"] for way in ("fused", "published")]
+        megabytes = [f"{peak / 1e6:.0f} MB" for peak in peaks]
+        rows = [
+            ("time", f"{job['fused_seconds']:.2f} s", time, ratio),
+            ("tensors alive at the peak", *megabytes, f"{peaks[1] / peaks[0]:.1f}x"),
         ]
+        lines += [*_table((head, "fused", "published way", "ratio"), rows), ""]
         note = (
             f"Measured on {job['device']}, torch {job['torch']}, commit {job['commit']}, "
             f"{job['date']}; fused in batches of {job['fused_batch_size']}, published in one "
@@ -244,6 +231,11 @@ def headlines(folder: Path) -> Iterator[tuple[str, str, str]]:
     yield "27 dampings, dual against float32 inverses", *cells("ridge", sweep)
 
 
+def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """In Markdown, as text."""
+    return tables.Table(columns, rows, words=columns).markdown()
+
+
 def _agreement(row: Row) -> str:
     return "; ".join(f"{check['error']:.1e} ({check['with']})" for check in row["agreement"])
 
@@ -256,29 +248,41 @@ def suite_table(rows: list[Row]) -> Iterator[str]:
     for name, members in groups.items():
         sizes = ", ".join(f"{key} = {size:,}" for key, size in members[0]["sizes"].items())
         yield f"\n{name} ({sizes})\n"
-        yield "| | p50 (p20 to p80) | ratio | peak memory | of the roof | error |"
-        yield "|---|---|---|---|---|---|"
+        lines = []
         for row in members:
-            low, middle, high = (row[f"{p}_seconds"] for p in ("p20", "p50", "p80"))
-            ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}x"
-            yield (
-                f"| {row['provider']} | {format_seconds(middle)} ({format_seconds(low)} to "
-                f"{format_seconds(high)}) | {ratio} | {format_bytes(row['peak_bytes'])} "
-                f"| {100 * row['roof_fraction']:.1f} % | {_agreement(row)} |"
+            low, middle, high = (format_seconds(row[f"{p}_seconds"]) for p in ("p20", "p50", "p80"))
+            lines.append(
+                (
+                    row["provider"],
+                    f"{middle} ({low} to {high})",
+                    "" if row["ratio"] is None else f"{row['ratio']:.2f}x",
+                    format_bytes(row["peak_bytes"]),
+                    f"{100 * row['roof_fraction']:.1f} %",
+                    _agreement(row),
+                )
             )
+        heads = ("", "p50 (p20 to p80)", "ratio", "peak memory", "of the roof", "error")
+        yield from _table(heads, lines)
 
 
 def growth_table(rows: list[Row]) -> Iterator[str]:
     """Exponents, a line per curve."""
-    yield "\n| against | curve | from | to | time | peak memory | held fixed |"
-    yield "|---|---|---|---|---|---|---|"
-    for row in rows:
-        sizes = ", ".join(f"{key} = {size:,}" for key, size in row["sizes"].items())
-        yield (
-            f"| {row['axis']} | {row['provider']} | {row['x'][0]:,} | {row['x'][-1]:,} "
-            f"| {row['time_exponent']:+.2f} ({row['time_exponent_end']:+.2f}) "
-            f"| {row['memory_exponent']:+.2f} ({row['memory_exponent_end']:+.2f}) | {sizes} |"
+    lines = [
+        (
+            row["axis"],
+            row["provider"],
+            *(f"{row['x'][end]:,}" for end in (0, -1)),
+            *(
+                f"{row[f'{what}_exponent']:+.2f} ({row[f'{what}_exponent_end']:+.2f})"
+                for what in ("time", "memory")
+            ),
+            ", ".join(f"{key} = {size:,}" for key, size in row["sizes"].items()),
         )
+        for row in rows
+    ]
+    yield ""
+    heads = ("against", "curve", "from", "to", "time", "peak memory", "held fixed")
+    yield from _table(heads, lines)
 
 
 def _environment(row: Row) -> str:
@@ -322,9 +326,7 @@ def report(folder: Path) -> str:
         "",
         "## At a glance",
         "",
-        "| | CPU | GPU |",
-        "|---|---|---|",
-        *(f"| {claim} | {cpu} | {gpu} |" for claim, cpu, gpu in headlines(folder)),
+        *_table(("", "CPU", "GPU"), list(headlines(folder))),
     ]
     for suite, (title, text) in SUITES.items():
         lines += ["", f"## {title}", "", text]

@@ -20,6 +20,7 @@ from pages import ROOT, Table, read_rows, record, run
 
 from dtrak.features.packing import packed_bytes
 from dtrak.features.store import FeatureStore
+from dtrak.pages import tables
 from dtrak_kernels.ridge import RidgeSolver
 
 RESULTS = ROOT / "benchmarks" / "results" / "store_growth.jsonl"
@@ -90,19 +91,21 @@ def measure_and_record(is_recorded: bool, smoke: bool, folder: Path) -> None:
 def table() -> list[str]:
     """Lines of the page's table."""
     rows = sorted(read_rows(RESULTS), key=lambda row: (row["N"], row["dtype"]))
+    columns = ("N", "kept as", "on disk", "seconds", "processor", "peak beyond what was there")
     lines = [
-        "| N | kept as | on disk | seconds | processor | peak beyond what was there |",
-        "|--:|---|--:|--:|--:|--:|",
-    ]
-    for row in rows:
-        beyond = row["peak_bytes"] - row["before_bytes"]
-        lines.append(
-            f"| {row['N']:,} | {row['dtype']} | {row['bytes'] / 1e9:.2f} GB | {row['seconds']:.0f} "
-            f"| {row['cpu']:.0f} | {beyond / 1e6:.0f} MB |"
+        (
+            f"{row['N']:,}",
+            row["dtype"],
+            f"{row['bytes'] / 1e9:.2f} GB",
+            f"{row['seconds']:.0f}",
+            f"{row['cpu']:.0f}",
+            f"{(row['peak_bytes'] - row['before_bytes']) / 1e6:.0f} MB",
         )
+        for row in rows
+    ]
     last = rows[-1]
     return [
-        *lines,
+        *tables.Table(columns, lines, words=("kept as",)).markdown(),
         "",
         f"Top {TOP} of {last['queries']} queries by `{last['method']}`, K = {last['K']:,}, λ = 1x, "
         f"one thread, three passes over the store. {last['device']}, torch {last['torch']}.",

@@ -319,7 +319,7 @@ def test_other_queries_of_a_finished_run(run, done, tmp_path, images_folder):
         app, ["--run", str(done), "--queries", str(images_folder / "003.png")]
     )
     assert other.exit_code == 0, other.output
-    assert re.search(r"features of training images\W+reused", other.output)
+    assert re.search(r"features of training images\W+reused \(\d+\.\d\)", other.output)
     assert read_scores(done)[0].shape == (1, 150)
     assert len(list((done / "queries").iterdir())) == 2
     index = (done / "index.html").read_text()

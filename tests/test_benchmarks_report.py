@@ -1,7 +1,6 @@
 """REPORT.md, its pictures and the README's table are what the rows give."""
 
 import importlib
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -139,12 +138,6 @@ def put(folder, suites):
     for suite, found in suites.items():
         for one in found:
             rows.append(folder, suite, one)
-
-
-def legacy(folder):
-    lines = (ROOT / "benchmarks/results/attribute.jsonl").read_text().splitlines()
-    old = [line for line in lines if "provider" not in json.loads(line)]
-    (folder / "attribute.jsonl").write_text("\n".join(old) + "\n")
 
 
 def test_the_committed_report_is_what_the_rows_give():
@@ -302,16 +295,6 @@ def test_the_readme_keeps_everything_but_its_table(folder):
     assert "| tensors alive at the peak | 0 MB | 2 MB | 4.0x |" in text
     assert "anything" not in text
     assert report.rewritten(text, folder) == text
-
-
-def test_rows_from_before_there_were_providers_still_make_the_table(folder):
-    legacy(folder)
-    table = report.readme_table(folder)
-    newest = json.loads((folder / "attribute.jsonl").read_text().splitlines()[-1])
-    assert f"{newest['fused_seconds']:.2f} s" in table
-    assert f"{newest['speedup']:.1f}x" in table
-    put(folder, {"attribute": main_job()})
-    assert "| 16.0x |" in report.readme_table(folder)
 
 
 def test_pictures_are_the_same_for_the_same_rows(tmp_path):

@@ -4,15 +4,22 @@ import re
 
 import pytest
 import torch
+from matplotlib.image import BboxImage
 from page import HOSTILE, case, named, rows_of
 from PIL import Image
 from test_counterfactual_results import example
 from test_lds_section import table  # noqa: F401
 
 from dtrak.data.samples import Samples
+from dtrak.pages import counterfactual, influence
 from dtrak.pages.canvas import default_style
-from dtrak.pages.figures import draw_counterfactual, draw_influence, write_figures
+from dtrak.pages.figures import write_figures
 from dtrak.pages.plots import colour_of
+from dtrak.pages.strips import PRINT
+
+
+def pictures(figure):
+    return [artist for artist in figure.artists if isinstance(artist, BboxImage)]
 
 
 def extents(figure):
@@ -26,9 +33,9 @@ def test_strips_show_every_match_with_score_and_class(size, kind):
     options = case(M=2, size=size)
     rows = rows_of(options)
     with default_style():
-        figure = draw_influence(rows, kind)
+        figure = influence.draw(rows, kind, look=PRINT).figure
         boxes, (_, _, right, top) = extents(figure)
-    assert len(figure.axes) == 2 * 9
+    assert len(pictures(figure)) == 2 * 9
     said = [text.get_text() for text in figure.texts]
     assert " ".join(said[:3]).startswith(kind.capitalize())
     scores = [float(t.replace("−", "-")) for t in said if re.fullmatch(r"[+−][\d.]+", t)]
@@ -42,8 +49,8 @@ def test_strips_show_every_match_with_score_and_class(size, kind):
         assert bottom >= -1
         assert end <= right + 1
         assert high <= top + 1
-    shape = figure.axes[0].images[0].get_array().shape
-    assert shape[0] == shape[1] == (192 if size == 8 else 300)
+    shape = pictures(figure)[0].get_array().shape
+    assert shape[0] == shape[1] == (160 if size == 8 else 300)
 
 
 def test_long_classes_take_two_lines_and_keep_clear_of_pictures():
@@ -51,12 +58,12 @@ def test_long_classes_take_two_lines_and_keep_clear_of_pictures():
     ids = [f"a class of long-haired cats/a-long-name-{i:05d}.png" for i in range(12)]
     options["train"] = Samples(options["train"].images, ids, None, "")
     with default_style():
-        figure = draw_influence(rows_of(options), "picture")
+        figure = influence.draw(rows_of(options), "picture", look=PRINT).figure
         boxes, _ = extents(figure)
     said = [text.get_text() for text in figure.texts]
     assert any(text.startswith("a class of") for text in said)
-    for axes in figure.axes:
-        left, bottom, right, top = axes.get_window_extent().extents
+    for image in pictures(figure):
+        left, bottom, right, top = image.get_window_extent().extents
         for x, low, end, high in boxes:
             across, along = min(right, end) - max(left, x), min(top, high) - max(bottom, low)
             assert across <= 1 or along <= 1
@@ -66,9 +73,9 @@ def test_a_side_without_matches_has_no_column():
     options = case(M=2)
     options["scores"] = options["scores"].abs()
     with default_style():
-        figure = draw_influence(rows_of(options), "picture")
-    assert len(figure.axes) == 2 * 6
-    assert not any("Opponents" in text.get_text() for text in figure.texts)
+        figure = influence.draw(rows_of(options), "picture", look=PRINT).figure
+    assert len(pictures(figure)) == 2 * 6
+    assert not any("Opponents:" in text.get_text() for text in figure.texts)
 
 
 def test_all_figures_of_a_run(tmp_path, table):  # noqa: F811
@@ -91,15 +98,16 @@ def test_all_figures_of_a_run(tmp_path, table):  # noqa: F811
 def test_counterfactual_strips_have_a_column_per_method():
     changed = example(Q=3)
     with default_style():
-        figure = draw_counterfactual(changed)
-    assert len(figure.axes) == 3 * 4
+        figure = counterfactual.draw(changed, look=PRINT).figure
+    assert len(pictures(figure)) == 3 * 4
     heads = [text.get_text() for text in figure.texts][:4]
     assert heads == ["Original", "D-TRAK", "Random", "No removal"]
     distances = [f"{float(d):.3g}" for d in changed.values["pixel_l2"]["d-trak"][:, 0]]
     said = [text.get_text() for text in figure.texts]
-    assert all(distance in said for distance in distances)
-    pixels = figure.axes[0].images[0].get_array()
-    assert torch.equal(torch.tensor(pixels[::24, ::24, 0]), changed.originals[0, 0])
+    assert all(f"L2 {distance}" in said for distance in distances)
+    pixels = pictures(figure)[0].get_array()
+    times = len(pixels) // changed.originals.shape[-1]
+    assert torch.equal(torch.tensor(pixels[::times, ::times, 0]), changed.originals[0, 0])
 
 
 def test_a_method_has_one_colour_in_the_plots_of_every_evaluation():

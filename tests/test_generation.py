@@ -13,7 +13,7 @@ from torch import nn
 
 from dtrak.models.process import DiscreteProcess, linear_process
 from dtrak.models.unet import UNet
-from dtrak.training.drawing import draw_all, load_trajectories, save_trajectory
+from dtrak.training.drawing import draw_all
 
 
 class Answer:
@@ -247,24 +247,3 @@ def test_batches_without_trajectories_and_of_nothing():
 def test_batches_are_refused_before_the_first():
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         tiny_model().draw([0], batch_size=0)
-
-
-def test_trajectories_on_disk(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no trajectories in .* \(dtrak.generate --tra"):
-        load_trajectories(tmp_path)
-    paths = torch.randn(3, 5, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    for seed, path in zip((2, 10, 100_000), paths, strict=True):
-        save_trajectory(tmp_path / "trajectories" / f"{seed:05d}.safetensors", path)
-    # in the order of the seeds, not of the names
-    assert torch.equal(load_trajectories(tmp_path), paths)
-    assert torch.equal(load_trajectories(tmp_path, [100_000, 2]), paths[[2, 0]])
-    with pytest.raises(FileNotFoundError, match=r"no trajectory .*00003.safetensors"):
-        load_trajectories(tmp_path, [2, 3])
-    save_trajectory(tmp_path / "trajectories" / "00010.safetensors", paths[1, :4])
-    message = r"00010.safetensors must be \[5, 1, 4, 4\] as the first, got \[4, 1, 4, 4\]"
-    with pytest.raises(ValueError, match=message):
-        load_trajectories(tmp_path)
-    file = tmp_path / "trajectories" / "00002.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"trajectory .*00002.safetensors is damaged"):
-        load_trajectories(tmp_path)

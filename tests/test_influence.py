@@ -6,7 +6,7 @@ from page import HOSTILE, case, named, quantised, ranking, rows_of, shows, write
 
 from dtrak.data.samples import Samples
 from dtrak.pages import influence
-from dtrak.pages.canvas import Canvas
+from dtrak.pages.canvas import Canvas, default_style
 
 
 @pytest.mark.parametrize(
@@ -63,9 +63,11 @@ def test_picture_stops_at_sixteen_queries_and_says_so(tmp_path, monkeypatch):
 def test_nothing_overlaps_in_the_picture(side, names, kind, size):
     options = case(M=2, size=size, scale=1e-5)
     rows = rows_of(options | {side: named(options[side], names)})
-    canvas = influence.draw(rows, kind)
-    texts = [text.get_window_extent(canvas.renderer).extents for text in canvas.figure.texts]
-    images = [image.get_window_extent(canvas.renderer).extents for image in canvas.figure.images]
+    with default_style():
+        canvas = influence.draw(rows, kind)
+        canvas.figure.draw_without_rendering()
+    texts = [text.get_window_extent().extents for text in canvas.figure.texts]
+    images = [image.get_window_extent().extents for image in canvas.figure.artists]
     assert len(images) == 2 * 9
     boxes = [*texts, *images]
     for index, (left, bottom, right, top) in enumerate(boxes):
@@ -117,7 +119,7 @@ def test_headings_are_whole_however_few_matches_there_are(tmp_path, monkeypatch)
     assert influence.lead("generated picture") in said
     assert "Generated picture" in said
     for _, heading, meaning in influence.HEADINGS:
-        assert f"{heading}: {meaning}" in said
+        assert f"{heading}: {meaning}" in " ".join(said)
 
 
 @pytest.mark.parametrize("labels", [None, ["a class of cats"] * 12, [3] * 12])

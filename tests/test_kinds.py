@@ -561,10 +561,10 @@ def test_how_a_flow_is_trained(folders):
 
 def test_the_table_in_the_docs_is_the_registrys():
     from dtrak.models import _KINDS, _REFUSED
-    from dtrak.models.support import table
+    from dtrak.pages.support import table
 
     page = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
-    start, end = "<!-- python -m dtrak.models.support -->\n", "<!-- end -->"
+    start, end = "<!-- python -m dtrak.pages.support -->\n", "<!-- end -->"
     assert page.partition(start)[2].partition(end)[0] == table()
     assert all(f"`{name}`" in table() for name in _KINDS)
     # what is refused is refused with its reason, and nothing of both

@@ -131,7 +131,7 @@ def test_rows_are_drawn_as_the_scheme_says(monkeypatch):
 
 def test_averaged_rows_are_the_features_of_the_product(tmp_path, monkeypatch):
     monkeypatch.setitem(presets.PRESETS, PRESET.name, PRESET)
-    experiment, queries = trials.trained_run(
+    experiment, queries = importlib.import_module("quality_lds").trained_run(
         tmp_path / "run", PRESET, {"validation": 2, "generated": 2}
     )
     model = experiment.load_model()

@@ -21,7 +21,7 @@ from dtrak.features.settings import FeatureSettings
 from dtrak.models import ModelError, load, wrap
 from dtrak.models.places import locate
 from dtrak.models.recorded import Recorded
-from dtrak.models.support import table
+from dtrak.pages.support import table
 from dtrak_kernels import Projection
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from numerics import relative_error
 from dtrak_kernels import GradientSketcher, Projection, project
 from dtrak_kernels.sjlt import torch as sjlt_module
 from dtrak_kernels.sjlt.reference import sjlt_matrix
-from dtrak_kernels.sjlt.torch import ParameterSketch, as_matrix, from_matrix, project_sjlt
+from dtrak_kernels.sjlt.torch import ParameterSketch, as_matrix, project_sjlt
 
 # a thin convolution, matrices of two tiles down and two across, a vector, a scalar, a single row
 SHAPES = [(5, 3, 3, 3), (131, 17), (4, 139), (33,), (), (1, 20)]
@@ -135,7 +135,7 @@ def test_matrix_order_is_channels_last_and_inverts():
     grads = torch.arange(2 * 3 * 4 * 5 * 6).reshape(2, 3, 4, 5, 6)
     matrix = as_matrix(grads)
     assert matrix[1, 2, (3 * 6 + 4) * 4 + 1] == grads[1, 2, 1, 3, 4]
-    assert torch.equal(from_matrix(matrix, (3, 4, 5, 6)), grads)
+    assert torch.equal(matrix.unflatten(2, (5, 6, 4)).movedim(-1, 2), grads)
 
 
 ROWS, COLUMNS, PROJ_DIM, DRAWS = 160, 384, 2 * 128 * 128, 300

@@ -141,7 +141,7 @@ def run_counterfactual(options: Options, console: Console) -> Counterfactual | N
     if models * NAME_BYTES > available_bytes(torch.device("cpu")):
         raise ValueError(
             f"--retrainings must leave a number of models whose names fit in memory, got "
-            f"{retrainings} and so {models} models"
+            f"{retrainings} and so {counted(models, 'model')}"
         )
     scorer = _Scorer(origin, output, device, console, clip, vae, drawn)
     # features take hours: a file that is refused is refused before

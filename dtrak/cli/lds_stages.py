@@ -164,7 +164,7 @@ def prepare_experiment(folder: Path, name: str, options: PrepareOptions, console
     console.print(
         f"{experiment.folder}: {counted(len(experiment.subsets), 'subset')} of {size} of "
         f"{counted(len(experiment.data), 'image')}, {counted(len(left), 'model')} to train, "
-        f"{experiment.retraining.recipe.num_steps(size):,} steps each",
+        f"{counted(experiment.retraining.recipe.num_steps(size), 'step')} each",
         highlight=False,
         soft_wrap=True,
     )

@@ -14,6 +14,7 @@ from rich.console import Console
 from ..runs.files import encode_text, write_atomically
 from ..runs.record import NUM_QUERIES, REPORT, RUN_FILE, check_report, find_queries
 from ..runs.stated import Stated, argument, option
+from ..runs.usual import WHERE_NOW
 from .options import make_app, typed_options
 
 # rows of strips that fit on a page of paper
@@ -39,9 +40,7 @@ class Options(Stated):
         help="Folder of dtrak.counterfactual to show too. Default: counterfactual in the run.",
         is_path=True,
     )
-    data: str | None = option(
-        None, help="Where the training images lie now. Default: as in the run.", is_path=True
-    )
+    data: str | None = option(**WHERE_NOW)
     num_queries: int = option(NUM_QUERIES, help="Queries that are shown, the first.")
     megabytes: float = option(
         20.0,

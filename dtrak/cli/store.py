@@ -14,6 +14,8 @@ from rich.console import Console
 
 from ..runs.choices import FLOAT32, STORE_DTYPES, check_choice, check_counts
 from ..runs.console import run_app
+from ..runs.files import expand_path
+from ..runs.record import MANIFEST
 from ..runs.stated import Stated, argument, option
 from .options import add_command
 
@@ -103,8 +105,14 @@ class ScoreOptions(Stated):
             raise ValueError("--only-top makes no report: leave out --data and --pictures")
 
 
+def _check_folder(folder: str) -> None:
+    if not (expand_path(folder) / MANIFEST).is_file():
+        raise FileNotFoundError(f"{folder} must hold a store of features, got no {MANIFEST}")
+
+
 def info(options: FolderOptions, console: Console) -> None:
     """Say what a store holds."""
+    _check_folder(options.folder)
     # torch comes with these: seconds that a mistake in the options should not cost
     from .store_stages import show
 
@@ -113,6 +121,7 @@ def info(options: FolderOptions, console: Console) -> None:
 
 def check(options: FolderOptions, console: Console) -> None:
     """Read a whole store, and name the shards that are missing, cut or damaged."""
+    _check_folder(options.folder)
     from .store_stages import check_store
 
     check_store(options.folder, console)

@@ -24,6 +24,7 @@ from ..features.upkeep import merge as merge_shards
 from ..methods.damping import Damping, damping_unit
 from ..methods.scores import check_room
 from ..pages.tables import values_table
+from ..runs.choices import counted
 from ..runs.console import progress_bar
 from ..runs.files import encode_tensors, encode_text, write_atomically
 from ..runs.ranks import ranks
@@ -46,12 +47,14 @@ def check_store(folder: str, console: Console) -> None:
         faults = find_faults(store, progress)
     for name, fault in faults.items():
         Console().print(f"{name}: {fault}", highlight=False, soft_wrap=True, markup=False)
+    shards = counted(store.num_shards, "shard")
     if faults:
+        are = "is" if store.num_shards == 1 else "are"
         raise StoreError(
-            f"{store.folder}: {len(faults)} of {store.num_shards} shards are missing or damaged: "
+            f"{store.folder}: {len(faults)} of {shards} {are} missing or damaged: "
             f"{name_some(list(faults))}"
         )
-    console.print(f"{store.folder}: {store.num_shards} shards, nothing is wrong", highlight=False)
+    console.print(f"{store.folder}: {shards}, nothing is wrong", highlight=False)
 
 
 def merge_stores(target: str, sources: list[str], console: Console) -> None:

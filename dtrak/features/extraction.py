@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,27 +37,59 @@ _LEAST = 4
 _COUNTED_EVERY = 20.0
 
 
-class Extractor(Protocol):
-    """Turns what a model is given into features."""
+class Extractor:
+    """Turns what a model is given into features.
 
-    #: how the features are made, part of the manifest
+    Args:
+        model: what is explained; moved to ``device`` (and float64 if the settings say so).
+        settings: what to compute.
+        device: where.
+        whitening: of the gradients, as `whitening.open_whitening` gives it for the settings.
+
+    Attributes:
+        method: how the features are made, part of the manifest.
+        grad_dim: P.
+        proj_dim: K; 2K for settings with halves.
+        flips: whether features of mirror images are averaged with those of the images.
+
+    Raises:
+        ValueError: there is no whitening where settings have one, another kind, or one too many.
+    """
+
     method: str
-    #: what is explained
-    model: Denoiser
-    device: torch.device
-    #: ``P`` and ``K``
     grad_dim: int
     proj_dim: int
-    #: whether features of mirror images are averaged with those of the images
-    flips: bool
-    #: of the gradients, if any
-    whitening: Whitening | None
+
+    def __init__(
+        self,
+        model: Denoiser,
+        settings: FeatureSettings,
+        device: torch.device,
+        whitening: Whitening | None = None,
+    ) -> None:
+        check_whitening(settings, whitening)
+        model.to(device, settings.dtype)
+        self.model, self.settings, self.device = model, settings, device
+        self.flips, self.whitening = settings.flips, whitening
 
     def extract(
         self, inputs: Tensor, ids: Sequence[str], items: Sequence[Any] | None = None
     ) -> Tensor:
-        """Features ``[B, K]`` of inputs ``[B, ...]``, with what the model reads beside each."""
-        ...
+        """Features of a batch.
+
+        Args:
+            inputs: ``[B, ...]``, what noise is added to: pictures in [-1, 1], or their latents.
+            ids: B sample ids, which decide the noise.
+            items: B captions or labels, for a model that reads them.
+
+        Returns:
+            ``[B, K]`` on the device; ``[B, 2K]`` for settings with halves.
+
+        Raises:
+            ValueError: the model's output is not finite (which sample, which timestep), or there
+                are no items for a model that reads them.
+        """
+        raise NotImplementedError
 
 
 def extract_rows(extractor: Extractor, data: Samples, rows: slice, role: str = "") -> Tensor:
@@ -176,19 +209,10 @@ def check_whitening(settings: FeatureSettings, whitening: Whitening | None) -> N
         raise ValueError(f"whitening must be of kind {wanted!r}, as settings say, got {found!r}")
 
 
-class FusedExtractor:
+class FusedExtractor(Extractor):
     """Features through `GradientSketcher`: one forward and one backward, no gradient stored.
 
     The parameters are those that the model says: of an adapter's model only the adapter's.
-
-    Args:
-        model: the model; moved to ``device`` (and float64 if the settings say so).
-        settings: what to compute.
-        device: where.
-        whitening: of the gradients, as `whitening.open_whitening` gives it for the settings.
-
-    Raises:
-        ValueError: see `check_whitening`, or the whitening is of another model.
     """
 
     method = "fused"
@@ -200,10 +224,7 @@ class FusedExtractor:
         device: torch.device,
         whitening: Whitening | None = None,
     ) -> None:
-        check_whitening(settings, whitening)
-        model.to(device, settings.dtype)
-        self.model, self.settings, self.device = model, settings, device
-        self.flips, self.whitening = settings.flips, whitening
+        super().__init__(model, settings, device, whitening)
         # of each sample, one after the other
         self._parts = 2 if settings.halves else 1
         self.sketcher = GradientSketcher(
@@ -221,20 +242,7 @@ class FusedExtractor:
     def extract(
         self, inputs: Tensor, ids: Sequence[str], items: Sequence[Any] | None = None
     ) -> Tensor:
-        """Features of a batch.
-
-        Args:
-            inputs: ``[B, ...]``, what noise is added to: pictures in [-1, 1], or their latents.
-            ids: B sample ids, which decide the noise.
-            items: B captions or labels, for a model that reads them.
-
-        Returns:
-            ``[B, K]`` on the device; ``[B, 2K]`` for settings with halves.
-
-        Raises:
-            ValueError: the model's output is not finite (which sample, which timestep), or there
-                are no items for a model that reads them.
-        """
+        """As `Extractor.extract`."""
         inputs = inputs.to(self.device, self.sketcher.dtype)
         steps, count = self.settings.timesteps, len(self.settings.timesteps)
         if self._parts == 2:
@@ -263,7 +271,7 @@ def autocast(device: torch.device, dtype: str) -> Any:
     return torch.autocast(device.type, getattr(torch, dtype))
 
 
-def fitting_batch_size(extractor: FusedExtractor, data: Samples) -> int:
+def fitting_batch_size(extractor: Extractor, data: Samples) -> int:
     """The batch size that uses a modest share of the free memory, found by measuring one sample.
 
     On a CPU the working set is kept small enough for the caches (96 MB), though not below four
@@ -334,7 +342,7 @@ def item_identity(model: Denoiser, data: Samples) -> dict[str, str]:
 
 def open_store(
     folder: Path | None,
-    extractor: Any,
+    extractor: Extractor,
     data: Samples,
     role: str,
     batch_size: Callable[[], int],
@@ -424,7 +432,7 @@ def fill_store(
 
 def complete_store(
     folder: Path,
-    extractor: FusedExtractor,
+    extractor: Extractor,
     data: Samples,
     role: str,
     progress_bar: Callable[[], Any],
@@ -457,3 +465,24 @@ def complete_store(
                 progress=progress,
             )
     return store
+
+
+def complete_pair(
+    folder: Path,
+    extractor: Extractor,
+    train: Samples,
+    queries: Samples,
+    progress_bar: Callable[[str], Any],
+    batch_size: int | None = None,
+) -> tuple[Store, Store]:
+    """`complete_store` of training images and of queries, side by side in a folder.
+
+    Of queries there are no mirror images; ``progress_bar`` is called with the role of either.
+    """
+    flips, stores = extractor.flips, []
+    for role, data in (("train", train), ("query", queries)):
+        extractor.flips = flips and role == "train"
+        bar = partial(progress_bar, role)
+        stores.append(complete_store(folder / role, extractor, data, role, bar, batch_size))
+    extractor.flips = flips
+    return stores[0], stores[1]

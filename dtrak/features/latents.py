@@ -10,24 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtrak_kernels import Whitening
-
 from ..data.rows import Stored
 from ..data.samples import Samples
 from ..models.denoiser import Denoiser
 from ..runs.stages import Stages
-from .extraction import fill_store
+from .extraction import Extractor, fill_store
 from .store import FeatureStore, StoreInMemory
 
 # images an encoder takes at a time: at 512 pixels each takes about a gigabyte
 _BATCH = 4
 
 
-class _Encoder:
+class _Encoder(Extractor):
     """Fills a store with what a model is given instead of features."""
 
-    method, grad_dim, proj_dim, flips = "encoder", 0, 0, False
-    whitening: Whitening | None = None
+    method, grad_dim, proj_dim, flips, whitening = "encoder", 0, 0, False, None
 
     def __init__(self, model: Denoiser, device: torch.device) -> None:
         self.model, self.device = model, device

@@ -19,9 +19,9 @@ from ..data.samples import Samples
 from ..models.denoiser import Condition, Denoiser
 from ..runs.measure import TensorMeter
 from .extraction import (
+    Extractor,
     FusedExtractor,
     check_prediction,
-    check_whitening,
     condition_rows,
     extract_rows,
     given,
@@ -78,17 +78,13 @@ def make_trak_projector(grad_dim: int, projection: Projection, device: torch.dev
     return BasicProjector(**common)
 
 
-class PublishedExtractor:
+class PublishedExtractor(Extractor):
     """Features as D-TRAK's scripts compute them; the noise is ours, so the same gradients result.
 
-    Args:
-        model: the model.
-        settings: what to compute; float32 or float64.
-        device: where.
-        whitening: as `FusedExtractor` takes it; applied to gradients in memory.
+    The model is copied, and a whitening applied to gradients in memory.
 
     Raises:
-        ValueError: see `make_trak_projector` and `check_whitening`; or a 16-bit dtype is asked for.
+        ValueError: as `Extractor` and `make_trak_projector`; or a 16-bit dtype is asked for.
 
     Source:
         D-TRAK's grad_unconditional.py at e2a0c2e.
@@ -103,16 +99,12 @@ class PublishedExtractor:
         device: torch.device,
         whitening: Whitening | None = None,
     ) -> None:
-        check_whitening(settings, whitening)
         if settings.dtype not in ("float32", "float64"):
             raise ValueError(
                 f"dtype must be float32 or float64 for --no-fused, got {settings.dtype!r}"
             )
         self.dtype = torch.float64 if settings.dtype == "float64" else torch.float32
-        self.model = _plain_attention(model)
-        self.model.to(device, settings.dtype)
-        self.settings, self.device, self.flips = settings, device, settings.flips
-        self.whitening = whitening
+        super().__init__(_plain_attention(model), settings, device, whitening)
         chosen = set(model.parameters())
         self.parameters = {
             name: parameter.detach()

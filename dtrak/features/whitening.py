@@ -19,6 +19,7 @@ from ..runs.files import write_atomically
 from ..runs.folders import Record
 from ..runs.ranks import ranks
 from .extraction import (
+    Extractor,
     FusedExtractor,
     condition_rows,
     deciding_settings,
@@ -101,6 +102,29 @@ def open_whitening(
             # the same numbers now and when it is read again
             return _read(file, asked, function)
         return whitening
+
+
+def open_extractor(
+    model: Denoiser,
+    settings: FeatureSettings,
+    data: Samples,
+    device: torch.device,
+    folder: Path | None = None,
+    *,
+    batch_size: int | None = None,
+    stage: Callable[[], Any] | None = None,
+    kind: type[Extractor] = FusedExtractor,
+) -> Extractor:
+    """What makes features of a model, with the whitening that its settings ask for.
+
+    Arguments and errors are those of `open_whitening`; ``folder`` is that of the features, in which
+    the whitening is kept, and ``kind`` that of the extractor.
+    """
+    file = None if folder is None else folder / FILE
+    whitening = open_whitening(
+        model, settings, data, device, file, batch_size=batch_size, stage=stage
+    )
+    return kind(model, settings, device, whitening)
 
 
 def _fitted_to(model: Denoiser, settings: FeatureSettings, data: Samples) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtrak_kernels import Whitening
 from dtrak_kernels.ridge import RidgeSolver
 from dtrak_kernels.ridge.group import Group
 
@@ -34,7 +33,7 @@ from ..features.halves import Columns
 from ..features.packing import packed_bytes
 from ..features.settings import FeatureSettings
 from ..features.store import MANIFEST, FeatureStore, Part, Store, own_rows
-from ..features.whitening import FILE, open_whitening
+from ..features.whitening import open_extractor
 from ..models.denoiser import Denoiser, Drawn
 from ..models.hashing import hash_model, hash_tensors
 from ..runs.choices import FLOAT32
@@ -309,25 +308,24 @@ class Evidence:
         if checkpointing is not None:
             model.checkpointing = checkpointing
         key = " ".join(filter(None, (self.how.function, part)))
-        whitening = open_whitening(
+        return open_extractor(
             model,
             settings,
             self.train,
             self.device,
-            None if self.folder is None else self.how.feature_folder(self.folder, part) / FILE,
+            None if self.folder is None else self.how.feature_folder(self.folder, part),
             batch_size=self.how.batch_size,
             stage=lambda: self.stages.stage("whitening", key),
+            kind=self._kind,
         )
-        return self._make_extractor(model, settings, whitening)
 
-    def _make_extractor(
-        self, model: Denoiser, settings: FeatureSettings, whitening: Whitening | None
-    ) -> Extractor:
+    @property
+    def _kind(self) -> type[Extractor]:
         if self.how.fused:
-            return FusedExtractor(model, settings, self.device, whitening)
+            return FusedExtractor
         from ..features.published import PublishedExtractor
 
-        return PublishedExtractor(model, settings, self.device, whitening)
+        return PublishedExtractor
 
     def _batch_size(self, extractor: Extractor, data: Samples) -> int:
         if self.how.batch_size is not None:
@@ -468,27 +466,18 @@ class Evidence:
         assert self.drawing is not None
         timesteps = self._journey_timesteps()
         one = replace(self.feature_settings, timesteps=tuple(timesteps[:1]))
-        extractor = self._make_extractor(self.model, one, self.extractor.whitening)
+        extractor = self._kind(self.model, one, self.device, self.extractor.whitening)
+        items = None
+        if self.drawing.items is not None:
+            items = dict(zip(self.drawing.seeds, self.drawing.items, strict=True))
         with self.stages.stage("features of journeys") as progress:
-            batches: Iterable[Drawn] = self.drawing.again(self.model, progress=progress)
-            return torch.cat(
-                [
-                    journey_features(extractor, drawn, timesteps, self._items_of(drawn.seeds))
-                    for drawn in batches
-                ]
-            )
+            drawn = self.drawing.again(self.model, progress=progress)
+            return journey_features(extractor, drawn, timesteps, items)
 
     def _journey_timesteps(self) -> list[int]:
         assert self.drawing is not None
         steps = self.drawing.how.get("num_inference_steps")
         return self.model.drawing_timesteps(*([] if steps is None else [steps]))
-
-    def _items_of(self, seeds: Sequence[int]) -> list[Any] | None:
-        assert self.drawing is not None
-        if self.drawing.items is None:
-            return None
-        by_seed = dict(zip(self.drawing.seeds, self.drawing.items, strict=True))
-        return [by_seed[seed] for seed in seeds]
 
     def embeddings(self) -> tuple[Tensor, Tensor]:
         """CLIP's, of the queries and of the training images."""
@@ -507,23 +496,30 @@ def _hash(value: Any) -> str:
 
 
 def journey_features(
-    extractor: Any, drawn: Drawn, timesteps: Sequence[int], items: Sequence[Any] | None
+    extractor: Extractor,
+    batches: Iterable[Drawn],
+    timesteps: Sequence[int],
+    items: Mapping[int, Any] | Sequence[Any] | None,
 ) -> Tensor:
-    """Features ``[B, K]`` of B pictures, averaged over the steps they were drawn in.
+    """Features ``[M, K]`` of M pictures, averaged over the steps they were drawn in.
 
     Args:
         extractor: of the model that drew them; its timesteps are replaced.
-        drawn: with trajectories ``[B, S, ...]``.
+        batches: the pictures, each with a trajectory of S steps.
         timesteps: S, of the steps.
-        items: what each was drawn from, for a model that reads anything.
+        items: by seed what each was drawn from, for a model that reads anything.
     """
-    assert drawn.trajectories is not None
-    ids = [f"journey/{seed}" for seed in drawn.seeds]
-    features = []
-    for step, timestep in enumerate(timesteps):
-        extractor.settings = replace(extractor.settings, timesteps=(timestep,))
-        features.append(extractor.extract(drawn.trajectories[:, step], ids, items).cpu())
-    return journey_query_features(torch.stack(features))
+    found = []
+    for drawn in batches:
+        assert drawn.trajectories is not None
+        ids = [f"journey/{seed}" for seed in drawn.seeds]
+        read = None if items is None else [items[seed] for seed in drawn.seeds]
+        features = []
+        for step, timestep in enumerate(timesteps):
+            extractor.settings = replace(extractor.settings, timesteps=(timestep,))
+            features.append(extractor.extract(drawn.trajectories[:, step], ids, read).cpu())
+        found.append(journey_query_features(torch.stack(features)))
+    return torch.cat(found)
 
 
 def _in_memory(store: Store | Part) -> Any:

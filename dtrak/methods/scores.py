@@ -86,18 +86,7 @@ def trak(solver: RidgeSolver, queries: Tensor, damping: float) -> Tensor:
 def relative_influence(solver: RidgeSolver, queries: Tensor, damping: float) -> Tensor:
     """Relative influence: TRAK's score divided by ``‖(ΦᵀΦ + λI)⁻¹ φ_i‖₂``.
 
-    A training sample with zero features scores 0.
-
-    Args:
-        solver: on the training features.
-        queries: ``[M, K]`` floating.
-        damping: λ in units of ``ΦᵀΦ``.
-
-    Returns:
-        ``[M, N]`` float32.
-
-    Raises:
-        ValueError: as :meth:`RidgeSolver.scores`.
+    A training sample with zero features scores 0; else as :func:`trak`.
 
     Source:
         RelatIF, Barshan et al. 2020 (arXiv:2003.11630), the θ-relative form.
@@ -108,18 +97,7 @@ def relative_influence(solver: RidgeSolver, queries: Tensor, damping: float) -> 
 def renormalised_influence(solver: RidgeSolver, queries: Tensor, damping: float) -> Tensor:
     """Renormalised influence: TRAK's score divided by ``‖φ_i‖₂``.
 
-    A training sample with zero features scores 0.
-
-    Args:
-        solver: on the training features.
-        queries: ``[M, K]`` floating.
-        damping: λ in units of ``ΦᵀΦ``.
-
-    Returns:
-        ``[M, N]`` float32.
-
-    Raises:
-        ValueError: as :meth:`RidgeSolver.scores`.
+    A training sample with zero features scores 0; else as :func:`trak`.
 
     Source:
         Hammoudeh and Lowd 2022 (arXiv:2201.10055), renormalised influence.

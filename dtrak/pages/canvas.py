@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from ..runs.files import encode_text
@@ -37,46 +35,67 @@ def fit(pixels: Tensor, room: int) -> int:
 
 def text_width(text: str, pixels: float, *, bold: bool = False) -> int:
     """How wide a line is on a `Canvas`, in pixels; call it within `default_style`."""
-    blank = Canvas(1, 1)
-    artist = blank.figure.text(
-        0,
-        0,
-        encode_text(text).decode(),
-        fontsize=pixels * 72 / blank.dpi,
-        fontweight="bold" if bold else "normal",
-        parse_math=False,
-    )
+    from matplotlib.backends.backend_agg import RendererAgg
+    from matplotlib.font_manager import FontProperties
+
+    # at 72 dots per inch a point is a pixel
+    font = FontProperties(size=pixels, weight="bold" if bold else "normal")
+    text = encode_text(text).decode()
+    width, _, _ = RendererAgg(1, 1, 72).get_text_width_height_descent(text, font, ismath=False)
     # where a line begins moves its end by a part of a pixel
-    return math.ceil(artist.get_window_extent(blank.renderer).width) + 2
+    return math.ceil(width) + 2
+
+
+def wrap(text: str, width: int, pixels: int, *, bold: bool = False, lines: int = 1) -> list[str]:
+    """A text in so many lines at most, cut before its end where it is longer."""
+    # fonts know no bytes of file names that are no text
+    words = encode_text(text).decode().split()
+    found: list[str] = []
+    while words:
+        kept = len(words) if len(found) == lines - 1 else 1
+        while (
+            kept < len(words)
+            and text_width(" ".join(words[: kept + 1]), pixels, bold=bold) <= width
+        ):
+            kept += 1
+        found.append(_shorten(" ".join(words[:kept]), width, pixels, bold))
+        words = words[kept:]
+    return found
+
+
+def _shorten(text: str, width: int, pixels: int, bold: bool) -> str:
+    """A line that fits."""
+    if text_width(text, pixels, bold=bold) <= width:
+        return text
+    # what tells ids apart is their end
+    tail = min(max(len(text) - text.rfind("/"), 1), 10)
+    fits, too_long = tail, len(text)
+    while too_long - fits > 1:
+        kept = (fits + too_long) // 2
+        short = f"{text[: kept - tail]}…{text[len(text) - tail :]}"
+        if text_width(short, pixels, bold=bold) <= width:
+            fits = kept
+        else:
+            too_long = kept
+    return f"{text[: fits - tail]}…{text[len(text) - tail :]}"
 
 
 class Canvas:
     """A white page measured in pixels from its top left corner."""
 
-    def __init__(self, width: int, height: int) -> None:
+    def __init__(self, width: int, height: int, dpi: int = 150) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        self.dpi = 150
-        self.width, self.height = width, height
-        self.figure = Figure((width / self.dpi, height / self.dpi), dpi=self.dpi, facecolor="white")
-        self.renderer = FigureCanvasAgg(self.figure).get_renderer()
+        self.width, self.height, self.dpi = width, height, dpi
+        self.figure = Figure((width / dpi, height / dpi), dpi=dpi, facecolor="white")
+        FigureCanvasAgg(self.figure)
 
     def write(
-        self,
-        x: float,
-        y: float,
-        text: str,
-        *,
-        pixels: float,
-        width: float,
-        colour: str = INK,
-        bold: bool = False,
+        self, x: float, y: float, text: str, *, pixels: float, colour: str = INK, bold: bool = False
     ) -> None:
-        """Write one line with its top at ``y``, cut before its end where it is too wide."""
-        # fonts know no bytes of file names that are no text
-        text = encode_text(text).decode()
-        artist = self.figure.text(
+        """Write one line with its top at ``y``."""
+        self.figure.text(
             x / self.width,
             1 - y / self.height,
             text,
@@ -88,19 +107,6 @@ class Canvas:
             # an id may hold a dollar sign
             parse_math=False,
         )
-        if artist.get_window_extent(self.renderer).width <= width:
-            return
-        # what tells ids apart is their end
-        tail = min(max(len(text) - text.rfind("/"), 1), 10)
-        fits, too_long = tail, len(text)
-        while too_long - fits > 1:
-            kept = (fits + too_long) // 2
-            artist.set_text(f"{text[: kept - tail]}…{text[len(text) - tail :]}")
-            if artist.get_window_extent(self.renderer).width <= width:
-                fits = kept
-            else:
-                too_long = kept
-        artist.set_text(f"{text[: fits - tail]}…{text[len(text) - tail :]}")
 
     def fill(self, x: float, y: float, width: float, height: float, colour: str) -> None:
         """Paint a rectangle."""
@@ -114,14 +120,27 @@ class Canvas:
 
     def paste(self, x: int, y: int, pixels: Tensor, side: int) -> None:
         """Put an image [C, H, W] uint8 with its longest side ``side`` pixels long."""
+        from matplotlib.image import BboxImage
+        from matplotlib.transforms import Bbox, TransformedBbox
+
         array = pixels.expand(3, -1, -1).movedim(0, -1).numpy()
         longest = max(array.shape[:2])
-        if longest <= side:
-            array = array.repeat(side // longest, axis=0).repeat(side // longest, axis=1)
-        else:
-            height, width = (max(1, round(n * side / longest)) for n in array.shape[:2])
-            array = np.asarray(Image.fromarray(array).resize((width, height)))
-        self.figure.figimage(array, xo=x, yo=self.height - y - array.shape[0], origin="upper")
+        height, width = (max(1, round(n * side / longest)) for n in array.shape[:2])
+        # squares are drawn here, or a viewer blurs them
+        times = max(1, side // longest)
+        box = Bbox.from_bounds(
+            x / self.width,
+            1 - (y + height) / self.height,
+            width / self.width,
+            height / self.height,
+        )
+        image = BboxImage(
+            TransformedBbox(box, self.figure.transFigure),
+            data=array.repeat(times, axis=0).repeat(times, axis=1),
+            interpolation="nearest" if longest <= side else "antialiased",
+            origin="upper",
+        )
+        self.figure.add_artist(image)
 
     def save(self, path: Path) -> None:
         """Write the page as PNG; the same page gives the same bytes."""

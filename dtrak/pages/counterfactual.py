@@ -11,13 +11,15 @@ from torch import Tensor
 from ..evaluation.counterfactual.options import NOTHING
 from ..evaluation.counterfactual.results import METRICS, Counterfactual, Summary
 from ..methods import METHODS
-from .canvas import LINE, SOFT, Canvas, default_style, fit, text_width
+from ..runs.choices import counted
+from .canvas import SOFT, Canvas, default_style
 from .html import render_image
 from .plots import NO_REMOVAL, plot_boxes, render_svg, write_png
+from .strips import PAGE, Cell, Column, Look, draw_strips
 from .tables import Table
 
-CELL, GAP, MARGIN = 160, 20, 48
-PNG_QUERIES = 16
+# pixels of a picture, and queries that are shown: on a page and in print
+ROOM, PNG_QUERIES, PRINTED = 160, 16, 8
 _SHORT = {"pixel_l2": "L2", "latent_l2": "latent L2", "clip_cosine": "CLIP", "loss": "loss +"}
 TITLE = "The same pictures without their top training images"
 
@@ -51,43 +53,42 @@ def write_box_plot(path: Path, results: Counterfactual) -> None:
 def write_strips(path: Path, results: Counterfactual) -> None:
     """Write a picture of the first ``PNG_QUERIES`` queries: the original, then every method's."""
     with default_style():
-        _draw(results).save(path)
+        draw(results).save(path)
 
 
-def _draw(results: Counterfactual) -> Canvas:
-    shown = range(min(PNG_QUERIES, len(results.query_ids)))
-    side = fit(results.originals[0], CELL)
-    heads = ["original", *(name_method(method) for method in results.methods)]
-    room = max(side, *(text_width(head, 18, bold=True) for head in heads))
-    pitch, width = room + GAP, (1 + len(results.methods)) * (room + GAP) + GAP
-    top, height = MARGIN + 120, side + 64
+def draw(results: Counterfactual, *, look: Look = PAGE) -> Canvas:
+    """Draw each query as it was, and again without what each method ranks highest for it.
+
+    Args:
+        results: the first queries are shown, with the pictures of the first retraining.
+        look: in print, fewer queries and no names of files.
+    """
+    count = len(results.query_ids)
+    shown = range(min(PNG_QUERIES if look is PAGE else PRINTED, count))
+    columns = [
+        Column(head, room=ROOM)
+        for head in ("Original", *(name_method(method) for method in results.methods))
+    ]
+    lines = []
+    for row in shown:
+        name = [(results.query_ids[row], SOFT)] if look is PAGE else []
+        line = [[Cell(results.originals[row], name)]]
+        for method in results.methods:
+            distance = f"L2 {float(results.values['pixel_l2'][method][row, 0]):.3g}"
+            line.append([Cell(results.pictures[method][row, 0], [(distance, SOFT)])])
+        lines.append(line)
+    if look is not PAGE:
+        notes = ["L2: distance of pixels from the original"]
+        return draw_strips(columns, lines, notes=notes, look=look)
     settings = results.settings
-    text = (
+    done = (
         f"retrained without {settings['removed']:,} of {settings['training images']:,} images, "
         "drawn from the same seed"
     )
-    inner = max(width, text_width(TITLE, 30, bold=True), text_width(text, 19))
-    canvas = Canvas(inner + 2 * MARGIN, top + len(shown) * height + 70)
-    canvas.write(MARGIN, MARGIN - 8, TITLE, pixels=30, width=inner, bold=True)
-    canvas.write(MARGIN, MARGIN + 34, text, pixels=19, width=inner, colour=SOFT)
-    starts = [MARGIN] + [MARGIN + 2 * GAP + pitch * (n + 1) for n in range(len(results.methods))]
-    for x, head in zip(starts, heads, strict=True):
-        canvas.write(x, top - 34, head, pixels=18, width=room, bold=True)
-    canvas.fill(starts[0] + pitch + 0.5 * GAP, top - 34, 2, len(shown) * height + 20, LINE)
-    for row in shown:
-        y = top + row * height
-        canvas.paste(starts[0], y, results.originals[row], side)
-        canvas.write(
-            starts[0], y + side + 6, results.query_ids[row], pixels=17, width=side, colour=SOFT
-        )
-        for x, method in zip(starts[1:], results.methods, strict=True):
-            canvas.paste(x, y, results.pictures[method][row, 0], side)
-            distance = float(results.values["pixel_l2"][method][row, 0])
-            canvas.write(x, y + side + 6, f"L2 {distance:.3g}", pixels=17, width=side, colour=SOFT)
-    part = "" if len(shown) == len(results.query_ids) else f" of {len(results.query_ids)}"
-    note = f"{len(shown)}{part} queries; first retraining; L2 of pixels in [-1, 1]."
-    canvas.write(MARGIN, top + len(shown) * height + 4, note, pixels=17, width=inner, colour=SOFT)
-    return canvas
+    part = "" if len(shown) == count else f"{len(shown)} of "
+    queries = counted(count, "query", "queries")
+    note = f"{part}{queries}; first retraining; L2 of pixels in [-1, 1]."
+    return draw_strips(columns, lines, title=TITLE, lead=done, notes=[note])
 
 
 def render_section(results: Counterfactual, num_shown: int) -> str:
@@ -138,12 +139,12 @@ def distance_table(results: Counterfactual, metric: str) -> Table:
             )
         )
     first = results.summary(metric, results.methods[0])
+    over = f"Medians over {counted(first.count, 'query', 'queries')}"
     direction = "more" if METRICS[metric].rises else "less"
     note = (
-        f"Medians over {first.count} queries, with 95 % percentile bootstrap intervals over "
-        "queries (not over training seeds)."
+        f"{over}, with 95 % percentile bootstrap intervals over queries (not over training seeds)."
         if first.interval
-        else f"Medians over {first.count} queries, too few for an interval."
+        else f"{over}, too few for an interval."
     )
     title = f"{METRICS[metric].title} ({direction} = more change)"
     columns = ("Removed by", "Median", "Mean", "Beyond random")

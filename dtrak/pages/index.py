@@ -14,6 +14,7 @@ from PIL import Image
 
 from ..evaluation.counterfactual.results import METRICS
 from ..features.fit import FIT, WARNING
+from ..runs.choices import counted
 from ..runs.files import encode_text, write_atomically
 from ..runs.measure import format_bytes
 from ..runs.record import MANIFEST, PICTURE, REPORT, SCORES, list_queries, read_json
@@ -185,6 +186,6 @@ def _counterfactual_tables(folder: Path) -> list[Table]:
             rows.append((name_method(method), f"{values['median']:.3g}", between))
         count = len(next(iter(methods.values()))["queries"])
         columns = ("Removed by", "Median", "95 % interval")
-        title, note = METRICS[metric].title, f"Over {count} queries."
+        title, note = METRICS[metric].title, f"Over {counted(count, 'query', 'queries')}."
         found.append(Table(columns, rows, title, note).without_empty())
     return found

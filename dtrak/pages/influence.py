@@ -16,9 +16,10 @@ from ..data.images import to_uint8
 from ..data.walk import IMAGE_SUFFIXES
 from ..findings import Findings
 from ..methods.scores import top_k
-from .canvas import LINE, MINUS, PLUS, SOFT, Canvas, default_style, fit, text_width
+from .canvas import MINUS, PLUS, SOFT, Canvas, default_style
 from .embedding import render_embedded
 from .html import render_image, render_name
+from .strips import PAGE, Cell, Column, Look, draw_strips
 
 if TYPE_CHECKING:
     from ..data.samples import Samples
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 TITLE = "Which training images made these pictures?"
 PNG_QUERIES = 16
 OPPONENTS = 3
-CELL, SUBJECT, GAP, MARGIN = 192, 256, 16, 48
+# pixels of a query
+SUBJECT = 256
 COLOURS = {"proponents": PLUS, "opponents": MINUS}
 HEADINGS = (
     ("proponents", "Proponents", "presence lowered the error"),
@@ -282,101 +284,59 @@ def write_png(path: Path, rows: Sequence[Row], query_kind: str, total: int | Non
         draw(rows, query_kind, total).save(path)
 
 
-def draw(rows: Sequence[Row], query_kind: str, total: int | None = None) -> Canvas:
-    """Draw at most ``PNG_QUERIES`` rows: query, proponents, a line, opponents."""
-    total = len(rows) if total is None else total
-    shown = rows[:PNG_QUERIES]
+def draw(
+    rows: Sequence[Row], query_kind: str, total: int | None = None, *, look: Look = PAGE
+) -> Canvas:
+    """Draw each query, its proponents and its opponents; call it within `canvas.default_style`.
+
+    Args:
+        rows: of `gather`; a page shows the first ``PNG_QUERIES``.
+        query_kind: what one query is, in words.
+        total: rows there are, where these are the first of more.
+        look: in print, all rows and no names of files, as D-TRAK's paper lays them out.
+    """
+    total, names = len(rows) if total is None else total, look is PAGE
+    rows = rows[:PNG_QUERIES] if look is PAGE else rows
     exponent = _exponent(rows)
-    matches = [match for row in shown for kind in row.matches.values() for match in kind]
-    cell = max((fit(match.pixels, CELL) for match in matches), default=CELL)
-    subject = max((fit(row.pixels, SUBJECT) for row in shown), default=SUBJECT)
-    subject = max(subject, text_width(query_kind.capitalize(), 20, bold=True))
-    widths = {
-        # room for the heading, and for the word "none" where there is no match at all
-        kind: max(
-            max(1, *(len(row.matches[kind]) for row in shown)) * (cell + GAP) - GAP,
-            text_width(f"{heading}: {meaning}", 20, bold=True),
-        )
-        for kind, heading, meaning in HEADINGS
-        if shown and kind in shown[0].matches
+    # a side that no query has anything on has no column
+    most = {
+        kind: max((len(row.matches.get(kind, ())) for row in rows), default=0)
+        for kind, _, _ in HEADINGS
     }
-    starts, x = {}, MARGIN + subject + 2 * GAP
-    for kind, width in widths.items():
-        starts[kind] = x
-        x += width + 3 * GAP
-    width = max(x - 3 * GAP + MARGIN, 1100, text_width(lead(query_kind), 21) + 2 * MARGIN)
-    lines = max((len(_below(match)) for match in matches), default=1)
-    top, pitch = MARGIN + 150, max(subject + 32, cell + 70 + 24 * max(lines, 1)) + 2 * GAP
-    canvas = Canvas(width, top + len(shown) * pitch + 96)
-    inner = width - 2 * MARGIN
-    canvas.write(MARGIN, MARGIN - 8, TITLE, pixels=34, width=inner, bold=True)
-    canvas.write(MARGIN, MARGIN + 40, lead(query_kind), pixels=21, width=inner, colour=SOFT)
-    canvas.write(MARGIN, top - 50, query_kind.capitalize(), pixels=20, width=subject, bold=True)
-    for kind, heading, meaning in HEADINGS:
-        if kind in widths:
-            colour, room = COLOURS[kind], widths[kind]
-            text = f"{heading}: {meaning}"
-            canvas.write(
-                starts[kind], top - 50, text, pixels=20, width=room, colour=colour, bold=True
-            )
-            canvas.fill(starts[kind], top - 18, room, 3, colour)
-    for number, row in enumerate(shown):
-        y = top + number * pitch
-        canvas.paste(MARGIN, y, row.pixels, fit(row.pixels, SUBJECT))
-        canvas.write(MARGIN, y + subject + 6, row.id, pixels=18, width=subject, colour=SOFT)
-        if row.caption is not None:
-            text = _quote(row.caption)
-            canvas.write(MARGIN, y + subject + 30, text, pixels=17, width=subject, colour=SOFT)
-        if len(widths) == 2:
-            canvas.fill(starts["opponents"] - 1.5 * GAP - 1, y, 2, pitch - 2 * GAP, LINE)
-        for kind in widths:
-            if not row.matches[kind]:
-                canvas.write(starts[kind], y, "none", pixels=20, width=cell, colour=SOFT)
-            for place, match in enumerate(row.matches[kind]):
-                _draw_match(canvas, starts[kind] + place * (cell + GAP), y, match, cell, exponent)
-    unit = f" Scores in units of 1e{exponent}." if exponent else ""
-    part = f" The first {len(shown)} of {total}." if len(shown) < total else ""
-    notes = (
-        f"+ lowers the error, − raises it; compare scores within a row only.{unit}{part}",
-        "Estimates from gradients: nothing was retrained without these images.",
-    )
-    for line, note in enumerate(notes):
-        y = top + len(shown) * pitch + 28 * line
-        canvas.write(MARGIN, y, note, pixels=18, width=inner, colour=SOFT)
-    return canvas
+    columns = [Column(query_kind.capitalize(), room=SUBJECT)] + [
+        Column(f"{heading}: {meaning}", most[kind], COLOURS[kind])
+        for kind, heading, meaning in HEADINGS
+        if most[kind]
+    ]
+    lines = []
+    for row in rows:
+        said = [row.id] if names else []
+        said += [] if row.caption is None else [_quote(row.caption)]
+        line = [[Cell(row.pixels, [(text, SOFT) for text in said])]]
+        for kind in most:
+            if most[kind]:
+                line.append([_cell(match, exponent, names) for match in row.matches[kind]])
+        lines.append(line)
+    unit = f"Scores in units of 1e{exponent}." if exponent else ""
+    if look is not PAGE:
+        return draw_strips(columns, lines, notes=[unit], look=look)
+    part = f"The first {len(rows)} of {total}." if len(rows) < total else ""
+    note = f"+ lowers the error, − raises it; compare scores within a row only. {unit} {part}"
+    caveat = "Estimates from gradients: nothing was retrained without these images."
+    return draw_strips(columns, lines, title=TITLE, lead=lead(query_kind), notes=[note, caveat])
 
 
-def _draw_match(canvas: Canvas, x: int, y: int, match: Match, cell: int, exponent: int) -> None:
-    canvas.paste(x, y, match.pixels, fit(match.pixels, CELL))
-    colour = PLUS if match.score >= 0 else MINUS
-    y += cell + 6
-    canvas.fill(x, y, cell, 5, LINE)
-    canvas.fill(x, y, cell * match.share, 5, colour)
-    score = format_score(match.score, exponent)
-    canvas.write(x, y + 11, score, pixels=20, width=cell, colour=colour, bold=True)
-    canvas.write(x, y + 37, match.id, pixels=17, width=cell, colour=SOFT)
-    for line, text in enumerate(_below(match)):
-        canvas.write(x, y + 61 + 24 * line, text, pixels=17, width=cell, colour=SOFT)
-
-
-def _below(match: Match) -> list[str]:
-    """What is said of a training image below its name: its class, and its caption."""
-    label = [] if match.label is None else [match.label]
-    return label if match.caption is None else [*label, _quote(match.caption)]
+def _cell(match: Match, exponent: int, names: bool) -> Cell:
+    """A match as it is drawn: score, name, class, caption."""
+    said = [match.id] if names else []
+    said += [] if match.label is None else [match.label]
+    said += [] if match.caption is None else [_quote(match.caption)]
+    score = (format_score(match.score, exponent), PLUS if match.score >= 0 else MINUS)
+    return Cell(match.pixels, [score, *((text, SOFT) for text in said)], match.share)
 
 
 def render_strips(train: Samples, queries: Samples, scores: Tensor, num_proponents: int) -> str:
-    """Queries and their proponents as a table of pictures, for a notebook.
-
-    Args:
-        train: as `gather`, like the others.
-        queries: likewise.
-        scores: likewise.
-        num_proponents: likewise.
-
-    Raises:
-        ValueError: as `gather`.
-    """
+    """Queries and their proponents as a table of pictures, for a notebook; else as `gather`."""
     rows = gather(train, queries, scores, num_proponents, 0)
     exponent = _exponent(rows)
     lines = []

@@ -19,6 +19,7 @@ from ..evaluation.lds.table import (
     packaged_results,
     select_rows,
 )
+from ..runs.choices import counted
 from ..training.presets import PRESETS
 from .lds_plots import plot_lds
 from .plots import default_style, is_reference, write_png
@@ -97,7 +98,8 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _title(table: Mapping[str, Any], kind: str) -> str:
     about = table["about"]
-    return f"{about['preset']}, {about['queries'][kind]} {kind} queries, {about['models']} models"
+    queries = counted(about["queries"][kind], f"{kind} query", f"{kind} queries")
+    return f"{about['preset']}, {queries}, {counted(about['models'], 'model')}"
 
 
 def _kinds(table: Mapping[str, Any]) -> list[str]:
@@ -129,12 +131,12 @@ def print_table(table: Mapping[str, Any], console: Console) -> None:
 
 def _legend(table: Mapping[str, Any]) -> list[str]:
     models = table["about"]["models"]
-    few = f"Only {models} models: too few for the intervals to mean much."
-    if models < FEWEST_WITH_INTERVALS:
-        few = (
-            f"Only {models} models: too few for intervals, which need {FEWEST_WITH_INTERVALS}, and "
-            "for any figure to mean much."
-        )
+    few = f"Only {counted(models, 'model')}: too few for "
+    few += (
+        f"intervals, which need {FEWEST_WITH_INTERVALS}, and for any figure to mean much."
+        if models < FEWEST_WITH_INTERVALS
+        else "the intervals to mean much."
+    )
     about = _LEGEND if models >= FEWEST_WITH_INTERVALS else _LEGEND[:1]
     return [*about, *row_notes(table), *([few] if models < _FEW_MODELS else [])]
 
@@ -165,10 +167,10 @@ def render_markdown(table: Mapping[str, Any]) -> str:
         "",
         f"{origin}.",
         "",
-        f"{about['models']} models, each trained on {about['subset_size']} of {about['samples']} "
-        f"images ({about['steps']} steps); the loss of a query is its mean over "
-        f"{about['loss_timesteps']} timesteps and {about['noise_seeds']} noises, the same for all "
-        "models.",
+        f"{counted(about['models'], 'model')}, each trained on {about['subset_size']} of "
+        f"{about['samples']} images ({about['steps']} steps); the loss of a query is its mean over "
+        f"{counted(about['loss_timesteps'], 'timestep')} and "
+        f"{counted(about['noise_seeds'], 'noise')}, the same for all models.",
         "",
         *(line + "\n" for line in _legend(table)),
     ]

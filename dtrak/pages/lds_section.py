@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..evaluation.lds.table import select_rows
+from ..runs.choices import counted
 from .canvas import default_style
 from .lds_plots import plot_lds
 from .lds_report import lds_table, row_notes
@@ -30,14 +31,16 @@ def render_section(table: Mapping[str, Any]) -> str:
         table: of `table.make_table`.
     """
     about = table["about"]
+    models = counted(about["models"], "model")
     parts = [
-        f"<p>How well each method's scores rank {about['models']} models, retrained on random "
-        f"subsets of {about['subset_size']:,} of {about['samples']:,} training images, by the loss "
-        "of a query: mean rank correlation, 100 is perfect and 0 is chance. The damping λ of the "
-        "main figure was chosen on other models than those it is judged on. “In-sample” is the "
-        "published protocol, which picks the λ that looks best on the very models it reports: it "
-        "flatters the methods that have one. “λ auto” looks at no retrained model. Intervals are "
-        f"bootstraps with {table['num_resamples']:,} resamples of the subset models.</p>",
+        f"<p>How well each method's scores rank {models}, retrained on random subsets of "
+        f"{about['subset_size']:,} of {about['samples']:,} training images, by the loss of a "
+        "query: mean rank correlation, 100 is perfect and 0 is chance. The damping λ of the "
+        "main figure was chosen on other models than those it is judged on. “In-sample” is "
+        "the published protocol, which picks the λ that looks best on the very models it "
+        "reports: it flatters the methods that have one. “λ auto” looks at no retrained "
+        f"model. Intervals are bootstraps with {table['num_resamples']:,} resamples of the "
+        "subset models.</p>",
         *(f"<p>{html.escape(note)}</p>" for note in row_notes(table)),
     ]
     for kind in dict.fromkeys(row["queries"] for row in table["rows"]):

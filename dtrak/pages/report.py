@@ -236,24 +236,9 @@ def write_run_figures(
     num_queries: int,
     console: Console | None = None,
 ) -> list[Path]:
-    """What `gather_report` shows as figures for a paper, in the folder ``target``.
+    """What `gather_report` shows as figures for a paper, in ``target``; returns the files.
 
-    Args:
-        target: made if missing.
-        folder: as `gather_report`, like the others.
-        queries: likewise.
-        lds: likewise.
-        counterfactual: likewise.
-        source: likewise.
-        num_queries: rows of strips, the first queries.
-        console: likewise.
-
-    Returns:
-        The files.
-
-    Raises:
-        FileNotFoundError: as `gather_report`.
-        ValueError: likewise.
+    Arguments and errors are those of `gather_report`; ``num_queries`` are the rows of strips.
     """
     from .figures import write_figures
 

@@ -29,7 +29,6 @@ from .choices import (
     GROUPS,
     SHIFTS,
     STORE_DTYPES,
-    WEIGHTS,
     WHITENINGS,
     check_choice,
     check_counts,
@@ -40,6 +39,18 @@ from .choices import (
 from .console import check_device
 from .ranks import parse_shard
 from .stated import Stated, option
+from .usual import (
+    CLASSES,
+    DEVICE,
+    FLIPS,
+    GUIDANCE,
+    LORA,
+    OF_CHECKPOINT,
+    PROMPTS,
+    RESIZE,
+    RESOLUTION,
+    SKIP_CORRUPT,
+)
 
 if TYPE_CHECKING:
     from ..models.process import Process
@@ -105,7 +116,7 @@ class ExplainOptions(Stated):
     batch_size: int | None = option(
         None, panel=_FEATURES, help="Images per batch. Default: chosen to fit memory."
     )
-    device: str = option("auto", panel=_FEATURES, help="auto, cpu, cuda or cuda:N.")
+    device: str = option(**DEVICE, panel=_FEATURES)
     dtype: str = option(
         "float32", panel=_FEATURES, help=f"Precision of the model: {', '.join(DTYPES)}."
     )
@@ -116,12 +127,7 @@ class ExplainOptions(Stated):
         help="Make the network's activations again in the backward instead of keeping them: less "
         "memory, a forward more. Default: above two billion parameters.",
     )
-    flips: bool = option(
-        False,
-        panel=_FEATURES,
-        help="Average the features of training images over the image and its mirror image, for a "
-        "model that was trained with flips.",
-    )
+    flips: bool = option(**FLIPS, panel=_FEATURES)
     store_dtype: str = option(
         FLOAT32,
         panel=_FEATURES,
@@ -306,16 +312,8 @@ class Options(ExplainOptions):
         "reuse the one in the output folder.",
         is_path=True,
     )
-    weights: str | None = option(
-        None,
-        help=f"Of a training checkpoint: {', '.join(WEIGHTS)}, their moving average. Default: what "
-        "--model names, else trained.",
-    )
-    lora: str | None = option(
-        None,
-        help="LoRA folder or file of a text-to-image model: its parameters are attributed.",
-        is_path=True,
-    )
+    weights: str | None = option(**OF_CHECKPOINT)
+    lora: str | None = option(**LORA)
     data: str = option(
         "digits",
         help="Training images: 'digits', a folder of images, a parquet file, a datasets folder or "
@@ -382,34 +380,12 @@ class Options(ExplainOptions):
         help="Captions of the training images instead of those that lie with them, such as 'a "
         "{label} painting'; and of queries without any.",
     )
-    skip_corrupt: bool = option(False, panel=_READING, help="Leave out images that do not decode.")
-    resize: bool = option(
-        False, panel=_READING, help="Resize and centre-crop images to the model's size."
-    )
-    resolution: int | None = option(
-        None,
-        panel=_READING,
-        help="Image side of a text-to-image model, in pixels. Default: the model's.",
-    )
-    prompts: str | None = option(
-        None,
-        panel=_DRAWING,
-        help="What a text-to-image model draws: a text, or a file with one per line, of which "
-        "picture i takes line i, from the first again after the last.",
-        is_path=True,
-    )
-    classes: str | None = option(
-        None,
-        panel=_DRAWING,
-        help="Classes of the queries of a model that reads classes, such as 0,3: query i takes "
-        "class i of them, from the first again after the last. Default: all of its classes.",
-    )
-    guidance_scale: float | None = option(
-        None,
-        panel=_DRAWING,
-        help="Classifier-free guidance of the pictures drawn (gradients have none). Default: the "
-        "model's.",
-    )
+    skip_corrupt: bool = option(**SKIP_CORRUPT, panel=_READING)
+    resize: bool = option(**RESIZE, panel=_READING)
+    resolution: int | None = option(**RESOLUTION, panel=_READING)
+    prompts: str | None = option(**PROMPTS, panel=_DRAWING)
+    classes: str | None = option(**CLASSES, panel=_DRAWING)
+    guidance_scale: float | None = option(**GUIDANCE, panel=_DRAWING)
     trained_guidance: float | None = option(
         None,
         panel=_TRAINED,

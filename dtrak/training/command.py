@@ -18,7 +18,6 @@ from .. import __version__
 from ..data.rows import InMemory
 from ..data.samples import Samples
 from ..features.latents import fill_latents, open_latents, read_posteriors
-from ..models import load
 from ..models.denoiser import Denoiser
 from ..models.lora import LORA_FILES, PEFT_FILES
 from ..runs.choices import TRAINING_FILE, counted
@@ -209,20 +208,6 @@ def _facts(accelerator: Accelerator) -> dict[str, Any]:
         if accelerator.device.type == "cuda"
         else platform.machine(),
     }
-
-
-def load_checkpoints(output: str | Path) -> dict[int, Denoiser]:
-    """The models that ``--keep-checkpoints`` kept, by their number of steps (TracInCP).
-
-    Raises:
-        FileNotFoundError: there are none.
-        ModelError: as in `dtrak.models.load`.
-    """
-    steps = {folder: checkpoint_step(folder) for folder in Path(output).glob("checkpoint-*")}
-    found = {step: folder for folder, step in steps.items() if step}
-    if not found:
-        raise FileNotFoundError(f"no checkpoints in {output} (dtrak.train --keep-checkpoints 4)")
-    return {step: load(found[step]) for step in sorted(found)}
 
 
 def checkpoint_step(folder: Path) -> int:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from ..models import load
 from ..models.denoiser import Denoiser, Drawn
 from ..runs.choices import counted
 from ..runs.console import choose_device, progress_bar
-from ..runs.files import LOCK_FILE, claim, expand_path, picture_name, write_atomically
+from ..runs.files import LOCK_FILE, claim, picture_name, write_atomically
 from ..runs.folders import Record
 from ..runs.ranks import ranks
 from .generate_options import Options, check_options
@@ -243,43 +242,3 @@ def save_trajectory(file: Path, trajectory: Tensor) -> None:
     """Write the path ``[S, C, H, W]`` of one image as a safetensors file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, save({_TRAJECTORY: trajectory.contiguous()}))
-
-
-def load_trajectories(folder: str | Path, seeds: Sequence[int] | None = None) -> Tensor:
-    """Read the paths of images that ``python -m dtrak.generate --trajectories`` drew.
-
-    Args:
-        folder: its output folder.
-        seeds: of the N images; None reads all, in the order of their seeds.
-
-    Returns:
-        ``[N, S, C, H, W]`` float32.
-
-    Raises:
-        FileNotFoundError: there are none, or not of this seed.
-        ValueError: a file is damaged, or has another shape than the first.
-    """
-    folder = expand_path(folder)
-    if seeds is None:
-        found = (folder / "trajectories").glob("*.safetensors")
-        seeds = sorted(int(file.stem) for file in found)
-    if not seeds:
-        raise FileNotFoundError(
-            f"no trajectories in {folder / 'trajectories'} (dtrak.generate --trajectories)"
-        )
-    paths: list[Tensor] = []
-    for file in (trajectory_file(folder, seed) for seed in seeds):
-        if not file.is_file():
-            raise FileNotFoundError(f"no trajectory {file} (dtrak.generate --trajectories)")
-        try:
-            with safe_open(file, "pt") as opened:
-                path = opened.get_tensor(_TRAJECTORY)
-        except SafetensorError as error:
-            raise ValueError(f"trajectory {file} is damaged: {error}") from error
-        if paths and path.shape != paths[0].shape:
-            raise ValueError(
-                f"trajectory {file} must be {list(paths[0].shape)} as the first, "
-                f"got {list(path.shape)}"
-            )
-        paths.append(path)
-    return torch.stack(paths)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..runs.choices import WEIGHTS, check_counts, check_model_folder, check_weights, parse_numbers
+from ..runs.choices import check_counts, check_model_folder, check_weights, parse_numbers
 from ..runs.console import check_device
 from ..runs.stated import Stated, option
+from ..runs.usual import CLASSES, DEVICE, GUIDANCE, LORA, OF_CHECKPOINT, PROMPTS
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,7 @@ class Options(Stated):
         is_path=True,
     )
     output: str = option(help="Folder of the pictures.", is_path=True)
-    weights: str | None = option(
-        None,
-        help=f"Of a training checkpoint: {', '.join(WEIGHTS)}, their moving average. Default: what "
-        "--model names, else trained.",
-    )
+    weights: str | None = option(**OF_CHECKPOINT)
     num_images: int = option(16, help="How many to draw.")
     first_seed: int = option(0, help="Picture i is drawn from this seed + i.")
     num_inference_steps: int | None = option(
@@ -32,23 +29,10 @@ class Options(Stated):
         help="Steps of DDIM (η = 0), or of Euler's method for a flow. Default: what suits the "
         "model, 50 for most.",
     )
-    lora: str | None = option(
-        None, help="LoRA folder or file of a text-to-image model.", is_path=True
-    )
-    prompts: str | None = option(
-        None,
-        help="What a text-to-image model draws: a text, or a file with one per line, of which "
-        "picture i takes line i, from the first again after the last.",
-        is_path=True,
-    )
-    classes: str | None = option(
-        None,
-        help="What a model of classes draws, such as 0,3: picture i takes class i of them, from "
-        "the first again after the last. Default: all of its classes.",
-    )
-    guidance_scale: float | None = option(
-        None, help="Classifier-free guidance. Default: the model's."
-    )
+    lora: str | None = option(**LORA)
+    prompts: str | None = option(**PROMPTS)
+    classes: str | None = option(**CLASSES)
+    guidance_scale: float | None = option(**GUIDANCE)
     batch_size: int | None = option(
         None, help="Pictures drawn at a time. Default: what suits the model."
     )
@@ -56,7 +40,7 @@ class Options(Stated):
         False,
         help="Also keep the clean image predicted at every step (Journey-TRAK), in trajectories/.",
     )
-    device: str = option("auto", help="auto, cpu, cuda or cuda:N.")
+    device: str = option(**DEVICE)
 
     @cached_property
     def class_numbers(self) -> list[int] | None:

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from ..runs.choices import (
     LORA_TARGETS,
     PRECISIONS,
-    WEIGHTS,
     check_choice,
     check_counts,
     check_weights,
 )
 from ..runs.stated import Stated, option
+from ..runs.usual import OF_CHECKPOINT, RESIZE, RESOLUTION, SKIP_CORRUPT
 from .data import DataSource, read_ids
 from .presets import PRESETS, SUBSET_FAMILIES, get_preset
 from .recipe import SCHEDULES, Recipe
@@ -60,11 +60,7 @@ class Options(Stated):
         "--lora-rank train an adapter of it. For a preset that fine-tunes: its base.",
         is_path=True,
     )
-    weights: str | None = option(
-        None,
-        help=f"Of --model: {', '.join(WEIGHTS)}, their moving average. Default: what --model "
-        "names, else trained.",
-    )
+    weights: str | None = option(**OF_CHECKPOINT)
     lora_rank: int | None = option(
         None, help="Train a LoRA of this rank instead of the model. Default: the preset's, if any."
     )
@@ -73,9 +69,9 @@ class Options(Stated):
         help="Caption of every image instead of those that lie with them, such as 'a {label} "
         "painting'.",
     )
-    resolution: int | None = option(None, help="Image side, in pixels. Default: the model's.")
-    resize: bool = option(False, help="Resize and centre-crop images to that size.")
-    skip_corrupt: bool = option(False, help="Leave out images that do not decode.")
+    resolution: int | None = option(**RESOLUTION)
+    resize: bool = option(**RESIZE)
+    skip_corrupt: bool = option(**SKIP_CORRUPT)
     subset: int | None = option(
         None, help="Train on this published subset (from 0) of the preset's images."
     )

@@ -12,6 +12,7 @@ from ...runs.console import check_device
 from ...runs.folders import Record
 from ...runs.record import list_queries, read_record
 from ...runs.stated import Stated, argument, option
+from ...runs.usual import DEVICE, WHERE_NOW
 from ...training.presets import get_preset
 from ..lds.options import EXPERIMENT
 
@@ -93,9 +94,7 @@ class Options(Stated):
     preset: str | None = option(
         None, help="Preset that trained the run's model. Default: what trained it wrote."
     )
-    data: str | None = option(
-        None, help="Where the training images lie now. Default: as in the run.", is_path=True
-    )
+    data: str | None = option(**WHERE_NOW)
     timesteps: int | None = option(
         None, help="S of gradient features. Default: the run's; 10 for one of dtrak.lds."
     )
@@ -109,7 +108,7 @@ class Options(Stated):
         is_path=True,
     )
     processes: int = option(1, help="Models trained at once.")
-    device: str = option("auto", help="auto, cpu, cuda or cuda:N.")
+    device: str = option(**DEVICE)
     output: str | None = option(
         None, help="Output folder. Default: counterfactual in the run's.", is_path=True
     )

@@ -17,14 +17,11 @@ from dtrak_kernels.ridge import RidgeSolver
 
 from ...data.images import to_uint8
 from ...data.samples import Samples
-from ...features.extraction import (
-    FusedExtractor,
-    complete_store,
-)
+from ...features.extraction import complete_pair
 from ...features.settings import FeatureSettings
 from ...features.store import Store
 from ...features.timesteps import select_timesteps
-from ...features.whitening import FILE, open_whitening
+from ...features.whitening import open_extractor
 from ...methods import DEFAULT
 from ...methods.damping import Damping
 from ...models.denoiser import Denoiser
@@ -130,29 +127,16 @@ class Origin:
 
     def _fill_stores(
         self, output_function: str, folder: Path, device: torch.device, console: Console
-    ) -> list[Store]:
+    ) -> tuple[Store, Store]:
         """Complete stores of the training images and of the queries."""
         model = self.load_model()
         settings = replace(self.settings, output_function=output_function)
-        whitening = open_whitening(
-            model,
-            settings,
-            self.train,
-            device,
-            folder / FILE,
-            stage=partial(progress_bar, console, f"{folder.name} whitening"),
+        show = lambda what: progress_bar(console, f"{folder.name} {what}")
+        extractor = open_extractor(
+            model, settings, self.train, device, folder, stage=partial(show, "whitening")
         )
-        extractor = FusedExtractor(model, settings, device, whitening)
-        return [
-            complete_store(
-                folder / role,
-                extractor,
-                data,
-                role,
-                partial(progress_bar, console, f"{folder.name} features, {role}"),
-            )
-            for role, data in (("train", self.train), ("query", self.drawn))
-        ]
+        bar = lambda role: show(f"features, {role}")
+        return complete_pair(folder, extractor, self.train, self.drawn, bar)
 
     def identity(self) -> dict[str, Any]:
         """What decides the retrained models, besides what is removed; JSON-serialisable."""

@@ -10,6 +10,7 @@ from ...methods import Method
 from ...runs.choices import PRECISIONS, WHITENINGS, check_choice, check_counts, parse_numbers
 from ...runs.console import check_device
 from ...runs.stated import Stated, option
+from ...runs.usual import DEVICE, FLIPS
 from ...training.presets import PRESETS
 from .names import CLIP_METHODS, METHODS, parse_methods
 from .options import (
@@ -23,23 +24,48 @@ from .options import (
     parse_sizes,
 )
 
-_PRESET = (
-    f"Experiment: {', '.join(PRESETS)}. Default: that of the run in --output, or {DEFAULT_PRESET}."
-)
-_OUTPUT = "Run folder. Default: runs/lds-<preset>, or lds-<name> beside --run."
-_RUN = "Model of your own: the folder that --run of prepare named."
-_DEVICE = "auto, cpu, cuda or cuda:N."
-_FIRST, _LAST = "First subset to work on.", "Last subset to work on, excluded."
-_PROCESSES = "Models worked on at once."
 _OWN = "A model of your own"
 
 
 @dataclass(frozen=True)
-class PrepareOptions(Stated):
+class _Experiment(Stated):
+    """Which experiment."""
+
+    preset: str | None = option(
+        None,
+        help=f"Experiment: {', '.join(PRESETS)}. Default: that of the run in --output, or "
+        f"{DEFAULT_PRESET}.",
+    )
+    output: str | None = option(
+        None,
+        help="Run folder. Default: runs/lds-<preset>, or lds-<name> beside --run.",
+        is_path=True,
+    )
+
+
+@dataclass(frozen=True)
+class _Prepared(_Experiment):
+    """One that is there."""
+
+    run: str | None = option(
+        None, help="Model of your own: the folder that --run of prepare named.", is_path=True
+    )
+
+
+@dataclass(frozen=True)
+class _Shared(_Prepared):
+    """Models of one, which several commands may divide."""
+
+    first: int = option(0, help="First subset to work on.")
+    last: int | None = option(None, help="Last subset to work on, excluded.")
+    processes: int = option(1, help="Models worked on at once.")
+    device: str = option(**DEVICE)
+
+
+@dataclass(frozen=True)
+class PrepareOptions(_Experiment):
     """What ``prepare`` was asked for."""
 
-    preset: str | None = option(None, help=_PRESET)
-    output: str | None = option(None, help=_OUTPUT, is_path=True)
     data: str | None = option(
         None, help="Where the data set lies. Default: the run's, or the preset's.", is_path=True
     )
@@ -75,7 +101,7 @@ class PrepareOptions(Stated):
         help="Of artbench2 and artbench5: no, fp16 or bf16. Default: fp16, as published, or no "
         "where there is no GPU.",
     )
-    device: str = option("auto", help=_DEVICE)
+    device: str = option(**DEVICE)
     run: str | None = option(
         None,
         help="Folder that dtrak.train wrote, or a finished run of dtrak.attribute: the experiment "
@@ -151,17 +177,10 @@ class PrepareOptions(Stated):
 
 
 @dataclass(frozen=True)
-class TrainOptions(Stated):
+class TrainOptions(_Shared):
     """What ``train`` was asked for."""
 
-    preset: str | None = option(None, help=_PRESET)
-    output: str | None = option(None, help=_OUTPUT, is_path=True)
-    run: str | None = option(None, help=_RUN, is_path=True)
     family: str = option(LDS, help=f"Whose models: {', '.join(FAMILIES)}; both have the full one.")
-    first: int = option(0, help=_FIRST)
-    last: int | None = option(None, help=_LAST)
-    processes: int = option(1, help=_PROCESSES)
-    device: str = option("auto", help=_DEVICE)
 
     def check(self) -> None:
         """As `PrepareOptions.check`."""
@@ -171,21 +190,14 @@ class TrainOptions(Stated):
 
 
 @dataclass(frozen=True)
-class EvaluateOptions(Stated):
+class EvaluateOptions(_Shared):
     """What ``evaluate`` was asked for."""
 
-    preset: str | None = option(None, help=_PRESET)
-    output: str | None = option(None, help=_OUTPUT, is_path=True)
-    run: str | None = option(None, help=_RUN, is_path=True)
     family: str | None = option(
         None,
         help=f"Whose losses are measured: {', '.join(FAMILIES)}. Default: of both, or with "
         f"--first or --last those of {LDS}.",
     )
-    first: int = option(0, help=_FIRST)
-    last: int | None = option(None, help=_LAST)
-    processes: int = option(1, help=_PROCESSES)
-    device: str = option("auto", help=_DEVICE)
     loss_timesteps: int = option(
         100, help="Timesteps the loss of a query is averaged over (published: 1000)."
     )
@@ -212,11 +224,7 @@ class EvaluateOptions(Stated):
     feature_batch_size: int | None = option(
         None, help="Images per batch when features are made. Default: chosen to fit memory."
     )
-    flips: bool = option(
-        False,
-        help="Average features of training images over the image and its mirror image, for a model "
-        "that was trained with flips.",
-    )
+    flips: bool = option(**FLIPS)
     ensemble: str | None = option(
         None,
         help="Add D-TRAK and TRAK averaged over the first N models of the retrain family, and "
@@ -262,12 +270,9 @@ class EvaluateOptions(Stated):
 
 
 @dataclass(frozen=True)
-class ReportOptions(Stated):
+class ReportOptions(_Prepared):
     """What ``report`` was asked for."""
 
-    preset: str | None = option(None, help=_PRESET)
-    output: str | None = option(None, help=_OUTPUT, is_path=True)
-    run: str | None = option(None, help=_RUN, is_path=True)
     resamples: int = option(
         NUM_RESAMPLES, help="Resamples of the models for intervals, at least 1,000."
     )

@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,11 @@ from dtrak_kernels.ridge import RidgeSolver
 from ... import NUMERICS
 from ...data.samples import Samples, join
 from ...features.cost import seconds_per_row
-from ...features.extraction import (
-    FusedExtractor,
-    complete_store,
-)
+from ...features.extraction import Extractor, FusedExtractor, complete_pair
 from ...features.settings import AUTO, FeatureSettings, WhiteningSettings, choose_whitening
 from ...features.store import MANIFEST, Store
 from ...features.timesteps import select_timesteps
-from ...features.whitening import FILE, open_whitening
+from ...features.whitening import open_extractor
 from ...methods import CHECKPOINTS, CLIP, TRAJECTORY, Method
 from ...methods.evidence import journey_features
 from ...models.denoiser import Denoiser
@@ -449,18 +445,19 @@ class Predictor:
 
     def _extractor(
         self, setting: Setting, model: Denoiser, settings: FeatureSettings, number: int
-    ) -> FusedExtractor:
+    ) -> Extractor:
         folder = self._feature_folder(setting, number)
-        whitening = open_whitening(
+        extractor = open_extractor(
             model,
             settings,
             self.train,
             self.device,
-            folder / FILE,
+            folder,
             batch_size=self.batch_size,
             stage=lambda: self.progress_bar(f"whitening {folder.name}"),
         )
-        return FusedExtractor(model, settings, self.device, whitening)
+        extractor.flips = self.flips
+        return extractor
 
     def _model(self, number: int, name: str = FULL) -> Denoiser:
         """The full model at a checkpoint, of which -1 is its end; or another one."""
@@ -481,13 +478,8 @@ class Predictor:
         settings = self._feature_settings(setting, timesteps)
         folder = self._feature_folder(setting, number)
         extractor = self._extractor(setting, model, settings, number)
-        stores = []
-        for role, data in (("train", self.train), ("query", self.queries)):
-            extractor.flips = self.flips and role == TRAIN
-            bar = partial(self.progress_bar, f"features {folder.name} {role}")
-            stores.append(
-                complete_store(folder / role, extractor, data, role, bar, self.batch_size)
-            )
+        bar = lambda role: self.progress_bar(f"features {folder.name} {role}")
+        stores = complete_pair(folder, extractor, self.train, self.queries, bar, self.batch_size)
         return stores[0], stores[1].load()
 
     def _journey_features(self, setting: Setting) -> Tensor:
@@ -500,12 +492,9 @@ class Predictor:
         settings = self._feature_settings(setting, timesteps[:1])
         # that of the training features, which lie there already
         extractor = self._extractor(setting, model, settings, -1)
-        batches, items = [], drawn_from(self.experiment)
+        seeds, items = range(self.sizes[GENERATED]), drawn_from(self.experiment)
         with self.progress_bar(f"journeys {setting.key}") as progress:
-            seeds = range(self.sizes[GENERATED])
-            for drawn in retraining.draw(
+            drawn = retraining.draw(
                 model, seeds, items, self.device, trajectories=True, progress=progress
-            ):
-                read = None if items is None else [items[seed] for seed in drawn.seeds]
-                batches.append(journey_features(extractor, drawn, timesteps, read))
-        return torch.cat(batches)
+            )
+            return journey_features(extractor, drawn, timesteps, items)

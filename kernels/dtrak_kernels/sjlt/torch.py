@@ -68,11 +68,6 @@ def as_matrix(grads: Tensor) -> Tensor:
     return grads.movedim(2, -1).flatten(2)
 
 
-def from_matrix(grads: Tensor, shape: Sequence[int]) -> Tensor:
-    """Undo `as_matrix`, also for a slice of rows: ``[B, o, C]`` to ``[B, o, I, *kernel]``."""
-    return grads.unflatten(2, (*shape[2:], shape[1])).movedim(-1, 2) if len(shape) > 2 else grads
-
-
 def _tile_size(extent: int) -> int:
     return min(_MAX_TILE, max(_MIN_TILE, 1 << max(extent - 1, 0).bit_length()))
 

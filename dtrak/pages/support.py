@@ -1,4 +1,4 @@
-"""What is supported and refused, as the registry has it: ``python -m dtrak.models.support``.
+"""What is supported and refused, as the registry has it: ``python -m dtrak.pages.support``.
 
 docs/models.md holds what this prints; a test compares them.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import inspect
 import sys
 
-from . import _KINDS, _REFUSED, _class_of
+from ..models import _KINDS, _REFUSED, _class_of
+from .tables import Table
 
 _COLUMNS = ("pipeline", "kind", "reads", "process", "drawn with", "adapters")
 
@@ -24,13 +25,11 @@ _OTHER = (
 
 def table() -> str:
     """Two tables in Markdown: every pipeline that is served, and those that are refused."""
-    rows = [_COLUMNS, ("---",) * len(_COLUMNS), *(_row(pipeline) for pipeline in _KINDS), _OTHER]
-    refused = [("pipelines", "refused: it has"), ("---",) * 2, *_refused()]
-    return "\n\n".join("\n".join(_line(row) for row in part) for part in (rows, refused)) + "\n"
-
-
-def _line(cells: tuple[str, ...]) -> str:
-    return f"| {' | '.join(cells)} |"
+    served = [*map(_row, _KINDS), _OTHER]
+    parts = (_COLUMNS, served), (("pipelines", "refused: it has"), _refused())
+    return "\n".join(
+        "\n".join([*Table(columns, rows, words=columns).markdown(), ""]) for columns, rows in parts
+    )
 
 
 def _row(pipeline: str) -> tuple[str, ...]:
