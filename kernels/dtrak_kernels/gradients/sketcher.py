@@ -774,7 +774,8 @@ class GradientSketcher:
                     raise RuntimeError(
                         f"output {number} of {call.layer.title} has no rows of the batch, "
                         f"{list(grad.shape)}, and a gradient: work shared between samples has no "
-                        "per-sample gradient; leave its parameters out with parameters="
+                        "per-sample gradient: sketch one sample at a time, or leave its "
+                        "parameters out with parameters="
                     )
                 if grad is not None and rows is not None and batch.check is not None:
                     batch.check.see(call.layer, number, grad, rows.dim)
