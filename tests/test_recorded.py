@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from numerics import relative_error
-from tiny_pipelines import OTHERS, build
+from tiny_pipelines import OTHERS, build, z_image
 from tiny_stable_diffusion import shake_lora
 
 from dtrak.data.rows import InMemory
@@ -356,6 +356,8 @@ def test_what_is_not_understood_is_refused_by_name(folders, monkeypatch):
     with pytest.raises(ModelError, match="density must go with a flow-matching model"):
         load(folders["pixart"], density="mode")
     assert load(folders["sana"], density="logit_normal").process.density == "logit_normal"
+    # 8 by 8 latents, two by two to a token
+    assert load(folders["chroma"], shift="resolution").process.tokens((4, 8, 8)) == 16
 
 
 def test_captions_whose_ends_are_not_told_are_refused(folders, monkeypatch):
@@ -382,10 +384,19 @@ def test_captions_whose_ends_are_not_told_are_refused(folders, monkeypatch):
 
 
 def test_pipelines_that_are_refused_by_their_name(folders, tmp_path):
-    for kind, message in (("ZImagePipeline", "takes lists"), ("WanPipeline", "video")):
+    for kind, message in (
+        ("ZImagePipeline", "takes lists"),
+        ("WanPipeline", "video"),
+        ("HiDreamImagePipeline", "pass no gradient"),
+    ):
         (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
         with pytest.raises(ModelError, match=f"got '{kind}' .*{message}"):
             load(tmp_path)
+    # and by what it does, had its name not been known
+    with pytest.raises(
+        ModelError, match=r"ZImagePipeline, .* its network is given x, a list with a part for each"
+    ):
+        Recorded.wrap(z_image())
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "NewPipeline"}))
     with pytest.raises(
         ModelError, match="a NewPipeline must have a transformer or a unet and a vae"

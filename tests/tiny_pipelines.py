@@ -33,6 +33,8 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tiny_stable_diffusion import MAX_TOKENS, build_pipeline, build_tokenizer, byte_letters
 from transformers import (
@@ -447,6 +449,26 @@ def klein(vocabulary: Path):
         tokenizer=build_qwen_tokenizer(),
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
         is_distilled=True,
+    )
+
+
+def z_image() -> ZImagePipeline:
+    """Whose network takes lists, which is refused."""
+    return ZImagePipeline(
+        transformer=ZImageTransformer2DModel(
+            in_channels=4,
+            dim=16,
+            n_layers=1,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=8,
+            axes_dims=[4, 2, 2],
+        ),
+        vae=build_vae(shift_factor=0.1, scaling_factor=1.5),
+        text_encoder=Qwen3ForCausalLM(Qwen3Config(**TINY_QWEN, head_dim=4, num_hidden_layers=2)),
+        tokenizer=build_qwen_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
 
 

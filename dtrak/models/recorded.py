@@ -327,6 +327,9 @@ class Recorded(TextPipeline):
             for name, value in calls[0].items()
             if isinstance(value, Tensor) and _same(value, sample)
         ]
+        lists = [name for name, value in calls[0].items() if _has_parts(value, len(sample))]
+        if not names and lists:
+            self._refuse(f"its network is given {lists[0]}, a list with a part for each sample")
         if len(names) != 1 or not _same(calls[1][names[0]], steps[1][2]):
             self._refuse("its network is not given the latents as they are")
         changing = [
@@ -828,6 +831,12 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def _same(one: Tensor, two: Tensor) -> bool:
     return one.shape == two.shape and torch.equal(one.float(), two.float())
+
+
+def _has_parts(value: Any, count: int) -> bool:
+    """Whether it is a list with a tensor, or several, for each of ``count`` samples."""
+    is_list = isinstance(value, list | tuple) and len(value) >= count
+    return is_list and all(isinstance(part, Tensor) for part in value)
 
 
 def _near(one: Tensor, two: Tensor) -> bool:
