@@ -453,12 +453,11 @@ class GradientSketcher:
                 for index, part in enumerate(sums, start=1):
                     with leaves_kept(part.grad_fn):
                         part.backward(retain_graph=index < len(sums))
-                return BatchMemory(
-                    activation_bytes,
-                    meter.peak_bytes,
-                    batch.dropped + len(batch.without_grad),
-                    len(batch.without_grad),
-                )
+                checkpointed, reentrant = batch.dropped, len(batch.without_grad)
+            # the end of a batch sketches what has waited for it
+            return BatchMemory(
+                activation_bytes, meter.peak_bytes, checkpointed + reentrant, reentrant
+            )
         finally:
             self._accumulator, self._norms, self._last_norms, self._watched_randomness = before
             self._planned = None
