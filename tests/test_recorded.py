@@ -256,6 +256,19 @@ def test_captions_of_their_own_lengths(folders):
             )
 
 
+def test_another_size_of_a_network_in_16_bits(folders):
+    model, exact = (shake_lora(load(folders["qwen"]).put_adapter(2)) for _ in range(2))
+    model.to(CPU, "bfloat16")
+    noisy = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    times = torch.tensor([150, 730, 20])
+    with torch.no_grad():
+        expected = exact.predict(noisy, times, exact.condition(CAPTIONS, CPU))
+        # its arguments are recorded within
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model.predict(noisy, times, model.condition(CAPTIONS, CPU))
+    assert 0 < relative_error(found, expected) < 0.03
+
+
 def test_a_mask_of_caption_and_picture_grows_and_shrinks_with_the_picture(folders):
     pipeline = DiffusionPipeline.from_pretrained(folders["chroma"], local_files_only=True)
     pipeline.default_sample_size = 4

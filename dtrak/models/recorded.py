@@ -498,10 +498,11 @@ class Recorded(TextPipeline):
             # the text encoders stay where they are: two short captions
             for encoder in self.encoders.values():
                 encoder.to(_CPU)
-            there = self._record(self._probes(), size, _CPU)
+            # both now: the network may be kept in another dtype meanwhile
+            here, there = (self._record(self._probes(), s, _CPU) for s in (self._own, size))
             self._sizes[size] = {
-                name: self._resized(name, known, there.get(name))
-                for name, known in self._sizes[self._own].items()
+                name: self._resized(name, (source, here.get(name)), there.get(name))
+                for name, (source, _) in self._sizes[self._own].items()
             }
         return self._sizes[size]
 
@@ -602,7 +603,12 @@ class Recorded(TextPipeline):
         pipeline.set_progress_bar_config(disable=True)
         self.module.forward = forward
         try:
-            with _on(pipeline, device), quiet(*self._talkers()):
+            with (
+                _on(pipeline, device),
+                quiet(*self._talkers()),
+                # the network alone is kept in 16 bits
+                torch.autocast(device.type, enabled=False),
+            ):
                 pipeline(**{name: v for name, v in options.items() if name in self._takes})
         except _Stop:
             return
