@@ -875,3 +875,50 @@ def test_captions_embedded_ahead_are_not_embedded_again(folders, monkeypatch):
     assert not model._embeddings
     for name, value in model.condition(CAPTIONS, CPU).items():
         assert relative_error(value, expected[name]) < 1e-6
+
+
+@pytest.mark.parametrize("way", ["kept", "checkpointing"])
+@pytest.mark.parametrize(
+    "kind, adapter, dtype",
+    [
+        ("dit", False, None),
+        ("sd3", True, "bfloat16"),
+        *(
+            pytest.param(kind, *how, marks=pytest.mark.full)
+            for kind in ("sdxl", "sd3", "flux")
+            for how in ((False, None), (True, "bfloat16"))
+        ),
+    ],
+)
+def test_memory_is_what_is_measured(kind, adapter, dtype, way, folders):
+    from dtrak.runs.measure import TensorMeter
+
+    model = load_kind(folders, kind, adapter)
+    model.checkpointing = way == "checkpointing"
+    model.to(CPU, dtype)
+    condition = model.condition(items_of(kind), CPU)
+    noisy, times = torch.randn(3, 4, 8, 8), torch.tensor([150, 730, 20])
+    names = model.parameters()
+    for name, parameter in model.module.named_parameters():
+        parameter.requires_grad_(name in names)
+
+    def f():
+        with model._autocast():
+            output = model.predict(noisy, times, condition)
+        return output.float().square().flatten(1).mean(1)
+
+    sketcher = GradientSketcher(model.module, Projection("sjlt", 1024), parameters=names)
+    plan = sketcher.plan(f, 3)
+    assert bool(plan.memory.checkpointed) == model.checkpointing
+    known = [noisy, times, *condition.values(), *model.module.state_dict().values()]
+    # signs and places are made once
+    sketcher.sketch(f, 3)
+    with TensorMeter(known=known) as meter:
+        sketcher.sketch(f, 3)
+    assert plan.memory.peak_bytes == pytest.approx(meter.peak_bytes, rel=0.1)
+    features = 3 * sketcher.proj_dim * 4
+    with TensorMeter(known=known) as meter, sketcher.batch(3):
+        held = f()
+        alive = meter.live_bytes - features
+    assert held.requires_grad
+    assert plan.memory.activation_bytes == pytest.approx(alive, rel=0.1)

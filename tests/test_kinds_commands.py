@@ -29,7 +29,7 @@ TEXT = [kind for kind in KINDS if kind != "dit"]
 @pytest.fixture(scope="module")
 def places(shared):
     def make(folder):
-        for kind in KINDS:
+        for kind in (*KINDS, "qwen"):
             build(kind, folder / kind / "pipeline")
             shake_lora(load(folder / kind / "pipeline").put_adapter(2)).save(folder / kind / "lora")
         write_pictures(folder / "pictures")
@@ -73,6 +73,8 @@ def read_scores(folder):
                 ("sd3", False),
                 ("flux", False),
                 ("schnell", True),
+                # by its recorded call
+                ("qwen", True),
             )
         ),
     ],

@@ -202,6 +202,21 @@ def blocks(reentrant):
     return model, lambda: mean_square(model(x)), [x]
 
 
+class Recurrent(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.rnn, self.out = kind(12, 16, num_layers=2, batch_first=True), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.out(self.rnn(x)[0])
+
+
+def recurrent(kind):
+    """Of which a library keeps more for the backward than any tensor's shape says."""
+    model, x = Recurrent(kind), torch.randn(5, 20, 12)
+    return model, lambda: mean_square(model(x)), [x]
+
+
 def halves():
     """The base in 16 bits, an adapter in 32: frozen weights keep no input."""
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3))).bfloat16().requires_grad_(False)
@@ -225,11 +240,16 @@ def halves():
         tokens,
         convolutions,
         halves,
+        lambda: recurrent(nn.LSTM),
+        lambda: recurrent(nn.GRU),
         lambda: blocks(None),
         lambda: blocks(False),
         lambda: blocks(True),
     ],
-    ids=["encoder", "tokens", "convolutions", "halves", "kept", "checkpoint", "re-entrant"],
+    ids=[
+        *("encoder", "tokens", "convolutions", "halves", "lstm", "gru"),
+        *("kept", "checkpoint", "re-entrant"),
+    ],
 )
 @pytest.mark.sweep(1)
 def test_memory_is_what_is_measured(make, projection):

@@ -146,6 +146,56 @@ def test_every_order_of_tokens_that_is_wrong_is_found():
     assert taken == 8
 
 
+class Mixture(nn.Module):
+    """Two of three experts see each token."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.last = nn.Linear(8, 3), nn.Linear(8, 2)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 8)) for _ in range(3)
+        )
+
+    def forward(self, x):
+        tokens = x.flatten(0, 1)
+        shares, chosen = self.gate(tokens).softmax(1).topk(2)
+        mixed = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            rows, place = torch.where(chosen == number)
+            if len(rows):
+                seen = expert(tokens[rows]) * shares[rows, place, None]
+                mixed = mixed.index_add(0, rows, seen)
+        return self.last(mixed.view_as(x))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_mixture_of_experts_is_served_one_sample_at_a_time(rows):
+    torch.manual_seed(0)
+    model, x = Mixture().double(), data(3 * rows, 7, 8)
+    sketcher = GradientSketcher(model, EXACT, rows_per_sample=rows)
+    with pytest.raises(RuntimeError, match=r"'experts\.\d\.\d' .* one sample at a time"):
+        sketcher.sketch(lambda: output(model, x), 3)
+    parts = x.split(rows)
+    found = torch.cat([sketcher.sketch(lambda part=part: output(model, part), 1) for part in parts])
+    of_sample = lambda model, sample: output(model, parts[sample]).sum()
+    assert relative_error(found, single(model, of_sample, range(3))) < 1e-12
+
+
+def test_a_packed_sequence_is_served_alone():
+    torch.manual_seed(0)
+    model, x = nn.LSTM(8, 8).double(), data(6, B, 8)
+
+    def of(model, sample, length):
+        packed = nn.utils.rnn.pack_padded_sequence(x[:, sample : sample + 1], [length])
+        return model(packed)[0].data.square().sum()[None]
+
+    lengths = [6, 5, 2, 1]
+    sketcher = GradientSketcher(model, EXACT)
+    found = [sketcher.sketch(lambda s=s: of(model, s, lengths[s]), 1) for s in range(B)]
+    of_sample = lambda model, sample: of(model, sample, lengths[sample])[0]
+    assert relative_error(torch.cat(found), single(model, of_sample, range(B))) < 1e-12
+
+
 @pytest.mark.parametrize("kind", ["none", "sjlt", "kronecker", "rademacher"])
 @pytest.mark.parametrize("indices", ["one row", "one dimension"])
 def test_a_table_of_positions_for_the_whole_batch(indices, kind):

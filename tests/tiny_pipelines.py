@@ -8,6 +8,8 @@ from diffusers import (
     AuraFlowTransformer2DModel,
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     ChromaPipeline,
     ChromaTransformer2DModel,
     DDIMScheduler,
@@ -15,24 +17,35 @@ from diffusers import (
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
-from tiny_stable_diffusion import MAX_TOKENS, build_pipeline, build_tokenizer
+from tiny_stable_diffusion import MAX_TOKENS, build_pipeline, build_tokenizer, byte_letters
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -339,6 +352,126 @@ def chroma(vocabulary: Path):
     )
 
 
+def build_qwen_tokenizer() -> Qwen2Tokenizer:
+    """Of bytes, with the words of a chat."""
+    words = [*byte_letters(), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Qwen2Tokenizer(vocab={word: n for n, word in enumerate(words)}, merges=[])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+        "{% endfor %}{{ '<|im_start|>assistant\n' }}"
+    )
+    return tokenizer
+
+
+TINY_QWEN = {
+    "vocab_size": 260,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 2048,
+}
+
+
+def qwen(vocabulary: Path):
+    return QwenImagePipeline(
+        transformer=QwenImageTransformer2DModel(
+            in_channels=16,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=8,
+            axes_dims_rope=(2, 2, 4),
+        ),
+        # of videos, with one frame
+        vae=AutoencoderKLQwenImage(
+            base_dim=4,
+            z_dim=4,
+            dim_mult=[1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[True],
+            latents_mean=[-0.7, 0.1, 0.4, -1.2],
+            latents_std=[2.8, 1.4, 0.6, 1.1],
+        ),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(
+                text_config={
+                    **TINY_QWEN,
+                    "num_hidden_layers": 1,
+                    "rope_scaling": {"type": "default", "mrope_section": [1, 1, 0]},
+                },
+                vision_config={
+                    "depth": 1,
+                    "hidden_size": 8,
+                    "intermediate_size": 8,
+                    "num_heads": 2,
+                    "out_hidden_size": 8,
+                },
+            )
+        ),
+        tokenizer=build_qwen_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True,
+            base_shift=0.5,
+            max_shift=0.9,
+            max_image_seq_len=8192,
+            shift_terminal=0.02,
+        ),
+    )
+
+
+def klein(vocabulary: Path):
+    vae = AutoencoderKLFlux2(
+        latent_channels=4,
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+    )
+    # it scales every number of a token by itself
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.2, 4)
+    return Flux2KleinPipeline(
+        transformer=Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            axes_dims_rope=(2, 2, 2, 2),
+            guidance_embeds=False,
+        ),
+        vae=vae,
+        # of which three layers are read
+        text_encoder=Qwen3ForCausalLM(Qwen3Config(**TINY_QWEN, head_dim=4, num_hidden_layers=27)),
+        tokenizer=build_qwen_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        is_distilled=True,
+    )
+
+
+def z_image() -> ZImagePipeline:
+    """Whose network takes lists, which is refused."""
+    return ZImagePipeline(
+        transformer=ZImageTransformer2DModel(
+            in_channels=4,
+            dim=16,
+            n_layers=1,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=8,
+            axes_dims=[4, 2, 2],
+        ),
+        vae=build_vae(shift_factor=0.1, scaling_factor=1.5),
+        text_encoder=Qwen3ForCausalLM(Qwen3Config(**TINY_QWEN, head_dim=4, num_hidden_layers=2)),
+        tokenizer=build_qwen_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
 # of no file in dtrak/models: recorded
 OTHERS = {
     "pixart": pixart,
@@ -346,4 +479,6 @@ OTHERS = {
     "lumina": lumina,
     "auraflow": auraflow,
     "chroma": chroma,
+    "qwen": qwen,
+    "klein": klein,
 }

@@ -39,6 +39,7 @@ _REFUSED = {
     "StableDiffusionControlNet, StableDiffusionXLControlNet, FluxControl": "a network that sees "
     "another picture, too",
     "ZImage": "a network that takes lists",
+    "HiDream": "experts that pass no gradient outside training mode",
     "Kandinsky, StableCascade, Wuerstchen": "several networks, one after the other",
     "Wan, LTX, CogVideoX, HunyuanVideo, Mochi, Cosmos, SkyReels": "video",
     "ConsistencyModel, KarrasVe, EDM": "noise of another process",

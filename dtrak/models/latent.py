@@ -46,6 +46,8 @@ from .process import FlowMatching, Process
 from .weights import load_component, load_process, quiet, read_json, read_process
 
 _HALVES = ("bfloat16", "float16")
+# how a VAE's configuration says that its latents are shifted and scaled
+SCALES = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 # bytes of embedded captions that are kept, or more where there is more memory
 _KEPT_BYTES = 2**31
 
@@ -70,7 +72,8 @@ class LatentPipeline(Denoiser):
         targets: ends of the names of the layers that a fresh adapter is put into.
         sampler_changes: of the scheduler that draws.
         module: the network, with an adapter where one was loaded.
-        vae: a `diffusers.AutoencoderKL`.
+        vae: a `diffusers.AutoencoderKL`, or what encodes and decodes like one.
+        of_videos: whether that takes videos, of which a picture is one frame.
         patch: latent pixels along one side of what the network takes as one.
     """
 
@@ -82,6 +85,7 @@ class LatentPipeline(Denoiser):
     flow: ClassVar[dict[str, Any]] = {}
     targets: Sequence[str] = LORA_TARGETS
     sampler_changes: ClassVar[dict[str, Any]] = {}
+    of_videos = False
 
     module: Any
 
@@ -94,14 +98,21 @@ class LatentPipeline(Denoiser):
     @property
     def channels(self) -> int:
         """Of a picture, which the VAE takes."""
-        return int(self.vae.config["in_channels"])
+        config = self.vae.config
+        return int(config.get("in_channels") or config["input_channels"])
+
+    @property
+    def latent_channels(self) -> int:
+        """Of what the VAE makes of a picture."""
+        config = self.vae.config
+        return int(config.get("latent_channels") or config["z_dim"])
 
     @property
     def factor(self) -> int:
         """Pixels per latent pixel, along one side."""
         config = self.vae.config
-        blocks = config.get("block_out_channels") or config["encoder_block_out_channels"]
-        return int(2 ** (len(blocks) - 1))
+        blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+        return int(2 ** (len(blocks) - 1) if blocks else self.vae.spatial_compression_ratio)
 
     @property
     def patch(self) -> int:
@@ -163,19 +174,34 @@ class LatentPipeline(Denoiser):
             raise ValueError(
                 f"images must have sides that are multiples of {step}, got {width}x{height} pixels"
             )
-        return int(self.vae.config["latent_channels"]), height // self.factor, width // self.factor
+        return self.latent_channels, height // self.factor, width // self.factor
 
     @property
     def encoding(self) -> dict[str, Any]:
         """See `Denoiser.encoding`: the VAE, and how its latents are shifted and scaled."""
         if "vae" not in self._frozen:
             self._frozen["vae"] = hash_model(self.vae)
-        shift = float(self.vae.config.get("shift_factor") or 0.0)
-        return {
-            "vae": self._frozen["vae"],
-            "scaling_factor": float(self.vae.config["scaling_factor"]),
-            **({"shift_factor": shift} if shift else {}),
-        }
+        found: dict[str, Any] = {"vae": self._frozen["vae"]}
+        for name in SCALES:
+            value = self.vae.config.get(name)
+            if value:
+                found[name] = list(value) if isinstance(value, list | tuple) else float(value)
+        return found
+
+    def scaling(self, shape: Sequence[int]) -> tuple[float | Tensor, float | Tensor]:
+        """What is taken off the VAE's latents, and what they are multiplied with then.
+
+        Args:
+            shape: ``(C, h, w)`` of the latents.
+
+        Returns:
+            Numbers, or float32 tensors that broadcast to the shape.
+        """
+        scale, shift, mean, std = (self.vae.config.get(name) for name in SCALES)
+        if mean is None or std is None:
+            return float(shift or 0.0), float(scale or 1.0)
+        by_channel = torch.tensor([mean, std]).view(2, -1, 1, 1)
+        return by_channel[0] + float(shift or 0.0), float(scale or 1.0) / by_channel[1]
 
     def inputs(self, pixels: Tensor, device: torch.device) -> Tensor:
         """The mode of the VAE's posterior, ``[B, C, h, w]`` float32."""
@@ -197,16 +223,20 @@ class LatentPipeline(Denoiser):
         Raises:
             ValueError: as `input_shape`.
         """
-        self.input_shape(pixels.shape[1:])
+        shift, scale = (
+            x.to(device) if isinstance(x, Tensor) else x
+            for x in self.scaling(self.input_shape(pixels.shape[1:]))
+        )
         self.vae.to(device)
-        encoded = self.vae.encode(pixels.to(device, torch.float32))
-        scale = float(self.vae.config["scaling_factor"])
-        shift = float(self.vae.config.get("shift_factor") or 0.0)
+        pixels = pixels.to(device, torch.float32)
+        encoded = self.vae.encode(pixels.unsqueeze(2) if self.of_videos else pixels)
         if hasattr(encoded, "latent"):
             # of one that does not draw its latents
             mean, std = encoded.latent, torch.zeros_like(encoded.latent)
         else:
             mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
+        if self.of_videos:
+            mean, std = mean.squeeze(2), std.squeeze(2)
         return torch.stack([(mean - shift) * scale, std * scale], dim=1)
 
     def prepare(self, items: Sequence[Any] | None, device: torch.device) -> None:
@@ -605,7 +635,7 @@ class LatentPipeline(Denoiser):
 
     def _check_parts(self, base: Path | str) -> None:
         """Refuse parts that were not made for each other."""
-        latents = int(self.vae.config["latent_channels"])
+        latents = self.latent_channels
         takes, returns = self._latent_channels()
         if not takes == returns == latents:
             kind = "U-Net" if self.network == "unet" else "transformer"
@@ -717,11 +747,15 @@ class TextPipeline(LatentPipeline):
                 fresh[text] = {name: _kept(value[row]) for name, value in encoded.items()}
         self._embeddings.update(fresh)
         rows = [self._embeddings[text] for text in items]
-        result = {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
+        result = {name: value.to(device) for name, value in self._stacked(rows).items()}
         self._kept_bytes += sum(_bytes(one) for one in fresh.values())
         while self._kept_bytes > max(_KEPT_BYTES, available_bytes(torch.device("cpu")) // 4):
             self._kept_bytes -= _bytes(self._embeddings.pop(next(iter(self._embeddings))))
         return result
+
+    def _stacked(self, rows: Sequence[Condition]) -> Condition:
+        """Conditions of a row each as one."""
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
     def prepare(self, items: Sequence[str] | None, device: torch.device) -> None:
         """See `Denoiser.prepare`."""

@@ -14,11 +14,12 @@ from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..runs.choices import TRAINED_GUIDANCE
 from .denoiser import Condition, ModelError, check_labels
 from .hashing import hash_captions
-from .latent import TextPipeline
+from .latent import SCALES, TextPipeline
 from .process import FlowMatching, Process
 from .weights import quiet
 
@@ -28,18 +29,37 @@ _LIBRARIES = ("diffusers", "transformers")
 _PROBES = ("a", "two dogs of another day")
 # steps that are recorded: two decide how time is told, one tests it
 _STEPS = 3
+# where one would do, if a schedule with an end of its own had a noise level then
+_FEW = 2
 # latent tokens along one side of what is recorded
 _TOKENS = 8
 _PLAIN = (bool, int, float, str, type(None))
 _CPU = torch.device("cpu")
 
-# where an argument comes from: the captions, those and more for the size of the picture, that size
-# with a row for each sample, with an equal item for each, or with one for all
-_READ, _GROWN, _ROWS, _ITEMS, _SHARED = "read", "grown", "rows", "items", "shared"
+# where an argument comes from: the captions, of one length or of theirs, which a mask says; those
+# and more for the size of the picture; that size with a row for each sample, with an equal item for
+# each, or with one for all
+_READ, _LONG, _MASK = "read", "long", "mask"
+_GROWN, _ROWS, _ITEMS, _SHARED = "grown", "rows", "items", "shared"
+_OF_CAPTIONS = (_READ, _LONG, _MASK)
+# numbers that float32 tells apart when they are scaled
+_DIGITS = 4096
 
 
 class _Stop(BaseException):
     """Ends a call of a pipeline whose rest is not needed; no ``except Exception`` takes it."""
+
+
+class _Order(NamedTuple):
+    """How latents of one size are given to the network.
+
+    Attributes:
+        shape: without the samples.
+        places: ``[C h w]`` int64, where each number of the VAE's latents is.
+    """
+
+    shape: tuple[int, ...]
+    places: Tensor
 
 
 class _Called(NamedTuple):
@@ -50,7 +70,7 @@ class _Called(NamedTuple):
         time: argument that says the noise level.
         times: factor, divisor and summand of what it is told, of the process's own time.
         sign: of the network's output in the prediction.
-        is_packed: whether latents are packed into tokens.
+        is_packed: whether latents are given in another shape than the VAE's, as tokens.
     """
 
     sample: str
@@ -65,9 +85,10 @@ class Recorded(TextPipeline):
 
     A few steps of a small picture are recorded when it is loaded: which argument is the noisy
     sample, how time is told, which arguments the captions decide, which the size of the picture,
-    and what becomes of the output; the latents before they are decoded must be those of its VAE's
-    scale. What is not understood is refused by name. The network is called with these arguments
-    then, of which the sample and the time are replaced.
+    and what becomes of the output; how its latents become what its VAE decodes: in which order, and
+    by the VAE's scale, or by one that is read off where its configuration says none. What is not
+    understood is refused by name. The network is called with these arguments then, of which the
+    sample and the time are replaced.
 
     Args:
         pipeline: of Diffusers, with ``transformer`` or ``unet``, ``vae`` and ``scheduler``.
@@ -99,7 +120,9 @@ class Recorded(TextPipeline):
         self.guidance_scale = self._default("guidance_scale")
         self.num_inference_steps = int(self._default("num_inference_steps") or 50)
         self._sizes: dict[tuple[int, int], dict[str, tuple[str, Any]]] = {}
-        self._orders: dict[tuple[int, int], Tensor] = {}
+        self._orders: dict[tuple[int, int], _Order] = {}
+        # of the numbers of one patch ``[C, p, p]``, where no configuration says it
+        self._scaling: tuple[Tensor, Tensor] | None = None
 
     @property
     def num_classes(self) -> int | None:
@@ -118,8 +141,12 @@ class Recorded(TextPipeline):
 
     @property
     def patch(self) -> int:
-        """See `LatentPipeline`."""
-        return 2 if _packs(self.pipeline) else int(self.module.config.get("patch_size") or 1)
+        """See `LatentPipeline`; latents of four times the channels are packed two by two."""
+        config = self.module.config
+        if int(config.get("in_channels") or 0) == 4 * self.latent_channels:
+            return 2
+        size = config.get("patch_size") or 1
+        return int(size if isinstance(size, int) else size[-1])
 
     @property
     def size(self) -> int | tuple[int, int] | None:
@@ -134,6 +161,21 @@ class Recorded(TextPipeline):
         """See `LatentPipeline.identity`; with the way the network is called."""
         told = {} if self.guidance is None else {"guidance": f"{self.guidance:g}"}
         return super().identity() | told | {"called": json.dumps([self.name, *self._called])}
+
+    @property
+    def encoding(self) -> dict[str, Any]:
+        """See `LatentPipeline.encoding`; with the size of what was read off."""
+        read = {} if self._scaling is None else {"scaled": _sizes_of(self._scaling)}
+        return super().encoding | read
+
+    def scaling(self, shape: Sequence[int]) -> tuple[float | Tensor, float | Tensor]:
+        """See `LatentPipeline.scaling`."""
+        if self._scaling is None:
+            return super().scaling(shape)
+        shift, scale = (
+            x.repeat(1, *(side // self.patch for side in shape[1:])) for x in self._scaling
+        )
+        return shift, scale
 
     def identify_items(self, items: Sequence[Any]) -> str:
         """Hash of captions and of the tokens of every tokenizer, or of labels."""
@@ -158,6 +200,16 @@ class Recorded(TextPipeline):
             check_labels(items, self.num_classes or 2**31, _CPU)
         return super().condition(items, device)
 
+    def _stacked(self, rows: Sequence[Condition]) -> Condition:
+        """See `TextPipeline`; what is as long as a caption is filled up, and the mask says so."""
+        return {
+            name: pad_sequence([row[name] for row in rows], batch_first=True)
+            if source in (_LONG, _MASK)
+            else torch.stack([row[name] for row in rows])
+            for name, (source, _) in self._sizes[self._own].items()
+            if source in _OF_CAPTIONS
+        }
+
     def predict(
         self, noisy: Tensor, timesteps: Tensor, condition: Condition, module: Any = None
     ) -> Tensor:
@@ -166,7 +218,7 @@ class Recorded(TextPipeline):
         height, width = (side * self.factor for side in latent)
         arguments: dict[str, Any] = {}
         for name, (source, value) in self._arguments((height, width)).items():
-            if source == _READ:
+            if source in _OF_CAPTIONS:
                 arguments[name] = condition[name]
             elif source == _GROWN:
                 kept, more = value
@@ -181,7 +233,7 @@ class Recorded(TextPipeline):
         if (factor, divisor, summand) != (1, 1, 0):
             time = time.float() * factor / divisor + summand
         arguments[self._called.time] = time
-        arguments[self._called.sample] = self._packed(noisy)
+        arguments[self._called.sample] = self._packed(noisy, (height, width))
         called = self.module if module is None else module
         output = called(**_nested(arguments), return_dict=False)[0]
         if not self._called.is_packed:
@@ -195,10 +247,7 @@ class Recorded(TextPipeline):
         self.place = str(base)
         if not self._asks:
             self._refuse("it must be called with a prompt or with class_labels")
-        if self.vae.config.get("latents_mean") is not None:
-            self._refuse(f"its {type(self.vae).__name__} scales every channel by itself")
-        takes = int(self.module.config.get("in_channels") or 0)
-        latents = int(self.vae.config["latent_channels"])
+        takes, latents = int(self.module.config.get("in_channels") or 0), self.latent_channels
         if takes and takes not in (latents, 4 * latents):
             self._refuse(f"its network takes {takes} channels, its VAE makes {latents}")
         side = self.factor * self.patch * _TOKENS
@@ -209,6 +258,8 @@ class Recorded(TextPipeline):
             # the network is run once
             self._small = min(side, self._own[0]), min(side, self._own[1])
         self._called = self._learn()
+        if isinstance(self.process, FlowMatching):
+            self.process.patch = self.patch
         self._sizes[self._own] = self._sort()
 
     def _refuse(self, why: str) -> NoReturn:
@@ -269,16 +320,16 @@ class Recorded(TextPipeline):
         prediction, _, sample, _ = steps[0]
         shape = len(sample), *self.input_shape((self.channels, *self._small))
         is_packed = tuple(sample.shape) != shape
-        index = torch.arange(math.prod(shape), dtype=torch.float32).view(shape)
-        if is_packed and (
-            not _packs(self.pipeline) or _pack(self.pipeline, index).shape != sample.shape
-        ):
+        if math.prod(sample.shape) != math.prod(shape):
             self._refuse(f"its latents are {list(sample.shape)} where {list(shape)} are expected")
         names = [
             name
             for name, value in calls[0].items()
             if isinstance(value, Tensor) and _same(value, sample)
         ]
+        lists = [name for name, value in calls[0].items() if _has_parts(value, len(sample))]
+        if not names and lists:
+            self._refuse(f"its network is given {lists[0]}, a list with a part for each sample")
         if len(names) != 1 or not _same(calls[1][names[0]], steps[1][2]):
             self._refuse("its network is not given the latents as they are")
         changing = [
@@ -301,31 +352,131 @@ class Recorded(TextPipeline):
         sign = next((s for s in (1, -1) if _same(head * s, prediction)), None)
         if sign is None:
             self._refuse("the output of its network is not what its scheduler is given")
-        called = _Called(names[0], changing[0], times, sign, is_packed)
-        self._called = called
-        scale = float(self.vae.config.get("scaling_factor") or 1.0)
-        shift = float(self.vae.config.get("shift_factor") or 0.0)
-        last = self._unpacked(steps[-1][3], self._small) / scale + shift
-        if not decoded or decoded[0].shape != last.shape or not _near(decoded[0], last):
+        self._called = _Called(names[0], changing[0], times, sign, is_packed)
+        frames = 1 if decoded and decoded[0].ndim == 5 else 0
+        self.of_videos = bool(frames)
+        if not decoded or decoded[0].shape != (*shape[:2], *(1,) * frames, *shape[2:]):
+            self._refuse("what its VAE decodes is not its latents")
+        is_said = any(self.vae.config.get(name) for name in SCALES)
+        if is_packed or not is_said:
+            order, shift, factor = self._follow(self._small, output.shape[1:])
+            if is_packed:
+                self._orders[self._small] = order
+            if not is_said:
+                self._scaling = self._of_patch(shift), 1 / self._of_patch(factor)
+        off, scale = self.scaling(shape[1:])
+        last = self._unpacked(steps[-1][3], self._small) / scale + off
+        if not _near(decoded[0].reshape(shape), last):
             self._refuse("what its VAE decodes is not its latents by their scale and shift")
-        return called
+        return self._called
+
+    def _follow(
+        self, size: tuple[int, int], returned: Sequence[int] = ()
+    ) -> tuple[_Order, Tensor, Tensor]:
+        """Where latents of a size are when they are decoded, by numbers that are told apart.
+
+        Args:
+            size: of the pictures.
+            returned: shape of what the network returns, that of its sample where it is empty.
+
+        Returns:
+            How they are given to the network; and what each of them has to be multiplied with and
+            what has to be added then, ``[C, h, w]``, for what is decoded.
+        """
+        shape = self.input_shape((self.channels, *size))
+        index = torch.arange(math.prod(shape))
+        numbers = torch.stack([index * 0, index * 0 + 1, index % _DIGITS, index // _DIGITS])
+        scheduler, packed, decoded = self._sampler(), [], []
+        step = scheduler.step
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            sample = self._bound(args, kwargs)[self._called.sample]
+            return (sample.new_zeros(len(sample), *(returned or sample.shape[1:])),)
+
+        @functools.wraps(step)
+        def take(prediction: Tensor, timestep: Any, sample: Tensor, **options: Any) -> Any:
+            result = step(prediction, timestep, sample, **options)
+            packed.append(tuple(sample.shape[1:]))
+            after = numbers.view(sample.shape).to(sample)
+            if isinstance(result, tuple):
+                return (after, *result[1:])
+            result.prev_sample = after
+            return result
+
+        def decode(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+            decoded.append(latents.double().reshape(len(numbers), -1))
+            raise _Stop
+
+        scheduler.step = take
+        self.vae.decode = decode
+        try:
+            probes = self._probes()[:1] * len(numbers)
+            self._run_with(call, probes, size, _CPU, scheduler, _FEW, "pt")
+        finally:
+            del self.vae.decode
+        if not decoded or decoded[0].shape != numbers.shape:
+            self._refuse("what its VAE decodes is not its latents")
+        shift, factor = decoded[0][0], decoded[0][1] - decoded[0][0]
+        low, high = ((decoded[0][2:] - shift) / factor).round()
+        places = low + high * _DIGITS
+        if not torch.equal(places.sort().values, index.double()):
+            self._refuse("what its VAE decodes is not its latents, each by a scale and a shift")
+        return _Order(packed[0], places.long()), shift.view(shape), factor.view(shape)
+
+    def _of_patch(self, values: Tensor) -> Tensor:
+        """Values ``[C, h, w]`` of latents that are those of one patch, ``[C, p, p]`` float32."""
+        side = self.patch
+        blocks = values.unfold(1, side, side).unfold(2, side, side).flatten(1, 2)
+        if not _near(blocks, blocks[:, :1].expand_as(blocks)):
+            self._refuse("the latents that its VAE decodes are scaled by their place")
+        return blocks[:, 0].float()
 
     def _sort(self) -> dict[str, tuple[str, Any]]:
         """Where each argument of the network comes from, of two captions and of one."""
         two, one = (self._record(self._probes()[:n], self._own, _CPU) for n in (2, 1))
+        ends = next((n for n, v in two.items() if _shows_end(v, one.get(n))), "")
         found: dict[str, tuple[str, Any]] = {}
         for name, value in two.items():
             if name in (self._called.sample, self._called.time):
                 continue
-            found[name] = self._source(name, value, one.get(name))
+            known = name == ends
+            found[name] = (
+                (_MASK, value) if known else self._source(name, value, one.get(name), two.get(ends))
+            )
+        if ends:
+            self._check_end(found, ends)
         return found
 
-    def _source(self, name: str, two: Any, one: Any) -> tuple[str, Any]:
+    @torch.no_grad()
+    def _check_end(self, found: Mapping[str, tuple[str, Any]], ends: str) -> None:
+        """Refuse a network to which it matters what a caption is filled up with."""
+        alone = self._record(self._probes()[:1], self._small, _CPU)
+        longer = dict(alone)
+        for name, (source, value) in found.items():
+            if source == _LONG:
+                filled = value.new_zeros(1, *value.shape[1:])
+                filled[:, : alone[name].shape[1]] = alone[name]
+                longer[name] = filled
+            elif source == _MASK:
+                longer[name] = value[:1]
+        first, second = (
+            self.module(**_nested(arguments), return_dict=False)[0] for arguments in (alone, longer)
+        )
+        if not _near(second, first):
+            self._refuse(f"its {ends} does not hide what follows a caption")
+
+    def _source(self, name: str, two: Any, one: Any, mask: Any) -> tuple[str, Any]:
         if isinstance(two, Tensor) and isinstance(one, Tensor):
             if two.ndim and two.shape[0] == 2 and one.shape[0] == 1:
-                if two.shape[1:] != one.shape[1:]:
-                    self._refuse(f"its {name} is as long as the longest caption")
-                return _READ, two
+                if two.shape[1:] == one.shape[1:]:
+                    return _READ, two
+                ends = None if mask is None else _ends(mask)
+                if ends != [one.shape[1], two.shape[1]] or two.shape[2:] != one.shape[2:]:
+                    self._refuse(
+                        f"its {name} is as long as the longest caption, and no mask says where "
+                        "each ends"
+                    )
+                return _LONG, two
             if _equal(one, two):
                 return _SHARED, two
         elif isinstance(two, _PLAIN) and one == two:
@@ -347,10 +498,11 @@ class Recorded(TextPipeline):
             # the text encoders stay where they are: two short captions
             for encoder in self.encoders.values():
                 encoder.to(_CPU)
-            there = self._record(self._probes(), size, _CPU)
+            # both now: the network may be kept in another dtype meanwhile
+            here, there = (self._record(self._probes(), s, _CPU) for s in (self._own, size))
             self._sizes[size] = {
-                name: self._resized(name, known, there.get(name))
-                for name, known in self._sizes[self._own].items()
+                name: self._resized(name, (source, here.get(name)), there.get(name))
+                for name, (source, _) in self._sizes[self._own].items()
             }
         return self._sizes[size]
 
@@ -369,16 +521,30 @@ class Recorded(TextPipeline):
 
     def _encode(self, captions: list[Any], device: torch.device) -> Condition:
         """What the network is given for captions or labels, a row each."""
-        known = {n: v for n, (source, v) in self._sizes[self._own].items() if source == _READ}
         found = self._record(captions, self._own, device)
-        for name, value in known.items():
+        known = {n: v for n, v in self._sizes[self._own].items() if v[0] in _OF_CAPTIONS}
+        rows: dict[str, Any] = {}
+        for name, (source, value) in known.items():
             got = found.get(name)
-            if not isinstance(got, Tensor) or got.shape[1:] != value.shape[1:]:
-                shape = list(got.shape[1:]) if isinstance(got, Tensor) else got
-                self._refuse(
-                    f"its {name} must be {list(value.shape[1:])} for every caption, got {shape}"
-                )
-        return {name: found[name] for name in known}
+            if source == _READ:
+                if not isinstance(got, Tensor) or got.shape[1:] != value.shape[1:]:
+                    shape = list(got.shape[1:]) if isinstance(got, Tensor) else got
+                    self._refuse(
+                        f"its {name} must be {list(value.shape[1:])} for every caption, got {shape}"
+                    )
+                rows[name] = got
+            elif source == _MASK:
+                long = [n for n, (source, _) in known.items() if source == _LONG]
+                if got is None:
+                    # all captions are of one length
+                    got = value.new_ones(found[long[0]].shape[:2])
+                ends = _ends(got)
+                if ends is None:
+                    self._refuse(f"its {name} hides more than what follows a caption")
+                for part in (name, *long):
+                    tensor = got if part == name else found[part]
+                    rows[part] = [row[:end] for row, end in zip(tensor, ends, strict=True)]
+        return rows
 
     def _record(
         self, items: Sequence[Any], size: tuple[int, int], device: torch.device
@@ -390,7 +556,7 @@ class Recorded(TextPipeline):
             seen.update(self._bound(args, kwargs))
             raise _Stop
 
-        self._run_with(call, items, size, device, self._sampler(), 1, "latent")
+        self._run_with(call, items, size, device, self._sampler(), _FEW, "latent")
         return seen
 
     def _bound(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -437,7 +603,12 @@ class Recorded(TextPipeline):
         pipeline.set_progress_bar_config(disable=True)
         self.module.forward = forward
         try:
-            with _on(pipeline, device), quiet(*self._talkers()):
+            with (
+                _on(pipeline, device),
+                quiet(*self._talkers()),
+                # the network alone is kept in 16 bits
+                torch.autocast(device.type, enabled=False),
+            ):
                 pipeline(**{name: v for name, v in options.items() if name in self._takes})
         except _Stop:
             return
@@ -461,19 +632,23 @@ class Recorded(TextPipeline):
             "use_resolution_binning": False,
         }
 
-    def _packed(self, latents: Tensor) -> Tensor:
-        return _pack(self.pipeline, latents) if self._called.is_packed else latents
+    def _order(self, size: tuple[int, int]) -> _Order:
+        if size not in self._orders:
+            self._orders[size] = self._follow(size)[0]
+        return self._orders[size]
+
+    def _packed(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        if not self._called.is_packed:
+            return latents
+        order = self._order(size)
+        where = order.places.argsort().to(latents.device)
+        return latents.flatten(1)[:, where].unflatten(1, order.shape)
 
     def _unpacked(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
         if not self._called.is_packed:
             return latents
-        shape = self.input_shape((self.channels, *size))
-        if size not in self._orders:
-            # where packing puts each number of one sample
-            index = torch.arange(math.prod(shape), dtype=torch.float64).view(1, *shape)
-            self._orders[size] = _pack(self.pipeline, index).flatten().long().argsort()
-        order = self._orders[size].to(latents.device)
-        return latents.flatten(1)[:, order].unflatten(1, shape)
+        shape, places = self.input_shape((self.channels, *size)), self._order(size).places
+        return latents.flatten(1)[:, places.to(latents.device)].unflatten(1, shape)
 
     # drawing
 
@@ -513,6 +688,12 @@ class Recorded(TextPipeline):
                 **{name: value for name, value in chosen.items() if name in self._takes}
             ).images
         return drawn
+
+    def _drawing_pipeline(self, seen: Callable[[Tensor], None], size: tuple[int, int]) -> Any:
+        if self._called.is_packed:
+            # by the pipeline, which is not asked while it draws
+            self._order(size)
+        return super()._drawing_pipeline(seen, size)
 
     def _drawn_size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
         found = super()._drawn_size(size)
@@ -555,11 +736,6 @@ class Recorded(TextPipeline):
         return {"guidance": trained.get("guidance")}
 
     @classmethod
-    def _flow_options(cls, network: Any, trained: dict[str, Any], name: str) -> dict[str, Any]:
-        patch = int(network.config.get("patch_size") or 1)
-        return super()._flow_options(network, trained, name) | {"patch": patch}
-
-    @classmethod
     def _check_process(cls, process: Process, name: str) -> Process:
         return process
 
@@ -584,15 +760,27 @@ def _on(pipeline: Any, device: torch.device) -> Iterator[None]:
             setattr(kind, name, own)
 
 
-def _packs(pipeline: Any) -> bool:
-    pack = getattr(pipeline, "_pack_latents", None)
-    return pack is not None and len(inspect.signature(pack).parameters) == 5
+def _ends(mask: Tensor) -> list[int] | None:
+    """Where the ones of each row end; None if zeros are among them, or other numbers."""
+    ends = mask.sum(1).long()
+    first = torch.arange(mask.shape[1], device=mask.device) < ends[:, None]
+    found: list[int] = ends.tolist()
+    return found if torch.equal(first.to(mask.dtype), mask) else None
 
 
-def _pack(pipeline: Any, latents: Tensor) -> Tensor:
-    """Latents ``[B, C, h, w]`` as tokens, by the pipeline's own method."""
-    packed: Tensor = pipeline._pack_latents(latents, *latents.shape)
-    return packed
+def _shows_end(two: Any, one: Any) -> bool:
+    """Whether a mask of two captions shows that the first is shorter than the second."""
+    if not isinstance(two, Tensor) or two.ndim != 2 or len(two) != 2:
+        return False
+    ends = _ends(two)
+    if ends is None or not 0 < ends[0] < ends[1] == two.shape[1]:
+        return False
+    return one is None or (isinstance(one, Tensor) and _equal(one, two[:1, : ends[0]]))
+
+
+def _sizes_of(scaling: Sequence[Tensor]) -> list[str]:
+    """Roughly, so that rounding does not tell."""
+    return [f"{float(values.double().norm()):.4g}" for values in scaling]
 
 
 def _grown(before: Tensor, value: Tensor) -> tuple[int, Tensor] | None:
@@ -649,6 +837,12 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def _same(one: Tensor, two: Tensor) -> bool:
     return one.shape == two.shape and torch.equal(one.float(), two.float())
+
+
+def _has_parts(value: Any, count: int) -> bool:
+    """Whether it is a list with a tensor, or several, for each of ``count`` samples."""
+    is_list = isinstance(value, list | tuple) and len(value) >= count
+    return is_list and all(isinstance(part, Tensor) for part in value)
 
 
 def _near(one: Tensor, two: Tensor) -> bool:

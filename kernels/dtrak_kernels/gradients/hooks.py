@@ -330,7 +330,8 @@ class Call:
             kept: what `get` gave.
             output_grads: gradients with respect to its outputs.
             num_samples: B.
-            planned: the first sample alone, without a look at values, which are not there.
+            planned: of two samples alone (what is left of one is there while the next one runs),
+                without a look at values, which are not there.
 
         Yields:
             Index of a parameter, the sample, and its gradient.
@@ -350,7 +351,7 @@ class Call:
         parameters = {path: module.get_parameter(path) for path in layer.owned}
         device_type, dtype, enabled = self._autocast
         bare = _Forward(module)
-        for sample in range(1 if planned else num_samples):
+        for sample in range(min(num_samples, 2) if planned else num_samples):
             args, kwargs = tree_unflatten(
                 [_part(x, rows, sample) for x, rows in zip(leaves, self.rows.leaves, strict=True)],
                 self._structure,

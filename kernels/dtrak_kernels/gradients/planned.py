@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
 from .accumulator import Accumulator, KroneckerAccumulator, SketchAccumulator
@@ -49,10 +50,15 @@ def weight_bytes(model: nn.Module) -> dict[str, int]:
     return dict(sizes)
 
 
+# whose workspace for the backward is known to their library alone, and empty without values
+_RECURRENT = ("aten::mkldnn_rnn_layer", "aten::_cudnn_rnn")
+
+
 class ShapeMeter(TensorMeter):
     """A `TensorMeter` of tensors that have no values.
 
     Where a value decides how to go on it is taken for false, or zero: checks that raise pass.
+    Recurrent layers run once for each shape, to see how much of them their library keeps.
 
     Args:
         mode: what makes real tensors into such ones; None if all of them are on the meta device.
@@ -60,6 +66,7 @@ class ShapeMeter(TensorMeter):
 
     def __init__(self, mode: FakeTensorMode | None) -> None:
         self._mode = mode
+        self._workspaces: dict[str, tuple[int, ...]] = {}
         super().__init__()
 
     def _without_values(self, leaf: Any) -> Any:
@@ -79,7 +86,32 @@ class ShapeMeter(TensorMeter):
             return False if dtype == torch.bool else 0.0 if dtype.is_floating_point else 0
         if func is not torch.ops.aten.lift_fresh.default:
             args, kwargs = tree_map(self._without_values, (args, kwargs or {}))
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if func._schema.name in _RECURRENT and self._mode is not None:
+            out = self._with_workspace(func, args, kwargs, out)
+        return out
+
+    def _with_workspace(self, func: Any, args: Any, kwargs: Any, out: Any) -> tuple[Any, ...]:
+        """The outputs of a recurrent layer, those that are empty as large as they really are."""
+        shapes = tree_map(lambda x: tuple(x.shape) if isinstance(x, Tensor) else x, (args, kwargs))
+        key = f"{func} {shapes}"
+        if key not in self._workspaces:
+            with _disable_current_modes():
+                real = func(*tree_map(_zeros, args), **tree_map(_zeros, kwargs or {}))
+            self._workspaces[key] = tuple(x.numel() if isinstance(x, Tensor) else 0 for x in real)
+        grown = []
+        for fake, numel in zip(out, self._workspaces[key], strict=True):
+            if numel and not fake.numel():
+                fake = fake.new_empty(numel)
+                self._track(fake)
+            grown.append(fake)
+        return tuple(grown)
+
+
+def _zeros(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device)
 
 
 _ATTENTION = nn.functional.scaled_dot_product_attention

@@ -268,7 +268,10 @@ def missing_rows(
     elif first_of_batch and count > 1 and count != rows and count % rows_per_sample == 0:
         cause = f"is num_samples wrong? This batch seems to have {count // rows_per_sample} samples"
     elif known:
-        cause = "give it tensors [B, T, n] or [T, B, n] as its batch_first says, padded, not packed"
+        cause = (
+            "give it tensors [B, T, n] or [T, B, n] as its batch_first says, padded, not packed; "
+            "or one sample at a time"
+        )
     elif isinstance(layer.module, nn.Embedding):
         cause = (
             "a table that samples share is looked up by indices of one dimension, or with a first "
@@ -276,8 +279,8 @@ def missing_rows(
         )
     else:
         cause = (
-            "work shared between samples has no per-sample gradient; leave its parameters out with "
-            "parameters="
+            "work shared between samples has no per-sample gradient: sketch one sample at a time, "
+            "or leave its parameters out with parameters="
         )
     return (
         f"{layer.title} must see and return {rows} rows (samples x rows_per_sample), got output "
@@ -321,7 +324,7 @@ def wrong_rows(layer: Layer, shape: tuple[int, ...], f: Tensor) -> str:
     return (
         f"{layer.title} with output {list(shape)} has rows that are not those of single samples: "
         f"their gradients change with other samples' outputs. {remedy[0].upper()}{remedy[1:]} Put "
-        "samples first, or leave its parameters out with parameters="
+        "samples first, sketch one sample at a time, or leave its parameters out with parameters="
     )
 
 

@@ -453,12 +453,11 @@ class GradientSketcher:
                 for index, part in enumerate(sums, start=1):
                     with leaves_kept(part.grad_fn):
                         part.backward(retain_graph=index < len(sums))
-                return BatchMemory(
-                    activation_bytes,
-                    meter.peak_bytes,
-                    batch.dropped + len(batch.without_grad),
-                    len(batch.without_grad),
-                )
+                checkpointed, reentrant = batch.dropped, len(batch.without_grad)
+            # the end of a batch sketches what has waited for it
+            return BatchMemory(
+                activation_bytes, meter.peak_bytes, checkpointed + reentrant, reentrant
+            )
         finally:
             self._accumulator, self._norms, self._last_norms, self._watched_randomness = before
             self._planned = None
@@ -774,7 +773,8 @@ class GradientSketcher:
                     raise RuntimeError(
                         f"output {number} of {call.layer.title} has no rows of the batch, "
                         f"{list(grad.shape)}, and a gradient: work shared between samples has no "
-                        "per-sample gradient; leave its parameters out with parameters="
+                        "per-sample gradient: sketch one sample at a time, or leave its "
+                        "parameters out with parameters="
                     )
                 if grad is not None and rows is not None and batch.check is not None:
                     batch.check.see(call.layer, number, grad, rows.dim)
