@@ -314,15 +314,16 @@ def test_settings_of_an_evaluation():
         ("D-TRAK, mean", "sjlt", "none"),
         ("Gradient dot", "sjlt", "none"),
         ("D-TRAK, whitened", "sjlt", "lowrank"),
+        ("D-TRAK, mean, whitened", "sjlt", "lowrank"),
         ("D-TRAK", "kronecker", "none"),
         ("D-TRAK, whitened", "kronecker", "channels"),
     ]
     first = list_settings([10], ["sjlt"], methods, ["kfac", "lowrank", "auto"])
     assert [s.title for s in first[1:]] == [
         "D-TRAK, whitened (kfac)", "D-TRAK, mean, whitened (kfac)", "Gradient dot",
-        "D-TRAK, whitened",
+        "D-TRAK, whitened", "D-TRAK, mean, whitened",
     ]  # fmt: skip
-    assert len({s.key for s in (*listed, *first)}) == 9
+    assert len({s.key for s in (*listed, *first)}) == 10
 
 
 def test_a_file_of_other_tensors(model, tmp_path):

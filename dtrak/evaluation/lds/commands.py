@@ -212,8 +212,8 @@ class EvaluateOptions(_Shared):
     whiten: str = option(
         "none,auto",
         help=f"Whitening of gradients, of methods with a damping: {', '.join(WHITENINGS)} or auto; "
-        "of several separated by commas the first is for all methods, the others for D-TRAK and "
-        "TRAK.",
+        "of several separated by commas the first is for all methods, the others for D-TRAK (f = "
+        "mean too) and TRAK.",
     )
     methods: str | None = option(
         None,

@@ -55,8 +55,9 @@ DAMPING_FACTORS = tuple(float(f"{digit}e{power}") for power in range(-4, 4) for 
 _MEMORY_BUDGET = 2 * 2**30
 
 
-# the methods whose projections and whitenings are compared
-_COMPARED = ("d-trak", "trak")
+# the methods whose projections are compared, and those whose whitenings are
+_PROJECTED = ("d-trak", "trak")
+_WHITENED = (*_PROJECTED, "d-trak-mean")
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,8 @@ def list_settings(
 ) -> list[Setting]:
     """What is evaluated: every method with the first of each choice, D-TRAK and TRAK with all.
 
+    D-TRAK with f = mean has every whitening of the first projection.
+
     Args:
         num_timesteps: S, one or more.
         projections: kinds, one or more.
@@ -120,6 +123,7 @@ def list_settings(
     """
     settings = [Setting(method) for method in methods if not method.output_function]
     for kind in projections:
+        compared = _WHITENED if kind == projections[0] else _PROJECTED
         chosen = list(dict.fromkeys(choose_whitening(asked, kind) for asked in whitenings))
         for way in chosen:
             is_first = kind == projections[0] and way == chosen[0]
@@ -127,7 +131,7 @@ def list_settings(
                 Setting(method, S, kind, whitening=way if method.is_damped else "none")
                 for S in num_timesteps
                 for method in methods
-                if method.output_function and (is_first or method.name in _COMPARED)
+                if method.output_function and (is_first or method.name in compared)
             ]
     return settings
 
