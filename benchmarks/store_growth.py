@@ -7,7 +7,6 @@ made in ``--folder``, and deleted once it is solved.
 """
 
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -20,13 +19,14 @@ from pages import ROOT, Table, read_rows, record, run
 
 from dtrak.features.packing import packed_bytes
 from dtrak.features.store import FeatureStore
+from dtrak.runs.measure import StageClock
 from dtrak_kernels.ridge import RidgeSolver
 
 RESULTS = ROOT / "benchmarks" / "results" / "store_growth.jsonl"
 FOLDER = Path("runs") / "store-growth"
 # a Gram of 8 MB, so that what grows are the rows
 WIDTH, QUERIES, TOP = 1024, 16, 10
-SIZES = (2**14, 2**16, 2**18, 2**20, 2**22)
+SIZES = (*(2**n for n in range(14, 23)), 5_000_000)
 DTYPES = ("float32", "int8")
 # free on disk beside the store
 _ROOM = 2 * 2**30
@@ -47,19 +47,25 @@ def make(folder: Path, rows: int, dtype: str) -> FeatureStore:
 def solve(folder: Path) -> dict[str, Any]:
     """What one process takes for top-k of a store, in seconds and bytes."""
     torch.set_num_threads(1)
-    store = FeatureStore.read(folder)
+    clock = StageClock(torch.device("cpu"))
+    with clock.stage("open"):
+        store = FeatureStore.read(folder)
     queries = torch.randn(QUERIES, WIDTH, generator=torch.Generator().manual_seed(1))
-    # what is resident before, the manifest with its ids included
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    begin, cpu = time.perf_counter(), time.process_time()
-    solver = RidgeSolver(store)
-    solver.top_k(queries, TOP, solver.mean_squared_norm())
+    # what is resident before, the store's manifest included
+    with clock.stage("before"):
+        pass
+    cpu = time.process_time()
+    with clock.stage("solve"):
+        solver = RidgeSolver(store)
+        solver.top_k(queries, TOP, solver.mean_squared_norm())
+    opened, before, solved = clock.stages
     return {
-        "seconds": time.perf_counter() - begin,
+        "open_seconds": opened.seconds,
+        "seconds": solved.seconds,
         "cpu": time.process_time() - cpu,
         "method": solver.method,
-        "before_bytes": 1024 * before,
-        "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "before_bytes": before.peak_bytes,
+        "peak_bytes": solved.peak_bytes,
     }
 
 
