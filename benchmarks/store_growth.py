@@ -26,8 +26,10 @@ RESULTS = ROOT / "benchmarks" / "results" / "store_growth.jsonl"
 FOLDER = Path("runs") / "store-growth"
 # a Gram of 8 MB, so that what grows are the rows
 WIDTH, QUERIES, TOP = 1024, 16, 10
-SIZES = (*(2**n for n in range(14, 23)), 5_000_000)
-DTYPES = ("float32", "int8")
+SIZES = {
+    "float32": (2**14, 2**16, 2**18, 2**20, 5_000_000, 2**15, 2**17, 2**19, 2**21),
+    "int8": (2**14, 2**16, 2**18, 2**20),
+}
 # free on disk beside the store
 _ROOM = 2 * 2**30
 
@@ -72,8 +74,8 @@ def solve(folder: Path) -> dict[str, Any]:
 def measure_and_record(is_recorded: bool, smoke: bool, folder: Path) -> None:
     """Append what is missing; without ``--record`` only print it."""
     done = {(row["N"], row["dtype"]) for row in read_rows(RESULTS)}
-    for rows in (2**11,) if smoke else SIZES:
-        for dtype in DTYPES:
+    for dtype, sizes in SIZES.items():
+        for rows in (2**11,) if smoke else sizes:
             place = folder / f"{rows}-{dtype}"
             size = rows * packed_bytes(WIDTH, dtype)
             folder.mkdir(parents=True, exist_ok=True)
