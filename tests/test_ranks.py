@@ -10,8 +10,10 @@ import pytest
 import torch
 from claims import claimed_elsewhere
 from test_features import Counting, make_data, make_store
+from typer.testing import CliRunner
 
 import dtrak
+from dtrak.cli import ensemble
 from dtrak.features import store as stores
 from dtrak.features.extraction import fill_store
 from dtrak.runs import ranks as module
@@ -163,6 +165,13 @@ def test_launched_processes_explain_by_a_folder_that_all_see(monkeypatch):
     launched(monkeypatch, 1, 3)
     with pytest.raises(ValueError, match=r"must be a folder that all 3 processes .* got None"):
         dtrak.explain(None, None, 3)
+
+
+def test_of_a_command_that_shares_nothing_the_first_process_does_all(monkeypatch, tmp_path):
+    launched(monkeypatch, 1, 2)
+    words = ["nowhere", "nowhere else", "--output", str(tmp_path / "mean.safetensors")]
+    done = CliRunner().invoke(ensemble.app, words)
+    assert (done.exit_code, done.output) == (0, "")
 
 
 @pytest.mark.full

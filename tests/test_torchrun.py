@@ -141,24 +141,21 @@ def test_models_are_trained_and_measured_once(tmp_path):
 @pytest.mark.full
 def test_models_without_some_images_are_trained_once(tmp_path):
     run_folder = make_run(tmp_path)
-    words = ("-m", "dtrak.counterfactual", run_folder, "--top-k", 10, "--num-queries", 2,
-             "--methods", "d-trak,trak,random,none", "--device", "cpu", "--output")  # fmt: skip
+    words = ("-m", "dtrak.counterfactual", run_folder, "--top-k", 10, "--num-queries", 1,
+             "--methods", "trak,random,none", "--device", "cpu", "--output")  # fmt: skip
     assert run(*words, tmp_path / "one")[0] == 0
     code, output = run(*words, tmp_path / "two", world=2)
     assert code == 0, output
-    for said in ("retrain 7 models: 42 of 42", "trak whitening: 80 of 80", "values: "):
+    for said in ("retrain 3 models: 18 of 18", "trak whitening: 80 of 80", "values: "):
         assert output.count(said) == 1, output
     first, second = (
         {file.relative_to(place): load_file(file) for file in place.rglob("pictures/*/*/*")}
         for place in (tmp_path / "one", tmp_path / "two")
     )
     assert first.keys() == second.keys()
-    assert len(first) == 7
+    assert len(first) == 3
     for name, drawn in first.items():
         assert all(torch.equal(drawn[key], second[name][key]) for key in ("pictures", "losses"))
-    assert load_file(tmp_path / "one" / "removed.safetensors").keys() == {
-        "d-trak", "trak", "random", "none"
-    }  # fmt: skip
 
 
 @pytest.mark.full

@@ -45,7 +45,7 @@ class Store(Protocol):
     batch_size: int
 
     @property
-    def ids(self) -> Sequence[str]:
+    def ids(self) -> list[str]:
         """N sample ids, the rows."""
         ...
 
@@ -166,7 +166,7 @@ class FeatureStore:
     """
 
     def __init__(
-        self, folder: Path, manifest: dict[str, Any], ids: Sequence[str] | None = None
+        self, folder: Path, manifest: dict[str, Any], ids: list[str] | None = None
     ) -> None:
         self.folder, self.manifest, self.only_own = folder, manifest, False
         self.dtype: str = manifest["settings"].get(STORE_DTYPE, FLOAT32)
@@ -218,7 +218,7 @@ class FeatureStore:
                 found = MANIFEST.claim(folder, deciding, also=layout)
         if found.get(_IDS) != names:
             raise StoreError(f"{folder} must hold features of these samples, got others of theirs")
-        return cls(folder, found, ids)
+        return cls(folder, found, ids if isinstance(ids, list) else list(ids))
 
     @classmethod
     def read(cls, folder: str | Path) -> FeatureStore:
@@ -237,7 +237,7 @@ class FeatureStore:
             raise MANIFEST.damaged(folder) from error
 
     @property
-    def ids(self) -> Sequence[str]:
+    def ids(self) -> list[str]:
         """N sample ids, the rows; of a store that is read they are all read at the first call.
 
         Raises:
@@ -339,7 +339,7 @@ class FeatureStore:
         """Write one shard, ``[rows of the shard, K]``, atomically."""
         if self._ids is None:
             raise StoreError(f"{self.folder} must be opened with the ids of its rows to be written")
-        names = list(self._ids[self.rows(shard)])
+        names = self._ids[self.rows(shard)]
         self._write(self.file(shard), features, self.dtype, {_IDS: json.dumps(names)})
         for part in self.folder.glob(self._part(shard, "*").name):
             part.unlink()

@@ -63,7 +63,7 @@ def _in_words(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error(_IN_WORDS, _in_words)
 
 
-class Nowhere(io.TextIOBase):
+class Nowhere(io.StringIO):
     """Takes what is said where nobody is to hear it."""
 
     def write(self, text: str) -> int:
