@@ -7,7 +7,6 @@ made in ``--folder``, and deleted once it is solved.
 """
 
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -21,14 +20,17 @@ from pages import ROOT, Table, read_rows, record, run
 from dtrak.features.packing import packed_bytes
 from dtrak.features.store import FeatureStore
 from dtrak.pages import tables
+from dtrak.runs.measure import StageClock
 from dtrak_kernels.ridge import RidgeSolver
 
 RESULTS = ROOT / "benchmarks" / "results" / "store_growth.jsonl"
 FOLDER = Path("runs") / "store-growth"
 # a Gram of 8 MB, so that what grows are the rows
 WIDTH, QUERIES, TOP = 1024, 16, 10
-SIZES = (2**14, 2**16, 2**18, 2**20, 2**22)
-DTYPES = ("float32", "int8")
+SIZES = {
+    "float32": (2**14, 2**16, 2**18, 2**20, 5_000_000, 2**15, 2**17, 2**19, 2**21),
+    "int8": (2**14, 2**16, 2**18, 2**20),
+}
 # free on disk beside the store
 _ROOM = 2 * 2**30
 
@@ -48,27 +50,33 @@ def make(folder: Path, rows: int, dtype: str) -> FeatureStore:
 def solve(folder: Path) -> dict[str, Any]:
     """What one process takes for top-k of a store, in seconds and bytes."""
     torch.set_num_threads(1)
-    store = FeatureStore.read(folder)
+    clock = StageClock(torch.device("cpu"))
+    with clock.stage("open"):
+        store = FeatureStore.read(folder)
     queries = torch.randn(QUERIES, WIDTH, generator=torch.Generator().manual_seed(1))
-    # what is resident before, the manifest with its ids included
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    begin, cpu = time.perf_counter(), time.process_time()
-    solver = RidgeSolver(store)
-    solver.top_k(queries, TOP, solver.mean_squared_norm())
+    # what is resident before, the store's manifest included
+    with clock.stage("before"):
+        pass
+    cpu = time.process_time()
+    with clock.stage("solve"):
+        solver = RidgeSolver(store)
+        solver.top_k(queries, TOP, solver.mean_squared_norm())
+    opened, before, solved = clock.stages
     return {
-        "seconds": time.perf_counter() - begin,
+        "open_seconds": opened.seconds,
+        "seconds": solved.seconds,
         "cpu": time.process_time() - cpu,
         "method": solver.method,
-        "before_bytes": 1024 * before,
-        "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "before_bytes": before.peak_bytes,
+        "peak_bytes": solved.peak_bytes,
     }
 
 
 def measure_and_record(is_recorded: bool, smoke: bool, folder: Path) -> None:
     """Append what is missing; without ``--record`` only print it."""
     done = {(row["N"], row["dtype"]) for row in read_rows(RESULTS)}
-    for rows in (2**11,) if smoke else SIZES:
-        for dtype in DTYPES:
+    for dtype, sizes in SIZES.items():
+        for rows in (2**11,) if smoke else sizes:
             place = folder / f"{rows}-{dtype}"
             size = rows * packed_bytes(WIDTH, dtype)
             folder.mkdir(parents=True, exist_ok=True)

@@ -6,11 +6,14 @@ import copy
 import inspect
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
+
+from dtrak_kernels.ridge.group import Group
 
 from .attribution import Attribution
 from .data.given import images
@@ -24,9 +27,11 @@ from .methods.judgement import judge
 from .methods.verdicts import check_count
 from .models import load, wrap
 from .models.denoiser import Denoiser
+from .runs.code import describe_code
 from .runs.console import choose_device
 from .runs.files import expand_path, picture_name
 from .runs.options import ExplainOptions
+from .runs.ranks import ranks
 from .runs.record import RUN
 from .runs.stages import Stages
 from .training.drawing import choose_items, draw_all, fitting_steps
@@ -57,7 +62,8 @@ def explain(
         queries: the M images to explain, likewise; or a number, of pictures that the model draws
             from the seeds 0, 1, ….
         store: folder in which features are kept, so that a call that was killed goes on and other
-            queries cost only themselves; None touches no disk.
+            queries cost only themselves; None touches no disk. Processes that a launcher started
+            all make the call, divide the work by this folder and get the same answer.
         checkpoints: the model at several points of its training, for the methods that need them.
         clip: folder of a CLIP model, likewise.
         retrained: models trained on parts of the data, likewise.
@@ -79,7 +85,12 @@ def explain(
         TypeError: there is no such option.
         ValueError: an option, the model, the images or the store is refused; one clear line.
     """
-    how = ExplainOptions(**options)
+    how, here = ExplainOptions(**options), ranks()
+    if here.is_launched and store is None:
+        raise ValueError(
+            f"store must be a folder that all {here.world} processes of the launch see, got None: "
+            "one of them explains alone within dtrak.runs.ranks.by_itself()"
+        )
     drawn = _count(queries)
     check_needs(
         how.what, checkpoints=checkpoints, drawing=drawn is not None, clip=clip, retrained=retrained
@@ -87,7 +98,8 @@ def explain(
     if held_out is not None:
         check_held_out(how.what)
     device = choose_device(how.device)
-    stages = Stages(device, Console(stderr=True, quiet=not progress))
+    console = Console(stderr=True, quiet=not here.is_main) if progress else None
+    stages = Stages(device, console)
     denoiser = as_denoiser(model)
     if how.dtype == "float64":
         # the caller's stays what it is
@@ -101,7 +113,12 @@ def explain(
                 "model": denoiser.identity(),
                 "schedule": denoiser.process.describe(),
             }
-            RUN.claim(folder, settings, held)
+            RUN.check(folder, settings)
+            asked = {**asdict(how), "device": device.type, "queries drawn": drawn}
+            about = {"options": asked, **settings, **describe_code()}
+            held.enter_context(here.hold(folder, lambda: about))
+            with here.alone(folder, "run"):
+                RUN.claim(folder, settings)
             stages.folder = folder
         drawing = None
         if drawn is not None:
@@ -109,6 +126,7 @@ def explain(
             explained = _draw(denoiser, drawing, stages)
         else:
             explained = _fit(denoiser, queries, "queries")
+            here.agree("queries", {"queries": explained.fingerprint})
         others = None
         if held_out is not None:
             others = _fit(denoiser, held_out, "held_out").without(train, explained)
@@ -232,13 +250,19 @@ def _drawing(
 
 def _draw(model: Denoiser, drawing: Drawing, stages: Stages) -> Samples:
     """The pictures as they would be saved, 8 bits a channel."""
-    model.to(stages.clock.device)
-    with stages.stage("generate the queries") as progress:
-        drawn = draw_all(
-            model, drawing.seeds, items=drawing.items, progress=progress, **drawing.how
-        )
+    here, drawn = ranks(), None
+    # one process draws, and tells the others
+    if here.is_main:
+        model.to(stages.clock.device)
+        with stages.stage("generate the queries") as progress:
+            drawn = to_uint8(
+                draw_all(
+                    model, drawing.seeds, items=drawing.items, progress=progress, **drawing.how
+                )
+            ).cpu()
+    shape = here.told("drawn", None if drawn is None else list(drawn.shape))
+    pictures = from_uint8(Group(here.group()).first(drawn, tuple(shape), torch.uint8))
     names = [picture_name(seed) for seed in drawing.seeds]
-    pictures = from_uint8(to_uint8(drawn))
     return Samples(pictures, names, None, "drawn by the model", drawing.items)
 
 

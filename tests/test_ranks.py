@@ -10,7 +10,10 @@ import pytest
 import torch
 from claims import claimed_elsewhere
 from test_features import Counting, make_data, make_store
+from typer.testing import CliRunner
 
+import dtrak
+from dtrak.cli import ensemble
 from dtrak.features import store as stores
 from dtrak.features.extraction import fill_store
 from dtrak.runs import ranks as module
@@ -129,9 +132,13 @@ def test_launched_processes_must_be_called_alike(monkeypatch):
         here[0].agree("options", {"seed": 0, "k": 3})
     with pytest.raises(ValueError, match=r"rank 1 is not: seed is 0 in rank 0 and 4$"):
         here[1].agree("options", {"seed": 4, "k": 3})
-    here[0].agree("options", {"seed": 4, "k": 3})
-    assert here[0].told("finished", True)
-    assert here[1].told("finished", False)
+    # said again, it is another question
+    with pytest.raises(ValueError, match="but some have not"):
+        here[0].agree("options", {"seed": 4, "k": 3})
+    here[1].agree("options", {"seed": 4, "k": 3})
+    for answer in (True, False):
+        assert here[0].told("finished", answer) is answer
+        assert here[1].told("finished", None) is answer
     assert [one.is_first_to_fail() for one in (*here, *here)] == [True, False, False, False]
     assert Ranks().is_first_to_fail()
 
@@ -152,6 +159,19 @@ def test_shards_are_made_apart_with_the_bits_of_one(tmp_path, monkeypatch, world
         assert seen[-1] == (store.count(), 90)
     assert torch.equal(store.load(), alone.load())
     share(None)
+
+
+def test_launched_processes_explain_by_a_folder_that_all_see(monkeypatch):
+    launched(monkeypatch, 1, 3)
+    with pytest.raises(ValueError, match=r"must be a folder that all 3 processes .* got None"):
+        dtrak.explain(None, None, 3)
+
+
+def test_of_a_command_that_shares_nothing_the_first_process_does_all(monkeypatch, tmp_path):
+    launched(monkeypatch, 1, 2)
+    words = ["nowhere", "nowhere else", "--output", str(tmp_path / "mean.safetensors")]
+    done = CliRunner().invoke(ensemble.app, words)
+    assert (done.exit_code, done.output) == (0, "")
 
 
 @pytest.mark.full

@@ -8,7 +8,7 @@ import pytest
 import torch
 from numerics import relative_error
 from numpy.lib.format import open_memmap
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from test_features import make_data, make_store
 from typer.testing import CliRunner
 
@@ -213,6 +213,35 @@ def test_features_of_d_trak_are_scored_as_dense_algebra_does(tmp_path):
     assert (code, "must be complete, got it without 000001.safetensors" in output) == (2, True)
 
 
+def test_names_lie_with_their_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(stores, "_ROWS_PER_SHARD", 4)
+    names = ["…/a b.png", "é", *(f"{row:02d}" for row in range(8))]
+    store = FeatureStore.open(tmp_path / "a", {"a": 1}, names, 3, 4)
+    assert "00" not in (tmp_path / "a" / "manifest.json").read_text()
+    for shard in store.missing():
+        store.write(shard, random_rows(len(range(*store.rows(shard).indices(10))), 3))
+    assert FeatureStore.read(tmp_path / "a").ids == names
+    # no shard is read but those of the rows
+    store.file(1).unlink()
+    read = FeatureStore.read(tmp_path / "a")
+    assert read.ids_of([9, 0, 2, 9]) == ["07", names[0], "00", "07"]
+    with pytest.raises(StoreError, match=r"incomplete: 000001.safetensors is missing"):
+        read.ids_of([4])
+    with pytest.raises(StoreError, match="must be opened with the ids of its rows"):
+        read.write(1, random_rows(4, 3))
+    with pytest.raises(StoreError, match="must hold features of these samples, got others"):
+        FeatureStore.open(tmp_path / "a", {"a": 1}, names[::-1], 3, 4)
+    for about, message in (
+        (None, "is damaged"),
+        ({"ids": "["}, "is damaged"),
+        ({"ids": '["x"]'}, "must name 4 samples, got 1"),
+    ):
+        store.file(1).write_bytes(save({"features": torch.ones(4, 3)}, metadata=about))
+        code, output = run("check", tmp_path / "a")
+        assert (code, "000001.safetensors: the names of its rows" in output) == (2, True)
+        assert message in output
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -242,7 +271,7 @@ def test_refusals(words, message):
 def test_a_damaged_manifest_is_named(tmp_path):
     store = make_store(tmp_path / "a", make_data(3))
     manifest = json.loads((store.folder / "manifest.json").read_text())
-    del manifest["ids"]
+    del manifest["num_samples"]
     (store.folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(StoreError, match=r"manifest.json is damaged"):
         FeatureStore.read(store.folder)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from finished_run import make_images, results
+from finished_run import make_images, make_run, results
 from numerics import relative_error
 from safetensors.torch import load_file
 from test_sketcher import small_unet
+from tiny_stable_diffusion import build_pipeline, write_pictures
 
 from dtrak.features.store import FeatureStore
 from dtrak.models.process import linear_process
@@ -135,3 +136,62 @@ def test_models_are_trained_and_measured_once(tmp_path):
     assert output.count("results: ") == 1, output
     trained = [line for line in output.splitlines() if line.startswith("train ")]
     assert len(set(trained)) == len(trained)
+
+
+@pytest.mark.full
+def test_models_without_some_images_are_trained_once(tmp_path):
+    run_folder = make_run(tmp_path)
+    words = ("-m", "dtrak.counterfactual", run_folder, "--top-k", 10, "--num-queries", 1,
+             "--methods", "trak,random,none", "--device", "cpu", "--output")  # fmt: skip
+    assert run(*words, tmp_path / "one")[0] == 0
+    code, output = run(*words, tmp_path / "two", world=2)
+    assert code == 0, output
+    for said in ("retrain 3 models: 18 of 18", "trak whitening: 80 of 80", "values: "):
+        assert output.count(said) == 1, output
+    first, second = (
+        {file.relative_to(place): load_file(file) for file in place.rglob("pictures/*/*/*")}
+        for place in (tmp_path / "one", tmp_path / "two")
+    )
+    assert first.keys() == second.keys()
+    assert len(first) == 3
+    for name, drawn in first.items():
+        assert all(torch.equal(drawn[key], second[name][key]) for key in ("pictures", "losses"))
+
+
+@pytest.mark.full
+def test_processes_encode_what_they_are_trained_on_between_them(tmp_path):
+    base = build_pipeline(tmp_path / "base")
+    script = Path(__file__).with_name("launched_training.py")
+    words = (
+        script, "--model", base, "--data", write_pictures(tmp_path / "pictures"), "--lora-rank", 2,
+        "--steps", 4, "--batch-size", 4, "--learning-rate", 0.05, "--dropout", 0,
+        "--device", "cpu", "--output",
+    )  # fmt: skip
+    assert run(*words, tmp_path / "one")[0] == 0
+    code, output = run(*words, tmp_path / "two", world=2)
+    assert code == 0, output
+    for said in ("latents of training images: 5 of 5", "train: 4 of 4", "LoRA: "):
+        assert output.count(said) == 1, output
+    one, two = (FeatureStore.read(tmp_path / name / "latents") for name in ("one", "two"))
+    assert one.num_shards == 3
+    assert torch.equal(one.load(), two.load())
+    one, two = (load_file(*(tmp_path / name).glob("*lora*.safetensors")) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    # the batch is the same one, its mean is added up in another order
+    assert all(relative_error(two[name], one[name]) < 1e-3 for name in one)
+
+
+@pytest.mark.full
+def test_processes_explain_together(tmp_path):
+    script = Path(__file__).with_name("launched_explain.py")
+    assert run(script, tmp_path, "one")[0] == 0
+    code, output = run(script, tmp_path, "two", world=2)
+    assert code == 0, output
+    assert output.count("generate the queries: 50 of 50") == 1, output
+    assert output.count("features of training images: 60 of 60") == 1, output
+    one, *two = (torch.load(tmp_path / name) for name in ("one-0.pt", "two-0.pt", "two-1.pt"))
+    for found in two:
+        assert torch.equal(found["drawn"], one["drawn"])
+        for ours, alone in zip(found["scores"], one["scores"], strict=True):
+            assert relative_error(ours, alone) < 1e-6
+    assert torch.equal(two[0]["scores"][0], two[1]["scores"][0])

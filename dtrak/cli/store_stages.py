@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
@@ -129,7 +131,7 @@ def score_stores(options: ScoreOptions, console: Console) -> None:
         "features of queries": queries.manifest["settings"],
     }
     if options.only_top is not None:
-        file = _write_top(output, best, train.ids, queries.ids)
+        file = _write_top(output, best, train, queries.ids)
     else:
         names = queries.ids, train.ids
         file = Attribution(scores, *shown, settings, names=names).save(output)
@@ -154,7 +156,7 @@ def _images(
     return train, pictures
 
 
-def _write_top(output: Path, best: TopK, ids: list[str], query_ids: list[str]) -> Path:
+def _write_top(output: Path, best: TopK, train: FeatureStore, query_ids: Sequence[str]) -> Path:
     """``top.csv`` for a reader and ``top.safetensors`` for a program; the former is returned."""
     tensors: dict[str, Tensor] = {
         field.name: getattr(best, field.name).contiguous() for field in fields(best)
@@ -163,6 +165,8 @@ def _write_top(output: Path, best: TopK, ids: list[str], query_ids: list[str]) -
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["query", "kind", "rank", "training image", "score"])
+    chosen = torch.cat([best.proponents, best.opponents]).unique().tolist()
+    ids = dict(zip(chosen, train.ids_of(chosen), strict=True))
     for query, name in enumerate(query_ids):
         for kind in ("proponent", "opponent"):
             rows: list[Any] = tensors[f"{kind}s"][query].tolist()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -30,15 +33,21 @@ class StoreError(ValueError):
 
 # key of what rows are kept as, in the settings of a manifest
 STORE_DTYPE = "store dtype"
-MANIFEST = Record("manifest.json", "features made with other settings", StoreError, format=2)
+MANIFEST = Record("manifest.json", "features made with other settings", StoreError, format=3)
+# key of the names of its rows, in the metadata of a shard
+_IDS = "ids"
 
 
 class Store(Protocol):
     """Features ``[N, K]``, filled shard by shard and read in contiguous slices."""
 
-    ids: list[str]
     shape: tuple[int, int]
     batch_size: int
+
+    @property
+    def ids(self) -> list[str]:
+        """N sample ids, the rows."""
+        ...
 
     def missing(self) -> list[int]:
         """Shards that are still to be computed."""
@@ -143,12 +152,12 @@ class StoreInMemory:
 class FeatureStore:
     """Features ``[N, K]`` on disk: a manifest and shards, each written whole or not at all.
 
-    Rows can be read in slices (``store[i:j]``), so nothing needs them in memory at once. Processes
-    that share it divide its shards; see `runs.ranks`.
+    Rows can be read in slices (``store[i:j]``), so nothing needs them in memory at once. A shard
+    has the ids of its rows beside them, the manifest no more than their number and fingerprint.
+    Processes that share a store divide its shards; see `runs.ranks`.
 
     Attributes:
         folder: where it lies.
-        ids: N sample ids, the rows.
         shape: ``(N, K)``.
         rows_per_shard: rows of every shard but the last.
         batch_size: samples per batch the features were computed with.
@@ -156,11 +165,13 @@ class FeatureStore:
         only_own: of several processes each computes its own shards, and leaves the others.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, manifest: dict[str, Any], ids: list[str] | None = None
+    ) -> None:
         self.folder, self.manifest, self.only_own = folder, manifest, False
         self.dtype: str = manifest["settings"].get(STORE_DTYPE, FLOAT32)
-        self.ids: list[str] = manifest["ids"]
-        self.shape: tuple[int, int] = (len(self.ids), manifest["num_features"])
+        self._ids = ids
+        self.shape: tuple[int, int] = (manifest["num_samples"], manifest["num_features"])
         self.rows_per_shard: int = manifest["rows_per_shard"]
         self.batch_size: int = manifest["batch_size"]
 
@@ -186,10 +197,10 @@ class FeatureStore:
             dtype: what rows are kept as, a key of `choices.STORE_DTYPES`.
 
         Raises:
-            StoreError: the folder holds a store made with other settings (the keys are named), or
-                its manifest is unreadable.
+            StoreError: the folder holds a store made with other settings (the keys are named) or of
+                other samples, or its manifest is unreadable.
         """
-        folder = Path(folder)
+        folder, names = Path(folder), _fingerprint(ids)
         if dtype != FLOAT32:
             deciding = {**deciding, STORE_DTYPE: dtype}
         # two that begin it at once may choose different batches
@@ -198,13 +209,16 @@ class FeatureStore:
             if found is None:
                 size = batch_size() if callable(batch_size) else batch_size
                 layout = {
+                    "num_samples": len(ids),
                     "num_features": num_features,
                     "rows_per_shard": _shard_rows(num_features),
                     "batch_size": size,
-                    "ids": list(ids),
+                    _IDS: names,
                 }
                 found = MANIFEST.claim(folder, deciding, also=layout)
-        return cls(folder, found)
+        if found.get(_IDS) != names:
+            raise StoreError(f"{folder} must hold features of these samples, got others of theirs")
+        return cls(folder, found, ids if isinstance(ids, list) else list(ids))
 
     @classmethod
     def read(cls, folder: str | Path) -> FeatureStore:
@@ -221,6 +235,41 @@ class FeatureStore:
             return cls(folder, found)
         except (KeyError, TypeError) as error:
             raise MANIFEST.damaged(folder) from error
+
+    @property
+    def ids(self) -> list[str]:
+        """N sample ids, the rows; of a store that is read they are all read at the first call.
+
+        Raises:
+            StoreError: a shard is missing or damaged.
+        """
+        if self._ids is None:
+            self._ids = [
+                name for shard in range(self.num_shards) for name in self.ids_of_shard(shard)
+            ]
+        return self._ids
+
+    def ids_of(self, rows: Sequence[int]) -> list[str]:
+        """Ids of some rows, in their order; raises as `ids`, of no shard but theirs."""
+        if self._ids is not None:
+            return [self._ids[row] for row in rows]
+        size, found = self.rows_per_shard, dict[int, str]()
+        for shard, chosen in itertools.groupby(sorted(set(rows)), lambda row: row // size):
+            names = self.ids_of_shard(shard)
+            found |= {row: names[row % size] for row in chosen}
+        return [found[row] for row in rows]
+
+    def ids_of_shard(self, shard: int) -> list[str]:
+        """Ids of the rows of a shard; raises as `ids`."""
+        file, rows = self._existing(shard), self.rows(shard)
+        try:
+            with safe_open(file, "pt") as opened:
+                found: list[str] = json.loads(opened.metadata()[_IDS])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise self._damaged(file, error) from error
+        if len(found) != rows.stop - rows.start:
+            raise StoreError(f"{file} must name {rows.stop - rows.start} samples, got {len(found)}")
+        return found
 
     @property
     def num_shards(self) -> int:
@@ -288,24 +337,33 @@ class FeatureStore:
 
     def write(self, shard: int, features: Tensor) -> None:
         """Write one shard, ``[rows of the shard, K]``, atomically."""
-        self._write(self.file(shard), features, self.dtype)
+        if self._ids is None:
+            raise StoreError(f"{self.folder} must be opened with the ids of its rows to be written")
+        names = self._ids[self.rows(shard)]
+        self._write(self.file(shard), features, self.dtype, {_IDS: json.dumps(names)})
         for part in self.folder.glob(self._part(shard, "*").name):
             part.unlink()
 
     def _part(self, shard: int, first: int | str) -> Path:
         return self.folder / f"{shard:06d}-from-{first}.safetensors"
 
-    def _write(self, file: Path, features: Tensor, dtype: str) -> None:
-        write_atomically(file, save(pack(features.cpu().contiguous(), dtype)))
+    def _write(
+        self, file: Path, features: Tensor, dtype: str, about: dict[str, str] | None = None
+    ) -> None:
+        write_atomically(file, save(pack(features.cpu().contiguous(), dtype), metadata=about))
 
-    def _read(self, shard: int, rows: slice) -> Tensor:
-        """Some rows of a shard, and no more than these."""
-        file, whole = self.file(shard), self.rows(shard)
+    def _existing(self, shard: int) -> Path:
+        file = self.file(shard)
         if not file.is_file():
             raise StoreError(
                 f"{self.folder} is incomplete: {file.name} is missing; run again to resume"
             )
-        return self._load(file, rows, whole.stop - whole.start)
+        return file
+
+    def _read(self, shard: int, rows: slice) -> Tensor:
+        """Some rows of a shard, and no more than these."""
+        whole = self.rows(shard)
+        return self._load(self._existing(shard), rows, whole.stop - whole.start)
 
     def _load(self, file: Path, rows: slice, length: int | None = None) -> Tensor:
         try:
@@ -364,6 +422,14 @@ def own_rows(store: Store, here: Ranks) -> Store | Part:
         return store
     first, last = (len(store) * rank // here.world for rank in (here.rank, here.rank + 1))
     return Part(store, range(first, last))
+
+
+def _fingerprint(ids: Sequence[str]) -> str:
+    """SHA-256 of names in their order."""
+    digest, step = hashlib.sha256(), 2**16
+    for first in range(0, len(ids), step):
+        digest.update(json.dumps(list(ids[first : first + step])).encode())
+    return digest.hexdigest()
 
 
 def _shard_rows(num_features: int) -> int:

@@ -90,6 +90,10 @@ def _fault(store: FeatureStore, shard: int) -> str | None:
         if is_whole is not True and not bool(is_whole.all()):
             row = rows.start + int((~is_whole).nonzero()[0])
             return f"{name} must be finite, got NaN or infinity in row {row}"
+    try:
+        store.ids_of_shard(shard)
+    except StoreError as error:
+        return f"the names of its rows: {error}"
     return None
 
 

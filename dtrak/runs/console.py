@@ -63,9 +63,32 @@ def _in_words(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error(_IN_WORDS, _in_words)
 
 
+class Nowhere(io.StringIO):
+    """Takes what is said where nobody is to hear it."""
+
+    def write(self, text: str) -> int:
+        """Drop it."""
+        return len(text)
+
+
 @contextmanager
 def progress_bar(console: Console, name: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar with the time left; yields ``progress(done, total)`` and ends full."""
+    """A progress bar with the time left; yields ``progress(done, total)`` and ends full.
+
+    Of processes launched together one shows it: the first, or who works while the others wait.
+    """
+    was_quiet = console.quiet
+    if not ranks().is_main and ranks().speaks:
+        console.quiet = False
+    try:
+        with _progress_bar(console, name) as progress:
+            yield progress
+    finally:
+        console.quiet = was_quiet
+
+
+@contextmanager
+def _progress_bar(console: Console, name: str) -> Iterator[Callable[[int, int], None]]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -73,7 +73,7 @@ else:
         """Lock a file as a whole together with others that do; closing it ends that.
 
         Args:
-            file: open for writing, not locked by parts.
+            file: open for reading and writing, not locked by parts.
             first: only where nobody has it yet, and then keep everybody away for the moment.
 
         Returns:

@@ -33,6 +33,8 @@ _WAIT = timedelta(days=30)
 _RECORD = "ranks.json"
 # how many pieces of work this process is at for which the others wait
 _alone = 0
+# how often word was left under a name
+_times: dict[tuple[str, int], int] = {}
 
 
 class LeftToOthers(Exception):
@@ -137,7 +139,8 @@ class Ranks:
             return
         record = folder / LOCKS / _RECORD
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / LOCK_FILE).open("a") as opened:
+        # over NFS a lock that is shared is one of what is read
+        with (folder / LOCK_FILE).open("a+") as opened:
             with alone_at(folder, "ranks", wait=True):
                 wanted = json.loads(json.dumps(about()))
                 if hold_shared(opened, first=True):
@@ -162,7 +165,7 @@ class Ranks:
         """Refuse processes of one launch that were not called alike.
 
         Args:
-            name: of what is compared; each can be compared once.
+            name: of what is compared.
             about: JSON-serialisable.
 
         Raises:
@@ -170,9 +173,9 @@ class Ranks:
         """
         if not self.is_launched:
             return
-        store = _store()
-        store.set(f"dtrak/{name}/{self.rank}", json.dumps(about))
-        keys = [f"dtrak/{name}/{rank}" for rank in range(self.world)]
+        store, key = _store(), self._key(name)
+        store.set(f"{key}/{self.rank}", json.dumps(about))
+        keys = [f"{key}/{rank}" for rank in range(self.world)]
         try:
             store.wait(keys, timedelta(seconds=_START_SECONDS))
         except RuntimeError as error:
@@ -193,17 +196,22 @@ class Ranks:
         """What the main process of a launch says of something, JSON-serialisable.
 
         Args:
-            name: of it; each is said once.
+            name: of it.
             value: what the main process says; whatever the others think is left.
         """
         if not self.is_launched:
             return value
-        store, key = _store(), f"dtrak/told/{name}"
+        store, key = _store(), self._key(f"told/{name}")
         if self.is_main:
             store.set(key, json.dumps(value))
             return value
         store.wait([key], _WAIT)
         return json.loads(store.get(key))
+
+    def _key(self, name: str) -> str:
+        """What is left word under: another one each time, as all processes make the same calls."""
+        times = _times[name, self.rank] = _times.get((name, self.rank), 0) + 1
+        return f"dtrak/{name}/{times}"
 
     def is_first_to_fail(self) -> bool:
         """Whether none of those launched with this one has failed yet, so that one line is said."""
@@ -216,11 +224,16 @@ class Ranks:
             return True
 
     def group(self) -> Any:
-        """The process group of those that were launched; None where this one is alone."""
+        """The process group of those that were launched; None where this one is alone.
+
+        It is of gloo, whatever group a script may have made for itself.
+        """
         if not self.is_launched:
             return None
         import torch.distributed as dist
 
+        if dist.is_initialized() and dist.get_backend() != "gloo":
+            return _beside()
         if not dist.is_initialized():
             dist.init_process_group(
                 "gloo",
@@ -230,6 +243,14 @@ class Ranks:
                 timeout=_WAIT,
             )
         return dist.group.WORLD
+
+
+@cache
+def _beside() -> Any:
+    """A group of gloo beside another one of the same processes."""
+    import torch.distributed as dist
+
+    return dist.new_group(backend="gloo", timeout=_WAIT)
 
 
 @cache

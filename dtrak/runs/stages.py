@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from .console import progress_bar
+from .console import Nowhere, progress_bar
 from .files import write_atomically
 from .measure import StageClock
 from .ranks import ranks
@@ -34,7 +34,7 @@ class Stages:
     """
 
     def __init__(self, device: torch.device, console: Console | None = None) -> None:
-        self.console = Console(quiet=True) if console is None else console
+        self.console = Console(file=Nowhere()) if console is None else console
         self.clock = StageClock(device)
         self.reused: dict[str, float | None] = {}
         self.folder: Path | None = None
@@ -47,14 +47,11 @@ class Stages:
             name: of the stage.
             of: tells several of one name in a folder apart.
         """
-        start, was_quiet = time.perf_counter(), self.console.quiet
-        if not ranks().is_main and ranks().speaks:
-            self.console.quiet = False
+        start = time.perf_counter()
         try:
             with self.clock.stage(name), progress_bar(self.console, name) as progress:
                 yield progress
         finally:
-            self.console.quiet = was_quiet
             self._keep(_key(name, of), time.perf_counter() - start)
 
     def reuse(self, name: str, of: str = "") -> None:

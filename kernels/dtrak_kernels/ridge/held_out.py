@@ -75,8 +75,10 @@ def fitted_values(
         basis, weight = basis[reader.own], (spectrum.s * inverse)[:, None]
         return basis @ (weight * reader.group.sum(basis.T @ targets))
     coefficients = basis @ (inverse[:, None] * (basis.T @ reader.moment(targets)))
-    fitted = [rows @ coefficients for _, _, rows in reader.blocks()]
-    return torch.cat([targets.new_empty(0, targets.shape[1]), *fitted])
+    fitted = targets.new_empty(reader.num_rows, targets.shape[1])
+    for start, stop, rows in reader.blocks():
+        fitted[start:stop] = rows @ coefficients
+    return fitted
 
 
 def choose_damping(reader: RowReader, spectrum: Spectrum, targets: Tensor | None) -> float:
@@ -158,16 +160,16 @@ def _cross_validation(
 
 def _duplicates(reader: RowReader) -> tuple[Tensor, Tensor]:
     """How many rows equal each row bit for bit ``[n] float64``, and which are zero ``[n]``."""
-    keys = [torch.empty(0, dtype=torch.int64, device=reader.device)]
-    zeros = [torch.empty(0, dtype=torch.bool, device=reader.device)]
-    for _, _, rows in reader.blocks():
+    keys = torch.empty(reader.num_rows, dtype=torch.int64, device=reader.device)
+    zeros = torch.empty(reader.num_rows, dtype=torch.bool, device=reader.device)
+    for start, stop, rows in reader.blocks():
         # adding 0.0 makes one zero of the two
         words = (rows + 0.0).view(torch.int64)
         # an odd multiplier for each column; int64 wraps, so the order of the sum is immaterial
         columns = torch.arange(reader.num_features, device=rows.device, dtype=torch.int64)
         mixed = (words ^ (words >> 29)) * (columns * -7046029254386353131 * 2 + 1)
-        keys.append((mixed ^ (mixed >> 32)).sum(dim=1))
-        zeros.append((rows == 0).all(dim=1))
-    every = reader.group.join(torch.cat(keys))
+        keys[start:stop] = (mixed ^ (mixed >> 32)).sum(dim=1)
+        zeros[start:stop] = (rows == 0).all(dim=1)
+    every = reader.group.join(keys)
     _, kind, counts = torch.unique(every, return_inverse=True, return_counts=True)
-    return counts[kind[reader.own]].to(torch.float64), torch.cat(zeros)
+    return counts[kind[reader.own]].to(torch.float64), zeros

@@ -382,8 +382,12 @@ class RidgeSolver:
 
     def feature_norms(self) -> Tensor:
         """``‖φ_i‖₂`` of every training row, ``[n]`` float64."""
-        norms = [torch.linalg.norm(rows, dim=1) for _, _, rows in self._reader.blocks()]
-        return torch.cat([self._reader.zeros(0), *norms])
+        # one tensor: many small ones between blocks that come and go keep the allocator from giving
+        # their memory out again
+        norms = self._reader.zeros(self._reader.num_rows)
+        for start, stop, rows in self._reader.blocks():
+            norms[start:stop] = torch.linalg.norm(rows, dim=1)
+        return norms
 
     def mean_squared_norm(self) -> float:
         """The mean of ``‖φ_i‖₂²`` over all N training rows, in units of ``gram``."""
