@@ -155,6 +155,30 @@ def test_discoveries_are_the_step_up_procedure():
         assert found == [value <= limit for value in row]
 
 
+def test_the_nearest_by_an_encoder_are_those_of_its_embeddings(model, dino_folder, capsys):
+    from dtrak.methods.baselines import dino_embeddings, load_dino
+    from dtrak.pages.summary import print_findings
+
+    train, queries = pictures(12), pictures(2, seed=1)
+    queries[0] = train[5]
+    found = dtrak.explain(
+        model, train, queries, method="random", look_alikes=3, dino=dino_folder, device="cpu",
+        progress=False,
+    )  # fmt: skip
+    known = found.findings
+    a, b = (dino_embeddings(side, load_dino(dino_folder)).double() for side in (queries, train))
+    cosine = (a @ b.T) / a.norm(dim=1)[:, None] / b.norm(dim=1)
+    assert known.look_alikes.tolist() == cosine.argsort(1, descending=True)[:, :3].tolist()
+    assert known.look_alikes[0, 0] == 5
+    assert known.likeness == "DINO"
+    highest = [set(row) for row in found.scores.argsort(1, descending=True)[:, :3].tolist()]
+    nearest = map(set, known.look_alikes.tolist())
+    both = [len(high & near) / 3 for high, near in zip(highest, nearest, strict=True)]
+    assert known.agreement.tolist() == pytest.approx(both)
+    print_findings(found.query_ids, found.scores, known)
+    assert "Look-alikes, by DINO, among the 3" in " ".join(capsys.readouterr().out.split())
+
+
 def test_verdicts():
     scores, errors = torch.tensor([[1.0, -3.0, 2.5], [0.0, 0.0, 0.0]]), torch.ones(2, 3)
     out = torch.tensor([[True, False, False], [False] * 3])
@@ -245,6 +269,15 @@ def test_copies_are_most_alike_and_the_odd_one_is_by_itself():
     assert torch.allclose(found.likeness, alike.amax(1), atol=1e-5)
     assert int(found.likeness.argmax()) in (4, 20)
     assert (int(found.nearest[4]), int(found.nearest[20])) == (20, 4)
+    pairs = found.pairs()
+    assert pairs[0][:2] == (4, 20)
+    assert pairs[0][2] == pytest.approx(float(alike[4, 20]))
+    # the best partner of each, once
+    wanted = {tuple(sorted((i, int(row.argmax())))) for i, row in enumerate(alike)}
+    assert len(pairs) == len(wanted)
+    assert {pair[:2] for pair in pairs} == wanted
+    values = [pair[2] for pair in pairs]
+    assert values == sorted(values, reverse=True)
 
 
 def test_where_groups_come_from(tmp_path):
