@@ -29,6 +29,7 @@ from dtrak.evaluation.counterfactual.results import summarise
 from dtrak.evaluation.lds.losses import query_losses
 from dtrak.evaluation.lds.options import LossSettings
 from dtrak.evaluation.lds.table import packaged_results
+from dtrak.evaluation.planted.options import CONCEPTS
 from dtrak.evaluation.planted.options import Options as PlantedOptions
 from dtrak.evaluation.planted.retrieval import mean_interval
 from dtrak.evaluation.retraining import Drawing, Retraining
@@ -311,17 +312,18 @@ def measure_and_record(is_recorded: bool, smoke: bool, folder: Path) -> None:
         begin = time.perf_counter()
         found = MEASURES[case](folder.resolve(), how)
         write({"case": case, **named(how), "steps": STEPS, **found}, is_recorded, begin)
-    begin = time.perf_counter()
-    command(planted, "--output", folder / "planted", "--device", "cpu")
-    take_planted(folder / "planted" / "results.json", is_recorded, begin)
+    for concept in CONCEPTS:
+        begin, place = time.perf_counter(), folder / f"planted-{concept}"
+        command(planted, "--concept", concept, "--output", place, "--device", "cpu")
+        take_planted(place / "results.json", concept, is_recorded, begin)
 
 
-def take_planted(file: Path, is_recorded: bool, begin: float) -> None:
+def take_planted(file: Path, concept: str, is_recorded: bool, begin: float) -> None:
     """Rows of a run of `dtrak.planted`, finished or not."""
-    kept = {(row["variant"], row.get("queries")) for row in read_rows(RESULTS) if "recall" in row}
+    kept = {(row["variant"], row["queries"]) for row in _rows(concept)}
     for row in json.loads(file.read_text())["rows"]:
         if (row["variant"], row["queries"]) not in kept:
-            write({"case": "planted", **row, "timesteps": TIMESTEPS}, is_recorded, begin)
+            write({"case": concept, **row, "timesteps": TIMESTEPS}, is_recorded, begin)
 
 
 def named(how: ExplainOptions) -> dict[str, Any]:
@@ -364,9 +366,9 @@ def _lines(heads: Sequence[str], rows: Sequence[Sequence[str]], note: str, case:
     return [*Cells(heads, rows, words=("whitened",)).markdown(), "", said]
 
 
-def planted_table() -> list[str]:
+def planted_table(concept: str) -> list[str]:
     """Lines of the table of planted images."""
-    rows = _rows("planted")
+    rows = _rows(concept)
     cells = []
     for way in {(row["method"], row["whitening"]): row for row in rows}.values():
         of = {
@@ -394,11 +396,11 @@ def planted_table() -> list[str]:
         "drawn: average precision", "found in 50 ",
     )  # fmt: skip
     note = (
-        f"50 inverted digits among 1,000, one training of 1,200 steps, S = {TIMESTEPS}; queries: "
-        f"{counts[0]} held-out inverted digits, {counts[1]} that the model drew. A random order "
+        f"50 {concept} digits among 1,000, one training of 1,200 steps, S = {TIMESTEPS}; queries: "
+        f"{counts[0]} held-out {concept} digits, {counts[1]} that the model drew. A random order "
         "has an average precision of 0.05. In brackets: 95 % bootstrap intervals over queries."
     )
-    return _lines(heads, sorted(cells, key=_by(2, 5)), note, "planted")
+    return _lines(heads, sorted(cells, key=_by(2, 5)), note, concept)
 
 
 def _by(*places: int) -> Callable[[Sequence[str]], float]:
@@ -432,7 +434,8 @@ def groups_table() -> list[str]:
         f"model is trained without each ({last['seeds']} training of each), {VALIDATION} "
         f"validation digits and {GENERATED} drawn ones, S = {TIMESTEPS}; {STEPS} steps of {BATCH} "
         "images, of the full model too. Correlation: of ranks, mean over queries; of the other "
-        "nine: without the class that matters most. In brackets: 95 % bootstrap intervals over queries."
+        "nine: without the class that matters most. In brackets: 95 % bootstrap intervals over "
+        "queries."
     )
     return _lines(heads, sorted(cells, key=_by(4, 5)), note, "groups")
 
@@ -520,9 +523,11 @@ def compared() -> list[tuple[str, str, dict[str, float]]]:
         held = row["correlation_of_others"][row["queries"][0] :]
         if held:
             found.setdefault(_key(row), {})["groups"] = mean_interval(held)[0]
-    for row in _rows("planted"):
-        if row["queries"] == HELD_OUT:
-            found.setdefault(_key(row), {})["planted"] = mean_interval(row["average_precision"])[0]
+    for concept in CONCEPTS:
+        for row in _rows(concept):
+            if row["queries"] == HELD_OUT:
+                value = mean_interval(row["average_precision"])[0]
+                found.setdefault(_key(row), {})[concept] = value
     for row in _rows("deletion"):
         if row["method"] != RANDOM:
             found.setdefault(_key(row), {})["deletion"] = row["loss_beyond_random"][0]
@@ -540,12 +545,9 @@ def _key(row: dict[str, Any]) -> tuple[str, str]:
 def believe_table() -> list[str]:
     """Lines of the table that puts them side by side."""
     rows = compared()
-    kinds = [
-        kind
-        for kind in ("LDS", "groups", "planted", "deletion")
-        if any(kind in row[2] for row in rows)
-    ]
-    styles = {"LDS": "{:.1%}", "groups": "{:.2f}", "planted": "{:.2f}", "deletion": "{:+.4f}"}
+    styles = {"LDS": "{:.1%}", "groups": "{:.2f}"} | dict.fromkeys(CONCEPTS, "{:.2f}")
+    styles["deletion"] = "{:+.4f}"
+    kinds = [kind for kind in styles if any(kind in row[2] for row in rows)]
     cells = [
         (title, way, *(styles[k].format(v[k]) if k in v else "" for k in kinds))
         for title, way, v in sorted(rows, key=lambda row: -row[2].get("LDS", -1))
@@ -554,14 +556,14 @@ def believe_table() -> list[str]:
     note = (
         f"Digits, S = {TIMESTEPS}, damping as by default. LDS: of validation digits, from the "
         "package and docs/whitening.md (1,200 steps of 64). Groups: correlation of the other nine "
-        "classes, validation digits. Planted: average precision, held-out queries. Deletion: rise "
-        "of the loss beyond random."
+        "classes, validation digits. Inverted, rotated: average precision for planted images, "
+        "held-out queries."
     )
     return [*Cells(heads, cells, words=("whitened",)).markdown(), "", note]
 
 
 TABLES = {
-    "planted": planted_table,
+    **{concept: partial(planted_table, concept) for concept in CONCEPTS},
     "groups": groups_table,
     "copies": copies_table,
     "deletion": deletion_table,
