@@ -415,18 +415,19 @@ def groups_table() -> list[str]:
         # the drawn ones come first
         held = slice(row["queries"][0], None)
         parts = [row[name][held] for name in ("top1", "correlation", "correlation_of_others")]
-        drawn = row["correlation_of_others"][: row["queries"][0]]
+        drawn = [row[name][: row["queries"][0]] for name in ("top1", "correlation_of_others")]
         cells.append(
             (
                 *_name(row),
                 f"{mean_interval(parts[0])[0]:.0%}" if parts[0] else "",
                 *(_interval(part) if part else "" for part in parts[1:]),
-                _interval(drawn),
+                f"{mean_interval(drawn[0])[0]:.0%}",
+                _interval(drawn[1]),
             )
         )
     heads = (
         "method", "whitened", "same first class", "correlation", "of the other nine",
-        "drawn: of the other nine",
+        "drawn: same first class", "of the other nine ",
     )  # fmt: skip
     last = rows[-1]
     note = (
@@ -437,7 +438,7 @@ def groups_table() -> list[str]:
         "nine: without the class that matters most. In brackets: 95 % bootstrap intervals over "
         "queries."
     )
-    return _lines(heads, sorted(cells, key=_by(4, 5)), note, "groups")
+    return _lines(heads, sorted(cells, key=_by(4, 6)), note, "groups")
 
 
 def copies_table() -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ..evaluation.planted.retrieval import FIRST, Found, mean_interval
 from ..methods import get_method
+from ..runs.choices import counted
 from .tables import Table
 
 
@@ -35,7 +36,7 @@ def retrieval_table(rows: Sequence[Found], num_train: int, planted: int) -> Tabl
         )
     count = len(ordered[0].average_precision)
     note = (
-        f"{count} queries, {planted:,} planted images of {num_train:,}; a random order finds "
+        f"{counted(count, 'query', 'queries')}, {planted:,} planted images of {num_train:,}; a random order finds "
         f"{planted / num_train:.0%} of each. 95 % percentile bootstrap intervals of the mean over "
         "queries: of one training, with one draw of planted images."
     )

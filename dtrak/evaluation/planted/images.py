@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -76,8 +77,10 @@ def load_concept(
             f"--concept must be images {list(data.shape)}, as the training images, got "
             f"{list(images.shape[1:])}"
         )
-    names = [f"{concept}/{name}" for name in found.ids]
-    return Samples(images, names, None, concept, found.conditions)
+    # names decide the noise, and must hold wherever the images lie
+    short = concept if concept in CONCEPTS else Path(concept).name
+    names = [f"{short}/{name}" for name in found.ids]
+    return Samples(images, names, None, short, found.conditions)
 
 
 def plant(data: Samples, concept: Samples, planted: int, num_queries: int, seed: int) -> Planted:
