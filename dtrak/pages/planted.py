@@ -36,9 +36,9 @@ def retrieval_table(rows: Sequence[Found], num_train: int, planted: int) -> Tabl
         )
     count = len(ordered[0].average_precision)
     note = (
-        f"{counted(count, 'query', 'queries')}, {planted:,} planted images of {num_train:,}; a random order finds "
-        f"{planted / num_train:.0%} of each. 95 % percentile bootstrap intervals of the mean over "
-        "queries: of one training, with one draw of planted images."
+        f"{counted(count, 'query', 'queries')}, {planted:,} planted images of {num_train:,}; a "
+        f"random order finds {planted / num_train:.0%} of each. 95 % percentile bootstrap "
+        "intervals of the mean over queries: of one training, with one draw of planted images."
     )
     columns = (
         "method",
