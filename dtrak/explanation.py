@@ -45,6 +45,7 @@ def explain(
     store: str | Path | None = None,
     checkpoints: Sequence[Any] = (),
     clip: str | Path | None = None,
+    dino: str | Path | None = None,
     retrained: Retrained | None = None,
     held_out: Any = None,
     groups: By | None = None,
@@ -66,6 +67,8 @@ def explain(
             all make the call, divide the work by this folder and get the same answer.
         checkpoints: the model at several points of its training, for the methods that need them.
         clip: folder of a CLIP model, likewise.
+        dino: folder of a general image encoder such as DINO's, by which ``look_alikes`` are found;
+            without it that is CLIP where there is one, else pixels.
         retrained: models trained on parts of the data, likewise.
         held_out: images that the model was not trained on, as ``data``: scores that are higher than
             theirs stand out. Those that are training images or queries too are left out.
@@ -144,6 +147,7 @@ def explain(
             drawing=drawing,
             checkpoints=[as_denoiser(checkpoint) for checkpoint in checkpoints],
             clip=clip,
+            dino=dino,
             retrained=retrained,
             held_out=others,
             groups=groups,

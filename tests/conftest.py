@@ -234,6 +234,13 @@ def clip_folder(shared):
 
 
 @pytest.fixture(scope="session")
+def dino_folder(shared):
+    from tiny_encoders import build_dino
+
+    return shared("dino", build_dino)
+
+
+@pytest.fixture(scope="session")
 def vae_folder(shared):
     from tiny_encoders import build_vae
 

@@ -16,8 +16,10 @@ from dtrak.methods.baselines import (
     choose_datamodel_dampings,
     clip_embeddings,
     datamodel,
+    dino_embeddings,
     empirical_influence,
     load_clip,
+    load_dino,
     load_vae,
     random_scores,
     vae_latents,
@@ -176,6 +178,64 @@ def test_embeddings_are_those_of_transformers(clip_folder, clip, channels):
             expected = encoder(**inputs).image_embeds[0]
         assert relative_error(embedding, expected) < 1e-5
     assert relative_error(found[1], found[0]) > 1e-3
+
+
+def test_an_encoder_embeds_by_its_first_token(dino_folder, capfd):
+    """Of weights without a pooler, as DINO's are, against the class that has none."""
+    from transformers import ViTImageProcessor, ViTModel
+
+    model = load_dino(dino_folder)
+    captured = capfd.readouterr()
+    assert captured.err + captured.out == ""
+    batch = images(5, 1)
+    found = dino_embeddings(batch, model, batch_size=2)
+    encoder = ViTModel.from_pretrained(dino_folder, add_pooling_layer=False).eval()
+    processor = ViTImageProcessor.from_pretrained(dino_folder)
+    for image, embedding in zip(batch, found, strict=True):
+        levels = ((image.double() + 1) / 2 * 255).round().numpy().astype(np.uint8)
+        pixels = np.broadcast_to(levels, (3, *levels.shape[1:])).transpose(1, 2, 0)
+        inputs = processor(
+            images=Image.fromarray(np.ascontiguousarray(pixels)), return_tensors="pt"
+        )
+        with torch.no_grad():
+            expected = encoder(**inputs).last_hidden_state[0, 0]
+        assert relative_error(embedding, expected) < 1e-5
+    assert relative_error(found[1], found[0]) > 1e-3
+
+
+def test_a_convolutional_encoder_embeds_by_the_mean_of_its_positions(tmp_path):
+    from transformers import ResNetConfig, ResNetModel, ViTImageProcessor
+
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    ResNetModel(config).save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    model = load_dino(tmp_path)
+    found = dino_embeddings(images(2, 3), model)
+    assert found.shape == (2, 16)
+    inputs = ((images(2, 3).double() + 1) / 2 * 255).round().to(torch.uint8).movedim(1, -1)
+    given = model.processor(images=list(inputs.numpy()), return_tensors="pt")
+    with torch.no_grad():
+        # what its own pooler is
+        pooled = model.model(**given).pooler_output.flatten(1)
+    assert relative_error(found, pooled) < 1e-5
+
+
+def test_what_takes_no_images_is_no_encoder(clip_folder, dino_folder, tmp_path):
+    from transformers import BertConfig, BertModel
+
+    small = BertConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
+    BertModel(small).save_pretrained(tmp_path)
+    with pytest.raises(EncoderError, match=r"DINO must be a folder with preprocessor_config\.json"):
+        load_dino(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_bytes(
+        (dino_folder / "preprocessor_config.json").read_bytes()
+    )
+    with pytest.raises(EncoderError, match="it must take pixel_values, got input_ids"):
+        load_dino(tmp_path)
+    with pytest.raises(FileNotFoundError, match="DINO must be an existing folder of a transform"):
+        load_dino(tmp_path / "absent")
 
 
 def test_embeddings_of_no_image(clip):

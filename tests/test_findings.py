@@ -129,6 +129,65 @@ def test_errors_cover_what_repeats_do():
     assert (found.mean() - torch.stack(expected).mean()).abs() < 0.1
 
 
+def test_errors_are_the_formula_image_by_image():
+    """Its words in loops over dense matrices, where images weigh on their own scores a lot."""
+    generator = torch.Generator().manual_seed(5)
+    N, M, K, damping = 12, 3, 6, 0.4
+    phi, psi, d, e = (
+        torch.randn(n, K, generator=generator, dtype=torch.float64) for n in (N, M, N, M)
+    )
+    # copies, whose errors add up in a sum
+    phi[1], d = phi[0], 0.5 * d + 2
+    store = StoreInMemory([str(i) for i in range(N)], 2 * K, 4)
+    for shard in store.missing():
+        store.write(shard, torch.cat([phi, d], dim=1)[store.rows(shard)])
+    noise = ScoreNoise.measure(RidgeSolver(phi), psi, e, Columns(store, 1), damping)
+    A = torch.linalg.inv(phi.T @ phi + damping * torch.eye(K, dtype=torch.float64))
+    common = d.mean(0)
+    d, e = d - common, e - common
+    u = [row / row.norm() for row in d]
+    shrink = [float(1 - row @ A @ row) ** 2 for row in phi]
+    assert max(shrink) < 0.8
+    along = [[float(v @ A @ row) for row in phi] for v in u]
+    W = sum(float(a @ A @ b) ** 2 for a in u for b in u if a is not b) / (N * (N - 1))
+    pairs = [along[i][n] ** 2 for i in range(N) for n in range(N) if i != n]
+    train = [float(row @ row) * c for row, c in zip(d, shrink, strict=True)]
+    sizes = [float(row @ row) * c for row, c in zip(phi, shrink, strict=True)]
+    E = sum(pairs) / len(pairs)
+    W = min(W, E / (sum(train) / N))
+    rest = (E - W * sum(train) / N) / (sum(sizes) / N)
+    # every part of it counts
+    assert rest * min(sizes) > 0.1 * W * max(train) > 0
+    members = torch.arange(N)[:, None] % 2 == torch.arange(2)
+    found, sums = noise.errors().double(), noise.group_errors(members).double()
+    for q in range(M):
+        own = float(e[q] @ e[q])
+        V = sum(float(psi[q] @ A @ v) ** 2 for v in u) / N
+        beyond = max(V - own * W, 0)
+        for n in range(N):
+            variance = own * (W * train[n] + rest * sizes[n]) + beyond * train[n]
+            assert float(found[q, n]) == pytest.approx(variance**0.5, rel=1e-4)
+        for g in range(2):
+            inside = [n for n in range(N) if n % 2 == g]
+            one = [sum(along[i][n] for n in inside if n != i) ** 2 for i in range(N)]
+            variance = own * sum(one) / N + beyond * sum(train[n] for n in inside)
+            assert float(sums[q, g]) == pytest.approx(variance**0.5, rel=1e-4)
+
+
+def test_p_values_below_the_tail_are_counted():
+    generator = torch.Generator().manual_seed(6)
+    null, scores = (torch.randn(2, n, generator=generator) for n in (60, 80))
+    found = p_values(scores, null)
+    for row in range(2):
+        start = sorted(null[row].tolist())[-21]
+        for score, p in zip(scores[row].tolist(), found[row].tolist(), strict=True):
+            if score <= start:
+                as_high = sum(held >= score for held in null[row].tolist())
+                assert p == pytest.approx((1 + as_high) / 61)
+            else:
+                assert 0 < p < 21 / 61 + 1e-6
+
+
 def test_p_values_of_images_like_the_held_out_ones_are_uniform():
     generator = torch.Generator().manual_seed(1)
     null, scores = (torch.randn(40, n, generator=generator) for n in (100, 500))
@@ -153,6 +212,30 @@ def test_discoveries_are_the_step_up_procedure():
         fits = [i for i in range(25) if ordered[i] <= 0.05 * (i + 1) / 25]
         limit = ordered[fits[-1]] if fits else -1
         assert found == [value <= limit for value in row]
+
+
+def test_the_nearest_by_an_encoder_are_those_of_its_embeddings(model, dino_folder, capsys):
+    from dtrak.methods.baselines import dino_embeddings, load_dino
+    from dtrak.pages.summary import print_findings
+
+    train, queries = pictures(12), pictures(2, seed=1)
+    queries[0] = train[5]
+    found = dtrak.explain(
+        model, train, queries, method="random", look_alikes=3, dino=dino_folder, device="cpu",
+        progress=False,
+    )  # fmt: skip
+    known = found.findings
+    a, b = (dino_embeddings(side, load_dino(dino_folder)).double() for side in (queries, train))
+    cosine = (a @ b.T) / a.norm(dim=1)[:, None] / b.norm(dim=1)
+    assert known.look_alikes.tolist() == cosine.argsort(1, descending=True)[:, :3].tolist()
+    assert known.look_alikes[0, 0] == 5
+    assert known.likeness == "DINO"
+    highest = [set(row) for row in found.scores.argsort(1, descending=True)[:, :3].tolist()]
+    nearest = map(set, known.look_alikes.tolist())
+    both = [len(high & near) / 3 for high, near in zip(highest, nearest, strict=True)]
+    assert known.agreement.tolist() == pytest.approx(both)
+    print_findings(found.query_ids, found.scores, known)
+    assert "Look-alikes, by DINO, among the 3" in " ".join(capsys.readouterr().out.split())
 
 
 def test_verdicts():
@@ -245,6 +328,23 @@ def test_copies_are_most_alike_and_the_odd_one_is_by_itself():
     assert torch.allclose(found.likeness, alike.amax(1), atol=1e-5)
     assert int(found.likeness.argmax()) in (4, 20)
     assert (int(found.nearest[4]), int(found.nearest[20])) == (20, 4)
+    pairs = found.pairs()
+    assert pairs[0][:2] == (4, 20)
+    assert pairs[0][2] == pytest.approx(float(alike[4, 20]))
+    # the best partner of each, once
+    wanted = {tuple(sorted((i, int(row.argmax())))) for i, row in enumerate(alike)}
+    assert len(pairs) == len(wanted)
+    assert {pair[:2] for pair in pairs} == wanted
+    values = [pair[2] for pair in pairs]
+    assert values == sorted(values, reverse=True)
+
+
+def test_no_image_is_most_like_itself():
+    """Not even where all others are unlike it: the corners of a triangle."""
+    corners = torch.tensor([[1.0, 0.0], [-0.5, 0.75**0.5], [-0.5, -(0.75**0.5)]])
+    found = self_influence(corners.double(), 1.0, list("abc"))
+    assert all(int(found.nearest[row]) != row for row in range(3))
+    assert torch.allclose(found.likeness, torch.full((3,), -0.5, dtype=torch.float64), atol=1e-5)
 
 
 def test_where_groups_come_from(tmp_path):

@@ -94,6 +94,17 @@ REFUSALS = {
         ("a a --output x.safetensors", "runs must be two or more, each given once"),
         ("a b --output x.safetensors", "a run must be an existing folder, got a"),
     ],
+    "planted": [
+        ("--preset cifar3", "did you mean 'cifar2'?"),
+        ("--preset digits --run x", "--run and --preset exclude each other, got both"),
+        ("--recipe x", "--recipe needs --run, whose model it is about"),
+        ("--planted 0", "--planted must be at least 1, got 0"),
+        ("--methods d-track", "did you mean 'd-trak'?"),
+        ("--whiten all", "--whiten must be one of"),
+        ("--labels 8", "--labels choose among foreign images, got it with --concept inverted"),
+        ("--concept x --labels a", "--labels must be numbers such as 0,3,5, got 'a'"),
+        ("--run nowhere", "--run must be an existing folder, got nowhere"),
+    ],
     "self_influence": [
         ("nowhere", "a run must be an existing folder, got nowhere"),
         ("nowhere --top-k 0", "--top-k must be at least 1, got 0"),

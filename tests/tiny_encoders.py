@@ -1,4 +1,4 @@
-"""A CLIP and a VAE in miniature, with weights that spread."""
+"""A CLIP, a DINO and a VAE in miniature, with weights that spread."""
 
 from pathlib import Path
 
@@ -27,6 +27,30 @@ def build_clip(folder: Path) -> Path:
         size={"shortest_edge": 30}, crop_size={"height": 30, "width": 30}
     )
     processor.save_pretrained(folder)
+    return folder
+
+
+def build_dino(folder: Path) -> Path:
+    """A vision transformer without a pooler, as DINO's weights are published."""
+    from transformers import ViTConfig, ViTImageProcessor, ViTModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = ViTModel(
+            ViTConfig(
+                hidden_size=24,
+                intermediate_size=30,
+                num_hidden_layers=2,
+                num_attention_heads=3,
+                image_size=32,
+                patch_size=8,
+            ),
+            add_pooling_layer=False,
+        )
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     return folder
 
 

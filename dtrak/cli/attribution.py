@@ -89,6 +89,7 @@ def _explain(
         drawing=drawing,
         checkpoints=_checkpoints(options),
         clip=options.clip,
+        dino=options.dino,
         held_out=load_held_out(run, model, data, queries),
         groups=options.groups,
     )

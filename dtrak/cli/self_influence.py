@@ -52,13 +52,9 @@ def run(options: Options, console: Console) -> None:
         for row in found.own.argsort(descending=True)[: options.top_k].tolist()
     ]
     Table(("training image", "self-influence"), highest, "Most by themselves").show(console)
-    pairs: dict[tuple[int, int], float] = {}
-    for row in found.likeness.argsort(descending=True).tolist():
-        other = int(found.nearest[row])
-        pairs.setdefault((min(row, other), max(row, other)), float(found.likeness[row]))
     rows = [
         (ids[one], ids[other], f"{likeness:.3f}")
-        for (one, other), likeness in list(pairs.items())[: options.top_k]
+        for one, other, likeness in found.pairs()[: options.top_k]
     ]
     columns = ("training image", "and", "likeness")
     Table(columns, rows, "Most alike", words=("and",)).show(console)

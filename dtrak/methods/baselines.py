@@ -74,36 +74,91 @@ def load_clip(folder: str | Path, device: torch.device | str = "cpu") -> Clip:
         EncoderError: it holds no CLIP model, or its configuration, weights or preprocessing are
             missing or unreadable.
     """
-    folder = expand_path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"CLIP must be an existing folder of a transformers CLIPModel, got {folder}"
-        )
-    for name in ("config.json", "preprocessor_config.json"):
-        if not (folder / name).is_file():
-            raise EncoderError(f"CLIP must be a folder with {name}, got {folder} without it")
-    with _quiet_transformers():
+
+    def read(folder: Path) -> tuple[Any, dict[str, Any], Any]:
         from transformers import CLIPImageProcessor, CLIPModel
 
         loader: Any = CLIPModel
+        found = loader.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        return *found, CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
+
+    return Clip(*_load_encoder("CLIP", "CLIPModel", folder, device, read))
+
+
+@dataclass(frozen=True, eq=False)
+class Dino:
+    """A general image encoder, DINO's or another, with its preprocessing.
+
+    Attributes:
+        model: what ``AutoModel`` makes of its folder, in evaluation mode.
+        processor: what ``AutoImageProcessor`` does.
+    """
+
+    model: Any
+    processor: Any
+
+
+def load_dino(folder: str | Path, device: torch.device | str = "cpu") -> Dino:
+    """Load an image encoder from a folder; nothing is downloaded.
+
+    Args:
+        folder: of a ViT (DINO), a Dinov2Model, or whatever image encoder ``AutoModel`` reads:
+            config.json, the weights and preprocessor_config.json.
+        device: where the model goes.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        EncoderError: as `load_clip`, or the model takes no images.
+    """
+
+    def read(folder: Path) -> tuple[Any, dict[str, Any], Any]:
+        from transformers import AutoImageProcessor, AutoModel
+
+        loader: Any = AutoModel
+        found, info = loader.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True
+        )
+        if found.main_input_name != "pixel_values":
+            raise ValueError(f"it must take pixel_values, got {found.main_input_name}")
+        # the first token is taken, not what a head makes of it, which DINO has none of
+        missing = [name for name in info["missing_keys"] if not name.startswith("pooler.")]
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        return found, {"missing_keys": missing}, processor
+
+    return Dino(*_load_encoder("DINO", "image encoder", folder, device, read))
+
+
+def _load_encoder(
+    name: str,
+    kind: str,
+    folder: str | Path,
+    device: torch.device | str,
+    read: Callable[[Path], tuple[Any, dict[str, Any], Any]],
+) -> tuple[Any, Any]:
+    folder = expand_path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{name} must be an existing folder of a transformers {kind}, got {folder}"
+        )
+    for file in ("config.json", "preprocessor_config.json"):
+        if not (folder / file).is_file():
+            raise EncoderError(f"{name} must be a folder with {file}, got {folder} without it")
+    with _quiet_transformers():
         try:
-            model, info = loader.from_pretrained(
-                folder, local_files_only=True, output_loading_info=True
-            )
-            processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
+            model, info, processor = read(folder)
         # whatever broken files make their readers raise
         except Exception as error:
             reason = " ".join(str(error).split())
             raise EncoderError(
-                f"the CLIP model in {folder} could not be loaded: {reason}"
+                f"the {name} model in {folder} could not be loaded: {reason}"
             ) from error
     # transformers fills what is missing with random numbers, and only remarks on it
     if info["missing_keys"]:
         raise EncoderError(
-            f"the CLIP model in {folder} must hold every weight, got none for "
+            f"the {name} model in {folder} must hold every weight, got none for "
             f"{min(info['missing_keys'])}"
         )
-    return Clip(model.to(device).eval(), processor)
+    return model.to(device).eval(), processor
 
 
 @torch.no_grad()
@@ -135,26 +190,76 @@ def clip_embeddings(
     Source:
         Radford et al. 2021 (arXiv:2103.00020); the "CLIP similarity" of D-TRAK (arXiv:2311.00500).
     """
+
+    def encode(pixels: Tensor) -> Tensor:
+        # by its parts: what get_image_features returns depends on the version of transformers
+        encoded = model.model.vision_model(pixel_values=pixels)
+        projected: Tensor = model.model.visual_projection(encoded.pooler_output)
+        return projected
+
+    width = int(model.model.config.projection_dim)
+    return _embed(images, model, encode, width, batch_size, progress)
+
+
+@torch.no_grad()
+def dino_embeddings(
+    images: Samples | Tensor,
+    model: Dino,
+    *,
+    batch_size: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """An encoder's first token for every image, or of one without tokens the mean over positions.
+
+    Args:
+        images: as `clip_embeddings`, whose preprocessing it shares.
+        model: see `load_dino`.
+        batch_size: images at a time.
+        progress: as there.
+
+    Returns:
+        ``[N, D]`` float32 on the CPU, not normalised.
+
+    Raises:
+        ValueError: as `clip_embeddings`.
+
+    Source:
+        Caron et al. 2021 (arXiv:2104.14294); Oquab et al. 2023 (arXiv:2304.07193).
+    """
+
+    def encode(pixels: Tensor) -> Tensor:
+        states: Tensor = model.model(pixel_values=pixels).last_hidden_state
+        return states[:, 0] if states.ndim == 3 else states.flatten(2).mean(2)
+
+    return _embed(images, model, encode, 0, batch_size, progress)
+
+
+def _embed(
+    images: Samples | Tensor,
+    model: Clip | Dino,
+    encode: Callable[[Tensor], Tensor],
+    width: int,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None,
+) -> Tensor:
+    """What ``encode`` makes of every image, ``[N, D]``; of none ``[0, width]``."""
     images = as_samples(images.float() if isinstance(images, Tensor) else images)
     if len(images.shape) != 3 or images.shape[0] not in (1, 3):
         raise ValueError(f"images must be [N, 1 or 3, H, W], got {[len(images), *images.shape]}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     device = next(model.model.parameters()).device
-    parts = [torch.empty(0, int(model.model.config.projection_dim))]
+    parts = []
     for first in range(0, len(images), batch_size):
         pixels = to_uint8(images.pictures(slice(first, first + batch_size)))
         arrays = [image.expand(3, -1, -1).movedim(0, -1).numpy() for image in pixels]
         inputs = model.processor(
             images=arrays, return_tensors="pt", input_data_format="channels_last"
         )
-        # by its parts: what get_image_features returns depends on the version of transformers
-        encoded = model.model.vision_model(pixel_values=inputs["pixel_values"].to(device))
-        embeddings = model.model.visual_projection(encoded.pooler_output)
-        parts.append(embeddings.float().cpu())
+        parts.append(encode(inputs["pixel_values"].to(device)).float().cpu())
         if progress is not None:
             progress(first + len(pixels), len(images))
-    return torch.cat(parts)
+    return torch.cat(parts) if parts else torch.empty(0, width)
 
 
 def load_vae(folder: str | Path, device: torch.device | str = "cpu") -> Any:

@@ -127,6 +127,7 @@ class Evidence:
         drawing: how the queries were drawn, where this model drew them.
         checkpoints: the model at several points of its training, each loaded when it is its turn.
         clip: folder of a CLIP model.
+        dino: folder of a general image encoder, whose look-alikes are found beside the scores.
         retrained: models trained on parts of the data.
 
     Attributes:
@@ -147,12 +148,13 @@ class Evidence:
         drawing: Drawing | None = None,
         checkpoints: Sequence[Any] = (),
         clip: str | Path | None = None,
+        dino: str | Path | None = None,
         retrained: Retrained | None = None,
     ) -> None:
         self.model, self.train, self.queries, self.how = model, train, queries, how
         self.device, self.stages, self.folder = device, stages, folder
         self.drawing, self.checkpoints, self.clip = drawing, checkpoints, clip
-        self.retrained = retrained
+        self.dino, self.retrained = dino, retrained
         self.facts: dict[str, str] = {}
         self.scored: Scored | None = None
         # of the checkpoints, and of CLIP

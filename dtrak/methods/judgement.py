@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -115,9 +116,21 @@ def _as_if_added(scored: Scored, features: Store | Columns) -> Tensor:
 
 def _look_alikes(known: Evidence, count: int) -> tuple[Tensor, str]:
     """Columns of the training images most like each query ``[M, count]``, and by what."""
-    if known.clip is None:
+    if known.dino is not None:
+        alike, by = gradient_cosine(*_dino_embeddings(known, known.dino)), "DINO"
+    elif known.clip is not None:
+        alike, by = gradient_cosine(*known.embeddings()), "CLIP"
+    else:
         with known.stages.stage("look-alikes"):
             alike, by = pixel_cosine(known.queries, known.train), "pixels"
-    else:
-        alike, by = gradient_cosine(*known.embeddings()), "CLIP"
     return alike.topk(count, dim=1).indices, by
+
+
+def _dino_embeddings(known: Evidence, folder: str | Path) -> tuple[Tensor, Tensor]:
+    """Of the queries and of the training images."""
+    from .baselines import dino_embeddings, load_dino
+
+    model = load_dino(folder, known.device)
+    with known.stages.stage("DINO embeddings") as progress:
+        train = dino_embeddings(known.train, model, progress=progress)
+        return dino_embeddings(known.queries, model), train

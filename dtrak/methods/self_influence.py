@@ -42,6 +42,14 @@ class SelfInfluence:
     nearest: Tensor
     likeness: Tensor
 
+    def pairs(self) -> list[tuple[int, int, float]]:
+        """Images and their nearest, with the likeness, the most alike first; each pair once."""
+        found: dict[tuple[int, int], float] = {}
+        for row in self.likeness.argsort(descending=True, stable=True).tolist():
+            other = int(self.nearest[row])
+            found.setdefault((min(row, other), max(row, other)), float(self.likeness[row]))
+        return [(*pair, likeness) for pair, likeness in found.items()]
+
 
 def self_influence(features: Any, damping: float, ids: list[str]) -> SelfInfluence:
     """The self-influence of every training image, and the image most like it.

@@ -93,5 +93,7 @@ def print_findings(query_ids: Sequence[str], scores: Tensor, findings: Findings 
         notes.append(f"the first {_SHOWN} of {len(query_ids):,} queries")
     rows = list(zip(*columns.values(), strict=True))
     words = [name for name in columns if name.startswith("groups")]
-    note = f"{'; '.join(notes).capitalize()}." if notes else ""
+    said = "; ".join(notes)
+    # "CLIP" keeps its capitals
+    note = f"{said[:1].upper()}{said[1:]}." if notes else ""
     Table(tuple(columns), rows, note=note, words=words).show(Console())

@@ -84,7 +84,7 @@ def _is_recognised(options: Options) -> bool:
     """Whether all that a run reads is cheaper to compare than to load."""
     alone = options.lora is None and options.preset is None
     # files and images that lie elsewhere too
-    alone = alone and (options.held_out or options.groups or options.clip) is None
+    alone = alone and (options.held_out or options.groups or options.clip or options.dino) is None
     # not one of a hub, or with parts that lie elsewhere: which, is not known here
     alone = alone and (options.model is None or (Path(options.model) / MODEL_INDEX).is_file())
     return alone and options.fused and options.what.needs in (FEATURES, NOTHING)

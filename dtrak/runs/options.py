@@ -151,8 +151,8 @@ class ExplainOptions(Stated):
     look_alikes: int | None = option(
         None,
         panel=_TRUST,
-        help="So many training images that look most like each query, by pixels, or by CLIP with "
-        "--clip, and how many of them have the highest scores.",
+        help="So many training images that look most like each query, by pixels, by CLIP with "
+        "--clip or by DINO with --dino, and how many of them have the highest scores.",
     )
 
     def __post_init__(self) -> None:
@@ -351,6 +351,13 @@ class Options(ExplainOptions):
     clip: str | None = option(
         None, help="Folder of a CLIP model, for the methods that need one.", is_path=True
     )
+    dino: str | None = option(
+        None,
+        panel=_TRUST,
+        help="Folder of a general image encoder, DINO's or another that transformers' AutoModel "
+        "reads, for --look-alikes.",
+        is_path=True,
+    )
     held_out: str | None = option(
         None,
         panel=_TRUST,
@@ -415,6 +422,8 @@ class Options(ExplainOptions):
         )
         if self.held_out is not None:
             check_held_out(self.what)
+        if self.dino is not None and self.look_alikes is None:
+            raise ValueError("--dino is for --look-alikes, got none of them")
         if self.compare and self.noise_halves:
             raise ValueError("--compare is for features without --noise-halves, got both")
         check_weights(self.weights, self.model)
@@ -458,6 +467,7 @@ _PLACES = (
     "prompts",
     "checkpoints",
     "clip",
+    "dino",
 )
 _WORDS = ("digits", "generated", "validation", *GROUPS)
 
@@ -489,11 +499,11 @@ def check_options(options: Options) -> None:
     """Refuse what is not there, before anything heavy is imported or anything trained.
 
     Raises:
-        FileNotFoundError: there is no folder of the model, of its checkpoints or of CLIP.
+        FileNotFoundError: there is no folder of the model, of its checkpoints, of CLIP or of DINO.
     """
     if options.model is not None:
         check_model_folder(options.model)
-    for name in ("checkpoints", "clip"):
+    for name in ("checkpoints", "clip", "dino"):
         folder = getattr(options, name)
         if folder is not None and not Path(folder).is_dir():
             raise FileNotFoundError(f"--{name} must be an existing folder, got {folder}")

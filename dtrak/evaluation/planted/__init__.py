@@ -1,0 +1,1 @@
+"""Foreign images planted in the training set: does a method find them again?"""
