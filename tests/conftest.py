@@ -109,7 +109,7 @@ def pytest_collection_modifyitems(config, items):
     # before -m and -k deselect
     sweeps = defaultdict(list)
     for item in items:
-        if item.get_closest_marker("sweep"):
+        if item.get_closest_marker("sweep") and not item.get_closest_marker("full"):
             # a case that is skipped shows nothing
             sweeps[item.nodeid.partition("[")[0], "gpu" in item.keywords].append(item)
     for cases in sweeps.values():
