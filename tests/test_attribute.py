@@ -254,7 +254,7 @@ def test_listed_timesteps_and_a_function_of_ones_own(run, tmp_path, monkeypatch,
     (tmp_path / "own_output.py").write_text(
         "def square(prediction, target, weight):\n    return prediction.square().mean(1)\n"
     )
-    queries = ["--queries", images_folder, "--damping", "1"]
+    queries = ["--queries", images_folder / "003.png", "--damping", "1"]
     assert run(*queries)[0] == 0
     own = ["--timesteps", "0,500", "--output-function", "own_output.square"]
     code, output = run(*queries, *own, output=tmp_path / "own")
