@@ -50,7 +50,7 @@ compile: $(READY) ## compile every kernel for sm_80, sm_90, sm_100 and gfx942; n
 	$(BIN)/python tests/compile_all.py
 
 smoke: $(READY) ## run every benchmark once on tiny sizes
-	$(BIN)/python -m pytest benchmarks --benchmark-only --smoke
+	OMP_NUM_THREADS=1 $(TEST) benchmarks --smoke --benchmark-disable
 
 bench: $(READY) ## time everything here, append rows to benchmarks/results, rewrite the report
 	$(BIN)/python -m pytest benchmarks --benchmark-only --record --benchmark-columns=median,iqr,rounds

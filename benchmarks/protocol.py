@@ -322,14 +322,11 @@ def race(
             run = _first_run(provider, device, outcomes[provider.name])
             if run is not None:
                 runs[provider.name] = run
-    finally:
-        gc.unfreeze()
-    flush = make_flush(device)
-    least, most = rounds
-    order, shuffle = list(runs), random.Random(0)
-    gc.collect()
-    gc.disable()
-    try:
+        flush = make_flush(device)
+        least, most = rounds
+        order, shuffle = list(runs), random.Random(0)
+        gc.collect()
+        gc.disable()
         for number in range(most):
             due = [n for n in order if number < least or sum(outcomes[n].seconds) < seconds]
             if not due:
@@ -344,6 +341,7 @@ def race(
                     del runs[name]
     finally:
         gc.enable()
+        gc.unfreeze()
     return outcomes
 
 

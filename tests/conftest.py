@@ -6,6 +6,7 @@ a CUDA device Triton kernels are interpreted. `compiled` cases run where kernels
 GPU, and in the emulator (`emulator.plugin`); `emulated` cases in the emulator only.
 """
 
+import gc
 import itertools
 import json
 import os
@@ -38,6 +39,13 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+# files of the longest cases, which begin first, so that no worker ends with one while others wait;
+# whole files, so that what their cases share is made once
+LONGEST = [
+    "readme", "emulated", "torchrun", "golden", "compile", "examples", "packages", "groups",
+    "ranks", "benchmarks_tune", "benchmarks_gpu", "benchmarks_predicted", "normals", "lds_table",
+    "attribute", "train", "lds", "lds_run", "counterfactual", "kinds_commands", "platforms",
+]  # fmt: skip
 # cases of other lanes, by worker where there are several: every worker collects all of them
 LEFT_OUT = pytest.StashKey[list[tuple[int, int]]]()
 
@@ -86,11 +94,22 @@ def one_of_each(items, strength):
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection():
+    # a million objects are made that stay: looking for garbage among them took a third of the time
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     # before -m and -k deselect
     sweeps = defaultdict(list)
     for item in items:
-        if item.get_closest_marker("sweep"):
+        if item.get_closest_marker("sweep") and not item.get_closest_marker("full"):
             # a case that is skipped shows nothing
             sweeps[item.nodeid.partition("[")[0], "gpu" in item.keywords].append(item)
     for cases in sweeps.values():
@@ -105,6 +124,8 @@ def pytest_collection_modifyitems(config, items):
     if others:
         items[:] = [item for item in items if "full" not in item.keywords]
         config.hook.pytest_deselected(items=others)
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
     need_gpu = [item for item in items if "gpu" in item.keywords]
     if torch.cuda.is_available():
         need_gpu = []

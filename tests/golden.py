@@ -13,6 +13,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -216,9 +217,9 @@ def write_pictures(folder: Path, count: int, side: int, captions: bool = False) 
     return folder
 
 
-def measure(folder: Path) -> dict[str, Artefact]:
-    """Run every job in ``folder``; artefacts in the order in which they depend on one another."""
-    return {**measure_digits(folder), **measure_lora(folder), **measure_lds(folder)}
+def measure(folder: Path, parts: Iterable[str]) -> dict[str, Artefact]:
+    """Run jobs in ``folder``; artefacts in the order in which they depend on one another."""
+    return {name: artefact for part in parts for name, artefact in PARTS[part](folder).items()}
 
 
 def measure_digits(folder: Path) -> dict[str, Artefact]:
@@ -276,12 +277,17 @@ def measure_digits(folder: Path) -> dict[str, Artefact]:
         "--output", wide,
     )  # fmt: skip
     artefacts["wide model: features, sjlt"] = Artefact(read_features(wide, "train"))
+    return artefacts
+
+
+def measure_counterfactual(folder: Path) -> dict[str, Artefact]:
+    """Of the digits' run."""
     again = folder / "counterfactual"
     run(
-        "counterfactual", main, "--output", again, "--num-queries", 1, "--top-k", 10,
+        "counterfactual", folder / "main", "--output", again, "--num-queries", 1, "--top-k", 10,
         "--methods", "d-trak,random", "--device", "cpu",
     )  # fmt: skip
-    return artefacts | {
+    return {
         "counterfactual: removed": Artefact(read_counterfactual(again, "removed"), GREY_LEVEL),
         "counterfactual: pictures": Artefact(read_counterfactual(again, "pictures"), GREY_LEVEL),
         "counterfactual: distances": Artefact(read_counterfactual(again, "pixel_l2"), GREY_LEVEL),
@@ -334,7 +340,16 @@ def measure_lds(folder: Path) -> dict[str, Artefact]:
     }
 
 
-def measure_in_child(folder: Path) -> dict:
+# each may need those before it
+PARTS = {
+    "digits": measure_digits,
+    "counterfactual": measure_counterfactual,
+    "LoRA": measure_lora,
+    "LDS": measure_lds,
+}
+
+
+def measure_in_child(folder: Path, parts: Iterable[str] = PARTS) -> dict:
     """What `measure` finds in a process of its own: the key, and hash and summary by artefact.
 
     Raises:
@@ -344,7 +359,7 @@ def measure_in_child(folder: Path) -> dict:
     root = Path(__file__).resolve().parents[1]
     places = [str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")]
     child = subprocess.run(
-        [sys.executable, __file__, "--measure", str(folder)],
+        [sys.executable, __file__, "--measure", str(folder), *parts],
         env={**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, places))},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -355,9 +370,9 @@ def measure_in_child(folder: Path) -> dict:
     return json.loads(found.read_text())
 
 
-def _measure_here(folder: Path) -> None:
+def _measure_here(folder: Path, parts: list[str]) -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    artefacts = measure(folder)
+    artefacts = measure(folder, parts)
     found = {
         name: {"hash": a.hash(), "tolerance": a.tolerance, "summary": a.summary()}
         for name, a in artefacts.items()
@@ -396,7 +411,7 @@ def write(found: dict) -> None:
 
 def main(arguments: list[str]) -> None:
     if arguments[:1] == ["--measure"]:
-        _measure_here(Path(arguments[1]))
+        _measure_here(Path(arguments[1]), arguments[2:])
     elif arguments == ["--write"]:
         with tempfile.TemporaryDirectory() as folder:
             write(measure_in_child(Path(folder)))

@@ -99,15 +99,9 @@ VARIANTS = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "sd",
-        "flux",
-        *(pytest.param(kind, marks=pytest.mark.full) for kind in ("sdxl", "sd3", "dit")),
-    ],
-)
+@pytest.mark.parametrize("kind", ["sd", "flux", "sdxl", "sd3", "dit"])
 def test_reads_what_peft_writes(kind, variant, folders, tmp_path):
     wrapped = shaken(network_of(folders, kind), **VARIANTS[variant])
     wrapped.save_pretrained(tmp_path / "lora")

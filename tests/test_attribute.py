@@ -9,11 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
-from finished_run import results
+from finished_run import make_images, results
 from numerics import relative_error
 from PIL import Image
 from safetensors import safe_open
@@ -47,11 +48,13 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images") / "data"
-    folder.mkdir()
-    for index, image in enumerate(load_data("digits", channels=1, size=8, limit=150).images):
-        (folder / f"{index:03d}.png").write_bytes(encode_png(to_uint8(image)))
-    return folder
+    return make_images(tmp_path_factory.mktemp("images") / "data")
+
+
+@pytest.fixture(scope="module")
+def many_images(tmp_path_factory):
+    """More than two parts of a shard."""
+    return make_images(tmp_path_factory.mktemp("images") / "data", 150)
 
 
 @pytest.fixture
@@ -141,12 +144,13 @@ def test_end_to_end(run, tmp_path, model_folder, images_folder):
 
 def test_commands_that_share_a_run_make_it_between_them(run, tmp_path, monkeypatch):
     # as many rows as a batch, so that all shards have the batches of one
-    monkeypatch.setattr(stores, "_ROWS_PER_SHARD", 64)
+    monkeypatch.setattr(stores, "_ROWS_PER_SHARD", 24)
+    run = partial(run, batch_size=24)
     shared, how = tmp_path / "shared", ("--whiten", "none")
     assert run(*how)[0] == 0
     code, output = run(*how, "--shard", "1/2", output=shared)
     assert (code, list(shared.glob("queries/*"))) == (0, [])
-    assert "1 shards of 64 rows are left to other commands" in output
+    assert "1 shards of 24 rows are left to other commands" in output
     # what they share must be the same; a command that shares nothing is kept out
     claimed = Ranks(0, 2, is_shared=True).hold(shared, lambda: {"options": {"seed": 7}})
     with claimed:
@@ -170,20 +174,20 @@ def test_a_second_run_reuses_everything_and_other_queries_join(run, done, tmp_pa
     code, output = run("--num-queries", "4")
     assert code == 0, output
     assert (tmp_path / "run" / "generated" / "00000.png").stat().st_mtime_ns == drawn
-    assert read_scores(tmp_path / "run")[0].shape == (4, 150)
+    assert read_scores(tmp_path / "run")[0].shape == (4, 60)
     code, output = run("--queries", tmp_path / "run" / "generated")
     assert code == 0, output
     assert re.search(r"features of training images\W+reused", output)
 
 
 def test_killed_runs_resume_with_the_same_bits(
-    run, tmp_path, model_folder, images_folder, monkeypatch
+    run, tmp_path, model_folder, many_images, monkeypatch
 ):
     """kill -9 while the features are computed, then the same command again."""
     broken = tmp_path / "broken"
     command = [
         sys.executable, "-m", "dtrak.attribute", "--model", str(model_folder),
-        "--data", str(images_folder), "--output", str(broken), "--batch-size", "4", *SMALL,
+        "--data", str(many_images), "--output", str(broken), "--batch-size", "8", *SMALL,
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     store = "features-lowrank/mean_squared_l2_norm/train"
@@ -202,13 +206,14 @@ def test_killed_runs_resume_with_the_same_bits(
     monkeypatch.setattr(
         extraction, "extract_rows", lambda *a: made.append(a[2:]) or extract_rows(*a)
     )
+    run = partial(run, data=many_images)
     code, output = run(output=broken, batch_size=None)
     assert code == 0, output
     trained = [rows for rows, *role in made if role == ["train/"]]
     assert trained[0].start in (64, 128)
-    assert {rows.stop - rows.start for rows in trained} == {4, 2}
+    assert {rows.stop - rows.start for rows in trained} == {8, 6}
     monkeypatch.undo()
-    code, output = run(output=tmp_path / "whole", batch_size=4)
+    code, output = run(output=tmp_path / "whole", batch_size=8)
     assert code == 0, output
     assert torch.equal(read_scores(broken)[0], read_scores(tmp_path / "whole")[0])
     for folder in (broken, tmp_path / "whole"):
@@ -249,7 +254,7 @@ def test_listed_timesteps_and_a_function_of_ones_own(run, tmp_path, monkeypatch,
     (tmp_path / "own_output.py").write_text(
         "def square(prediction, target, weight):\n    return prediction.square().mean(1)\n"
     )
-    queries = ["--queries", images_folder, "--damping", "1"]
+    queries = ["--queries", images_folder / "003.png", "--damping", "1"]
     assert run(*queries)[0] == 0
     own = ["--timesteps", "0,500", "--output-function", "own_output.square"]
     code, output = run(*queries, *own, output=tmp_path / "own")
@@ -266,6 +271,8 @@ def test_listed_timesteps_and_a_function_of_ones_own(run, tmp_path, monkeypatch,
     assert torch.equal(*scores)
 
 
+# slow: a wide matrix, twice; of the fast lane test_attribute_lora.py has it
+@pytest.mark.full
 def test_no_fused_agrees_with_fused(run, tmp_path, images_folder):
     pytest.importorskip("trak", reason="TRAK is not installed")
     few = tmp_path / "few"
@@ -320,7 +327,7 @@ def test_other_queries_of_a_finished_run(run, done, tmp_path, images_folder):
     )
     assert other.exit_code == 0, other.output
     assert re.search(r"features of training images\W+reused \(\d+\.\d\)", other.output)
-    assert read_scores(done)[0].shape == (1, 150)
+    assert read_scores(done)[0].shape == (1, 60)
     assert len(list((done / "queries").iterdir())) == 2
     index = (done / "index.html").read_text()
     # the pages of two sets of queries, each behind its name and its picture
@@ -569,14 +576,16 @@ def test_folders_of_another_run(run, done, tmp_path, images_folder):
     assert run()[0] == 0
 
 
-def test_a_query_named_like_a_training_image_is_not_its_proponent(run, tmp_path, images_folder):
+# slow and statistical; of the fast lane the end-to-end case has noise by role
+@pytest.mark.full
+def test_a_query_named_like_a_training_image_is_not_its_proponent(run, tmp_path, many_images):
     """Noise that both shared would look like attribution."""
     queries = tmp_path / "queries"
     queries.mkdir()
     digits = load_data("digits", channels=1, size=8, split="validation", limit=12)
     for index, image in enumerate(digits.images):
         (queries / f"{index:03d}.png").write_bytes(encode_png(to_uint8(image)))
-    code, output = run("--queries", queries, "--proj-dim", "4096")
+    code, output = run("--queries", queries, "--proj-dim", "4096", data=many_images)
     assert code == 0, output
     scores = read_scores(tmp_path / "run")[0]
     ranks = (scores > scores[:, :12].diagonal()[:, None]).sum(1)

@@ -48,10 +48,55 @@ def run(code: str) -> dict:
     return json.loads(done.stdout)
 
 
+LAUNCHES = """
+import compile_all
+from dataclasses import replace
+
+compiled, launches, rows = [], [], []
+compile_all.compile_kernel = lambda *what, **options: compiled.append((what[2], options))
+
+class Recorder:
+    def __getitem__(self, grid):
+        return lambda **arguments: launches.append(arguments | {"grid": grid[0]})
+
+m.sketch_kernel._sketch_kernel = Recorder()
+for layer in m.SKETCHED:
+    # one sample is launched like many; without a GPU the default is that of an A100
+    layer = replace(layer, samples=1)
+    case = m.sketch_case(layer, m.CARDS["A100"])
+    case.build(None)
+    inputs = layer.make(m.torch.device("cpu"))
+    out = m.torch.zeros(1, layer.proj_dim)
+    launches.clear()
+    m.sketch_kernel.launch_sketch(*inputs, layer.sketch, out, layer.timesteps)
+    (launch,), (constants, options) = launches, compiled[-1]
+    # without groups nobody reads how many rows one has
+    names = set(constants) & set(launch) - {"rows_per_group"}
+    tables = launch["blocks_ptr"], launch["tiles_ptr"]
+    rows.append({
+        "names": sorted(names),
+        "modelled": [constants[name] for name in sorted(names)],
+        "launched": [launch[name] for name in sorted(names)],
+        "options": [options["num_warps"], options["num_stages"], case.warps, case.programs],
+        "launched_options": [launch[n] for n in ("num_warps", "num_stages", "num_warps", "grid")],
+        "trips": case.trips,
+        # tiles of a block on average, steps of the reduction
+        "launched_trips": [
+            len(tables[1]) / len(tables[0]),
+            -(-launch["rows_per_sample"] * launch["HO"] * launch["WO"] // launch["BLOCK_T"]),
+        ],
+        "bytes": case.bytes,
+        "moved": sum(a.numel() * a.element_size() for a in inputs[1:])
+        + 8 * len(tables[0]) * launch["BM"] * launch["BN"],
+    })
+"""
+
+
 @pytest.fixture(scope="module")
 def found() -> dict:
     """Everything that needs the module, in one process."""
     return run(f"""
+import contextlib, io, pathlib, sys, tempfile
 import torch
 sass = {SASS!r}
 root = m.read_loops(sass)
@@ -62,7 +107,7 @@ names = [
 ]
 h200, a100 = m.CARDS["H200"], m.CARDS["A100"]
 make = lambda C, card, dtype=torch.bfloat16: m.product_case("rademacher", 128, C, 4096, dtype, card)
-print(json.dumps({{
+found = {{
     "own": dict(root.own),
     "outer": dict(root.inner[0].own),
     "inner": [dict(loop.own) for loop in root.inner[0].inner],
@@ -75,7 +120,14 @@ print(json.dumps({{
     "gram": m.cost(m.gram_case(5000, 4096, 32), h200),
     "cards": [getattr(m.find_card(name), "name", None) for name in
               ("NVIDIA H200", "NVIDIA A100-SXM4-80GB", "Quadro")],
-}}))""")
+}}
+with tempfile.TemporaryDirectory() as folder:
+    sys.argv = ["modelled.py", "--smoke", "--card", "A100", "--out", folder]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        status = m.main()
+    written = (pathlib.Path(folder) / "modelled.jsonl").read_text()
+{LAUNCHES}
+print(json.dumps(found | {{"main": [status, said.getvalue(), written], "launches": rows}}))""")
 
 
 def test_loops_nest(found):
@@ -148,54 +200,10 @@ def test_cards_are_found_by_name(found):
     assert found["cards"] == ["H200", "A100", None]
 
 
-LAUNCHES = """
-import compile_all
-from dataclasses import replace
-
-compiled, launches, rows = [], [], []
-compile_all.compile_kernel = lambda *what, **options: compiled.append((what[2], options))
-
-class Recorder:
-    def __getitem__(self, grid):
-        return lambda **arguments: launches.append(arguments | {"grid": grid[0]})
-
-m.sketch_kernel._sketch_kernel = Recorder()
-for layer in m.SKETCHED:
-    # one sample is launched like many; without a GPU the default is that of an A100
-    layer = replace(layer, samples=1)
-    case = m.sketch_case(layer, m.CARDS["A100"])
-    case.build(None)
-    inputs = layer.make(m.torch.device("cpu"))
-    out = m.torch.zeros(1, layer.proj_dim)
-    launches.clear()
-    m.sketch_kernel.launch_sketch(*inputs, layer.sketch, out, layer.timesteps)
-    (launch,), (constants, options) = launches, compiled[-1]
-    # without groups nobody reads how many rows one has
-    names = set(constants) & set(launch) - {"rows_per_group"}
-    tables = launch["blocks_ptr"], launch["tiles_ptr"]
-    rows.append({
-        "names": sorted(names),
-        "modelled": [constants[name] for name in sorted(names)],
-        "launched": [launch[name] for name in sorted(names)],
-        "options": [options["num_warps"], options["num_stages"], case.warps, case.programs],
-        "launched_options": [launch[n] for n in ("num_warps", "num_stages", "num_warps", "grid")],
-        "trips": case.trips,
-        # tiles of a block on average, steps of the reduction
-        "launched_trips": [
-            len(tables[1]) / len(tables[0]),
-            -(-launch["rows_per_sample"] * launch["HO"] * launch["WO"] // launch["BLOCK_T"]),
-        ],
-        "bytes": case.bytes,
-        "moved": sum(a.numel() * a.element_size() for a in inputs[1:])
-        + 8 * len(tables[0]) * launch["BM"] * launch["BN"],
-    })
-print(json.dumps(rows))
-"""
-
-
-def test_sketches_are_modelled_as_they_are_launched():
+def test_sketches_are_modelled_as_they_are_launched(found):
     """The constants, the configuration, the loops and the bytes of the launch itself."""
-    for row in run(LAUNCHES):
+    assert found["launches"]
+    for row in found["launches"]:
         assert {"BLOCK_T", "BM", "BN", "IS_ONE_TAP", "HO", "INPUT_PRECISION"} <= set(row["names"])
         assert row["modelled"] == row["launched"]
         assert row["options"] == row["launched_options"]
@@ -203,18 +211,12 @@ def test_sketches_are_modelled_as_they_are_launched():
         assert row["bytes"] == row["moved"]
 
 
-def test_it_says_that_it_is_a_model(tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--smoke", "--card", "A100", "--out", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("A100: a model: ")
-    assert "not measured" in done.stdout
-    rows = [json.loads(line) for line in (tmp_path / "modelled.jsonl").read_text().splitlines()]
+def test_it_says_that_it_is_a_model(found):
+    status, said, written = found["main"]
+    assert status == 0, said
+    assert said.startswith("A100: a model: ")
+    assert "not measured" in said
+    rows = [json.loads(line) for line in written.splitlines()]
     assert len(rows) == 2
     for row in rows:
         assert row["note"].startswith("a model")

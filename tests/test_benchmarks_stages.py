@@ -86,6 +86,8 @@ def run(monkeypatch, *arguments):
     return ended.value.code
 
 
+# slow: the next one runs without diffusers as well, but for one stage
+@pytest.mark.full
 def test_without_diffusers_the_layers_stand_in(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "dtrak.training.presets", None)
     assert run(monkeypatch, "--out", str(tmp_path)) == 0

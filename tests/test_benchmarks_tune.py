@@ -307,6 +307,8 @@ sys.exit(tune.main())
 """
 
 
+# slow: four processes and a hang; the fast lane reads the journals they leave, and ends a search
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform == "win32", reason="ends processes by signals")
 def test_no_candidate_ends_the_search(tmp_path, monkeypatch, capfd):
     """A crash, a hang and a lost device cost a candidate each; the file is whole throughout."""

@@ -74,10 +74,11 @@ def emulate(cases, cards, folder):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU here")
-def test_a_telling_case_of_every_form(tmp_path):
-    rows = emulate(TELLING, CARDS, tmp_path)
-    for card in CARDS:
-        assert sum(row["launches"] > 0 for row in rows if card in row["test"]) >= 9, rows
+def test_a_telling_case_of_every_form(tmp_path, pytestconfig):
+    if pytestconfig.option.full:
+        pytest.skip("the full lane runs all cases, on both cards")
+    rows = emulate(TELLING, CARDS[-1:], tmp_path)
+    assert sum(row["launches"] > 0 for row in rows) >= 9, rows
 
 
 @pytest.mark.full

@@ -59,15 +59,16 @@ def read_scores(folder):
 @pytest.mark.parametrize(
     "kind, adapter",
     [
+        # a U-Net that reads captions, one that reads labels, and flow matching
         ("sd", False),
-        ("sdxl", True),
         ("dit", False),
-        ("sd3", True),
         ("flux", True),
-        ("schnell", False),
         *(
             pytest.param(kind, adapter, marks=pytest.mark.full)
             for kind, adapter in (
+                ("sdxl", True),
+                ("sd3", True),
+                ("schnell", False),
                 ("sdxl", False),
                 ("dit", True),
                 ("sd3", False),

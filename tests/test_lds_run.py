@@ -64,6 +64,8 @@ def experiment_of(where, prepared):
     assert "too few for intervals, which need 10" in done(lds, "report", *where)
 
 
+# slow: all of it twice; of the fast lane test_lds.py has a preset's, and the next ones a run's
+@pytest.mark.full
 def test_a_run_gives_what_its_preset_gives(tmp_path):
     mine = tmp_path / "mine"
     done(train, "--preset", NAME, "--output", mine, "--device", "cpu", "--keep-checkpoints", 4)

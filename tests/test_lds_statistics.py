@@ -140,6 +140,8 @@ def test_bca_is_the_percentile_interval_without_bias_and_skewness():
     assert np.isfinite(outside.bca).all()
 
 
+# slow: a statistical proof
+@pytest.mark.full
 def test_intervals_cover_as_often_as_they_say():
     # rank correlation of a bivariate normal with Pearson correlation 0.5: (6 / π) asin(0.25)
     truth = 6 / np.pi * np.arcsin(0.25)

@@ -143,6 +143,8 @@ def lds_run_report(folder):
     return run("report", "--preset", NAME, "--output", folder, "--resamples", 1000)
 
 
+# slow: trainings of every kind again; of pixels test_lds_experiment.py has it in the fast lane
+@pytest.mark.full
 def test_loras_are_those_of_the_training_command(folder, base, experiment, tmp_path):
     """Subset and seed, and the full LoRA at every quarter, are what `dtrak.train` makes."""
     for arguments, names in (
@@ -207,6 +209,8 @@ def test_folders_are_as_diffusers_writes_and_reads_them(folder, base, experiment
     assert hash_lora(load(base, place).module) == hash_lora(model.module)
 
 
+# slow: three hundred steps; of the fast lane test_lora_training.py has it
+@pytest.mark.full
 def test_a_killed_training_goes_on_and_ends_with_the_same_bits(base, tmp_path):
     preset = replace(PRESET, recipe=replace(PRESET.recipe, steps=104, batch_size=1))
     whole = ready(tmp_path / "whole", base, preset)
@@ -556,6 +560,8 @@ def test_a_lora_of_ones_own(base, tmp_path):
     assert hash_lora(experiment.load_model(name).module) == expected
 
 
+# slow: of pixels test_lds.py has it in the fast lane
+@pytest.mark.full
 def test_a_retrain_family_of_loras_its_ensemble_and_clip(folder, base, tmp_path, clip_folder):
     copy = shutil.copytree(folder, tmp_path / "run")
     code, text = lds_run("prepare", copy, "--model", base, "--num-retrain", 2)

@@ -57,6 +57,8 @@ def _entry(p, k, seed):
     return (radius * (angle.sin() if p % 2 else angle.cos())).item()
 
 
+# slow: the C++ compiler; the fast lane has stand-ins for it, right and wrong
+@pytest.mark.full
 def test_compiled_tiles_are_the_reference(tile):
     made = entries_of(tile, 0, 4 * 8, 2**40 + 7)
     oracle = reference.normal_matrix(1024, normals.TILE, 2**40 + 7, offset=16 * 8)
@@ -64,6 +66,7 @@ def test_compiled_tiles_are_the_reference(tile):
     assert error.max() <= 1e-6
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "B, C, K, offset",
     [(3, 2100, 300, 0), (1, 5, 256, 1000), (300, 1024, 257, 2**40 + 16), (2, 40, 1, 2**34 - 7)],

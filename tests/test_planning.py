@@ -51,7 +51,14 @@ def test_a_dense_projection_costs_its_matrix():
     assert layer.flop == 2 * 8 * 6000 * (1 + 500) + 2 * 8 * 60
 
 
-@pytest.mark.parametrize("projection", KINDS, ids=lambda p: p.kind)
+@pytest.mark.parametrize(
+    "projection",
+    [
+        pytest.param(p, marks=pytest.mark.full if p.kind in ("none", "kronecker") else ())
+        for p in KINDS
+    ],
+    ids=lambda p: p.kind,
+)
 def test_nothing_larger_than_planned_is_allocated(projection):
     from dtrak.runs.measure import TensorMeter
 

@@ -25,7 +25,7 @@ from dtrak.runs.files import LOCK_FILE, claim
 from dtrak.runs.finished import find_finished
 from dtrak.runs.folders import OutputError
 from dtrak.runs.options import Options
-from dtrak.training.trainer import one_thread
+from dtrak.runs.workers import one_thread
 from dtrak_kernels.projection import KINDS
 
 HEAVY = {

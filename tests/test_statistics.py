@@ -62,7 +62,10 @@ def test_theory_itself():
         assert abs(ratio(errors) - 1) < 0.05
 
 
-@pytest.mark.parametrize("kind, P, K, seeds", cases())
+@pytest.mark.parametrize(
+    "kind, P, K, seeds",
+    [pytest.param(*case, marks=pytest.mark.full if case[1] >= 50_000 else ()) for case in cases()],
+)
 def test_philox_is_as_in_theory(kind, P, K, seeds):
     found = quality.measure({"kind": kind}, P, K, seeds)
     assert list(found) == FAMILIES
@@ -87,6 +90,7 @@ def test_fast_jl_is_six_times_worse_for_a_thousand_parameters():
     assert ratio(found["one-hot"]) > 9
 
 
+@pytest.mark.full
 def test_fast_jl_is_still_worse_for_fifty_thousand():
     found = quality.measure({"kind": "rademacher", **H100}, 50_000, 1024, 4)
     assert 1.4 < ratio(found["gaussian"]) < 2
@@ -102,7 +106,9 @@ def test_more_columns_do_not_help_fast_jl():
     assert 2 < many / few < 4
 
 
-@pytest.mark.parametrize("P, K, seeds", [(1000, 256, 20), (50_000, 128, 4)])
+@pytest.mark.parametrize(
+    "P, K, seeds", [(1000, 256, 20), pytest.param(50_000, 128, 4, marks=pytest.mark.full)]
+)
 def test_fast_jl_normals_are_as_in_theory(P, K, seeds):
     found = quality.measure({"kind": "normal", **H100}, P, K, seeds)
     many = torch.cat([found["gaussian"], found["constant"]], dim=1)

@@ -20,10 +20,11 @@ from dtrak.models import load
 from dtrak.models.hashing import hash_model
 from dtrak.models.unet import digits_model
 from dtrak.runs.files import LOCK_FILE
+from dtrak.runs.workers import one_thread
 from dtrak.training.command import checkpoint_steps
 from dtrak.training.data import positions_without, read_ids
 from dtrak.training.presets import get_preset
-from dtrak.training.trainer import Recipe, one_thread, train
+from dtrak.training.trainer import Recipe, train
 
 SMALL = ["--steps", "6", "--batch-size", "8", "--device", "cpu"]
 

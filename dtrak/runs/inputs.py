@@ -31,12 +31,13 @@ from ..training.drawing import (
 )
 from ..training.presets import get_preset
 from ..training.recipe import Recipe
-from ..training.trainer import one_thread, train
+from ..training.trainer import train
 from .console import check_source, tell
 from .files import picture_name
 from .folders import OutputError
 from .ranks import ranks
 from .run import Run
+from .workers import one_thread
 
 _TRAINING, _GENERATION = "train the model", "generate the queries"
 _SHOWN = 5

@@ -5,12 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import queue
 import signal
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
-from ..training.trainer import one_thread
+import torch
+
 from .ranks import ranks
 
 # (name of the model, units of work done, units) as work goes on
@@ -21,6 +22,21 @@ Job = Callable[[str, Callable[[int, int], None]], bool]
 # of the name of a model, which a list of models holds in memory
 NAME_BYTES = 100
 _POLL_SECONDS = 0.5
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run on one CPU thread: layers as small as the digits' gain little from a second one.
+
+    On a busy machine its threads wait for each other at every layer, and training takes ten times
+    as long.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def work(

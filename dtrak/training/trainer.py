@@ -23,6 +23,7 @@ from ..models.denoiser import Condition, Denoiser
 from ..models.hashing import hash_tensors
 from ..runs.files import write_atomically
 from ..runs.ranks import by_itself
+from ..runs.workers import one_thread
 from .recipe import Recipe
 
 Progress = Callable[[int, int], None]
@@ -408,21 +409,6 @@ def one_process_accelerator(mixed_precision: str, device: torch.device) -> Accel
         torch.cuda.set_device(device)
     with by_itself():
         return Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu")
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run on one CPU thread: layers as small as the digits' gain little from a second one.
-
-    On a busy machine its threads wait for each other at every layer, and training takes ten times
-    as long.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _threads(model: Denoiser) -> AbstractContextManager[None]:

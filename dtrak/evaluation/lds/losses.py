@@ -26,7 +26,7 @@ from ...runs.console import format_seconds
 from ...runs.files import write_atomically
 from ...runs.folders import Record, alone_at
 from ...runs.measure import format_bytes
-from ...training.trainer import one_thread
+from ...runs.workers import one_thread
 from ..retraining import Progress
 from .experiment import Experiment
 from .options import LDS, ExperimentError, LossSettings
