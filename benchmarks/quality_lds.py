@@ -29,8 +29,8 @@ from dtrak.features.timesteps import select_timesteps
 from dtrak.methods.scores import trak
 from dtrak.pages import tables
 from dtrak.runs.console import progress_bar
+from dtrak.runs.workers import one_thread
 from dtrak.training.presets import Preset, get_preset
-from dtrak.training.trainer import one_thread
 from dtrak_kernels import Projection, Whitening, project
 from dtrak_kernels.ridge import RidgeSolver
 

@@ -43,7 +43,7 @@ from dtrak.methods.scores import gradient_dot, trak
 from dtrak.models.denoiser import Denoiser
 from dtrak.pages import tables
 from dtrak.runs.console import progress_bar
-from dtrak.training.trainer import one_thread
+from dtrak.runs.workers import one_thread
 from dtrak_kernels import GradientSketcher, Projection, Whitening, project
 from dtrak_kernels.gradients.whitening.roots import DenseRoot
 from dtrak_kernels.ridge import RidgeSolver

@@ -1,6 +1,7 @@
 """What the README tells a stranger to do, done."""
 
 import importlib
+import json
 import os
 import re
 import shutil
