@@ -206,6 +206,7 @@ def test_every_method_that_needs_no_retraining(small, tmp_path):
         (("--planted", 24), "must be below the number of images of the concept, 24, so that"),
         (("--concept", "inverted"), "must have held-out images of the data, got none|validation"),
         (("--labels", "7", "--planted", 1), "the number of images of the concept, 0"),
+        (("--concept", "upside"), "--concept must be inverted or rotated, or: "),
         (("--output", "images/here"), "--output must not lie in the folder of --data"),
     ],
 )

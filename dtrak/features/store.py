@@ -218,7 +218,7 @@ class FeatureStore:
                 found = MANIFEST.claim(folder, deciding, also=layout)
         if found.get(_IDS) != names:
             raise StoreError(
-                f"{folder} must hold features of the {len(ids):,} given samples, got those of others"
+                f"{folder} must hold features of the {len(ids):,} given samples, got others"
             )
         return cls(folder, found, ids if isinstance(ids, list) else list(ids))
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...data.samples import Samples, join
+from ...data.walk import DataError
 from ...models.denoiser import Denoiser
 from ...training.data import DataSource
 from ..subject import Subject
@@ -65,7 +66,10 @@ def load_concept(
         images = found.images.neg() if concept == INVERTED else found.images.rot90(1, (-2, -1))
     else:
         source = DataSource(concept, resolution=int(data.shape[-1]), resize=True)
-        found = source.load(model)
+        try:
+            found = source.load(model)
+        except DataError as error:
+            raise PlantedError(f"--concept must be {' or '.join(CONCEPTS)}, or: {error}") from error
         if labels is not None:
             if found.labels is None:
                 raise PlantedError(f"--labels must be those of {concept}, whose images have none")
