@@ -119,6 +119,8 @@ def explain(
             RUN.check(folder, settings)
             asked = {**asdict(how), "device": device.type, "queries drawn": drawn}
             about = {"options": asked, **settings, **describe_code()}
+            # none of them holds the folder for the call before any more
+            here.meet("explain")
             held.enter_context(here.hold(folder, lambda: about))
             with here.alone(folder, "run"):
                 RUN.claim(folder, settings)

@@ -122,6 +122,7 @@ def test_from_the_trained_models_to_the_table(folder, tmp_path, monkeypatch):
         "Empirical influence, cross-fitted",
         "D-TRAK, whitened",
         "TRAK, whitened",
+        "D-TRAK, mean, whitened",
     }
     assert {entry.method for entry in results.entries} == expected
     assert {kind: tuple(v.shape) for kind, v in results.losses.items()} == {

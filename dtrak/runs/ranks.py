@@ -192,6 +192,17 @@ class Ranks:
                     f"all processes of a launch must be called alike, rank {rank} is not: {text}"
                 )
 
+    def meet(self, name: str) -> None:
+        """Wait until all processes of a launch have come this far.
+
+        Args:
+            name: of the place.
+        """
+        if self.is_launched:
+            store, key = _store(), self._key(f"met/{name}")
+            store.set(f"{key}/{self.rank}", "")
+            store.wait([f"{key}/{rank}" for rank in range(self.world)], _WAIT)
+
     def told(self, name: str, value: Any) -> Any:
         """What the main process of a launch says of something, JSON-serialisable.
 
