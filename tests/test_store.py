@@ -229,7 +229,7 @@ def test_names_lie_with_their_rows(tmp_path, monkeypatch):
         read.ids_of([4])
     with pytest.raises(StoreError, match="must be opened with the ids of its rows"):
         read.write(1, random_rows(4, 3))
-    with pytest.raises(StoreError, match="must hold features of these samples, got others"):
+    with pytest.raises(StoreError, match="must hold features of the 10 given samples, got others"):
         FeatureStore.open(tmp_path / "a", {"a": 1}, names[::-1], 3, 4)
     for about, message in (
         (None, "is damaged"),
