@@ -249,6 +249,8 @@ def test_flips_average_training_images_with_their_mirror_images(run, tmp_path, i
     assert relative_error(plain, expected) > 0.05
 
 
+# slow: two runs; test_explain.py has the list
+@pytest.mark.full
 def test_listed_timesteps_and_a_function_of_ones_own(run, tmp_path, monkeypatch, images_folder):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own_output.py").write_text(
@@ -292,6 +294,8 @@ def test_no_fused_agrees_with_fused(run, tmp_path, images_folder):
     assert torch.corrcoef(pair)[0, 1] > 0.9
 
 
+# slow: models on the way; test_explain.py has every method
+@pytest.mark.full
 def test_methods_of_checkpoints_read_them_in_order(run, tmp_path, model_folder, monkeypatch):
     """As dtrak.train --keep-checkpoints leaves them, beside the model's own parts."""
     trained = shutil.copytree(model_folder, tmp_path / "trained")
@@ -603,7 +607,7 @@ def test_another_noise_schedule_is_another_model(run, tmp_path):
     failing(run, "schedule.betas is", model=tmp_path / "model")
 
 
-@pytest.mark.parametrize("steps", [20, 5000])
+@pytest.mark.parametrize("steps", [pytest.param(20, marks=pytest.mark.full), 5000])
 def test_models_with_other_numbers_of_timesteps(run, tmp_path, steps):
     scheduler = DDPMScheduler(num_train_timesteps=steps)
     UNet(small_unet().float(), DiscreteProcess(scheduler)).save(tmp_path / "model")

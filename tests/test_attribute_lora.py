@@ -114,6 +114,8 @@ def test_end_to_end(run, folder, pictures, tmp_path):
     assert "no caption" in page
 
 
+# slow: three runs; test_attribute.py has it of pixels
+@pytest.mark.full
 def test_a_second_run_reuses_everything_and_other_prompts_join(run, tmp_path, monkeypatch):
     assert run("--prompts", "a wave")[0] == 0
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("generated-*/*.png")}
@@ -145,6 +147,8 @@ def _count_one(self, images, ids, captions=None):
     return torch.ones(len(ids), 512)
 
 
+# slow: a run; prompts are in the case above
+@pytest.mark.full
 def test_queries_with_their_own_captions(run, pictures, tmp_path):
     """A folder's captions count, then --prompts, then --caption."""
     one = shutil.copytree(pictures, tmp_path / "own")
@@ -180,9 +184,9 @@ def test_no_fused_agrees_with_fused(run, pictures, tmp_path):
     assert "relative error" in output
 
 
-@pytest.mark.parametrize(
-    "dtype, tolerance", [("bfloat16", 0.1), pytest.param("float16", 0.02, marks=pytest.mark.full)]
-)
+@pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 0.1), ("float16", 0.02)])
+# slow: runs in another precision; of features they are in test_features.py
+@pytest.mark.full
 def test_other_dtypes(run, pictures, tmp_path, dtype, tolerance):
     fixed = ["--queries", pictures, "--damping", "1e6"]
     assert run(*fixed)[0] == 0

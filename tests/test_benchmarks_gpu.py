@@ -64,6 +64,8 @@ def test_what_a_piece_does_is_an_outcome(tmp_path):
     assert nothing.status == "failed"
 
 
+# slow: waits for what hangs
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 def test_a_piece_that_hangs_is_ended_with_its_children(tmp_path):
     code = (

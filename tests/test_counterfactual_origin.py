@@ -50,6 +50,8 @@ def test_the_recipe_is_what_the_trainer_wrote(finished, opened):
     assert origin.identity()["training"]["recipe"] == RECIPE.to_dict()
 
 
+# slow: features of another method; the cases beside it open the same run
+@pytest.mark.full
 def test_the_runs_own_scores_are_used_and_others_computed(finished, tmp_path, opened):
     origin = opened(finished)
     own = origin.gradient_scores("mean_squared_l2_norm", tmp_path / "own", CPU, QUIET)
@@ -90,6 +92,8 @@ def test_other_timesteps_need_other_scores(finished, opened):
         opened(finished, timesteps=0)
 
 
+# slow: a training; runs of others are in the fast lane
+@pytest.mark.full
 def test_a_run_that_trained_its_own_model(tmp_path, monkeypatch, opened):
     recipe = Recipe(steps=3, batch_size=8)
     monkeypatch.setattr(inputs, "Recipe", lambda: recipe)

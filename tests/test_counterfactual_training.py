@@ -219,6 +219,8 @@ def test_a_lora_is_trained_again_as_it_was(painted, opened, tmp_path):
     assert hash_lora(fewer.module) != hash_lora(own.module)
 
 
+# slow: retrainings and pictures; a LoRA is trained again in the fast lane
+@pytest.mark.full
 def test_counterfactual_of_a_lora(painted, tmp_path):
     arguments = [painted / "run", "--num-queries", "2", "--top-k", "2", "--methods",
                  "d-trak,trak,random", "--output", tmp_path / "cf"]  # fmt: skip

@@ -194,6 +194,8 @@ def test_sizes_that_a_network_does_not_halve(tmp_path, size):
     assert torch.isfinite(load_data(data).images).all()
 
 
+# slow: a training; test_places.py finds the average
+@pytest.mark.full
 def test_the_moving_average_of_a_checkpoint_is_explained(home):
     tiny_unet(2).save_pretrained(home / "pipe" / "unet_ema")
     common = ("--model", "~/pipe", "--data", "~/data", "--queries", "~/data")

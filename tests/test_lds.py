@@ -132,6 +132,8 @@ def test_from_the_first_subset_to_the_table(run, tmp_path, monkeypatch):
     assert (code, "5 subsets" in text) == (0, True)
 
 
+# slow: two trainings; test_counterfactual_origin.py has one that was trained anew
+@pytest.mark.full
 def test_a_full_model_that_was_trained_anew(run, tmp_path):
     folder = tmp_path / "run"
     assert run("prepare", "--num-subsets", 4)[0] == 0
@@ -161,6 +163,8 @@ def test_a_full_model_that_was_trained_anew(run, tmp_path):
     assert (code, "anew" in text, "losses 003-1" in text) == (0, False, False)
 
 
+# slow: ten more models; the means are in test_lds_ensembles.py
+@pytest.mark.full
 def test_a_retrain_family_ensembles_and_clip(run, tmp_path, clip_folder):
     code, text = run("prepare", "--num-subsets", 4, "--num-retrain", 10)
     assert (code, "retrain family: 10 subsets more" in text) == (0, True)

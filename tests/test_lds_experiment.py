@@ -229,6 +229,8 @@ def test_the_full_model_keeps_its_weights_at_every_quarter(tmp_path):
     assert hashes == [seen[step] for step in (2, 4, 6, 8)]
 
 
+# slow: test_attribute.py has one that is killed
+@pytest.mark.full
 def test_a_killed_training_goes_on_and_ends_with_the_same_bits(tmp_path, monkeypatch):
     # long enough for a checkpoint, which never falls on a quarter
     preset = replace(PRESET, recipe=Recipe(steps=204, batch_size=1))

@@ -107,6 +107,8 @@ def ready(folder, base, preset=PRESET, **options):
     return experiment
 
 
+# slow: the whole of test_lds.py, of a LoRA
+@pytest.mark.full
 def test_from_the_trained_models_to_the_table(folder, tmp_path, monkeypatch):
     copy = shutil.copytree(folder, tmp_path / "run")
     loaded = []
@@ -492,6 +494,8 @@ def test_a_recipe_that_changed_is_refused(folder, monkeypatch):
         load_experiment(folder)
 
 
+# slow: retrainings; of pixels it is in the fast lane
+@pytest.mark.full
 def test_a_counterfactual_takes_the_run(folder, experiment, tmp_path):
     """Retrained on everything with its own seed, the full LoRA and its pictures come back."""
     origin = open_origin(folder, tmp_path)

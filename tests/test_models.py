@@ -443,6 +443,8 @@ def test_features_of_one_function_are_not_those_of_another():
     assert {one["model"] for one in others} == {same["model"]}
 
 
+# slow: a process that imports Diffusers
+@pytest.mark.full
 def test_loading_a_unet_imports_no_other_kind(places):
     """Theirs takes seconds, and has remarks to make."""
     script = (

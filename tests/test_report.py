@@ -259,6 +259,8 @@ def test_the_whole_report_has_all_there_is(finished):
     assert len(list((finished / "generated").iterdir())) == 4
 
 
+# slow: a run of a LoRA
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:.*captions have more than 16 tokens.*")
 def test_text_to_image_runs_show_captions_prompts_and_guidance(tmp_path):
     base = build_pipeline(tmp_path / "base")
