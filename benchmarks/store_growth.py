@@ -1,9 +1,9 @@
 """Time and peak memory of solving synthetic features from disk, against their size.
 
 ``python benchmarks/store_growth.py --record`` appends a row per size that
-benchmarks/results/store_growth.jsonl lacks, ``--docs`` rewrites the table of docs/scale.md,
-``--check`` only says whether it is up to date. A store of every size that the disk has room for is
-made in ``--folder``, and deleted once it is solved.
+benchmarks/results/store_growth.jsonl lacks, ``--docs`` rewrites the table of docs/scale.md
+and its curves, ``--check`` only says whether they are up to date. A store of every size that the
+disk has room for is made in ``--folder``, and deleted once it is solved.
 """
 
 import json
@@ -11,10 +11,14 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
+import plots
 import torch
+from matplotlib.figure import Figure
 from pages import ROOT, Table, read_rows, record, run
 
 from dtrak.features.packing import packed_bytes
@@ -24,12 +28,17 @@ from dtrak.runs.measure import StageClock
 from dtrak_kernels.ridge import RidgeSolver
 
 RESULTS = ROOT / "benchmarks" / "results" / "store_growth.jsonl"
+PICTURE = ROOT / "docs" / "store_growth.svg"
 FOLDER = Path("runs") / "store-growth"
 # a Gram of 8 MB, so that what grows are the rows
 WIDTH, QUERIES, TOP = 1024, 16, 10
 SIZES = {
     "float32": (2**14, 2**16, 2**18, 2**20, 5_000_000, 2**15, 2**17, 2**19, 2**21),
     "int8": (2**14, 2**16, 2**18, 2**20),
+}
+CURVES = {
+    "processor seconds": lambda row: row["cpu"],
+    "peak beyond what was there, MB": lambda row: (row["peak_bytes"] - row["before_bytes"]) / 1e6,
 }
 # free on disk beside the store
 _ROOM = 2 * 2**30
@@ -120,7 +129,39 @@ def table() -> list[str]:
     ]
 
 
-TABLE = Table(ROOT / "docs" / "scale.md", "store-growth", table)
+def draw(file: Path) -> None:
+    """Processor seconds and peak memory against the size on disk, both logarithmic."""
+    rows = read_rows(RESULTS)
+    with mpl.rc_context(plots._STYLE):
+        figure = Figure(figsize=(7.5, 2.8), layout="constrained")
+        for ax, (title, of) in zip(figure.subplots(1, 2), CURVES.items(), strict=True):
+            for dtype, colour in (("float32", plots.OURS), ("int8", plots.BASELINE)):
+                points = sorted((r["bytes"] / 1e9, of(r)) for r in rows if r["dtype"] == dtype)
+                ax.loglog(*zip(*points, strict=True), "-o", color=colour, label=dtype, markersize=4)
+            ax.set_title(title, fontsize=9, loc="left")
+            ax.set_xlabel("GB on disk")
+            ax.set_ylim(1, 1000)
+            ax.grid(linewidth=0.3)
+            ax.legend(frameon=False)
+        how = {"Date": None, "Description": f"rows {plots.fingerprint(rows)}"}
+        figure.savefig(file, format="svg", bbox_inches="tight", metadata=how)
+
+
+@dataclass(frozen=True)
+class Page(Table):
+    """The table and the curves."""
+
+    def bring_up_to_date(self, *, only_check: bool) -> None:
+        """See `Table.bring_up_to_date`."""
+        super().bring_up_to_date(only_check=only_check)
+        if plots.is_current(PICTURE, read_rows(RESULTS)):
+            return
+        if only_check:
+            sys.exit(f"{PICTURE.relative_to(ROOT)} does not show its rows: run with --docs")
+        draw(PICTURE)
+
+
+TABLE = Page(ROOT / "docs" / "scale.md", "store-growth", table)
 
 
 def main() -> None:
