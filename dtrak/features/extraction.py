@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -37,7 +38,7 @@ _LEAST = 4
 _COUNTED_EVERY = 20.0
 
 
-class Extractor:
+class Extractor(ABC):
     """Turns what a model is given into features.
 
     Args:
@@ -72,6 +73,7 @@ class Extractor:
         self.model, self.settings, self.device = model, settings, device
         self.flips, self.whitening = settings.flips, whitening
 
+    @abstractmethod
     def extract(
         self, inputs: Tensor, ids: Sequence[str], items: Sequence[Any] | None = None
     ) -> Tensor:
@@ -89,7 +91,6 @@ class Extractor:
             ValueError: the model's output is not finite (which sample, which timestep), or there
                 are no items for a model that reads them.
         """
-        raise NotImplementedError
 
 
 def extract_rows(extractor: Extractor, data: Samples, rows: slice, role: str = "") -> Tensor:

@@ -11,6 +11,7 @@ from ...runs.console import check_device
 from ...runs.folders import Record
 from ...runs.options import ExplainOptions
 from ...runs.stated import Stated, option
+from ...runs.usual import DEVICE
 from ...training.presets import PRESETS, get_preset
 from ..lds.names import METHODS, parse_methods
 from ..lds.options import parse_features
@@ -80,7 +81,7 @@ class Options(Stated):
     timesteps: int = option(10, help="S of gradient features.")
     steps: int | None = option(None, help="Optimiser steps. Default: the recipe's.")
     seed: int = option(0, help="Of the draw of what is planted.")
-    device: str = option("auto", help="auto, cpu, cuda or cuda:N.")
+    device: str = option(**DEVICE)
     output: str | None = option(
         None, help="Folder. Default: runs/planted-<preset>, or planted in the run's.", is_path=True
     )
@@ -137,11 +138,10 @@ class Options(Stated):
         )
         if self.preset is not None:
             get_preset(check_choice("--preset", self.preset, PRESETS))
-        for name in ("preset", "recipe"):
-            if name == "preset" and self.preset is not None and self.run is not None:
-                raise ValueError("--run and --preset exclude each other, got both")
-            if name == "recipe" and self.recipe is not None and self.run is None:
-                raise ValueError("--recipe needs --run, whose model it is about")
+        if self.preset is not None and self.run is not None:
+            raise ValueError("--run and --preset exclude each other, got both")
+        if self.recipe is not None and self.run is None:
+            raise ValueError("--recipe needs --run, whose model it is about")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed must be in [0, 2**63), got {self.seed}")
         if self.labels is not None and self.concept in CONCEPTS:
