@@ -58,7 +58,7 @@ SEEDS = 1
 # of each kind of copy
 COPIES, NOISE = 10, 0.1
 # the first ones tell most
-FIRST = ("random", "d-trak", "trak", "raw-pixels-cosine", "gradient-cosine")
+FIRST = ("random", "d-trak", "d-trak-mean", "trak", "raw-pixels-cosine", "gradient-cosine")
 RANDOM = "random"
 
 
