@@ -19,6 +19,7 @@ from pages import PRESETS, ROOT, Table, read_rows, record, run
 from quality_lds import CPU, exact_gradients, packaged_run
 from quality_whitening import FUNCTIONS, KINDS, QUERIES, fitted, reduced
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dtrak.data.samples import Samples
@@ -453,8 +454,7 @@ class Trials:
         yield from self.base(function, kind)
         whitening = self.whitening(function, kind)
         for scheme, title in SCHEMES.items():
-            label = f"{function} {kind} {scheme}"
-            grads = self.averaged(function, scheme, lambda rows: rows, label)
+            grads = self.drawn(function, scheme)
             grads = grads if whitening is None else grads.whitened(whitening)
             yield from self.judge.kernel(grads, {title: plain_scores})
 
@@ -484,6 +484,17 @@ class Trials:
                 grads = plain.whitened(fitted(self.experiment, function, TIMESTEPS, each, rho=rho))
             found = (project(rows, sketch, shapes=shapes) for rows in (grads.train, grads.queries))
             yield from self.judge.kernel(Gradients(*found), {name: plain_scores})
+
+    def drawn(self, function: str, scheme: str) -> Gradients:
+        """Averaged gradients at other timesteps and noises, kept in the folder."""
+        file = self.experiment.folder / "gradients" / f"{function}-{TIMESTEPS}-{scheme}.safetensors"
+        if file.is_file():
+            return Gradients(**load_file(file))
+        found = self.averaged(function, scheme, lambda rows: rows, f"{function} {scheme}")
+        partial = file.with_suffix(".partial")
+        save_file({"train": found.train, "queries": found.queries}, partial)
+        partial.replace(file)
+        return found
 
     def averaged(
         self, function: str, scheme: str, change: Callable[[Tensor], Tensor], label: str

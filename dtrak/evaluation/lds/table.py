@@ -43,6 +43,8 @@ _PUBLISHED_SIZES = (64, 128, 256, 512)
 _CROSS_FITTED = "cross-fitted"
 AUTO, UNIT = "auto", "1"
 # what D-TRAK is compared with, besides chance
+# D-TRAK with the mean of the output as f
+_MEAN = "D-TRAK, mean"
 _RIVALS = (
     "TRAK",
     "Relative influence",
@@ -512,6 +514,9 @@ def _differences(
             wanted += [("TRAK - Gradient dot", key, (kind, "Gradient dot", S, projection))]
         if method in ("D-TRAK", "Gradient dot"):
             wanted += [(f"{method} - Random", key, (kind, "Random", 0, ""))]
+        if method in (_MEAN, f"{_MEAN}, {WHITENED}"):
+            other = method.replace(_MEAN, "D-TRAK")
+            wanted += [(f"{method} - {other}", key, (kind, other, S, projection))]
         base, _, rest = method.rpartition(", ")
         if rest.startswith(WHITENED):
             wanted += [(f"{method} - {base}", key, (kind, base, S, projection))]
