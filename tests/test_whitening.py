@@ -13,6 +13,7 @@ from test_sketcher import (
     unet_rows,
 )
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from dtrak_kernels import GradientSketcher, Projection, Whitening, project
@@ -603,3 +604,28 @@ def test_the_plan_says_what_it_costs():
     x = torch.randn(4, 3, 4, 4, dtype=torch.float64)
     _, sketcher = features_of(model, x, EXACT, fitted(model, x, "scale"))
     assert "rounding alone, so left out: conv.bias" in str(sketcher.plan(lambda: model(x), 2))
+
+
+class Products(TorchDispatchMode):
+    """How many products of entries were made."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket in (torch.ops.aten.mul, torch.ops.aten.mul_)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["scale", "diagonal"])
+def test_scales_cost_no_product(kind):
+    """On a CPU they are in the signs of a sketch that keeps tables."""
+    model, x, _ = problem("conv2d")
+    counts = []
+    for each in ("none", kind):
+        _, sketcher = features_of(model, x, Projection("sjlt", 300), fitted(model, x, each))
+        with Products() as products:
+            sketcher.sketch(lambda: output(model, x), 5)
+        counts.append(products.count)
+    assert counts[0] == counts[1]

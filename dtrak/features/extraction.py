@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtrak_kernels import GradientSketcher, Whitening, check_features, compile_ahead
+from dtrak_kernels import (
+    Accumulator,
+    GradientSketcher,
+    Whitening,
+    check_features,
+    compile_ahead,
+)
 
 from .. import NUMERICS
 from ..data.samples import Samples
@@ -214,6 +220,13 @@ class FusedExtractor(Extractor):
     """Features through `GradientSketcher`: one forward and one backward, no gradient stored.
 
     The parameters are those that the model says: of an adapter's model only the adapter's.
+
+    Args:
+        model: as `Extractor`, and so ``settings``, ``device`` and ``whitening``.
+        settings: see there.
+        device: see there.
+        whitening: see there.
+        into: where gradients go instead of a projection, as `GradientSketcher` takes it.
     """
 
     method = "fused"
@@ -224,13 +237,15 @@ class FusedExtractor(Extractor):
         settings: FeatureSettings,
         device: torch.device,
         whitening: Whitening | None = None,
+        into: Callable[[list[tuple[int, ...]]], Accumulator] | None = None,
     ) -> None:
         super().__init__(model, settings, device, whitening)
         # of each sample, one after the other
         self._parts = 2 if settings.halves else 1
         self.sketcher = GradientSketcher(
             model.module,
-            settings.projection,
+            settings.projection if into is None else None,
+            into=into,
             parameters=model.parameters(),
             rows_per_sample=len(settings.timesteps) // self._parts,
             whitening=whitening,

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from dtrak_kernels import Whitening
+from dtrak_kernels import Accumulator, Projection, Whitening
 from dtrak_kernels.gradients.whitening.definition import TWO_SIDED_KINDS
 
 from ..data.samples import Samples
@@ -177,8 +178,8 @@ def fit_whitening(
     model.to(device, settings.dtype)
     model.prepare(data.conditions, device)
     if batch_size is None:
-        plain = FusedExtractor(model, replace(settings, whitening=None), device)
-        batch_size = fitting_batch_size(plain, data)
+        plain = replace(settings, whitening=None, projection=Projection("none"))
+        batch_size = fitting_batch_size(FusedExtractor(model, plain, device, into=_Forgets), data)
     size, S = min(batch_size, _BATCH), len(settings.timesteps)
     few = min(asked.factor_timesteps, S)
     is_rotated = asked.kind in TWO_SIDED_KINDS
@@ -199,6 +200,18 @@ def fit_whitening(
         factor_batches=_Counted(factors, counter),
         function=settings.output_function,
     )
+
+
+class _Forgets(Accumulator):
+    """Takes gradients, whose memory is measured, and makes no features."""
+
+    def __init__(self, shapes: Sequence[Sequence[int]]) -> None:
+        super().__init__(shapes, 0)
+
+    def add(
+        self, index: int, grads: Tensor, out: Tensor, samples: slice, first_row: int = 0
+    ) -> None:
+        """See `Accumulator.add`."""
 
 
 @dataclass(frozen=True)

@@ -56,12 +56,11 @@ def philox_words(
         Philox-4x32-10.
     """
     device = next((c.device for c in (c0, c1, c2, c3) if isinstance(c, Tensor)), device)
-    x0, x1, x2, x3 = (
-        torch.as_tensor(c, dtype=torch.int64, device=device) for c in (c0, c1, c2, c3)
-    )
+    # ints stay ints as long as they meet no tensor: a word of a parameter costs no calls of torch
+    x0, x1, x2, x3 = (c.to(torch.int64) if isinstance(c, Tensor) else c for c in (c0, c1, c2, c3))
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
-        # the int64 product wraps modulo 2**64, which keeps both halves right
+        # an int64 product wraps modulo 2**64, which keeps both halves right
         a, b = x0 * _ROUND_A, x2 * _ROUND_B
         x0, x1, x2, x3 = (
             ((b >> 32) & _MASK) ^ x1 ^ k0,
@@ -70,7 +69,8 @@ def philox_words(
             a & _MASK,
         )
         k0, k1 = (k0 + _KEY_A) & _MASK, (k1 + _KEY_B) & _MASK
-    return tuple(torch.broadcast_tensors(x0, x1, x2, x3))
+    words = (torch.as_tensor(x, dtype=torch.int64, device=device) for x in (x0, x1, x2, x3))
+    return tuple(torch.broadcast_tensors(*words))
 
 
 def box_muller(word_a: Tensor, word_b: Tensor) -> tuple[Tensor, Tensor]:

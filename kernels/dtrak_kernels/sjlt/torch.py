@@ -214,6 +214,10 @@ class ParameterSketch:
         entry = (blocks[tile] * tile_rows + i) * tile_columns + j
         return (self.base + entry) % self.proj_dim, self.signs[tile, i, j]
 
+    def scaled(self, scale: Tensor) -> ScaledSketch:
+        """The sketch of gradients times ``scale``, one number or ``[*shape]``, on a CPU."""
+        return ScaledSketch(self.shape, self.offset, self.proj_dim, self.seed, scale)
+
     @cached_property
     def _dealt(self) -> list[tuple[int, int, int]]:
         """`placement`, tile by tile."""
@@ -374,6 +378,42 @@ def _add_modulo(block: Tensor, start: int, out: Tensor, scale: float = 1.0) -> N
         size = min(block.shape[1] - done, out.shape[1] - start)
         out[:, start : start + size].add_(block[:, done : done + size], alpha=scale)
         start, done = 0, done + size
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledSketch(ParameterSketch):
+    """The sketch of a parameter whose gradients are multiplied by a scale before.
+
+    The scale is multiplied into the signs, once: entries cost what they cost without one. On a CPU
+    alone, and of parameters whose places are kept in tables.
+
+    Attributes:
+        scale: one number, or ``[*shape]``, one for every entry.
+    """
+
+    scale: Tensor
+
+    def table(self, dtype: torch.dtype, columns_last: bool = False) -> tuple[Tensor, Tensor]:
+        """See `ParameterSketch.table`; signs times scale."""
+        key = dtype, columns_last
+        if key not in self._tables:
+            positions, signs = super().table(dtype, columns_last)
+            self._tables[key] = positions, signs * self._scale(dtype, columns_last)
+        return self._tables[key]
+
+    def signs_on(self, device: torch.device, dtype: torch.dtype = torch.int8) -> Tensor:
+        """See `ParameterSketch.signs_on`; of a vector, signs times scale."""
+        key = device, dtype
+        if key not in self._copied_signs:
+            signs = super().signs_on(device, dtype)
+            self._copied_signs[key] = signs * self._scale(dtype, columns_last=False)
+        return self._copied_signs[key]
+
+    def _scale(self, dtype: torch.dtype, columns_last: bool) -> Tensor:
+        scale = self.scale.to(dtype)
+        if scale.ndim > 2 and columns_last:
+            scale = as_matrix(scale[None])
+        return scale.flatten() if scale.ndim else scale
 
 
 def sketch_parameters(

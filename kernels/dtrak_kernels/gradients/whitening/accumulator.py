@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...ops import choose_implementation
+from ...sjlt.torch import TABLE_ENTRIES
 from ..accumulator import MOST_DECISIONS, Accumulator, KroneckerAccumulator, SjltAccumulator
 from ..weight import (
     TRANSPOSED,
@@ -85,6 +87,7 @@ class WhiteningAccumulator(Accumulator):
         self.title, self.kernel = accumulator.title, accumulator.kernel
         self._routes: dict[tuple[Any, ...], Route] = {}
         self._laid: dict[int, Tensor] = {}
+        self._scale_signs()
         inner = getattr(accumulator, "accumulator", accumulator)
         for name, parameter in zip(names, parameters, strict=True):
             if isinstance(inner, KroneckerAccumulator) and parameter.acts_on_patches:
@@ -92,6 +95,20 @@ class WhiteningAccumulator(Accumulator):
                     "whitening must be of kind 'channels' (or a scale) for projection kind "
                     f"'kronecker', got one of whole patches for {name!r}"
                 )
+
+    def _scale_signs(self) -> None:
+        """Leave scales to the signs of a sketch whose tables hold both: they come last."""
+        inner = self.accumulator
+        if not isinstance(inner, SjltAccumulator):
+            return
+        parameters = list(self.parameters)
+        for index, (parameter, sketch) in enumerate(zip(parameters, inner.sketches, strict=True)):
+            scale = parameter.scale
+            is_torch = choose_implementation(scale, inner.implementation) == "torch"
+            if is_torch and scale.is_cpu and sketch.size <= TABLE_ENTRIES and not parameter.is_zero:
+                inner.sketches[index] = sketch.scaled(scale)
+                parameters[index] = replace(parameter, scale=scale.new_ones(()))
+        self.parameters = parameters
 
     def forget(self) -> None:
         """See `Accumulator.forget`."""
@@ -146,6 +163,9 @@ class WhiteningAccumulator(Accumulator):
         parameter = self.parameters[index]
         if parameter.is_zero:
             return
+        if parameter.is_identity:
+            self.accumulator.add_weight(index, layer, out)
+            return
         route = self.route(index, layer)
         if isinstance(self.accumulator, KroneckerAccumulator) and route.rest is None:
             self._add_thin(index, layer, out)
@@ -163,7 +183,8 @@ class WhiteningAccumulator(Accumulator):
             )
             self._launch(index, rounded, route, out)
         else:
-            scaled = layer.output_grads.to(out.dtype) * parameter.scale
+            scaled = layer.output_grads.to(out.dtype)
+            scaled = scaled if parameter.factor == 1 else scaled * parameter.scale
             self.accumulator.add_weight(index, _one_dtype(layer, scaled), out)
 
     def route(self, index: int, layer: LayerGradient) -> Route:

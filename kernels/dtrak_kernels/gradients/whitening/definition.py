@@ -83,6 +83,11 @@ class ParameterWhitening:
         """Whether there is more to it than scales."""
         return self.rows is not None or self.columns is not None
 
+    @cached_property
+    def is_identity(self) -> bool:
+        """Whether it changes nothing."""
+        return not (self.is_rotated or self.has_entries) and self.factor == 1
+
     @property
     def acts_on_patches(self) -> bool:
         """Whether A mixes the taps of a kernel."""
@@ -102,8 +107,10 @@ class ParameterWhitening:
             first_row: the first of them.
 
         Returns:
-            ``[b, n]`` or ``[b, o, I, taps]``.
+            ``[b, n]`` or ``[b, o, I, taps]``; ``grads`` itself where nothing is changed.
         """
+        if self.is_identity:
+            return grads
         if grads.ndim == 2:
             if self.rows is not None:
                 groups = grads.unflatten(1, (self.rows.groups, 1, -1))
