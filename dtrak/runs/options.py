@@ -145,8 +145,9 @@ class ExplainOptions(Stated):
     noise_halves: bool = option(
         False,
         panel=_TRUST,
-        help="Standard errors of scores, from two halves of the timesteps of every feature: how "
-        "far scores move with other noise. Features take twice the room.",
+        help="Standard errors of scores: how far they move with other noise. Up to 64 training "
+        "images are given other noise too, and all features take twice the room, for two halves of "
+        "their timesteps.",
     )
     look_alikes: int | None = option(
         None,
