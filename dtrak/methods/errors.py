@@ -261,7 +261,7 @@ class _Replaced:
             (self.scores[:, self.rows], self.between, 1.0),
             (shrink * self.along[:, self.rows], shrink * self.noisy, -1.0),
         )
-        own, gain, left = self.own, self.gain, 1 - 1 / self.gain
+        own, gain = self.own, self.gain
         replaced = 1 + self.norms + own.square() * gain
         total, count = torch.zeros(len(old)).double(), torch.zeros(len(old)).double()
         for j in range(len(own)):
@@ -269,12 +269,9 @@ class _Replaced:
             x = (old[:, j] * gain[j], new[:, j] + old[:, j] * own[j] * gain[j])
             count += torch.isfinite(x[0]) * int(place.sum())
             for before, after, sign in ways:
-                y = (
-                    before[place, j] * gain[j],
-                    after[place, j] + before[place, j] * own[j] * gain[j],
-                )
-                change = torch.outer(x[1], y[1]) / replaced[j]
-                change -= torch.outer(x[0], y[0]) / (1 + left[j] * gain[j])
+                one, other = before[place, j], after[place, j]
+                change = torch.outer(x[1], other + one * own[j] * gain[j]) / replaced[j]
+                change -= torch.outer(x[0], one)
                 total += sign * torch.nan_to_num(change.square().sum(1) / 2)
         return total / count
 
