@@ -33,6 +33,7 @@ from .choices import (
     check_choice,
     check_counts,
     check_model_folder,
+    check_seed,
     check_weights,
     parse_numbers,
 )
@@ -186,8 +187,7 @@ class ExplainOptions(Stated):
         check_counts(batch_size=self.batch_size, look_alikes=self.look_alikes)
         if self.noise_halves:
             self._check_halves()
-        if not 0 <= self.noise_seed < 2**63:
-            raise ValueError(f"--noise-seed must be in [0, 2**63), got {self.noise_seed}")
+        check_seed("--noise-seed", self.noise_seed)
         Projection(self.projection, self.num_features, self.seed)
         check_device(self.device)
 
