@@ -1,4 +1,4 @@
-"""Whether scores hold beyond LDS, on the digits: groups, deletion, planted images, copies.
+"""Whether scores hold beyond LDS, on the digits: groups, deletion, planted and memorised images.
 
 ``python benchmarks/quality_evaluation.py --record`` appends a row per combination that
 benchmarks/results/evaluation.jsonl lacks, ``--docs`` rewrites the tables of docs/findings.md,
@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,11 @@ LOSSES = LossSettings(100, 1)
 SEEDS = 1
 # of each kind of copy
 COPIES, NOISE = 10, 0.1
+# of memorisation: few digits, models on half of them each, long enough to know them by heart, and
+# the part of the digits that are called memorised
+FEW, MODELS, LONG, MOST = 200, 12, 1500, 0.05
+LOSS = "loss"
+BOOTSTRAPS = 1000
 # the first ones tell most
 FIRST = ("random", "d-trak", "d-trak-mean", "trak", "raw-pixels-cosine", "gradient-cosine")
 RANDOM = "random"
@@ -281,7 +286,109 @@ def copies_row(folder: Path, how: ExplainOptions) -> dict[str, Any]:
     }
 
 
-def combinations() -> Iterator[tuple[str, ExplainOptions]]:
+def few_digits() -> Samples:
+    """Training images that are few enough to be learnt by heart."""
+    data = digits()
+    return data.select([place * len(data) // FEW for place in range(FEW)])
+
+
+def halves() -> Tensor:
+    """Which of `few_digits` each model is trained on, ``[MODELS, FEW]``; two share all of them."""
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.zeros(MODELS, FEW, dtype=torch.bool)
+    for number in range(0, MODELS, 2):
+        masks[number, torch.randperm(FEW, generator=generator)[: FEW // 2]] = True
+        masks[number + 1] = ~masks[number]
+    return masks
+
+
+def memorisation(losses: Tensor, masks: Tensor) -> Tensor:
+    """The mean loss of models trained without an image less that of those trained with it.
+
+    Args:
+        losses: ``[R, N]``.
+        masks: ``[R, N]`` bool, what each of them was trained on.
+
+    Source:
+        Feldman and Zhang 2020 (arXiv:2008.03703), their estimate from subsets.
+    """
+    out = (losses * ~masks).sum(0) / (~masks).sum(0)
+    return out - (losses * masks).sum(0) / masks.sum(0)
+
+
+def losses_of_halves(folder: Path) -> tuple[Tensor, Path]:
+    """Of `few_digits` under models on halves ``[MODELS, FEW]``; and the model on all of them."""
+    training = find_trained(short_run(folder).parent / "model").training
+    training = replace(training, recipe=replace(training.recipe, steps=LONG))
+    data, place = few_digits(), folder / "memorised"
+    retraining = Retraining(training, place, Drawing(), data=data)
+    model = place / "model"
+    place.mkdir(exist_ok=True)
+    retraining.train_once(
+        "model",
+        None,
+        (MODELS, MODELS),
+        CPU,
+        is_done=lambda: is_saved(model),
+        finish=lambda trained: save_model(trained, model),
+    )
+    files = [place / f"{number}.json" for number in range(MODELS)]
+    for number, (file, mask) in enumerate(zip(files, halves(), strict=True)):
+
+        def finish(trained: Any, file: Path = file) -> None:
+            found = query_losses(trained, data, LOSSES, CPU).mean((0, 1))
+            file.write_text(json.dumps(found.tolist()))
+
+        retraining.train_once(
+            str(number), mask, (number, number), CPU, is_done=file.is_file, finish=finish
+        )
+    losses = [json.loads(file.read_text()) for file in files]
+    return torch.tensor(losses, dtype=torch.float64), model
+
+
+def finds_memorised(found: Tensor, truth: Tensor) -> tuple[float, float]:
+    """Rank correlation, and the share of the most memorised that are among the highest."""
+    count = round(MOST * len(truth))
+    highest, most = (set(v.topk(count).indices.tolist()) for v in (found, truth))
+    return spearman(found, truth), len(highest & most) / count
+
+
+def memorised_row(folder: Path, how: ExplainOptions | None) -> dict[str, Any]:
+    """Self-influence, or the loss or being unlike all others in pixels, against memorisation."""
+    losses, place = losses_of_halves(folder)
+    train, masks = few_digits(), halves()
+    truth = memorisation(losses, masks)
+    parts = [memorisation(losses[part], masks[part]) for part in torch.arange(MODELS).chunk(2)]
+    if how is None:
+        found = query_losses(dtrak.load(place), train, LOSSES, CPU).mean((0, 1)).double()
+    elif how.function is None:
+        found = -pixel_cosine(train, train).double().fill_diagonal_(-torch.inf).amax(1)
+    else:
+        stages = Stages(CPU, Console(stderr=True))
+        few = train.select(range(2))
+        known = Evidence(dtrak.load(place), train, few, how, CPU, stages, folder=place.parent)
+        known.scores()
+        assert known.scored is not None
+        features = known.scored.train[: len(train)]
+        found = self_influence(features, known.scored.damping, train.ids).own
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(truth), (BOOTSTRAPS, len(truth)), generator=generator)
+    again = torch.tensor([finds_memorised(found[rows], truth[rows]) for rows in drawn])
+    ends = again.quantile(torch.tensor([0.025, 0.975]), dim=0).tolist()
+    correlation, share = finds_memorised(found, truth)
+    return {
+        "steps": LONG,
+        "train": FEW,
+        "models": MODELS,
+        "loss_within": float((losses * masks).sum() / masks.sum()),
+        "loss_without": float((losses * ~masks).sum() / (~masks).sum()),
+        "halves_of_models_correlate": spearman(*parts),
+        "correlation": [correlation, ends[0][0], ends[1][0]],
+        "share_of_most": [share, ends[0][1], ends[1][1]],
+    }
+
+
+def combinations() -> Iterator[tuple[str, ExplainOptions | None]]:
     """Case and scores of every row; what tells most comes first."""
     every = settings()
     first = [how for how in every if how.method in FIRST]
@@ -289,12 +396,19 @@ def combinations() -> Iterator[tuple[str, ExplainOptions]]:
     alike = [how for how in first if how.what.is_damped or how.method == "raw-pixels-cosine"]
     for case, chosen in (("groups", first), ("copies", alike), ("deletion", first)):
         yield from ((case, how) for how in chosen)
+    # the last one is the loss itself
+    yield from (("memorised", how) for how in (*alike, None))
     rest = [how for how in every if how not in first]
     for case in ("groups", "deletion"):
         yield from ((case, how) for how in rest)
 
 
-MEASURES = {"groups": group_row, "copies": copies_row, "deletion": deletion_row}
+MEASURES: dict[str, Callable[[Path, Any], dict[str, Any]]] = {
+    "groups": group_row,
+    "copies": copies_row,
+    "deletion": deletion_row,
+    "memorised": memorised_row,
+}
 
 
 def measure_and_record(is_recorded: bool, smoke: bool, folder: Path) -> None:
@@ -307,11 +421,11 @@ def measure_and_record(is_recorded: bool, smoke: bool, folder: Path) -> None:
         return
     done = {(row["case"], row["variant"]) for row in read_rows(RESULTS)}
     for case, how in combinations():
-        if (case, how.variant) in done:
+        if (case, LOSS if how is None else how.variant) in done:
             continue
         begin = time.perf_counter()
         found = MEASURES[case](folder.resolve(), how)
-        write({"case": case, **named(how), "steps": STEPS, **found}, is_recorded, begin)
+        write({"case": case, **named(how), "steps": STEPS} | found, is_recorded, begin)
     for concept in CONCEPTS:
         begin, place = time.perf_counter(), folder / f"planted-{concept}"
         command(planted, "--concept", concept, "--output", place, "--device", "cpu")
@@ -326,8 +440,10 @@ def take_planted(file: Path, concept: str, is_recorded: bool, begin: float) -> N
             write({"case": concept, **row, "timesteps": TIMESTEPS}, is_recorded, begin)
 
 
-def named(how: ExplainOptions) -> dict[str, Any]:
-    """Which scores, in a row."""
+def named(how: ExplainOptions | None) -> dict[str, Any]:
+    """Which scores, in a row; None for the loss."""
+    if how is None:
+        return {"method": LOSS, "variant": LOSS, "whitening": "none"}
     return {
         "method": how.what.name,
         "variant": how.variant,
@@ -393,7 +509,7 @@ def planted_table(concept: str) -> list[str]:
     ]
     heads = (
         "method", "whitened", "held out: average precision", "of the first 10", "found in 50",
-        "drawn: average precision", "found in 50 ",
+        "drawn: average precision", "drawn: found in 50",
     )  # fmt: skip
     note = (
         f"50 {concept} digits among 1,000, one training of 1,200 steps, S = {TIMESTEPS}; queries: "
@@ -427,7 +543,7 @@ def groups_table() -> list[str]:
         )
     heads = (
         "method", "whitened", "same first class", "correlation", "of the other nine",
-        "drawn: same first class", "of the other nine ",
+        "drawn: same first class", "drawn: of the other nine",
     )  # fmt: skip
     last = rows[-1]
     note = (
@@ -467,6 +583,39 @@ def copies_table() -> list[str]:
         f"{TIMESTEPS}."
     )
     return _lines(heads, cells, note, "copies")
+
+
+def memorised_table() -> list[str]:
+    """Lines of the table of memorisation."""
+    rows, cells = _rows("memorised"), []
+    for row in rows:
+        name = ("Loss of the image", "")
+        if row["method"] == "raw-pixels-cosine":
+            name = ("Unlike all others in pixels", "")
+        elif row["method"] != LOSS:
+            name = _name(row)
+        low, high = row["share_of_most"][1:]
+        cells.append(
+            (
+                *name,
+                "{:.2f} ({:.2f} to {:.2f})".format(*row["correlation"]),
+                f"{row['share_of_most'][0]:.0%} ({low:.0%} to {high:.0%})",
+            )
+        )
+    last = rows[-1]
+    count = round(MOST * last["train"])
+    heads = ("self-influence by", "whitened", "correlation", f"of the {count} most")
+    note = (
+        f"{last['train']} digits. Memorisation of an image: the mean loss on it of models trained "
+        f"without it less that of models with it, {last['models']} models of half the digits each, "
+        f"{last['steps']:,} steps of {BATCH} images; the loss is {last['loss_within']:.4f} within "
+        f"a model's half and {last['loss_without']:.4f} outside. Two halves of the models agree on "
+        f"it with a correlation of {last['halves_of_models_correlate']:.2f}. Self-influence: of a "
+        f"model of all digits, S = {TIMESTEPS}. Correlation: of ranks; of the {count} most: the "
+        f"{MOST:.0%} most memorised that are among the {MOST:.0%} highest. In brackets: 95 % "
+        "bootstrap intervals over images."
+    )
+    return _lines(heads, sorted(cells, key=_by(2)), note, "memorised")
 
 
 def deletion_table() -> list[str]:
@@ -567,6 +716,7 @@ TABLES = {
     **{concept: partial(planted_table, concept) for concept in CONCEPTS},
     "groups": groups_table,
     "copies": copies_table,
+    "memorised": memorised_table,
     "deletion": deletion_table,
     "believe": believe_table,
 }

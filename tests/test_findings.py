@@ -15,7 +15,7 @@ from dtrak.features.halves import Columns, order_halves
 from dtrak.features.noise import sample_noise
 from dtrak.features.settings import FeatureSettings
 from dtrak.features.store import StoreInMemory
-from dtrak.methods.errors import ScoreNoise
+from dtrak.methods.errors import ScoreNoise, repeated_rows
 from dtrak.methods.groups import group_names, score_groups
 from dtrak.methods.self_influence import self_influence
 from dtrak.methods.verdicts import describe, discoveries, p_values
@@ -63,6 +63,15 @@ def test_half_differences_are_those_of_single_backwards(model):
     assert (found - expected).norm() < 1e-6 * expected.norm()
 
 
+def columns(features, differences):
+    """Features and their half differences, as a store gives them."""
+    store = StoreInMemory([str(i) for i in range(len(features))], 2 * features.shape[1], 4)
+    for shard in store.missing():
+        rows = store.rows(shard)
+        store.write(shard, torch.cat([features[rows], differences[rows]], dim=1))
+    return Columns(store, 0), Columns(store, 1)
+
+
 class Linear:
     """Features that are signal and noise, with halves, drawn as often as wanted; float64."""
 
@@ -70,31 +79,52 @@ class Linear:
         self.generator = torch.Generator().manual_seed(0)
         self.shape = (N, M, K)
         # of very different energies by direction, and by image
-        self.spectrum = torch.logspace(0, -1, K, dtype=torch.float64)
+        self.spectrum = self.noise_spectrum = torch.logspace(0, -1, K, dtype=torch.float64)
         self.train, self.query = self.normal(N), self.normal(M)
         self.size = 0.5 + torch.rand(N, 1, generator=self.generator).double()
         # in the difference of halves of all images, and no noise
         self.common = shift * self.normal(1)
+        # the part of the noise that is in the first half; the parts of signals that differ
+        self.first, self.own_shift, self.relative = 0.5, 0.0, 1.0
 
-    def normal(self, rows):
+    def normal(self, rows, spectrum=None):
         values = torch.randn(rows, self.shape[2], generator=self.generator, dtype=torch.float64)
-        return values * self.spectrum
+        return values * (self.spectrum if spectrum is None else spectrum)
+
+    def noisy(self, signal, size):
+        """A draw: features, and half their difference."""
+        one, other = (
+            size * part**0.5 * self.normal(len(signal), self.noise_spectrum)
+            for part in (self.first, 1 - self.first)
+        )
+        common = self.common + self.own_shift * signal
+        return signal + (one + other) / 2**0.5, (one - other) / 2**0.5 + common
 
     def draw(self):
-        N, parts = self.shape[0], []
-        for signal, size in ((self.train, self.size), (self.query, 1.0)):
-            halves = [size * self.normal(len(signal)) for _ in range(2)]
-            noise, difference = (halves[0] + halves[1]) / 2, (halves[0] - halves[1]) / 2
-            parts += [signal + noise, difference + self.common]
-        train, train_noise, query, query_noise = parts
-        store = StoreInMemory([str(i) for i in range(N)], 2 * self.shape[2], 4)
-        for shard in store.missing():
-            rows = store.rows(shard)
-            store.write(shard, torch.cat([train[rows], train_noise[rows]], dim=1))
+        train, train_noise = self.noisy(self.train, self.size)
+        query, query_noise = self.noisy(self.query, 1.0)
+        rows = repeated_rows(len(train))
+        again = self.noisy(self.train, self.size)[0][rows]
         solver = RidgeSolver(train)
-        damping = float(train.square().sum(1).mean())
-        measured = ScoreNoise.measure(solver, query, query_noise, Columns(store, 1), damping)
+        damping = self.relative * float(train.square().sum(1).mean())
+        measured = ScoreNoise.measure(
+            solver, query, query_noise, *columns(train, train_noise), again, damping
+        )
         return solver.scores(query, damping).double(), measured
+
+
+class FewDirections(Linear):
+    """As gradients of a loss are, unwhitened: little damping, noise in few directions, and nearly
+    all of it in one timestep, with a part of the signal."""
+
+    def __init__(self):
+        super().__init__(M=40, K=400)
+        K = self.shape[2]
+        self.spectrum = torch.logspace(0, -1.5, K, dtype=torch.float64)
+        self.train, self.query = self.normal(self.shape[0]), self.normal(self.shape[1])
+        self.noise_spectrum = torch.logspace(0.54, -10, K, dtype=torch.float64)
+        self.common = 3.0 * self.normal(1)
+        self.size, self.first, self.own_shift, self.relative = 1.0, 0.95, 0.4, 0.3
 
 
 def covered(values, errors):
@@ -106,10 +136,11 @@ def covered(values, errors):
     )
 
 
-def test_errors_cover_what_repeats_do():
-    """An oracle that shares no formula: the scores of twelve draws of all noise."""
-    world = Linear()
-    members = torch.arange(150)[:, None] % 5 == torch.arange(5)
+def repeated(world):
+    """Twelve draws of all noise: scores, errors, sums over five groups, their errors, and the
+    correlation of two draws' scores as it is and as it was expected."""
+    N, M, _ = world.shape
+    members = torch.arange(N)[:, None] % 5 == torch.arange(5)
     scores, errors, sums, group_errors, expected = [], [], [], [], []
     for _ in range(12):
         found, noise = world.draw()
@@ -118,60 +149,150 @@ def test_errors_cover_what_repeats_do():
         sums.append(found @ members.double())
         group_errors.append(noise.group_errors(members).double())
         expected.append(noise.reliabilities(found))
-    scores, errors = torch.stack(scores), torch.stack(errors)
+    values = torch.stack(scores)
+    alike = [torch.corrcoef(values[:, row]).sub(torch.eye(12)).sum() / 132 for row in range(M)]
+    return (
+        values,
+        torch.stack(errors),
+        torch.stack(sums),
+        torch.stack(group_errors),
+        float(torch.stack(alike).mean()),
+        float(torch.stack(expected).mean()),
+    )
+
+
+def test_errors_cover_what_repeats_do():
+    """An oracle that shares no formula: the scores of twelve draws of all noise."""
+    scores, errors, sums, group_errors, alike, expected = repeated(Linear())
     assert 0.93 <= covered(scores, errors) <= 0.97
-    assert 0.9 <= covered(torch.stack(sums), torch.stack(group_errors)) <= 0.985
+    assert 0.9 <= covered(sums, group_errors) <= 0.985
     # an image of more noise has larger errors
     assert torch.corrcoef(torch.stack([errors.mean((0, 1)), scores.std(0).mean(0)]))[0, 1] > 0.5
-    found = torch.stack(
-        [torch.corrcoef(scores[:, row]).sub(torch.eye(12)).sum() / 132 for row in range(12)]
-    )
-    assert (found.mean() - torch.stack(expected).mean()).abs() < 0.1
+    assert alike == pytest.approx(expected, abs=0.05)
+
+
+def test_errors_cover_noise_in_few_directions():
+    """Where half differences hold the very noise of the features, and signal."""
+    world = FewDirections()
+    scores, errors, sums, group_errors, alike, expected = repeated(world)
+    assert 0.93 <= covered(scores, errors) <= 0.97
+    assert 0.9 <= covered(sums, group_errors) <= 0.985
+    assert alike == pytest.approx(expected, abs=0.05)
+    # as said
+    noise = world.noise_spectrum.square()
+    assert noise.sum().square() / noise.square().sum() < 20
+    assert 0.1 < alike < 0.6
+
+
+def inverse_without(features, damping, *rows):
+    """``A`` of the other rows."""
+    kept = features[[row not in rows for row in range(len(features))]]
+    return torch.linalg.inv(kept.T @ kept + damping * torch.eye(features.shape[1]).double())
+
+
+def beyond_chance(sizes, draws):
+    """The part of a spread that is none of chance, from dot products."""
+    J = len(draws)
+    pairs = [float(draws[i] @ draws[j]) ** 2 for i in range(J) for j in range(J) if i != j]
+    mean = sum(float(row @ row) for row in draws) / J
+    chance = 2 * sum(pairs) / len(pairs) / mean**2
+    spread = float(torch.tensor(sizes).var() / torch.tensor(sizes).mean() ** 2)
+    return max(0.0, (1 + spread) / (1 + chance) - 1) / spread
 
 
 def test_errors_are_the_formula_image_by_image():
-    """Its words in loops over dense matrices, where images weigh on their own scores a lot."""
+    """Its words in loops over dense matrices without a row, where images weigh a lot."""
     generator = torch.Generator().manual_seed(5)
     N, M, K, damping = 12, 3, 6, 0.4
-    phi, psi, d, e = (
-        torch.randn(n, K, generator=generator, dtype=torch.float64) for n in (N, M, N, M)
+    phi, psi, d, e, noise = (
+        torch.randn(n, K, generator=generator, dtype=torch.float64) for n in (N, M, N, M, N)
     )
-    # copies, whose errors add up in a sum
-    phi[1], d = phi[0], 0.5 * d + 2
-    store = StoreInMemory([str(i) for i in range(N)], 2 * K, 4)
-    for shard in store.missing():
-        store.write(shard, torch.cat([phi, d], dim=1)[store.rows(shard)])
-    noise = ScoreNoise.measure(RidgeSolver(phi), psi, e, Columns(store, 1), damping)
-    A = torch.linalg.inv(phi.T @ phi + damping * torch.eye(K, dtype=torch.float64))
+    # copies, whose errors add up in a sum; sizes that differ by more than chance
+    phi[1], d = phi[0], (0.5 + 3 * torch.arange(N)[:, None] / N) * d + 2
+    psi, e, again = 2 * psi, 0.2 * e, phi + 0.3 * noise
+    made = ScoreNoise.measure(RidgeSolver(phi), psi, e, *columns(phi, d), again, damping)
+    A = inverse_without(phi, damping)
     common = d.mean(0)
-    d, e = d - common, e - common
-    u = [row / row.norm() for row in d]
-    shrink = [float(1 - row @ A @ row) ** 2 for row in phi]
-    assert max(shrink) < 0.8
-    along = [[float(v @ A @ row) for row in phi] for v in u]
-    W = sum(float(a @ A @ b) ** 2 for a in u for b in u if a is not b) / (N * (N - 1))
-    pairs = [along[i][n] ** 2 for i in range(N) for n in range(N) if i != n]
-    train = [float(row @ row) * c for row, c in zip(d, shrink, strict=True)]
-    sizes = [float(row @ row) * c for row, c in zip(phi, shrink, strict=True)]
-    E = sum(pairs) / len(pairs)
-    W = min(W, E / (sum(train) / N))
-    rest = (E - W * sum(train) / N) / (sum(sizes) / N)
+    d, e, noise = d - common, e - common, 0.3 * noise / 2**0.5
+    others = [inverse_without(phi, damping, j) for j in range(N)]
+    along = [
+        [float(noise[j] @ others[j] @ phi[i]) if i != j else 0 for i in range(N)] for j in range(N)
+    ]
+
+    def moved(x, kept, j):
+        """Half the square that the score of x and image j moves with the other features."""
+        found = []
+        for row in (phi[j], again[j]):
+            inverse = torch.linalg.inv(kept + torch.outer(row, row))
+            found.append(float(x @ inverse @ row))
+        return (found[1] - found[0]) ** 2 / 2
+
+    def gram(*rows):
+        return torch.linalg.inv(inverse_without(phi, damping, *rows))
+
+    moves = [sum(moved(psi[q], gram(j), j) for j in range(N)) / N for q in range(M)]
+    pairs = [moved(noise[k], gram(j, k), j) for k in range(N) for j in range(N) if j != k]
+    own_moves = sum(pairs) / len(pairs)
+    # through A: j is replaced, and the score of x on y moves; less what moves noise in place of y
+    swapped = [gram(j) + torch.outer(again[j], again[j]) for j in range(N)]
+    changes = [torch.linalg.inv(new) - A for new in swapped]
+    h = [float(row @ A @ row) for row in phi]
+    # times A they are noises times A without the image
+    left = [noise[k] + phi[k] * float(noise[k] @ A @ phi[k]) / (1 - h[k]) for k in range(N)]
+
+    def through(x, skip=None):
+        """Mean over j and another image."""
+        found = []
+        for j in range(N):
+            for i in range(N):
+                if j not in (i, skip):
+                    on, of = (float(x @ changes[j] @ y) for y in (phi[i], (1 - h[i]) * left[i]))
+                    found.append((on**2 - of**2) / 2)
+        return found
+
+    of_others = [sum(through(row)) / (N * (N - 1)) for row in psi]
+    found = [value for k in range(N) for value in through(left[k], k)]
+    others_of_noise = sum(found) / len(found)
+    scored = [sum(float(e[q] @ A @ row) ** 2 for row in phi) / N for q in range(M)]
+    sizes = [
+        sum(float(d[j] @ others[j] @ phi[i]) ** 2 for i in range(N) if i != j) / (N - 1)
+        for j in range(N)
+    ]
+    query = [value / (sum(sizes) / N) for value in scored]
+    centre, part = (1 + sum(query)) / (1 + M), beyond_chance(sizes, torch.tensor(along).double())
+    query = [centre + part * (value - centre) for value in query]
+    train = [float(d[n] @ d[n]) * float(1 - phi[n] @ A @ phi[n]) ** 2 for n in range(N)]
+    real = beyond_chance(train, d)
+    train = [1 + real * (value / (sum(train) / N) - 1) for value in train]
+    assert 0 < part < 1
+    assert 0 < real < 1
     # every part of it counts
-    assert rest * min(sizes) > 0.1 * W * max(train) > 0
+    clean = [max(moves[q] - query[q] * own_moves, 0) for q in range(M)]
+    assert sum(value > 0 for value in clean) >= 2
     members = torch.arange(N)[:, None] % 2 == torch.arange(2)
-    found, sums = noise.errors().double(), noise.group_errors(members).double()
+    found, sums = made.errors().double(), made.group_errors(members).double()
+    typical = sum(value**2 for row in along for value in row) / (N * (N - 1))
+    beyond = [max(of_others[q] - query[q] * others_of_noise, 0) for q in range(M)]
+    beyond = [value * (N - 1) / typical for value in beyond]
+    assert sum(value > 0.05 for value in beyond) >= 2
+    query = [a + b for a, b in zip(query, beyond, strict=True)]
     for q in range(M):
-        own = float(e[q] @ e[q])
-        V = sum(float(psi[q] @ A @ v) ** 2 for v in u) / N
-        beyond = max(V - own * W, 0)
         for n in range(N):
-            variance = own * (W * train[n] + rest * sizes[n]) + beyond * train[n]
+            E = sum(along[j][n] ** 2 for j in range(N) if j != n) / (N - 1)
+            variance = query[q] * E + clean[q] * train[n]
             assert float(found[q, n]) == pytest.approx(variance**0.5, rel=1e-4)
         for g in range(2):
             inside = [n for n in range(N) if n % 2 == g]
-            one = [sum(along[i][n] for n in inside if n != i) ** 2 for i in range(N)]
-            variance = own * sum(one) / N + beyond * sum(train[n] for n in inside)
+            E = sum(sum(along[j][n] for n in inside) ** 2 for j in range(N)) / N
+            variance = query[q] * E + clean[q] * sum(train[n] for n in inside)
             assert float(sums[q, g]) == pytest.approx(variance**0.5, rel=1e-4)
+    scores = RidgeSolver(phi).scores(psi, damping).double()
+    flat = [value for j in range(N) for i, value in enumerate(along[j]) if i != j]
+    mean = [sum(along[j]) / (N - 1) for j in range(N)]
+    apart = sum(v * v for v in flat) / len(flat) - sum(m * m for m in mean) / N
+    for q, value in enumerate(made.reliabilities(scores).tolist()):
+        noise_of = query[q] * apart + clean[q] * sum(train) / N
+        assert value == pytest.approx(max(0.0, 1 - noise_of / float(scores[q].var())), abs=1e-4)
 
 
 def test_p_values_below_the_tail_are_counted():

@@ -57,3 +57,27 @@ def test_every_method_that_needs_no_retraining_has_its_turn():
     found = [how.variant for _, how in evaluation.combinations() if _ == "deletion"]
     assert len(found) == len(set(found)) == len(evaluation.settings())
     assert {"d-trak", "d-trak-unwhitened", "gas", "journey-trak", "random"} <= set(found)
+
+
+def test_memorisation_is_what_being_left_out_costs():
+    """Half-data models as they are drawn, of images whose losses are known."""
+    masks = evaluation.halves()
+    assert (masks.sum(1) == evaluation.FEW // 2).all()
+    assert (masks[::2] != masks[1::2]).all()
+    generator = torch.Generator().manual_seed(1)
+    cost = torch.rand(evaluation.FEW, generator=generator).double()
+    level = torch.rand(evaluation.FEW, generator=generator).double()
+    losses = level + cost * ~masks
+    assert torch.allclose(evaluation.memorisation(losses, masks), cost)
+    # any two models that have all images between them say it
+    assert torch.allclose(evaluation.memorisation(losses[2:4], masks[2:4]), cost)
+
+
+def test_what_finds_the_most_memorised():
+    truth = torch.arange(40.0)
+    found = truth.clone()
+    # two are the most memorised, of which one is found
+    found[39] = -1
+    wanted = spearmanr(found.numpy(), truth.numpy()).statistic
+    assert evaluation.finds_memorised(found, truth) == (pytest.approx(wanted), 0.5)
+    assert evaluation.finds_memorised(truth, truth) == (pytest.approx(1), 1.0)

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dtrak_kernels.projection import MAX_SEED
 from dtrak_kernels.random.words import Stream, box_muller, philox_words
 
+from ..runs.choices import check_seed
 from .timesteps import MAX_TIMESTEPS
 
 # a counter of 32 bits holds the timestep above the index of a group of four elements
@@ -70,8 +70,7 @@ def sample_noise(
         raise ValueError(f"shape must have at most {_MAX_ELEMENTS} elements, got {size}")
     if timesteps and not 0 <= min(timesteps) <= max(timesteps) < MAX_TIMESTEPS:
         raise ValueError(f"timesteps must be in [0, {MAX_TIMESTEPS}), got {list(timesteps)}")
-    if not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"noise seed must be in [0, 2**63), got {seed}")
+    check_seed("noise seed", seed)
     words = _id_words(ids).to(device)
     steps = torch.tensor(list(timesteps), dtype=torch.int64, device=device) << _GROUP_BITS
     counter = steps[:, None] + torch.arange(groups, device=device)

@@ -47,11 +47,12 @@ from . import CHECKPOINTS, CLIP, FEATURES, MODELS, NOTHING, TRAJECTORY, check_ne
 from .damping import damping_unit
 from .scores import check_room, journey_query_features
 
-TRAIN, QUERY, HELD_OUT = "train", "query", "held-out"
+TRAIN, QUERY, HELD_OUT, REPEATED = "train", "query", "held-out", "repeated"
 _LABELS = {
     TRAIN: "features of training images",
     QUERY: "features of queries",
     HELD_OUT: "features of held-out images",
+    REPEATED: "other noise",
 }
 
 
@@ -359,6 +360,11 @@ class Evidence:
     def held_out_features(self, held_out: Samples) -> Store:
         """Features of images that the model was not trained on, made as those it was trained on."""
         return self._fill(self.extractor, held_out, HELD_OUT, _LABELS[HELD_OUT])
+
+    def repeated_features(self, rows: Sequence[int]) -> Store:
+        """Features of some training images again, with other noise at the same timesteps."""
+        # noise is keyed by the role
+        return self._fill(self.extractor, self.train.select(rows), REPEATED, _LABELS[REPEATED])
 
     def _fill(
         self, extractor: Extractor, data: Samples, role: str, label: str, part: str = ""

@@ -12,7 +12,7 @@ from ..data.samples import Samples
 from ..features.halves import Columns
 from ..features.store import Store
 from ..findings import Findings
-from .errors import ScoreNoise
+from .errors import ScoreNoise, repeated_rows
 from .evidence import Evidence, Scored
 from .groups import score_groups
 from .scores import gradient_cosine
@@ -46,8 +46,9 @@ def judge(
     scores = scores.cpu()
     noise = errors = None
     if how.noise_halves:
+        repeats = Columns(known.repeated_features(repeated_rows(len(known.train))), 0).load()
         with known.stages.stage("errors of scores"):
-            noise = _noise(known.scored)
+            noise = _noise(known.scored, repeats)
             errors = noise.errors().cpu()
     p = found = alike = agreement = None
     if held_out is not None:
@@ -76,12 +77,18 @@ def judge(
     )
 
 
-def _noise(scored: Scored | None) -> ScoreNoise:
+def _noise(scored: Scored | None, repeats: Tensor) -> ScoreNoise:
     assert scored is not None
     assert scored.solver is not None
     assert scored.query_noise is not None
     return ScoreNoise.measure(
-        scored.solver, scored.queries, scored.query_noise, Columns(scored.train, 1), scored.damping
+        scored.solver,
+        scored.queries,
+        scored.query_noise,
+        Columns(scored.train, 0),
+        Columns(scored.train, 1),
+        repeats,
+        scored.damping,
     )
 
 

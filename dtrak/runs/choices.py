@@ -66,6 +66,16 @@ def check_counts(**counts: int | None) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {count}")
 
 
+def check_seed(name: str, seed: int) -> None:
+    """Refuse a seed that keys no random numbers.
+
+    Raises:
+        ValueError: it is out of range; ``name`` says which.
+    """
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"{name} must be in [0, 2**63), got {seed}")
+
+
 def counted(count: int, noun: str, plural: str | None = None) -> str:
     """So many of something, for a reader: ``1 image``, ``2,000 images``."""
     return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"

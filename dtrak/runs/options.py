@@ -33,6 +33,7 @@ from .choices import (
     check_choice,
     check_counts,
     check_model_folder,
+    check_seed,
     check_weights,
     parse_numbers,
 )
@@ -145,8 +146,9 @@ class ExplainOptions(Stated):
     noise_halves: bool = option(
         False,
         panel=_TRUST,
-        help="Standard errors of scores, from two halves of the timesteps of every feature: how "
-        "far scores move with other noise. Features take twice the room.",
+        help="Standard errors of scores: how far they move with other noise. Up to 64 training "
+        "images are given other noise too, and all features take twice the room, for two halves of "
+        "their timesteps.",
     )
     look_alikes: int | None = option(
         None,
@@ -185,8 +187,7 @@ class ExplainOptions(Stated):
         check_counts(batch_size=self.batch_size, look_alikes=self.look_alikes)
         if self.noise_halves:
             self._check_halves()
-        if not 0 <= self.noise_seed < 2**63:
-            raise ValueError(f"--noise-seed must be in [0, 2**63), got {self.noise_seed}")
+        check_seed("--noise-seed", self.noise_seed)
         Projection(self.projection, self.num_features, self.seed)
         check_device(self.device)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...methods.baselines import random_scores
-from ...runs.choices import check_choice
+from ...runs.choices import check_choice, check_seed
 from ...runs.files import picture_name
 from ...training.presets import get_preset
 from .options import (
@@ -127,8 +127,8 @@ def choose_draw(
         ValueError: the name is unknown, the seed is out of range, or one is given with the
             published draw.
     """
-    if seed is not None and not 0 <= seed < 2**63:
-        raise ValueError(f"--seed must be in [0, 2**63), got {seed}")
+    if seed is not None:
+        check_seed("--seed", seed)
     own = Draw(seed=DEFAULT_SEED if seed is None else seed)
     if name is not None:
         check_choice("--draw", name, DRAWS)

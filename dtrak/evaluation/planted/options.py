@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...methods import Method
-from ...runs.choices import check_choice, check_counts, parse_numbers
+from ...runs.choices import check_choice, check_counts, check_seed, parse_numbers
 from ...runs.console import check_device
 from ...runs.folders import Record
 from ...runs.options import ExplainOptions
@@ -142,8 +142,7 @@ class Options(Stated):
             raise ValueError("--run and --preset exclude each other, got both")
         if self.recipe is not None and self.run is None:
             raise ValueError("--recipe needs --run, whose model it is about")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed must be in [0, 2**63), got {self.seed}")
+        check_seed("--seed", self.seed)
         if self.labels is not None and self.concept in CONCEPTS:
             raise ValueError(
                 f"--labels choose among foreign images, got it with --concept {self.concept}"
