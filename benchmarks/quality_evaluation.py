@@ -3,7 +3,8 @@
 ``python benchmarks/quality_evaluation.py --record`` appends a row per combination that
 benchmarks/results/evaluation.jsonl lacks, ``--docs`` rewrites the tables of docs/findings.md,
 ``--check`` only says whether they are up to date. Models and features are kept in ``--folder``, so
-that a run that was stopped goes on; ``--only groups`` measures one case.
+that a run that was stopped goes on. ``--preset cifar2-16 --data FOLDER`` plants ships among natural
+images.
 """
 
 import json
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pages import ROOT, Table, read_rows, record, run
+from pages import PRESETS, ROOT, Table, read_rows, record, run
 from rich.console import Console
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -29,7 +30,7 @@ from dtrak.evaluation.counterfactual.results import summarise
 from dtrak.evaluation.lds.losses import query_losses
 from dtrak.evaluation.lds.options import LossSettings
 from dtrak.evaluation.lds.table import packaged_results
-from dtrak.evaluation.planted.options import CONCEPTS
+from dtrak.evaluation.planted.options import INVERTED, ROTATED
 from dtrak.evaluation.planted.options import Options as PlantedOptions
 from dtrak.evaluation.planted.retrieval import mean_interval
 from dtrak.evaluation.retraining import Drawing, Retraining
@@ -44,6 +45,7 @@ from dtrak.pages.tables import Table as Cells
 from dtrak.runs.options import ExplainOptions
 from dtrak.runs.stages import Stages
 from dtrak.training.command import is_saved, save_model
+from dtrak.training.presets import get_preset
 
 RESULTS = ROOT / "benchmarks" / "results" / "evaluation.jsonl"
 PAGE = ROOT / "docs" / "findings.md"
@@ -62,6 +64,14 @@ COPIES, NOISE = 10, 0.1
 FEW, MODELS, LONG, MOST = 200, 12, 1500, 0.05
 LOSS = "loss"
 BOOTSTRAPS = 1000
+# what is planted, in words, and in which preset
+PLANTED = {
+    INVERTED: ("inverted digits", "digits"),
+    ROTATED: ("rotated digits", "digits"),
+    "ships": ("ships", "cifar2-16"),
+}
+# CIFAR-10's number of a ship, and the file it comes from
+_SHIP, _SHIPS = 8, "cifar10-test.parquet"
 # the first ones tell most
 FIRST = ("random", "d-trak", "d-trak-mean", "trak", "raw-pixels-cosine", "gradient-cosine")
 RANDOM = "random"
@@ -411,25 +421,41 @@ MEASURES: dict[str, Callable[[Path, Any], dict[str, Any]]] = {
 }
 
 
-def measure_and_record(is_recorded: bool, smoke: bool, folder: Path) -> None:
+def measure_and_record(
+    is_recorded: bool, smoke: bool, folder: Path, preset: str, source: str | None
+) -> None:
     """Append what is missing; without ``--record`` only print it."""
-    from dtrak.planted import main as planted
-
     torch.set_num_threads(1)
     if smoke:
         sys.stdout.write(f"{agreement(torch.eye(4), torch.eye(4))}\n")
         return
     done = {(row["case"], row["variant"]) for row in read_rows(RESULTS)}
-    for case, how in combinations():
-        if (case, LOSS if how is None else how.variant) in done:
+    for case, how in combinations() if preset == "digits" else ():
+        if (case, named(how)["variant"]) in done:
             continue
         begin = time.perf_counter()
         found = MEASURES[case](folder.resolve(), how)
         write({"case": case, **named(how), "steps": STEPS} | found, is_recorded, begin)
-    for concept in CONCEPTS:
-        begin, place = time.perf_counter(), folder / f"planted-{concept}"
-        command(planted, "--concept", concept, "--output", place, "--device", "cpu")
-        take_planted(place / "results.json", concept, is_recorded, begin)
+    for concept, (_, where) in PLANTED.items():
+        if where == preset:
+            measure_planted(folder / f"planted-{concept}", concept, source, is_recorded)
+
+
+def measure_planted(place: Path, concept: str, source: str | None, is_recorded: bool) -> None:
+    """Rows of `dtrak.planted` that are missing; what is in ``place`` already is used."""
+    from dtrak.planted import main as planted
+
+    begin, kept = time.perf_counter(), {row["variant"] for row in _rows(concept)}
+    if kept >= {how.variant for how in settings()}:
+        return
+    words: list[Any] = ["--concept", concept]
+    if concept not in (INVERTED, ROTATED):
+        if source is None:
+            raise ValueError(f"--data must say in which folder {_SHIPS} lies")
+        foreign = ("--concept", Path(source) / _SHIPS, "--labels", _SHIP)
+        words = ["--preset", PLANTED[concept][1], "--data", source, *foreign]
+    command(planted, *words, "--output", place, "--device", "cpu")
+    take_planted(place / "results.json", concept, is_recorded, begin)
 
 
 def take_planted(file: Path, concept: str, is_recorded: bool, begin: float) -> None:
@@ -511,10 +537,13 @@ def planted_table(concept: str) -> list[str]:
         "method", "whitened", "held out: average precision", "of the first 10", "found in 50",
         "drawn: average precision", "drawn: found in 50",
     )  # fmt: skip
+    what, name = PLANTED[concept]
+    preset = get_preset(name)
     note = (
-        f"50 {concept} digits among 1,000, one training of 1,200 steps, S = {TIMESTEPS}; queries: "
-        f"{counts[0]} held-out {concept} digits, {counts[1]} that the model drew. A random order "
-        "has an average precision of 0.05. In brackets: 95 % bootstrap intervals over queries."
+        f"50 {what} among 1,000 images of {preset.title}, one training of {preset.recipe.steps:,} "
+        f"steps, S = {TIMESTEPS}; queries: {counts[0]} held-out {what}, {counts[1]} that the model "
+        "drew. A random order has an average precision of 0.05. In brackets: 95 % bootstrap "
+        "intervals over queries."
     )
     return _lines(heads, sorted(cells, key=_by(2, 5)), note, concept)
 
@@ -673,7 +702,7 @@ def compared() -> list[tuple[str, str, dict[str, float]]]:
         held = row["correlation_of_others"][row["queries"][0] :]
         if held:
             found.setdefault(_key(row), {})["groups"] = mean_interval(held)[0]
-    for concept in CONCEPTS:
+    for concept in PLANTED:
         for row in _rows(concept):
             if row["queries"] == HELD_OUT:
                 value = mean_interval(row["average_precision"])[0]
@@ -695,7 +724,7 @@ def _key(row: dict[str, Any]) -> tuple[str, str]:
 def believe_table() -> list[str]:
     """Lines of the table that puts them side by side."""
     rows = compared()
-    styles = {"LDS": "{:.1%}", "groups": "{:.2f}"} | dict.fromkeys(CONCEPTS, "{:.2f}")
+    styles = {"LDS": "{:.1%}", "groups": "{:.2f}"} | dict.fromkeys(PLANTED, "{:.2f}")
     styles["deletion"] = "{:+.4f}"
     kinds = [kind for kind in styles if any(kind in row[2] for row in rows)]
     cells = [
@@ -706,14 +735,14 @@ def believe_table() -> list[str]:
     note = (
         f"Digits, S = {TIMESTEPS}, damping as by default. LDS: of validation digits, from the "
         "package and docs/whitening.md (1,200 steps of 64). Groups: correlation of the other nine "
-        "classes, validation digits. Inverted, rotated: average precision for planted images, "
-        "held-out queries."
+        "classes, validation digits. Inverted, rotated, ships (in `cifar2-16`): average precision "
+        "for planted images, held-out queries."
     )
     return [*Cells(heads, cells, words=("whitened",)).markdown(), "", note]
 
 
 TABLES = {
-    **{concept: partial(planted_table, concept) for concept in CONCEPTS},
+    **{concept: partial(planted_table, concept) for concept in PLANTED},
     "groups": groups_table,
     "copies": copies_table,
     "memorised": memorised_table,
@@ -738,7 +767,7 @@ TABLE = Page(PAGE, "believe", believe_table)
 
 def main() -> None:
     """Measure, or rewrite or check the page."""
-    run(TABLE, __doc__, measure_and_record, folder=FOLDER)
+    run(TABLE, __doc__, measure_and_record, folder=FOLDER, presets=PRESETS)
 
 
 if __name__ == "__main__":

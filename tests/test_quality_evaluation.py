@@ -81,3 +81,9 @@ def test_what_finds_the_most_memorised():
     wanted = spearmanr(found.numpy(), truth.numpy()).statistic
     assert evaluation.finds_memorised(found, truth) == (pytest.approx(wanted), 0.5)
     assert evaluation.finds_memorised(truth, truth) == (pytest.approx(1), 1.0)
+
+
+def test_ships_need_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "_rows", lambda case: [])
+    with pytest.raises(ValueError, match=r"--data must say in which folder cifar10-test\.parquet"):
+        evaluation.measure_planted(tmp_path, "ships", None, False)
