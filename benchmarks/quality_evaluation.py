@@ -61,7 +61,7 @@ SEEDS = 1
 COPIES, NOISE = 10, 0.1
 # of memorisation: few digits, models on half of them each, long enough to know them by heart, and
 # the part of the digits that are called memorised
-FEW, MODELS, LONG, MOST = 200, 12, 1500, 0.05
+FEW, MODELS, LONG, MOST = 200, 8, 1500, 0.05
 LOSS = "loss"
 BOOTSTRAPS = 1000
 # what is planted, in words, and in which preset
@@ -368,7 +368,9 @@ def memorised_row(folder: Path, how: ExplainOptions | None) -> dict[str, Any]:
     losses, place = losses_of_halves(folder)
     train, masks = few_digits(), halves()
     truth = memorisation(losses, masks)
-    parts = [memorisation(losses[part], masks[part]) for part in torch.arange(MODELS).chunk(2)]
+    # pairs stay together
+    first = 2 * -(-MODELS // 4)
+    parts = [memorisation(losses[p], masks[p]) for p in (slice(first), slice(first, None))]
     if how is None:
         found = query_losses(dtrak.load(place), train, LOSSES, CPU).mean((0, 1)).double()
     elif how.function is None:
@@ -392,7 +394,7 @@ def memorised_row(folder: Path, how: ExplainOptions | None) -> dict[str, Any]:
         "models": MODELS,
         "loss_within": float((losses * masks).sum() / masks.sum()),
         "loss_without": float((losses * ~masks).sum() / (~masks).sum()),
-        "halves_of_models_correlate": spearman(*parts),
+        "parts_of_models_correlate": spearman(*parts),
         "correlation": [correlation, ends[0][0], ends[1][0]],
         "share_of_most": [share, ends[0][1], ends[1][1]],
     }
@@ -638,8 +640,8 @@ def memorised_table() -> list[str]:
         f"{last['train']} digits. Memorisation of an image: the mean loss on it of models trained "
         f"without it less that of models with it, {last['models']} models of half the digits each, "
         f"{last['steps']:,} steps of {BATCH} images; the loss is {last['loss_within']:.4f} within "
-        f"a model's half and {last['loss_without']:.4f} outside. Two halves of the models agree on "
-        f"it with a correlation of {last['halves_of_models_correlate']:.2f}. Self-influence: of a "
+        f"a model's half and {last['loss_without']:.4f} outside. Two parts of the models agree on "
+        f"it with a correlation of {last['parts_of_models_correlate']:.2f}. Self-influence: of a "
         f"model of all digits, S = {TIMESTEPS}. Correlation: of ranks; of the {count} most: the "
         f"{MOST:.0%} most memorised that are among the {MOST:.0%} highest. In brackets: 95 % "
         "bootstrap intervals over images."

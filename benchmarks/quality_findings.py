@@ -261,8 +261,8 @@ def noise_table() -> list[str]:
         "digits. Covered: 95 % intervals of a repeat that hold the mean of the others. "
         "Reliability: mean correlation of two repeats' scores of a query, and what the "
         "errors of one repeat expect it to be. Clear: scores larger than 1.96 errors. Price of "
-        f"half differences: {prices} the processor time of a batch without. {last['device']}, "
-        f"torch {last['torch']}.",
+        f"half differences: {prices} the processor time of a batch without, and features of up to "
+        f"64 training images once more. {last['device']}, torch {last['torch']}.",
     ]
 
 
