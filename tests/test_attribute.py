@@ -135,6 +135,9 @@ def test_end_to_end(run, tmp_path, model_folder, images_folder):
     for fact in ("parameters", "largest tensor", "features"):
         assert fact in manifest["facts"]
         assert fact in output
+    # measuring what so few will take is slower than making them
+    assert "features of training images: 60 x 512, " in output
+    assert "or less" not in output
     assert "<html" in (results(folder) / "report.html").read_text()
     assert Image.open(results(folder) / "report.png").size[0] > 1000
     # the pictures are drawn from their seeds
@@ -215,6 +218,7 @@ def test_killed_runs_resume_with_the_same_bits(
     monkeypatch.undo()
     code, output = run(output=tmp_path / "whole", batch_size=8)
     assert code == 0, output
+    assert re.search(r"features of training images: 150 x 512, .* or less", output)
     assert torch.equal(read_scores(broken)[0], read_scores(tmp_path / "whole")[0])
     for folder in (broken, tmp_path / "whole"):
         assert [file.name for file in (folder / store).glob("*.safetensors")] == [
