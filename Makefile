@@ -8,7 +8,8 @@ FLOORS := .venv-floors
 FLOOR_TESTS := tests/test_attribute_lora.py tests/test_console.py tests/test_data.py tests/test_kinds.py \
 	tests/test_lora.py tests/test_models.py tests/test_places.py tests/test_recorded.py tests/test_text_to_image.py \
 	tests/test_walk.py
-TEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+# where no bytecode is written each of many processes compiles what it imports
+TEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .PHONY: help run test test-full floors lint compile smoke bench gpu tune clean
 

@@ -4,7 +4,7 @@ Not a test file: an interpreted kernel cannot be compiled, so `test_compile.py` 
 process without TRITON_INTERPRET. No GPU is needed; ptxas, cuobjdump and nvdisasm come with Triton.
 With a folder as argument, only the configurations in its files are compiled, each for its card;
 with the word ``candidates``, what `benchmarks/tune.py` tries of the fused sketch (minutes); with
-the word ``few``, everything for one target and of each kernel one form or two for the others.
+the word ``few``, of every kernel one form for every target, and what a flip costs on one.
 """
 
 import json
@@ -37,8 +37,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
-# of which the fast lane of the tests compiles everything
-WHOLE = "sm_90"
+# of which the fast lane of the tests looks at what a flip costs
+FLIPPED = "sm_90"
 
 # targets by what is in a device's name
 CARDS = {
@@ -170,9 +170,15 @@ def longest_loop(sass):
     return longest
 
 
+def resources(cubin):
+    """Registers (REG) and bytes of stack (STACK) of a thread."""
+    usage = disassembly("cuobjdump", "-res-usage", cubin=cubin)
+    return {name: int(count) for name, count in re.findall(r"\b(REG|STACK):(\d+)", usage)}
+
+
 def registers(cubin):
     """Of a thread."""
-    return int(re.search(r"REG:(\d+)", disassembly("cuobjdump", "-res-usage", cubin=cubin))[1])
+    return resources(cubin)["REG"]
 
 
 def report(built):
@@ -183,10 +189,10 @@ def report(built):
     }
     if "cubin" in built.asm:
         cubin = built.asm["cubin"]
-        usage = disassembly("cuobjdump", "-res-usage", cubin=cubin)
+        used = resources(cubin)
         ptx = built.asm["ptx"]
-        facts["stack"] = int(re.search(r"STACK:(\d+)", usage)[1])
-        facts["registers"] = registers(cubin)
+        facts["stack"] = used["STACK"]
+        facts["registers"] = used["REG"]
         facts["traps"] = len(re.findall(r"\btrap;", ptx))
         facts["matrix"] = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", ptx))
         facts["loop"] = longest_loop(disassembly("nvdisasm", "-c", cubin=cubin))
@@ -389,12 +395,13 @@ def candidate_cases(arch):
 
 
 def few(arch, cases):
-    """All of one target; of the others each kernel once, and what its flips cost."""
+    """Each kernel once, and what is tuned; with and without flips on one target."""
     seen = set()
+    forms = ("3x3", "3x3, no flip") if arch == FLIPPED else ("few channels",)
     for case in cases:
-        kind = case["kernel"], "no flip" in case.get("form", "")
-        if arch == WHOLE or "tuned" in case or kind not in seen:
-            seen.add(kind)
+        is_another = case["form"] in forms if "form" in case else case["kernel"] not in seen
+        if "tuned" in case or is_another:
+            seen.add(case["kernel"])
             yield case
 
 

@@ -43,7 +43,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # whole files, so that what their cases share is made once
 LONGEST = [
     "readme", "emulated", "torchrun", "golden", "compile", "examples", "packages", "groups",
-    "ranks", "benchmarks_tune", "benchmarks_gpu", "benchmarks_predicted", "normals", "lds_table",
+    "ranks", "benchmarks_tune", "benchmarks_gpu", "benchmarks_predicted", "normals",
     "attribute", "train", "lds", "lds_run", "counterfactual", "kinds_commands", "platforms",
 ]  # fmt: skip
 # cases of other lanes, by worker where there are several: every worker collects all of them

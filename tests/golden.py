@@ -245,12 +245,30 @@ def measure_digits(folder: Path) -> dict[str, Artefact]:
         "digits: features of queries, sjlt": Artefact(read_features(main, "query")),
         "digits: scores, sjlt": Artefact(read_scores(main)),
     }
-    run("attribute", *sjlt, "--queries", "generated", "--num-queries", 2)
-    artefacts |= {
+    images, whitened = write_pictures(folder / "images", 6, 8), folder / "whitened"
+    run(
+        "attribute", "--model", model, "--data", images, "--queries", images, "--timesteps", 2,
+        "--proj-dim", 512, "--batch-size", 4, "--device", "cpu", "--output", whitened,
+    )  # fmt: skip
+    return artefacts | {
+        "digits: features, whitened": Artefact(read_features(whitened, "train"), ROUNDED),
+        "digits: scores, whitened": Artefact(read_scores(whitened), ROUNDED),
+    }
+
+
+def measure_more_of_digits(folder: Path) -> dict[str, Artefact]:
+    """Of the digits' run: pictures that it draws, other projections and another model."""
+    model, main, images = folder / "model", folder / "main", folder / "images"
+    plain = ["--whiten", "none", "--batch-size", 64, "--device", "cpu"]
+    fixed = ["--model", model, *plain]
+    run(
+        "attribute", *fixed, "--timesteps", 1, "--proj-dim", 512, "--output", main,
+        "--queries", "generated", "--num-queries", 2,
+    )  # fmt: skip
+    artefacts = {
         "digits: pictures": Artefact(read_drawn(main), GREY_LEVEL),
         "digits: scores of pictures": Artefact(read_scores(main, "generated"), GREY_LEVEL),
     }
-    images = write_pictures(folder / "images", 6, 8)
     for kind in ("kronecker", "normal"):
         other = folder / kind
         run(
@@ -261,15 +279,6 @@ def measure_digits(folder: Path) -> dict[str, Artefact]:
             f"digits: features, {kind}": Artefact(read_features(other, "train")),
             f"digits: scores, {kind}": Artefact(read_scores(other)),
         }
-    whitened = folder / "whitened"
-    run(
-        "attribute", "--model", model, "--data", images, "--queries", images, "--timesteps", 2,
-        "--proj-dim", 512, "--batch-size", 4, "--device", "cpu", "--output", whitened,
-    )  # fmt: skip
-    artefacts |= {
-        "digits: features, whitened": Artefact(read_features(whitened, "train"), ROUNDED),
-        "digits: scores, whitened": Artefact(read_scores(whitened), ROUNDED),
-    }
     wide = folder / "wide-run"
     run(
         "attribute", "--model", build_wide_unet(folder / "wide"), "--data", images, "--queries",
@@ -343,6 +352,7 @@ def measure_lds(folder: Path) -> dict[str, Artefact]:
 # each may need those before it
 PARTS = {
     "digits": measure_digits,
+    "more of digits": measure_more_of_digits,
     "counterfactual": measure_counterfactual,
     "LoRA": measure_lora,
     "LDS": measure_lds,

@@ -179,6 +179,13 @@ def test_no_fused_agrees_with_fused(run, pictures, tmp_path):
     assert code == 0, output
     pair = torch.stack([fused.flatten(), read_scores(tmp_path / "run")[0].flatten()])
     assert torch.corrcoef(pair)[0, 1] > 0.95
+
+
+# slow: a wide matrix; of pixels test_attribute.py has it in the fast lane
+@pytest.mark.full
+def test_compare_prints_their_agreement(run, pictures):
+    pytest.importorskip("trak", reason="TRAK is not installed")
+    wide = ["--proj-dim", "4096", "--damping", "1e6", "--queries", pictures]
     code, output = run("--compare", "--batch-size", "3", *wide)
     assert code == 0, output
     assert "relative error" in output

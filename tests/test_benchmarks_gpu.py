@@ -152,6 +152,8 @@ def test_pieces_find_the_repository_and_no_network(tmp_path):
     assert outcome.status == "passed", (tmp_path / "imports.log").read_text()
 
 
+# slow: a session of pytest; those that take too long are counted in the fast lane
+@pytest.mark.full
 def test_tests_are_counted(tmp_path):
     (tmp_path / "test_some.py").write_text(
         "import pytest\n"

@@ -1,5 +1,6 @@
 """The model of a kernel's time: instructions counted by pipe and loop, and what follows from it."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -94,32 +95,17 @@ for layer in m.SKETCHED:
 
 @pytest.fixture(scope="module")
 def found() -> dict:
-    """Everything that needs the module, in one process."""
+    """Everything that compiles, in one process."""
     return run(f"""
 import contextlib, io, pathlib, sys, tempfile
 import torch
-sass = {SASS!r}
-root = m.read_loops(sass)
-names = [
-    "@!P0 LOP3.LUT R1, R2, R3", "@P1 IMAD.HI.U32 R1", "FFMA R1", "HGMMA.64x64 R1", "MUFU.LG2 R1",
-    "UIADD3 UR4", "LDGSTS.E.128 [R1]", "I2FP.F32.S32 R1", "BRA `(x)", "@!UP2 UMOV UR1",
-    "PRMT R1", "WARPGROUP.ARRIVE", "LDL R1", "ISETP.GE.AND P0",
-]
 h200, a100 = m.CARDS["H200"], m.CARDS["A100"]
 make = lambda C, card, dtype=torch.bfloat16: m.product_case("rademacher", 128, C, 4096, dtype, card)
 found = {{
-    "own": dict(root.own),
-    "outer": dict(root.inner[0].own),
-    "inner": [dict(loop.own) for loop in root.inner[0].inner],
-    "total": dict(root.total((3, 10))),
-    "once": dict(root.total(())),
-    "pipes": {{name: m.pipe_of(name) for name in names}},
     "short": m.cost(make(2**18, h200), h200),
     "long": m.cost(make(2**20, h200), h200),
     "a100": m.cost(make(2**20, a100), a100),
     "gram": m.cost(m.gram_case(5000, 4096, 32), h200),
-    "cards": [getattr(m.find_card(name), "name", None) for name in
-              ("NVIDIA H200", "NVIDIA A100-SXM4-80GB", "Quadro")],
 }}
 with tempfile.TemporaryDirectory() as folder:
     sys.argv = ["modelled.py", "--smoke", "--card", "A100", "--out", folder]
@@ -130,15 +116,28 @@ with tempfile.TemporaryDirectory() as folder:
 print(json.dumps(found | {{"main": [status, said.getvalue(), written], "launches": rows}}))""")
 
 
-def test_loops_nest(found):
-    assert found["own"] == {"imad": 1, "alu": 1, "other": 2}
-    assert found["outer"] == {"lsu": 2, "alu": 1, "other": 2}
-    assert found["inner"] == [{"fma": 1, "matrix": 1, "other": 1}, {"xu": 1, "other": 1}]
+@pytest.fixture(scope="module")
+def m():
+    """The module itself, for what compiles nothing."""
+    sys.path.insert(0, str(SCRIPT.parent))
+    return importlib.import_module("modelled")
 
 
-def test_what_is_executed_is_what_loops_repeat(found):
+def test_loops_nest(m):
+    root = m.read_loops(SASS)
+    assert root.own == {"imad": 1, "alu": 1, "other": 2}
+    (outer,) = root.inner
+    assert outer.own == {"lsu": 2, "alu": 1, "other": 2}
+    assert [loop.own for loop in outer.inner] == [
+        {"fma": 1, "matrix": 1, "other": 1},
+        {"xu": 1, "other": 1},
+    ]
+
+
+def test_what_is_executed_is_what_loops_repeat(m):
+    root = m.read_loops(SASS)
     # three times round the outer loop, ten times round each inner one
-    assert found["total"] == {
+    assert root.total((3, 10)) == {
         "imad": 1,
         "alu": 1 + 3,
         "lsu": 2 * 3,
@@ -148,11 +147,17 @@ def test_what_is_executed_is_what_loops_repeat(found):
         "other": 2 + 3 * 2 + 3 * 10 * 2,
     }
     # a loop whose length is not given runs once
-    assert found["once"]["fma"] == found["once"]["xu"] == 1
+    once = root.total(())
+    assert once["fma"] == once["xu"] == 1
 
 
-def test_instructions_have_their_pipes(found):
-    assert list(found["pipes"].values()) == [
+def test_instructions_have_their_pipes(m):
+    names = [
+        "@!P0 LOP3.LUT R1, R2, R3", "@P1 IMAD.HI.U32 R1", "FFMA R1", "HGMMA.64x64 R1",
+        "MUFU.LG2 R1", "UIADD3 UR4", "LDGSTS.E.128 [R1]", "I2FP.F32.S32 R1", "BRA `(x)",
+        "@!UP2 UMOV UR1", "PRMT R1", "WARPGROUP.ARRIVE", "LDL R1", "ISETP.GE.AND P0",
+    ]  # fmt: skip
+    assert [m.pipe_of(name) for name in names] == [
         "alu",
         "imad",
         "fma",
@@ -170,6 +175,8 @@ def test_instructions_have_their_pipes(found):
     ]
 
 
+# slow: a process that compiles kernels, as test_compile.py does in the fast lane
+@pytest.mark.full
 def test_matrix_time_is_the_work_over_the_rate(found):
     """Products of 128 samples, whole programs on the fullest multiprocessor."""
     # 64 blocks of K in two waves' worth of spans: as many programs as fill the card
@@ -178,6 +185,8 @@ def test_matrix_time_is_the_work_over_the_rate(found):
     assert found["long"]["memory"] > 2 * 128 * 2**20 / 4.8e12
 
 
+# slow: a process that compiles kernels, as test_compile.py does in the fast lane
+@pytest.mark.full
 def test_time_grows_with_the_work_and_with_a_lesser_card(found):
     for resource in ("issue", "alu", "imad", "lsu", "matrix"):
         ratio = found["long"][resource] / found["short"][resource]
@@ -189,6 +198,8 @@ def test_time_grows_with_the_work_and_with_a_lesser_card(found):
     assert 0.1 * busy < found["long"]["issue"] < 1.5 * busy
 
 
+# slow: a process that compiles kernels, as test_compile.py does in the fast lane
+@pytest.mark.full
 def test_products_without_matrix_units_are_limited_by_others(found):
     assert found["gram"]["matrix"] == 0
     # two multiply-adds per feature and vector
@@ -196,10 +207,14 @@ def test_products_without_matrix_units_are_limited_by_others(found):
     assert floor < found["gram"]["fma"] < 3 * floor
 
 
-def test_cards_are_found_by_name(found):
-    assert found["cards"] == ["H200", "A100", None]
+def test_cards_are_found_by_name(m):
+    names = ("NVIDIA H200", "NVIDIA A100-SXM4-80GB", "Quadro")
+    found = [getattr(m.find_card(name), "name", None) for name in names]
+    assert found == ["H200", "A100", None]
 
 
+# slow: a process that compiles kernels, as test_compile.py does in the fast lane
+@pytest.mark.full
 def test_sketches_are_modelled_as_they_are_launched(found):
     """The constants, the configuration, the loops and the bytes of the launch itself."""
     assert found["launches"]
@@ -211,6 +226,8 @@ def test_sketches_are_modelled_as_they_are_launched(found):
         assert row["bytes"] == row["moved"]
 
 
+# slow: a process that compiles kernels, as test_compile.py does in the fast lane
+@pytest.mark.full
 def test_it_says_that_it_is_a_model(found):
     status, said, written = found["main"]
     assert status == 0, said

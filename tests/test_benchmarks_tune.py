@@ -185,7 +185,14 @@ def run_main(monkeypatch, *arguments):
     return tune.main()
 
 
-@pytest.mark.parametrize("operation", tune.OPERATIONS)
+# one way for all: two that differ most
+@pytest.mark.parametrize(
+    "operation",
+    [
+        pytest.param(o, marks=() if o in ("sketch", "project_rademacher") else pytest.mark.full)
+        for o in tune.OPERATIONS
+    ],
+)
 def test_a_rehearsal_writes_a_file(operation, tmp_path, monkeypatch, capsys):
     # one round of each
     monkeypatch.setattr(tune, "measure", lambda run, rounds: float(run().numel()))

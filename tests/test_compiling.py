@@ -127,6 +127,8 @@ print(json.dumps([counts, said, compiled, missed]))
 """
 
 
+# slow: compiles; what a batch launches is noted in the fast lane
+@pytest.mark.full
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton has its own card")
 @pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.full), 90])
 def test_launches_find_their_kernels_compiled(arch):

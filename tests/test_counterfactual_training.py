@@ -189,6 +189,8 @@ def painted(tmp_path_factory):
     return folder
 
 
+# slow: trainings; test_lds_text_to_image.py has subsets of one in the fast lane
+@pytest.mark.full
 def test_a_lora_is_trained_again_as_it_was(painted, opened, tmp_path):
     origin = opened(painted / "run")
     retraining = origin.retraining
@@ -251,6 +253,8 @@ def edit(painted, tmp_path, **changes):
     return tmp_path / "run"
 
 
+# slow: needs a run of a LoRA; of pixels the same refusals are in the fast lane
+@pytest.mark.full
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -263,6 +267,8 @@ def test_loras_of_something_else(painted, opened, tmp_path, changes, message):
         opened(edit(painted, tmp_path, **changes))
 
 
+# slow: needs a run of a LoRA; of pixels it is in the fast lane
+@pytest.mark.full
 def test_loras_nobody_says_how_to_train(painted, opened, tmp_path):
     run = edit(painted, tmp_path)
     (tmp_path / "lora" / "training.json").unlink()
@@ -277,5 +283,7 @@ def test_loras_nobody_says_how_to_train(painted, opened, tmp_path):
     assert (start.rank, start.model, len(start.targets)) == (2, str(painted / "base"), 32)
 
 
+# slow: needs a run of a LoRA
+@pytest.mark.full
 def test_experiments_on_different_runs_differ(finished, painted, opened):
     assert opened(finished).identity() != opened(painted / "run").identity()

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from finished_run import OPTIONS, RECIPE, make_model, make_run, results
+from finished_run import OPTIONS, RECIPE, make_model, results
 from numerics import relative_error
 from rich.console import Console
 from safetensors.torch import load_file
@@ -20,14 +20,13 @@ from dtrak.runs.run import Options
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(finished, tmp_path_factory):
     """Two models trained alike but for their seed, which explain the pictures of the first."""
-    folder = tmp_path_factory.mktemp("ensemble")
-    first = make_run(folder, timesteps="1", num_queries=3)
-    images, second = folder / "images", folder / "second"
+    folder, first = tmp_path_factory.mktemp("ensemble"), finished
+    images, second = first.parent / "images", folder / "second"
     model = make_model(folder / "other", images, replace(RECIPE, seed=6))
     places = {"model": str(model), "data": str(images), "output": str(second)}
-    options = {**OPTIONS, **places, "timesteps": "1", "queries": str(first / "generated")}
+    options = {**OPTIONS, **places, "queries": str(first / "generated"), "batch_size": 32}
     run_attribution(Options(**options), Console(quiet=True))
     return first, second
 
@@ -36,7 +35,7 @@ def test_the_file_holds_the_float64_mean_of_the_runs(runs, tmp_path):
     file = tmp_path / "new" / "mean.safetensors"
     result = CliRunner().invoke(app, [*map(str, runs), "--output", str(file)])
     assert result.exit_code == 0, result.output
-    assert "mean scores of 2 models, 3 pictures by 60" in " ".join(result.output.split())
+    assert "mean scores of 2 models, 4 pictures by 60" in " ".join(result.output.split())
     each = [load_file(results(run) / "scores.safetensors")["scores"].double() for run in runs]
     assert relative_error(each[0], each[1]) > 1e-2
     scores, metadata = read_scores(file)

@@ -4,6 +4,8 @@ import pytest
 from test_compile import SHARED_LIMITS
 
 
+# slow: of the fast lane test_compile.py has one of the kernels for every target
+@pytest.mark.full
 @pytest.mark.parametrize("target", SHARED_LIMITS)
 def test_kernel_compiles(target, compiled):
     shared = compiled["gram"][target]

@@ -10,7 +10,11 @@ from dtrak.pages.canvas import Canvas, default_style
 
 
 @pytest.mark.parametrize(
-    "C, size, query_zoom, zoom", [(1, 8, 32, 24), (3, 32, 8, 6), (3, 28, 9, 6)]
+    "C, size, query_zoom, zoom",
+    [
+        (1, 8, 32, 24),
+        *[pytest.param(*c, marks=pytest.mark.full) for c in ((3, 32, 8, 6), (3, 28, 9, 6))],
+    ],
 )
 def test_picture_shows_whole_squares_per_pixel(tmp_path, C, size, query_zoom, zoom):
     options = case(M=2, C=C, size=size)
@@ -51,6 +55,7 @@ def test_picture_stops_at_sixteen_queries_and_says_so(tmp_path, monkeypatch):
     assert not any("The first" in text for text in written)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     "side, names, kind",
     [

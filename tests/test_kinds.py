@@ -200,6 +200,7 @@ def samples_of(kind, latents):
     return data.encoded(InMemory(latents))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_features_are_the_gradients_of_single_samples(kind, adapter, folders, latents):

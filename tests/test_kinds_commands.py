@@ -59,13 +59,14 @@ def read_scores(folder):
 @pytest.mark.parametrize(
     "kind, adapter",
     [
-        # a U-Net that reads captions, one that reads labels, and flow matching
-        ("sd", False),
+        # one that reads labels; a U-Net that reads captions, with a LoRA, is in
+        # test_attribute_lora.py, and test_kinds.py explains flow matching
         ("dit", False),
-        ("flux", True),
         *(
             pytest.param(kind, adapter, marks=pytest.mark.full)
             for kind, adapter in (
+                ("sd", False),
+                ("flux", True),
                 ("sdxl", True),
                 ("sd3", True),
                 ("schnell", False),
@@ -174,7 +175,7 @@ def test_what_is_missing_is_said(places, tmp_path):
         assert "Traceback" not in output
 
 
-@pytest.mark.parametrize("kind", ["flux", "dit"])
+@pytest.mark.parametrize("kind", [pytest.param("flux", marks=pytest.mark.full), "dit"])
 def test_an_adapter_is_trained_by_command_and_explained(kind, places, tmp_path, monkeypatch):
     from dtrak.cli.train import app as train
 

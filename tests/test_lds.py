@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -258,12 +259,56 @@ def test_several_commands_train_one_run(tmp_path):
         assert sum(f"train {name}:" in text for text in texts) == 1, (name, texts)
 
 
-def test_ctrl_c_ends_without_a_traceback_and_the_run_goes_on(tmp_path):
-    folder = tmp_path / "run"
+@pytest.fixture
+def endless(tmp_path, monkeypatch):
+    """An experiment whose trainings do not end by themselves."""
     slow = replace(PRESET, recipe=replace(PRESET.recipe, steps=100_000))
-    register()
-    PRESETS[NAME] = slow
-    experiment = prepare(folder, slow, num_subsets=2)
+    monkeypatch.setitem(PRESETS, NAME, slow)
+    return prepare(tmp_path / "run", slow, num_subsets=2)
+
+
+def check_it_goes_on(experiment):
+    first = []
+
+    def stop(done, total):
+        first.append(done)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_one(experiment, "full", CPU, stop)
+    assert first[0] > 50
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
+def test_ctrl_c_in_a_training_and_the_run_goes_on(run, endless):
+    """A real signal, to this process."""
+    checkpoint, ended = endless.folder / "training" / "full.pt", threading.Event()
+
+    def interrupt():
+        while not checkpoint.is_file():
+            if ended.wait(0.01):
+                return
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    waiting = threading.Thread(target=interrupt)
+    waiting.start()
+    try:
+        code, text = run("train")
+    finally:
+        ended.set()
+        waiting.join()
+        signal.signal(signal.SIGINT, before)
+    assert code == 130, text
+    assert "interrupted: run the same command again" in text
+    assert "Traceback" not in text
+    check_it_goes_on(endless)
+
+
+# slow: a process of its own; the same signal is sent to this one above
+@pytest.mark.full
+def test_ctrl_c_ends_without_a_traceback_and_the_run_goes_on(endless):
+    folder = endless.folder
     code = (
         "import tiny_lds\n"
         "from dataclasses import replace\n"
@@ -287,15 +332,7 @@ def test_ctrl_c_ends_without_a_traceback_and_the_run_goes_on(tmp_path):
     assert run.returncode == 130
     assert "interrupted: run the same command again" in text
     assert "Traceback" not in text
-    first = []
-
-    def stop(done, total):
-        first.append(done)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train_one(experiment, "full", CPU, stop)
-    assert first[0] > 50
+    check_it_goes_on(endless)
 
 
 def test_a_trained_model_does_not_depend_on_what_else_was_trained(run, tmp_path):

@@ -9,7 +9,7 @@ from PIL import Image
 from rich.console import Console
 from test_lds_table import small_results
 
-from dtrak.evaluation.lds.table import make_table, packaged_results
+from dtrak.evaluation.lds.table import make_table, packaged_table
 from dtrak.pages.lds_report import print_table, read_table, render_markdown, row_notes, write_plots
 from dtrak.pages.lds_section import render_section
 
@@ -70,7 +70,7 @@ def test_terminal_and_page_show_the_numbers_of_the_table(table, tmp_path):
 
 def test_only_packaged_results_are_said_to_be_tested(table):
     """A user's own figures follow from no file of the package."""
-    _, packaged = packaged_results("digits")
+    packaged = packaged_table("digits")
     claim = "every figure follows from the losses and ranks in the package, and a test"
     assert claim in render_markdown(packaged)
     other = packaged | {"results": "0" * 64}

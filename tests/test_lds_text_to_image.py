@@ -232,6 +232,8 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bits(base, tmp_path):
     register()
 
 
+# slow: five trainings; test_counterfactual_training.py follows a mixed precision in the fast lane
+@pytest.mark.full
 def test_one_base_serves_trainings_one_after_the_other_in_mixed_precision(base, tmp_path):
     both = ready(tmp_path / "both", base, mixed_precision="bf16")
     one = ready(tmp_path / "one", base, mixed_precision="bf16")
@@ -347,6 +349,8 @@ def test_features_are_those_of_the_main_command(folder, base, predictor, tmp_pat
         assert relative_error(found, expected.double()) < 1e-5
 
 
+# slow: of pixels test_lds_methods.py has it in the fast lane
+@pytest.mark.full
 def test_checkpoints_and_journeys_are_of_the_right_lora(folder, base, experiment, predictor):
     settings = [Setting(BY_NAME[name], 2, "sjlt") for name in ("TracInCP", "Journey-TRAK")]
     found = {p.setting.method.title: p for p in predictor.predict(settings)}
@@ -530,6 +534,8 @@ def test_a_counterfactual_draws_in_the_precision_of_the_run(base, tmp_path):
     assert origin.identity()["training"] != before
 
 
+# slow: a training and an LDS; of pixels test_lds_run.py has it in the fast lane
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:.*captions have more than 16 tokens.*")
 def test_a_lora_of_ones_own(base, tmp_path):
     """From its training to losses of models trained again on halves of its captioned images."""

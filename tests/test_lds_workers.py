@@ -11,7 +11,8 @@ from dtrak.runs.workers import one_thread, work
 NAMES = [f"{number}" for number in range(6)]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+# slow with two: the case of a dead process starts some in the fast lane
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_every_model_is_done_once_and_reported(tmp_path, processes):
     reports = []
     report = lambda *what: reports.append(what)
@@ -25,7 +26,7 @@ def test_every_model_is_done_once_and_reported(tmp_path, processes):
     assert work(Write(tmp_path), NAMES, 1, report) == 0
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_a_refusal_reaches_the_caller_and_keeps_what_was_done(tmp_path, processes):
     with pytest.raises(ValueError, match=r"3 must be\s+something else"):
         work(Write(tmp_path, refused="3"), NAMES, processes, lambda *_: None)

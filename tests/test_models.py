@@ -360,6 +360,8 @@ def test_the_page_on_models_runs():
         parse(line)
 
 
+# slow: trainings; the case of labelled data to a report draws other classes
+@pytest.mark.full
 def test_each_round_of_classes_has_pictures_of_its_own(places, tmp_path):
     where = ("--model", places / "model", "--data", places / "digits.parquet", *COMMON)
     for classes, items in (("0,0,1", [0, 0, 1]), ("0,1", [0, 1, 0])):

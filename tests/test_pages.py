@@ -4,7 +4,7 @@ import pytest
 import torch
 from page import HOSTILE, Page, decoded
 
-from dtrak.evaluation.lds.table import packaged_results
+from dtrak.evaluation.lds.table import packaged_table
 from dtrak.pages.html import render_image, render_name, render_page
 from dtrak.pages.standing import describe_standing
 from dtrak.pages.tables import format_seconds
@@ -61,7 +61,7 @@ SETTINGS = {
 def held_out(kind, method, S):
     (row,) = [
         row
-        for row in packaged_results("digits")[1]["rows"]
+        for row in packaged_table("digits")["rows"]
         if (row["queries"], row["method"], row["timesteps"]) == (kind, method, S)
         and row["projection"] in ("", "sjlt")
     ]

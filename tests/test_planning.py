@@ -54,7 +54,7 @@ def test_a_dense_projection_costs_its_matrix():
 @pytest.mark.parametrize(
     "projection",
     [
-        pytest.param(p, marks=pytest.mark.full if p.kind in ("none", "kronecker") else ())
+        pytest.param(p, marks=pytest.mark.full if p.kind in ("none", "kronecker", "sjlt") else ())
         for p in KINDS
     ],
     ids=lambda p: p.kind,

@@ -92,11 +92,9 @@ def test_locks_as_windows_has_them(windows, tmp_path, held, wanted, ours):
     third.communicate()
 
 
-@needs_posix
-def test_the_main_job_runs_without_fcntl_resource_and_triton(windows, tmp_path):
-    """The modules that only Linux has are missing, and /proc too."""
-    code = """
-import builtins, json, pathlib
+# the modules that only Linux has are missing, and /proc too
+NOT_LINUX = """
+import json, pathlib
 sys.modules["triton"] = None
 read = pathlib.Path.read_text
 def read_text(self, *arguments, **options):
@@ -105,6 +103,34 @@ def read_text(self, *arguments, **options):
     return read(self, *arguments, **options)
 pathlib.Path.read_text = read_text
 import torch
+"""
+
+
+@needs_posix
+def test_everything_imports_and_projects_without_fcntl_resource_and_triton(windows):
+    code = """
+import dtrak, dtrak_kernels
+import dtrak.cli.attribute, dtrak.cli.counterfactual, dtrak.cli.lds, dtrak.cli.train
+import dtrak.data.images, dtrak.runs.measure, dtrak.runs.record, dtrak.runs.workers
+grads = torch.ones(2, 300)
+for kind in ("rademacher", "normal"):
+    assert dtrak_kernels.project(grads, dtrak_kernels.Projection(kind, 64)).shape == (2, 64)
+sketch = dtrak_kernels.project(grads, dtrak_kernels.Projection("sjlt", 256), shapes=[(15, 20)])
+assert sketch.shape == (2, 256)
+model = torch.nn.Linear(20, 15)
+sketcher = dtrak_kernels.GradientSketcher(model, dtrak_kernels.Projection("sjlt", 256))
+assert sketcher.sketch(lambda: model(torch.ones(2, 20)).sum(1), 2).shape == (2, 256)
+print(json.dumps(sys.modules["triton"] is None and sys.modules["fcntl"] is None))
+"""
+    process = windows(NOT_LINUX + code)
+    assert json.loads(process.communicate()[0].splitlines()[-1]) is True
+
+
+# slow: everything is imported, and a model trained
+@pytest.mark.full
+@needs_posix
+def test_the_main_job_runs_without_fcntl_resource_and_triton(windows, tmp_path):
+    code = """
 from rich.console import Console
 import finished_run
 torch.set_num_threads(1)
@@ -113,12 +139,6 @@ run = finished_run.results(finished_run.make_run(folder))
 import dtrak.cli.attribution, dtrak.cli.counterfactual_experiment, dtrak.cli.lds_stages
 import dtrak.methods.baselines, dtrak.pages.report, dtrak.training.drawing
 import dtrak.evaluation.retraining, dtrak.training.command
-import dtrak_kernels
-grads = torch.ones(2, 300)
-for kind in ("rademacher", "normal"):
-    assert dtrak_kernels.project(grads, dtrak_kernels.Projection(kind, 64)).shape == (2, 64)
-sketch = dtrak_kernels.project(grads, dtrak_kernels.Projection("sjlt", 256), shapes=[(15, 20)])
-assert sketch.shape == (2, 256)
 print(json.dumps([
     (run / "scores.safetensors").is_file(),
     {stage["peak_bytes"] for stage in json.loads((run / "manifest.json").read_text())["stages"]}
@@ -126,7 +146,7 @@ print(json.dumps([
     sys.modules["triton"] is None and sys.modules["fcntl"] is None,
 ]))
 """
-    code = f"sys.path.insert(0, {os.path.dirname(__file__)!r})\n{code}"
+    code = f"sys.path.insert(0, {os.path.dirname(__file__)!r})\n{NOT_LINUX}{code}"
     # other libraries ask for the system, and then import what this one has
     first = "from diffusers import UNet2DModel\n"
     process = windows(code, tmp_path / "work", first=first)

@@ -14,6 +14,7 @@ def settings(kind="sjlt", proj_dim=1024, function="mean_squared_l2_norm", dtype=
     return FeatureSettings(function, (0, 300, 900), 5, Projection(kind, proj_dim, 3), dtype)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("function", ["mean_squared_l2_norm", "loss", "l1_norm", "weighted_mse"])
 @pytest.mark.parametrize("kind", ["sjlt", "rademacher"])
 def test_fused_features_are_the_published_gradients_projected(kind, function):
@@ -26,6 +27,8 @@ def test_fused_features_are_the_published_gradients_projected(kind, function):
     assert relative_error(fused.extract(data.images, data.ids), expected) < 1e-6
 
 
+# slow: statistical; the features themselves are compared in the fast lane
+@pytest.mark.full
 def test_inner_products_agree_with_trak():
     data = make_data(12)
     chosen = settings(proj_dim=8192, dtype="float32")

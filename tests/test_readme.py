@@ -14,7 +14,7 @@ from test_reproduce import parse
 from test_sketcher import small_unet
 
 from dtrak.data.images import encode_png, load_data, to_uint8
-from dtrak.evaluation.lds.table import packaged_results
+from dtrak.evaluation.lds.table import packaged_table
 from dtrak.models.process import linear_process
 from dtrak.models.unet import UNet
 
@@ -118,7 +118,7 @@ def test_commands_run(tmp_path):
 
 def lds_cells(preset):
     """The README's row of a benchmark, from the package."""
-    _, table = packaged_results(preset)
+    table = packaged_table(preset)
     rows = {
         (r["method"], r["timesteps"], r["queries"]): r
         for r in table["rows"]

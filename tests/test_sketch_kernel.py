@@ -272,6 +272,8 @@ def test_an_image_smaller_than_the_padded_kernel(device):
 PROJECTION = Projection("sjlt", 4096, seed=3)
 
 
+# slow: the layers of a U-Net are in the fast lane one by one
+@pytest.mark.full
 def test_unet_features(device):
     model = small_unet().float().to(device)
     torch.manual_seed(1)

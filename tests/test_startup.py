@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from finished_run import OPTIONS, make_run, results
+from finished_run import OPTIONS, results
 from rich.console import Console
 
 from dtrak.features.output_names import OUTPUT_NAMES
@@ -25,7 +25,6 @@ from dtrak.runs.files import LOCK_FILE, claim
 from dtrak.runs.finished import find_finished
 from dtrak.runs.folders import OutputError
 from dtrak.runs.options import Options
-from dtrak.runs.workers import one_thread
 from dtrak_kernels.projection import KINDS
 
 HEAVY = {
@@ -203,20 +202,15 @@ def test_control_c_while_a_command_starts(command, tmp_path):
         assert "Traceback" not in text
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    with one_thread():
-        return make_run(tmp_path_factory.mktemp("finished"))
-
-
 @pytest.fixture
-def copy(run, tmp_path):
-    """A finished run to spoil; gives its options."""
-    shutil.copytree(run.parent, tmp_path / "copy")
-    # the same images and the same model, where the run found them
-    return Options(
-        **json.loads((results(run) / "manifest.json").read_text())["options"]
-    ), tmp_path / "copy"
+def copy(finished, tmp_path):
+    """A finished run to spoil, with its images and its model; gives its options."""
+    here = shutil.copytree(finished.parent, tmp_path / "copy")
+    file = results(here / "run") / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["options"] |= {"model": str(here / "model"), "data": str(here / "images")}
+    file.write_text(json.dumps(manifest))
+    return Options(**manifest["options"]), here
 
 
 def reuses(options, folder):
@@ -224,7 +218,8 @@ def reuses(options, folder):
     return find_finished(options, Console(quiet=True))
 
 
-def test_a_finished_run_is_reused_without_diffusers(run, tmp_path):
+def test_a_finished_run_is_reused_without_diffusers(finished):
+    run = finished
     options = json.loads((results(run) / "manifest.json").read_text())["options"]
     line = ["--model", options["model"], "--data", options["data"], "--output", run, "--timesteps"]
     line += ["2", "--num-queries", "4", "--proj-dim", "256", "--top-k", "3", "--device", "cpu"]
@@ -273,19 +268,17 @@ def test_whatever_differs_is_done_again(copy, monkeypatch):
     assert reuses(options, folder)
 
 
-def test_other_images_and_another_model_are_not_those_of_the_run(run, copy):
+def test_other_images_and_another_model_are_not_those_of_the_run(copy):
     options, folder = copy
     for place in ("images/003.png", "model/unet/diffusion_pytorch_model.safetensors"):
-        file = run.parent / place
+        file = folder / place
         kept = file.read_bytes()
-        try:
-            other = run.parent / "images/004.png"
-            file.write_bytes(other.read_bytes() if file.suffix == ".png" else kept[:-1] + b"\7")
-            assert not reuses(options, folder), place
-            file.unlink()
-            assert not reuses(options, folder), place
-        finally:
-            file.write_bytes(kept)
+        other = folder / "images/004.png"
+        file.write_bytes(other.read_bytes() if file.suffix == ".png" else kept[:-1] + b"\7")
+        assert not reuses(options, folder), place
+        file.unlink()
+        assert not reuses(options, folder), place
+        file.write_bytes(kept)
     assert reuses(options, folder)
 
 

@@ -488,6 +488,8 @@ def test_failed_save_leaves_the_old_checkpoint(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+# slow: 150 steps; test_kinds.py has losses that go down in the fast lane
+@pytest.mark.full
 def test_loss_goes_down():
     """One image to learn by heart: the denoising loss on fresh noise must fall far below 1."""
     images = IMAGES[:1].sign().expand(4, -1, -1, -1)

@@ -260,6 +260,8 @@ def place(tmp_path_factory):
     model = make_model(folder / "model", images, RECIPE)
     options = {"model": str(model), "data": str(images), "output": str(folder / "run")}
     options |= {"timesteps": "2", "proj_dim": 256, "num_queries": 2, "device": "cpu", "top_k": 2}
+    # measuring what fits takes longer than all features
+    options |= {"batch_size": 12}
     for more in ({}, {"whiten": "none"}, {"method": "tracincp", "whiten": "scale"}):
         more = more if "method" not in more else {**more, "checkpoints": str(folder)}
         run_attribution(Options(**{**options, **more}), Console(quiet=True))
@@ -282,6 +284,8 @@ def test_both_ways_lie_side_by_side(place):
     assert "lowrank" in report
 
 
+# slow: test_attribute.py compares whitened features in the fast lane
+@pytest.mark.full
 def test_a_command_that_compares_both_ways(place):
     pytest.importorskip("trak", reason="TRAK is not installed")
     options = ["--model", place / "model", "--data", place / "images", "--output", place / "run"]

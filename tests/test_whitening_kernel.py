@@ -20,6 +20,7 @@ from dtrak_kernels.sjlt.triton import launch_sketch, scales_in_tiles
 SJLT = Projection("sjlt", 300, seed=3)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("is_rolled", [True, False], ids=["rolled", "shifted loads"])
 @pytest.mark.parametrize(
     "module, shape",

@@ -48,6 +48,8 @@ from .damping import damping_unit
 from .scores import check_room, journey_query_features
 
 TRAIN, QUERY, HELD_OUT, REPEATED = "train", "query", "held-out", "repeated"
+# images whose features take no longer than measuring what they will take is worth
+_FEW = 64
 _LABELS = {
     TRAIN: "features of training images",
     QUERY: "features of queries",
@@ -390,14 +392,15 @@ class Evidence:
         self._is_new |= role == TRAIN
         if folder is not None and role == TRAIN and ranks().is_main:
             size = format_bytes(len(store) * packed_bytes(store.shape[1], dtype))
-            # the batch size was chosen by making some
-            is_warm = is_new and self.how.batch_size is None and self.how.fused
-            given = self.how.batch_size
-            seconds = seconds_per_row(extractor, data, given, is_warm=is_warm)
-            self.stages.say(
-                f"{label}: {store.shape[0]:,} x {store.shape[1]:,}, {size} in {folder}, "
-                f"{format_seconds(seconds * left_in(store))} or less"
-            )
+            said = f"{label}: {store.shape[0]:,} x {store.shape[1]:,}, {size} in {folder}"
+            rows = left_in(store)
+            if rows > _FEW:
+                # the batch size was chosen by making some
+                is_warm = is_new and self.how.batch_size is None and self.how.fused
+                given = self.how.batch_size
+                seconds = seconds_per_row(extractor, data, given, is_warm=is_warm)
+                said += f", {format_seconds(seconds * rows)} or less"
+            self.stages.say(said)
         if isinstance(store, FeatureStore):
             store.only_own = role == TRAIN
         with self.stages.stage(label, key) as progress:

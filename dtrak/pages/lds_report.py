@@ -16,7 +16,7 @@ from ..evaluation.lds.table import (
     UNIT,
     Results,
     digest,
-    packaged_results,
+    packaged_table,
     select_rows,
 )
 from ..runs.choices import counted
@@ -205,8 +205,7 @@ def render_markdown(table: Mapping[str, Any]) -> str:
 
 def _is_packaged(table: Mapping[str, Any]) -> bool:
     """Whether a table is the one that comes with the package, not of a user's own run."""
-    packaged = packaged_results(table["about"]["preset"])
-    return packaged is not None and packaged[1] == table
+    return packaged_table(table["about"]["preset"]) == table
 
 
 def read_table(file: Path, results: Results) -> dict[str, Any] | None:

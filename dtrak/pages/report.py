@@ -347,7 +347,7 @@ def _find_lds(
     folder: Path, given: Path | None, data: str | None, console: Console | None
 ) -> dict[str, Any] | None:
     """The table of a run of `dtrak.lds` on the same images; None where there is none."""
-    from ..evaluation.lds.table import load_results, make_table, packaged_results
+    from ..evaluation.lds.table import load_results, make_table, packaged_table
     from .lds_report import read_table
 
     place = given or next(
@@ -359,7 +359,7 @@ def _find_lds(
         None,
     )
     if place is None:
-        return _packaged_table(packaged_results, data)
+        return _packaged_table(packaged_table, data)
     if not (place / "results.npz").is_file():
         raise FileNotFoundError(
             f"--lds must be a run that dtrak.lds has evaluated, got no {place / 'results.npz'}"
@@ -381,9 +381,8 @@ def _packaged_table(find: Any, data: str | None) -> dict[str, Any] | None:
     from ..training.presets import PRESETS
 
     for preset in PRESETS:
-        packaged = find(preset)
-        if packaged is not None and packaged[0].about["data"] == data:
-            table: dict[str, Any] = packaged[1]
+        table: dict[str, Any] | None = find(preset)
+        if table is not None and table["about"]["data"] == data:
             return table
     return None
 

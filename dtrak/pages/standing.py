@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..evaluation.lds.options import WHITENED
-from ..evaluation.lds.table import packaged_results
+from ..evaluation.lds.table import packaged_table
 from ..methods import METHODS, NOTHING
 
 _PRESET = "digits"
@@ -27,10 +27,9 @@ def describe_standing(settings: Mapping[str, Any]) -> str | None:
     method = METHODS.get(str(settings.get("method")))
     if method is None or method.needs == NOTHING:
         return None
-    packaged = packaged_results(_PRESET)
-    if packaged is None:
+    table = packaged_table(_PRESET)
+    if table is None:
         return None
-    table = packaged[1]
     output = settings.get("output function")
     if output not in (None, method.output_function):
         return (

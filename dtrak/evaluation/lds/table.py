@@ -292,11 +292,21 @@ def _tuple(value: Any) -> Any:
 
 def packaged_results(preset: str) -> tuple[Results, dict[str, Any]] | None:
     """Results and table that come with the package; None for a preset without."""
+    table = packaged_table(preset)
+    if table is None:
+        return None
+    data = files("dtrak") / "lds_results" / f"{preset}.npz"
+    return load_results(data.read_bytes()), table
+
+
+def packaged_table(preset: str) -> dict[str, Any] | None:
+    """The table of `packaged_results` without the results, which take much longer to unpack."""
     folder = files("dtrak") / "lds_results"
     data, table = folder / f"{preset}.npz", folder / f"{preset}.json"
     if not (data.is_file() and table.is_file()):
         return None
-    return load_results(data.read_bytes()), json.loads(table.read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads(table.read_text(encoding="utf-8"))
+    return found
 
 
 def digest(results: Results) -> str:
