@@ -303,6 +303,23 @@ class SjltAccumulator(SketchAccumulator):
         else:
             self.launch(index, layer, out)
 
+    def take_scale(self, index: int, scale: Tensor) -> bool:
+        """Multiply a scale into a parameter's signs, where they are kept in tables.
+
+        Args:
+            index: which parameter.
+            scale: of its gradients, one number or ``[*shape]``.
+
+        Returns:
+            Whether it was done: gradients are then to come without the scale.
+        """
+        sketch = self.sketches[index]
+        is_torch = choose_implementation(scale, self.implementation) == "torch"
+        if not (is_torch and scale.is_cpu and sketch.size <= TABLE_ENTRIES):
+            return False
+        self.sketches[index] = sketch.scaled(scale)
+        return True
+
     def launch(
         self,
         index: int,

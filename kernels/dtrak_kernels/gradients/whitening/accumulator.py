@@ -19,8 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...ops import choose_implementation
-from ...sjlt.torch import TABLE_ENTRIES
 from ..accumulator import MOST_DECISIONS, Accumulator, KroneckerAccumulator, SjltAccumulator
 from ..weight import (
     TRANSPOSED,
@@ -97,18 +95,15 @@ class WhiteningAccumulator(Accumulator):
                 )
 
     def _scale_signs(self) -> None:
-        """Leave scales to the signs of a sketch whose tables hold both: they come last."""
+        """Leave scales to the signs of a sketch where it takes them: they come last."""
         inner = self.accumulator
-        if not isinstance(inner, SjltAccumulator):
-            return
-        parameters = list(self.parameters)
-        for index, (parameter, sketch) in enumerate(zip(parameters, inner.sketches, strict=True)):
-            scale = parameter.scale
-            is_torch = choose_implementation(scale, inner.implementation) == "torch"
-            if is_torch and scale.is_cpu and sketch.size <= TABLE_ENTRIES and not parameter.is_zero:
-                inner.sketches[index] = sketch.scaled(scale)
-                parameters[index] = replace(parameter, scale=scale.new_ones(()))
-        self.parameters = parameters
+        if isinstance(inner, SjltAccumulator):
+            self.parameters = [
+                replace(parameter, scale=parameter.scale.new_ones(()))
+                if not parameter.is_zero and inner.take_scale(index, parameter.scale)
+                else parameter
+                for index, parameter in enumerate(self.parameters)
+            ]
 
     def forget(self) -> None:
         """See `Accumulator.forget`."""
