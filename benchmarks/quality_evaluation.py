@@ -257,6 +257,18 @@ def with_copies() -> tuple[Samples, dict[tuple[int, int], str]]:
     return join([data, copies], "digits and copies"), pairs
 
 
+def influence_on_itself(
+    model: Any, train: Samples, how: ExplainOptions, folder: Path
+) -> SelfInfluence:
+    """Self-influence of all training images, with features that are kept in ``folder``."""
+    few, stages = train.select(range(2)), Stages(CPU, Console(stderr=True))
+    known = Evidence(model, train, few, how, CPU, stages, folder=folder)
+    known.scores()
+    assert known.scored is not None
+    features = known.scored.train[: len(train)]
+    return self_influence(features, known.scored.damping, train.ids)
+
+
 def copies_row(folder: Path, how: ExplainOptions) -> dict[str, Any]:
     """Which planted copies are among the most alike pairs."""
     train, pairs = with_copies()
@@ -277,13 +289,7 @@ def copies_row(folder: Path, how: ExplainOptions) -> dict[str, Any]:
             is_done=lambda: is_saved(place),
             finish=lambda model: save_model(model, place),
         )
-        stages = Stages(CPU, Console(stderr=True))
-        few = train.select(range(2))
-        known = Evidence(retraining.load(place), train, few, how, CPU, stages, folder=place.parent)
-        known.scores()
-        assert known.scored is not None
-        features = known.scored.train[: len(train)]
-        found = self_influence(features, known.scored.damping, train.ids)
+        found = influence_on_itself(retraining.load(place), train, how, place.parent)
     ranked = [(one, other) for one, other, _ in found.pairs()]
     places = {pair: ranked.index(pair) if pair in ranked else None for pair in pairs}
     return {
@@ -376,13 +382,7 @@ def memorised_row(folder: Path, how: ExplainOptions | None) -> dict[str, Any]:
     elif how.function is None:
         found = -pixel_cosine(train, train).double().fill_diagonal_(-torch.inf).amax(1)
     else:
-        stages = Stages(CPU, Console(stderr=True))
-        few = train.select(range(2))
-        known = Evidence(dtrak.load(place), train, few, how, CPU, stages, folder=place.parent)
-        known.scores()
-        assert known.scored is not None
-        features = known.scored.train[: len(train)]
-        found = self_influence(features, known.scored.damping, train.ids).own
+        found = influence_on_itself(dtrak.load(place), train, how, place.parent).own
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(len(truth), (BOOTSTRAPS, len(truth)), generator=generator)
     again = torch.tensor([finds_memorised(found[rows], truth[rows]) for rows in drawn])
