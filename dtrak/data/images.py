@@ -23,6 +23,7 @@ from .samples import Samples, hash_pixels
 from .sources import (
     DataError,
     Record,
+    digits,
     digits_positions,
     digits_split,
     find_records,
@@ -224,20 +225,18 @@ def _load_digits(
     channels: int, split: str, limit: int | None, labels: Sequence[int] | None
 ) -> Samples:
     """Load the digits without rounding them to 8 bits: 0..16 is exact in steps of 1/8."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
+    pixels, target = digits()
     chosen = digits_positions(split)
     if labels is not None:
-        chosen = [position for position in chosen if int(digits.target[position]) in set(labels)]
+        chosen = [position for position in chosen if int(target[position]) in set(labels)]
         if not chosen:
             raise DataError(f"'digits' has no image with a label in {sorted(set(labels))}")
     chosen = chosen[:limit]
-    images = torch.from_numpy(digits.images[chosen]).float().div_(8).sub_(1)
+    images = torch.from_numpy(pixels[chosen]).float().div_(8).sub_(1)
     return Samples(
         images=images[:, None].repeat(1, channels, 1, 1),
         ids=[f"digits/{position:04d}" for position in chosen],
-        labels=[int(digits.target[position]) for position in chosen],
+        labels=[int(target[position]) for position in chosen],
         source=_describe("digits", split),
     )
 

@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,6 +83,15 @@ class Found:
     class_names: dict[int, str] = field(default_factory=dict)
 
 
+@cache
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    """Scikit-learn's 1,797 digits, read once: images ``[N, 8, 8]`` of 0 to 16, and their labels."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    return found.images, found.target
+
+
 def digits_split(seed: int = 42) -> tuple[list[int], list[int]]:
     """Draw 1,000 training and 200 validation digits, disjoint and stratified by label.
 
@@ -92,10 +101,9 @@ def digits_split(seed: int = 42) -> tuple[list[int], list[int]]:
     Returns:
         Positions in scikit-learn's 1,797 digits, in the order of the draw: (train, validation).
     """
-    from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    target = load_digits().target
+    _, target = digits()
     train, validation = train_test_split(
         np.arange(len(target)), train_size=1000, test_size=200, stratify=target, random_state=seed
     )
@@ -305,12 +313,10 @@ def _looks_like_a_path(name: str) -> bool:
 
 
 def _digit_records(split: str) -> Iterator[Record]:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
+    images, target = digits()
     for position in digits_positions(split):
-        pixels = np.rint(digits.images[position] * (255 / 16)).astype(np.uint8)
-        yield Record(f"digits/{position:04d}", int(digits.target[position]), pixels)
+        pixels = np.rint(images[position] * (255 / 16)).astype(np.uint8)
+        yield Record(f"digits/{position:04d}", int(target[position]), pixels)
 
 
 def _refuse_none(found: Walk) -> None:
