@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 from torch import Tensor
@@ -33,6 +34,7 @@ def fit(pixels: Tensor, room: int) -> int:
     return room // longest * longest if longest <= room else room
 
 
+@lru_cache(maxsize=4096)
 def text_width(text: str, pixels: float, *, bold: bool = False) -> int:
     """How wide a line is on a `Canvas`, in pixels; call it within `default_style`."""
     from matplotlib.backends.backend_agg import RendererAgg
