@@ -95,7 +95,7 @@ def test_signs_are_made_once_for_calls_alike(monkeypatch):
     made = []
     flips = ParameterSketch.flips
     monkeypatch.setattr(
-        ParameterSketch, "flips", lambda self, tile: made.append(self.seed) or flips(self, tile)
+        ParameterSketch, "flips", lambda self, tiles: made.append(self.seed) or flips(self, tiles)
     )
     sjlt_module._kept_sketches.cache_clear()
     grads = torch.randn(2, total(SHAPES))
@@ -217,8 +217,8 @@ def test_the_last_flip_matters():
     def without_last_flip(one):
         signs, blocks = one.signs.clone(), one.placement[0]
         for block in blocks.unique():
-            last = int((blocks == block).nonzero().max())
-            signs[blocks == block] *= 1 - 2 * one.flips(last).to(torch.int8)
+            (bits,) = one.flips((blocks == block).nonzero().max()[None])
+            signs[blocks == block] *= 1 - 2 * bits.to(torch.int8)
         one.__dict__["signs"] = signs
 
     # a constant gradient: with every flip the sum over positions has mean 0

@@ -54,6 +54,8 @@ _KEPT, _KEPT_BYTES = 2, 64 * 2**20
 TABLE_ENTRIES = 2**17
 _MAX_TILE = 128
 _MIN_TILE = 16
+# tiles whose flips are made at a time, from 2 MB of words
+_TILES = 512
 # counter of the words that belong to a parameter as a whole, beyond any tile number
 _WHOLE = 0xFFFFFFFF
 
@@ -145,8 +147,8 @@ class ParameterSketch:
         blocks = (rank + first) % self.num_blocks
         return blocks, w0 % tile_rows, w1 % tile_columns
 
-    def flips(self, tile: int) -> Tensor:
-        """The flip bits applied after ``tile``, bool ``[BM, BN]`` at accumulator positions.
+    def flips(self, tiles: Tensor) -> Iterator[Tensor]:
+        """The flip bits applied after each of ``tiles``, int64 ``[BM, BN]`` of 0 and 1.
 
         The call and bit of position (i, j) follow the accumulator layout of the tensor cores' m64nN
         and m16n8 instructions, so that a thread which holds 128 entries of a 128 x 128 tile needs
@@ -155,10 +157,13 @@ class ParameterSketch:
         tile_rows, tile_columns = self.tile
         i, j = torch.arange(tile_rows)[:, None], torch.arange(tile_columns)[None, :]
         call = ((i & 7) | ((i >> 1) & 0x18)) * 4 + ((j >> 1) & 3)
-        table = torch.stack(self._words(tile * 128 + torch.arange(128), Stream.SJLT_FLIP))
         word = ((i >> 3) & 1) + 2 * ((i >> 6) & 1)
         bit = 31 - (2 * ((j >> 3) & 15) + (j & 1))
-        return (table[word, call] >> bit & 1).bool()
+        # together: a call of torch takes longer than the words of one tile
+        for some in tiles.split(_TILES):
+            calls = some[:, None] * 128 + torch.arange(128)
+            for table in torch.stack(self._words(calls, Stream.SJLT_FLIP), dim=1):
+                yield table[word, call] >> bit & 1
 
     @cached_property
     def signs(self) -> Tensor:
@@ -172,8 +177,10 @@ class ParameterSketch:
         blocks, _, _ = self.placement
         signs = torch.empty(len(blocks), *self.tile, dtype=torch.int8)
         state: dict[int, Tensor] = {}
-        for tile in reversed(range(len(blocks))):
-            flip = 1 - 2 * self.flips(tile).to(torch.int8)
+        # backwards, as the chain goes
+        last_first = torch.arange(len(blocks)).flip(0)
+        for tile, bits in zip(last_first.tolist(), self.flips(last_first), strict=True):
+            flip = 1 - 2 * bits.to(torch.int8)
             block = int(blocks[tile])
             state[block] = flip * state[block] if block in state else flip
             signs[tile] = state[block]
