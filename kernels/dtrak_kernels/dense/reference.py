@@ -33,33 +33,36 @@ The matrix that projects is this one times K**-0.5.
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..random.words import Stream
 
+Word = TypeVar("Word", Tensor, int)
 
-def _wide_product(x: Tensor, constant: int) -> tuple[Tensor, Tensor]:
+
+def _wide_product(x: Word, constant: int) -> tuple[Word, Word]:
     """High and low words of a 32x32-bit product, from 16-bit halves so that no sum leaves int64."""
-    x_high, x_low = x // 65536, x % 65536
+    x_high, x_low = x >> 16, x & 0xFFFF
     c_high, c_low = divmod(constant, 65536)
     low = x_low * c_low
-    middle = x_high * c_low + low // 65536
-    other = x_low * c_high + middle % 65536
-    high = x_high * c_high + middle // 65536 + other // 65536
-    return high, (other % 65536) * 65536 + low % 65536
+    middle = x_high * c_low + (low >> 16)
+    other = x_low * c_high + (middle & 0xFFFF)
+    high = x_high * c_high + (middle >> 16) + (other >> 16)
+    return high, ((other & 0xFFFF) << 16) + (low & 0xFFFF)
 
 
-def philox(counters: tuple[Tensor, ...], seed: int) -> list[Tensor]:
-    """Philox-4x32-10 in plain integers: four int64 counters in, four int64 words out.
+def philox(counters: tuple[Word, ...], seed: int) -> list[Word]:
+    """Philox-4x32-10 in plain integers: four counters in, four words out, int64 tensors or ints.
 
     Written apart from `streams.philox_words`, so that a mistake in either shows.
 
     Source:
         Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3.
     """
-    words = list(torch.broadcast_tensors(*counters))
+    words = list(counters)
     key = [seed % 2**32, seed // 2**32]
     for number in range(10):
         round_key = [

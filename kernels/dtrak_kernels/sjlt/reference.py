@@ -18,7 +18,7 @@ from ..random.words import Stream
 
 def _call(c0: int, offset: int, stream: Stream, seed: int) -> list[int]:
     counters = (c0, offset % 2**32, offset // 2**32, int(stream))
-    return [int(word) for word in philox(tuple(torch.tensor(c) for c in counters), seed)]
+    return philox(counters, seed)
 
 
 def _power_of_two(extent: int) -> int:
