@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from dtrak.evaluation.counterfactual.origin import open_origin
 from dtrak.evaluation.lds.methods import list_settings
 from dtrak.evaluation.lds.options import parse_features
 from dtrak.features import whitening as whitenings
-from dtrak.features.extraction import FusedExtractor, deciding_settings
+from dtrak.features.extraction import FusedExtractor, deciding_settings, noisy_rows
 from dtrak.features.settings import FeatureSettings, WhiteningSettings
 from dtrak.features.whitening import WhiteningError, fit_whitening, open_whitening
 from dtrak.methods import METHODS
@@ -166,7 +167,7 @@ def test_many_images_are_sampled_evenly(model, monkeypatch):
     noisy_rows = whitenings.noisy_rows
 
     def watched(model, settings, inputs, ids):
-        seen.append((ids[0], settings.timesteps))
+        seen.extend((name, settings.timesteps) for name in ids)
         return noisy_rows(model, settings, inputs, ids)
 
     monkeypatch.setattr(whitenings, "noisy_rows", watched)
@@ -179,13 +180,38 @@ def test_many_images_are_sampled_evenly(model, monkeypatch):
         progress=lambda *numbers: done.append(numbers),
     )  # fmt: skip
     factors, scales = seen[:6], seen[6:]
-    assert [name for name, _ in factors] == [f"train/{row}" for row in range(0, 12, 2)]
-    assert [name for name, _ in scales] == [f"train/{row}" for row in range(0, 12, 4)]
+    assert {name for name, _ in factors} == {f"train/{row}" for row in range(0, 12, 2)}
+    assert {name for name, _ in scales} == {f"train/{row}" for row in range(0, 12, 4)}
     assert all(len(set(chosen)) == 2 and set(chosen) <= set(steps) for _, chosen in factors)
     assert len({chosen for _, chosen in factors}) > 1
     assert {chosen for _, chosen in scales} == {steps}
     # as many rows in a batch: 2 a factor, 5 a scale
     assert done == [(6, 9), (9, 9)]
+
+
+def test_rows_stay_with_what_their_images_come_with(model, monkeypatch):
+    """Images with the same timesteps are given noise together."""
+    seen, output_rows = [], whitenings.output_rows
+
+    def watched(model, settings, rows, ids, condition, factor):
+        seen.append((rows, ids))
+        return output_rows(model, settings, rows, ids, condition, factor)
+
+    monkeypatch.setattr(whitenings, "output_rows", watched)
+    few = WhiteningSettings("channels", factor_images=9, factor_timesteps=2, scale_images=2)
+    asked = FeatureSettings("loss", (0, 200, 400), 0, Projection("none"), whitening=few)
+    train = dtrak.images(pictures(9))
+    fit_whitening(model, asked, train, CPU, batch_size=10)
+    ((noisy, target, timesteps), ids), _ = seen
+    assert ids == train.ids
+    alone = [
+        noisy_rows(model, replace(asked, timesteps=tuple(steps)), image[None], [f"train/{name}"])
+        for image, name, steps in zip(train.images, ids, timesteps.view(9, 2).tolist(), strict=True)
+    ]
+    for found, expected in zip((noisy, target, timesteps), zip(*alone, strict=True), strict=True):
+        assert torch.equal(found, torch.cat(expected))
+    # there is something to put back
+    assert len(set(map(tuple, timesteps.view(9, 2).tolist()))) < 9
 
 
 def test_half_precision_gradients_are_scaled_alike(model):

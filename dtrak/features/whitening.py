@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -264,12 +265,22 @@ class _Batches:
         inputs = given(model, data, slice(None), self.device).to(self.device)
         if settings.dtype == "float64":
             inputs = inputs.double()
+        # images with the same timesteps together: of few there are many such
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for place, steps in enumerate(chosen):
+            alike.setdefault(steps, []).append(place)
         parts = [
-            noisy_rows(model, replace(settings, timesteps=steps), inputs[i : i + 1], ids[i : i + 1])
-            for i, steps in enumerate(chosen)
+            noisy_rows(
+                model, replace(settings, timesteps=steps), inputs[some], [ids[i] for i in some]
+            )
+            for steps, some in alike.items()
         ]
-        noisy, target, timesteps = (torch.cat(part) for part in zip(*parts, strict=True))
         count = len(chosen[0])
+        back = torch.tensor([*chain.from_iterable(alike.values())], device=self.device).argsort()
+        noisy, target, timesteps = (
+            torch.cat(part).unflatten(0, (-1, count))[back].flatten(0, 1)
+            for part in zip(*parts, strict=True)
+        )
         condition = condition_rows(model, data.conditions, count, inputs)
         # averaged where all timesteps are, else every row by itself
         factor = gradient_scale(settings) / (count if self.few is None else 1)
