@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -120,7 +121,9 @@ print(json.dumps(found | {{"main": [status, said.getvalue(), written], "launches
 def m():
     """The module itself, for what compiles nothing."""
     sys.path.insert(0, str(SCRIPT.parent))
-    return importlib.import_module("modelled")
+    # it takes a variable away that other tests' processes need
+    with mock.patch.dict(os.environ):
+        return importlib.import_module("modelled")
 
 
 def test_loops_nest(m):
