@@ -4,7 +4,7 @@ Not a test file: an interpreted kernel cannot be compiled, so `test_compile.py` 
 process without TRITON_INTERPRET. No GPU is needed; ptxas, cuobjdump and nvdisasm come with Triton.
 With a folder as argument, only the configurations in its files are compiled, each for its card;
 with the word ``candidates``, what `benchmarks/tune.py` tries of the fused sketch (minutes); with
-the word ``few``, of every kernel one form for every target, and what a flip costs on one.
+the word ``few``, of every kernel one form for a card of each maker, and what a flip costs on one.
 """
 
 import json
@@ -37,7 +37,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
-# of which the fast lane of the tests looks at what a flip costs
+# the fast lane of the tests looks at one card of each maker, and at what a flip costs on one
+FEW = ("sm_90", "gfx942")
 FLIPPED = "sm_90"
 
 # targets by what is in a device's name
@@ -419,7 +420,9 @@ def main(arguments):
     for arch, target in TARGETS.items():
         shipped = tuned_cases(arch, folder or tuning.CONFIGS)
         found = shipped if folder else (*cases(arch), *sketch_cases(arch), *shipped)
-        for case in few(arch, found) if is_few else found:
+        if is_few:
+            found = few(arch, found) if arch in FEW else shipped
+        for case in found:
             build = case.pop("build")
             results.append(case | {"arch": arch} | report(build(target)))
     json.dump(results, sys.stdout, indent=1)

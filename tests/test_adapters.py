@@ -235,7 +235,7 @@ def test_reads_what_others_write_for_flux(form, folders, tmp_path):
     assert len(model.parameters()) == 8
 
 
-@pytest.mark.parametrize("kind", ["sd", "flux"])
+@pytest.mark.parametrize("kind", ["flux", pytest.param("sd", marks=pytest.mark.full)])
 def test_mixed_ranks_without_alpha_are_not_scaled(kind, folders, tmp_path, monkeypatch):
     prefix = "unet" if kind == "sd" else "transformer"
     layers = [

@@ -169,6 +169,8 @@ def test_queries_with_their_own_captions(run, pictures, tmp_path):
     assert "--queries must be 'generated' or a folder of images" in output
 
 
+# of pixels test_attribute.py has it in the fast lane
+@pytest.mark.full
 def test_no_fused_agrees_with_fused(run, pictures, tmp_path):
     pytest.importorskip("trak", reason="TRAK is not installed")
     # so strongly damped that scores are inner products, which both projections preserve
@@ -242,6 +244,8 @@ def test_data_that_does_not_fit(run, tmp_path, pictures):
     )
 
 
+# slow: a run; test_attribute.py has another model, test_lora.py bases that do not fit
+@pytest.mark.full
 def test_a_run_of_another_model_is_refused(run, folder, tmp_path, monkeypatch):
     assert run("--prompts", "a wave")[0] == 0
     save_lora(load_tiny(folder, seed=5).module, tmp_path / "other")
@@ -254,6 +258,8 @@ def test_a_run_of_another_model_is_refused(run, folder, tmp_path, monkeypatch):
     failing(run, "must fit the base model", model=other, output=tmp_path / "another")
 
 
+# test_kinds_commands.py explains pictures of a resolution of their own
+@pytest.mark.full
 def test_another_resolution(run, pictures, tmp_path):
     options = ["--resolution", "24", "--resize", "--prompts", "fog", "--num-queries", "1"]
     code, output = run(*options)

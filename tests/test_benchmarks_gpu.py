@@ -143,6 +143,8 @@ def test_checks_run_side_by_side(tmp_path):
             assert one.is_timing == (not checks), one.name
 
 
+# slow: another process; test_what_a_piece_does_is_an_outcome starts some
+@pytest.mark.full
 def test_pieces_find_the_repository_and_no_network(tmp_path):
     code = (
         "import os, dtrak_kernels, protocol, numerics; "

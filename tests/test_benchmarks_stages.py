@@ -52,6 +52,8 @@ def test_a_stack_of_layers_is_a_chain():
     assert torch.allclose(whole[:1], first, atol=1e-6)
 
 
+# slow: all stages; that one is timed is shown below
+@pytest.mark.full
 def test_every_budget_is_the_name_of_a_stage():
     job = stages.make_job(CPU, tiny=True)
     grad_dim = sum(parameter.numel() for parameter in job.model.parameters())

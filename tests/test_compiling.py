@@ -32,7 +32,7 @@ def batch(kind, model):
 
 
 @pytest.mark.filterwarnings("ignore:.*random numbers")
-@pytest.mark.parametrize("kind", ["sjlt", "rademacher"])
+@pytest.mark.parametrize("kind", ["sjlt", pytest.param("rademacher", marks=pytest.mark.full)])
 def test_a_rehearsal_notes_what_a_batch_launches(kind, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("counts interpreted launches")

@@ -76,6 +76,8 @@ def test_end_to_end(run, finished, tmp_path):
     assert "Beyond random" in output
 
 
+# slow: three more retrainings; test_counterfactual_results.py has the metrics
+@pytest.mark.full
 def test_clip_latents_and_scores_of_another_run(run, finished, tmp_path, clip_folder, vae_folder):
     mine = tmp_path / "mine.safetensors"
     columns, rows = ([f"{n:0{w}d}.png" for n in range(c)] for c, w in ((60, 3), (4, 5)))
@@ -223,6 +225,8 @@ def test_a_place_that_is_no_folder_of_this_is_refused(run, tmp_path):
     assert (tmp_path / "photos" / "me.png").read_bytes() == b"mine"
 
 
+# slow: retrainings; test_counterfactual_retraining.py and test_folders.py refuse
+@pytest.mark.full
 def test_an_output_folder_of_another_experiment_is_refused(run, tmp_path):
     assert run("--num-queries", "1", "--methods", "random")[0] == 0
     before = (tmp_path / "cf" / "results.json").read_bytes()

@@ -169,6 +169,8 @@ def places(tmp_path_factory):
 COMMON = ("--timesteps", 2, "--proj-dim", 256, "--device", "cpu", "--top-k", 3, "--batch-size", 4)
 
 
+# slow: three runs; test_kinds_commands.py explains a model of classes
+@pytest.mark.full
 def test_from_labelled_data_to_a_report(places, tmp_path):
     model, data = places / "model", places / "digits.parquet"
     output = tmp_path / "run"

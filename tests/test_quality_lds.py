@@ -70,7 +70,7 @@ def found(gradients, results):
     return quality.measure(gradients, SHAPES, results, proj_dim=K, draws=DRAWS)
 
 
-@pytest.mark.parametrize("kind", ["generated", "validation"])
+@pytest.mark.parametrize("kind", ["generated", pytest.param("validation", marks=pytest.mark.full)])
 def test_the_lds_of_every_draw_is_that_of_its_matrix(kind, gradients, results, found):
     assert_allclose(found[kind]["exact"], expected_lds(gradients, results, kind), atol=1e-12)
     expected = []

@@ -115,6 +115,8 @@ def test_captions_that_are_cut_are_told_once(run):
     assert output.count("captions have more than 16 tokens and are cut: 5 of 5;") == 1
 
 
+# test_lora_training.py has it without the command
+@pytest.mark.full
 def test_an_interrupted_training_resumes_with_the_same_bits(run, folder, tmp_path, monkeypatch):
     assert run(output=tmp_path / "whole")[0] == 0
     take_step = Trainer.take_step
