@@ -18,8 +18,10 @@ from typing import Any
 import matplotlib as mpl
 import plots
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pages import PRESETS, ROOT, Table, read_rows, record, run
+from plots import Rows
 from quality_lds import CPU, exact_gradients, packaged_run, random_features
 from torch import Tensor
 
@@ -46,7 +48,16 @@ from dtrak_kernels.ridge import RidgeSolver
 RESULTS = ROOT / "benchmarks" / "results" / "whitening.jsonl"
 
 FUNCTIONS = {"mean_squared_l2_norm": "D-TRAK", "loss": "TRAK", "mean": "mean"}
-KINDS = ("none", "scale", "diagonal", "channels", "lowrank", "kfac")
+# kinds by the color of their lines
+COLORS = {
+    "none": plots.BASELINE,
+    "scale": "#b58900",
+    "diagonal": "#c65d21",
+    "channels": "#7a9a3a",
+    "lowrank": plots.OURS,
+    "kfac": "#8a4fa0",
+}
+KINDS = tuple(COLORS)
 # what is measured first comes first: every S, then more widths at the smallest and the largest
 STEPS, WIDTHS = (10, 100, 20, 50), (0, 8192)
 ENDS, MORE_WIDTHS = (10, 100), (2048, 32768, 65536)
@@ -252,31 +263,57 @@ def _interval(case: dict[str, Any]) -> str:
     return f"{100 * case['held_out']['lds']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def table(preset: str = "digits") -> list[str]:
-    """Lines of the page's table of a benchmark."""
+def every_row(preset: str) -> list[str]:
+    """Lines of the table of every row of a benchmark, with intervals."""
     rows = sorted(rows_of(preset), key=_order)
-    if not rows:
-        return ["Other kinds, exact gradients and other widths are **not measured yet** there."]
     columns, lines = ("function", "S", "K", "kind", "λ held out (95 %)", "λ = 1x", "λ auto"), []
     for row in rows:
-        unit, auto = (
-            _both(row["cases"], lambda case, rule=rule: f"{100 * case[rule]['lds']:.1f}")
-            for rule in (UNIT, AUTO)
-        )
         settings = (row["timesteps"], _width(row), f"`{row['kind']}`")
-        held_out = _both(row["cases"], _interval)
-        lines.append((FUNCTIONS[row["function"]], *settings, held_out, unit, auto))
-    last = rows[-1]
-    return [
-        *tables.Table(columns, lines, words=("kind",)).markdown(),
-        "",
-        f"Rank correlation (LDS) on `{preset}`, in %, validation / generated queries: "
-        f"{last['models']} retrained models. λ is chosen on one half of them and judged on the "
-        "other, both ways averaged, with bootstrap intervals (BCa); 1x is the mean squared feature "
-        "norm of the training set and auto is chosen from training features, both judged on all "
-        f"models. Factors from {_several(rows, 'factor_rows')} rows, scales from "
-        f"{_several(rows, 'scale_images')} images. torch {last['torch']}, {len(rows)} rows.",
+        judged = (_both(row["cases"], _interval), _judged(row, UNIT), _judged(row, AUTO))
+        lines.append((FUNCTIONS[row["function"]], *settings, *judged))
+    return [*tables.Table(columns, lines, words=("kind",)).markdown(), "", _about(rows)]
+
+
+def table(preset: str = "digits") -> list[str]:
+    """Lines of the table of a benchmark: a line per function, S and K, a column per kind."""
+    rows = sorted(rows_of(preset), key=_order)
+    by_kind: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        if row["proj_dim"] in WIDTHS:
+            by_kind.setdefault(_order(row)[:4], {})[row["kind"]] = row
+    lines = [
+        (
+            FUNCTIONS[found["none"]["function"]],
+            found["none"]["timesteps"],
+            _width(found["none"]),
+            *(_judged(found[kind], "held_out") for kind in KINDS),
+            _judged(found["lowrank"], UNIT),
+            _judged(found["none"], AUTO),
+        )
+        for found in by_kind.values()
+        if len(found) == len(KINDS)
     ]
+    chosen = ("`lowrank`, λ = 1x", "`none`, λ auto")
+    columns = ("function", "S", "K", *(f"`{kind}`" for kind in KINDS), *chosen)
+    return [*tables.Table(columns, lines).markdown(), "", _about(rows)]
+
+
+def _judged(row: Mapping[str, Any], rule: str) -> str:
+    """``54.5 / 37.0``: the LDS of both kinds of queries by a rule for λ, in %."""
+    return _both(row["cases"], lambda case: f"{100 * case[rule]['lds']:.1f}")
+
+
+def _about(rows: list[dict[str, Any]]) -> str:
+    """What a table shows."""
+    last = rows[-1]
+    return (
+        f"Rank correlation (LDS) on `{last.get('preset', 'digits')}`, in %, validation / generated "
+        f"queries: {last['models']} retrained models. λ is chosen on one half of them and judged "
+        "on the other, both ways averaged, intervals by bootstrap (BCa); 1x is the mean squared "
+        "feature norm of the training set and auto is chosen from training features, both judged "
+        f"on all models. Factors from {_several(rows, 'factor_rows')} rows, scales from "
+        f"{_several(rows, 'scale_images')} images. torch {last['torch']}, {len(rows)} rows."
+    )
 
 
 def _several(rows: list[dict[str, Any]], field: str) -> str:
@@ -296,7 +333,8 @@ def price_table() -> list[str]:
     for group, rows in newest.items():
         last = list(rows.values())[-1]
         sizes, cpu = last["sizes"], last["cpu"]
-        name = f"{group}, P = {sizes['P']:,}, B = {sizes['B']}, S = {sizes['S']}"
+        rounds = min(row["rounds"] for row in rows.values())
+        name = f"{group}, P = {sizes['P']:,}, B = {sizes['B']}, S = {sizes['S']}, {rounds} rounds"
         ratios = (f"{cpu[kind] / cpu['none']:.2f}x" for kind in KINDS[1:])
         lines.append((name, *ratios))
         walls = (f"{rows[kind]['ratio']:.2f}x" if kind in rows else "" for kind in KINDS[1:])
@@ -309,47 +347,40 @@ def price_table() -> list[str]:
         "",
         "Processor time of a batch of `sjlt` features over that of the same batch unwhitened, "
         "medians of rounds that take turns, every result checked against the map of exact "
-        "gradients. The machine was shared and busy: figures below 1 say how large the error is. "
+        "gradients. Figures below 1 say how large the error is. "
         f"{last['device']}, torch {last['torch']}.",
     ]
 
 
 def draw(file: Path) -> None:
-    """A panel per function, S and width: λ held out, by kind, with intervals."""
+    """LDS with λ held out against S and against K: a line per kind, a column per function."""
     rows = sorted(rows_of("digits"), key=_order)
-    panels: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        panels.setdefault(_order(row)[:4], []).append(row)
+    exact = 4 * max(MORE_WIDTHS)
     with mpl.rc_context(plots._STYLE):
-        figure = Figure(
-            figsize=(7.5, 0.9 + 0.3 * len(rows) + 0.5 * len(panels)), layout="constrained"
-        )
-        heights = [len(found) + 1 for found in panels.values()]
-        axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True, height_ratios=heights)
-        for ax, found in zip(axes[:, 0], panels.values(), strict=True):
-            for place, row in enumerate(found):
-                for case in row["cases"]:
-                    low, high = (100 * end for end in case["held_out"]["bca"])
-                    is_generated = case["queries"] == "generated"
-                    color, y = (
-                        (plots.BASELINE, place + 0.15)
-                        if is_generated
-                        else (plots.OURS, place - 0.15)
-                    )
-                    ax.plot([low, high], [y, y], color=color, linewidth=1.5)
-                    ax.plot(100 * case["held_out"]["lds"], y, "o", color=color, markersize=5)
-            ax.set_yticks(range(len(found)), [row["kind"] for row in found])
-            ax.set_ylim(len(found) - 0.4, -0.6)
-            ax.grid(axis="x", linewidth=0.3)
-            first = found[0]
-            ax.set_title(
-                f"{FUNCTIONS[first['function']]}, S = {first['timesteps']}, K = {_width(first)}",
-                fontsize=9,
-                loc="left",
-            )
-        axes[-1, 0].set_xlabel(
-            "LDS in %, λ held out, 95 % interval; blue: validation, black: generated", fontsize=8
-        )
+        figure = Figure(figsize=(7.5, 9.5), layout="constrained")
+        axes = figure.subplots(2 * len(QUERIES), len(FUNCTIONS), sharey="row")
+        for column, (function, title) in enumerate(FUNCTIONS.items()):
+            found = [row for row in rows if row["function"] == function]
+            for place, queries in enumerate(QUERIES):
+                by_steps, by_width = axes[place, column], axes[len(QUERIES) + place, column]
+                _lines(by_steps, [r for r in found if r["proj_dim"] == 8192], queries, "timesteps")
+                _axis(by_steps, {s: str(s) for s in sorted(STEPS)}, "S, at K = 8,192")
+                for steps in ENDS:
+                    some = [
+                        r | {"proj_dim": r["proj_dim"] or exact}
+                        for r in found
+                        if r["timesteps"] == steps
+                    ]
+                    style = "-" if steps == max(ENDS) else ":"
+                    _lines(by_width, some, queries, "proj_dim", style)
+                widths = {k: f"{k // 1024}k" for k in sorted((*MORE_WIDTHS, 8192))}
+                _axis(by_width, widths | {exact: "exact"}, "K; S = 100, dotted: S = 10")
+                if column == 0:
+                    by_steps.set_ylabel(f"LDS in %, {queries}")
+                    by_width.set_ylabel(f"LDS in %, {queries}")
+            axes[0, column].set_title(title, fontsize=9)
+        shown, kinds = axes[0, 0].get_legend_handles_labels()
+        figure.legend(shown, kinds, loc="outside lower center", ncols=len(KINDS), frameon=False)
         figure.savefig(
             file,
             format=file.suffix[1:],
@@ -359,22 +390,51 @@ def draw(file: Path) -> None:
         )
 
 
+def _case(row: Mapping[str, Any], queries: str) -> dict[str, Any]:
+    return next(case for case in row["cases"] if case["queries"] == queries)
+
+
+def _lines(ax: Axes, rows: Rows, queries: str, along: str, style: str = "-") -> None:
+    """A line per kind with its intervals, moved apart a little."""
+    for number, (kind, color) in enumerate(COLORS.items()):
+        shown = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row[along])
+        points = [(row[along], _case(row, queries)["held_out"]) for row in shown]
+        places = [x * 1.04 ** (number - len(COLORS) / 2 + 0.5) for x, _ in points]
+        values = [100 * held["lds"] for _, held in points]
+        ends = [[100 * abs(held["lds"] - held["bca"][end]) for _, held in points] for end in (0, 1)]
+        ax.errorbar(
+            places, values, ends, label=kind, color=color, linestyle=style,
+            linewidth=1.2, elinewidth=0.6, marker="o", markersize=2.5,
+        )  # fmt: skip
+
+
+def _axis(ax: Axes, ticks: Mapping[int, str], name: str) -> None:
+    ax.set_xscale("log")
+    ax.set_xticks(list(ticks), list(ticks.values()))
+    ax.minorticks_off()
+    ax.set_xlabel(name, fontsize=8)
+    ax.grid(axis="y", linewidth=0.3)
+
+
 PAGE = ROOT / "docs" / "whitening.md"
+ROWS_PAGE = ROOT / "docs" / "whitening_rows.md"
 PRICES = ROOT / "benchmarks" / "results" / "whitening_price.jsonl"
 
 
 @dataclass(frozen=True)
 class Page(Table):
-    """The table, the prices, and the picture of the rows."""
+    """Tables, prices, the page of every row, and the picture."""
 
     def bring_up_to_date(self, *, only_check: bool) -> None:
         """See `Table.bring_up_to_date`."""
         super().bring_up_to_date(only_check=only_check)
-        for marker, make in (
-            ("whitening-natural", lambda: table("cifar2-16")),
-            ("whitening-price", price_table),
+        for page, marker, make in (
+            (PAGE, "whitening-natural", lambda: table("cifar2-16")),
+            (PAGE, "whitening-price", price_table),
+            (ROWS_PAGE, "digits", lambda: every_row("digits")),
+            (ROWS_PAGE, "cifar2-16", lambda: every_row("cifar2-16")),
         ):
-            Table(PAGE, marker, make).bring_up_to_date(only_check=only_check)
+            Table(page, marker, make).bring_up_to_date(only_check=only_check)
         if not only_check:
             draw(PAGE.with_suffix(".svg"))
 
