@@ -27,7 +27,7 @@ $(READY): pyproject.toml constraints.txt
 run: $(READY) ## set everything up and attribute the embedded digits
 	$(BIN)/python -m dtrak.attribute --fused
 
-test: $(READY) ## set everything up and run the fast lane of the tests: every code path, in minutes
+test: $(READY) ## set everything up and run the fast lane of the tests, in minutes
 	$(TEST)
 
 test-full: $(READY) ## all tests: whole sweeps, slow and statistical proofs

@@ -77,9 +77,11 @@ def fitted(
 ) -> Whitening:
     """The whitening of a model and a kind, kept in the folder once it is fitted; ρ as usual."""
     folder = experiment.folder / "whitenings"
+    how = WhiteningSettings(kind)
+    how = how if rho is None else replace(how, damping=rho)
+    fit = f"{how.factor_images}x{how.factor_timesteps}-{how.scale_images}-rho-{how.damping}"
     member = "" if name == FULL else f"-{name}"
-    unusual = "" if rho is None else f"-rho-{rho}"
-    file = folder / f"{function}-{num_timesteps}-{kind}{unusual}{member}.safetensors"
+    file = folder / f"{function}-{num_timesteps}-{kind}-{fit}{member}.safetensors"
     if file.is_file():
         return Whitening.load(file, kind=kind, function=function)
     begin = time.perf_counter()
@@ -89,8 +91,6 @@ def fitted(
     )
     process = model.process
     steps = select_timesteps(num_timesteps, "uniform", process.num_timesteps, process.spread)
-    how = WhiteningSettings(kind)
-    how = how if rho is None else replace(how, damping=rho)
     settings = FeatureSettings(function, tuple(steps), 0, Projection("none"), whitening=how)
     whitening = fit_whitening(model, settings, data, CPU)
     sys.stdout.write(f"fitted {file.stem}: {time.perf_counter() - begin:.1f} s\n")
@@ -165,8 +165,15 @@ def key_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def rows_of(preset: str) -> list[dict[str, Any]]:
-    """The rows of a benchmark; the first ones, of the digits, do not say so."""
-    return [row for row in read_rows(RESULTS) if row.get("preset", "digits") == preset]
+    """The rows of a benchmark, the digits if they name none, that were fitted as by default."""
+    how = WhiteningSettings("lowrank")
+    usual = how.factor_images * how.factor_timesteps, how.scale_images
+    return [
+        row
+        for row in read_rows(RESULTS)
+        if row.get("preset", "digits") == preset
+        and (row["factor_rows"], row["scale_images"]) == usual
+    ]
 
 
 def measure_and_record(
@@ -271,16 +278,16 @@ def every_row(preset: str) -> list[str]:
         settings = (row["timesteps"], _width(row), f"`{row['kind']}`")
         judged = (_both(row["cases"], _interval), _judged(row, UNIT), _judged(row, AUTO))
         lines.append((FUNCTIONS[row["function"]], *settings, *judged))
-    return [*tables.Table(columns, lines, words=("kind",)).markdown(), "", _about(rows)]
+    about = _about(rows, ", with intervals by bootstrap (BCa)")
+    return [*tables.Table(columns, lines, words=("kind",)).markdown(), "", about]
 
 
 def table(preset: str = "digits") -> list[str]:
     """Lines of the table of a benchmark: a line per function, S and K, a column per kind."""
-    rows = sorted(rows_of(preset), key=_order)
+    rows = [r for r in sorted(rows_of(preset), key=_order) if r["proj_dim"] in WIDTHS]
     by_kind: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        if row["proj_dim"] in WIDTHS:
-            by_kind.setdefault(_order(row)[:4], {})[row["kind"]] = row
+        by_kind.setdefault(_order(row)[:4], {})[row["kind"]] = row
     lines = [
         (
             FUNCTIONS[found["none"]["function"]],
@@ -295,7 +302,8 @@ def table(preset: str = "digits") -> list[str]:
     ]
     chosen = ("`lowrank`, λ = 1x", "`none`, λ auto")
     columns = ("function", "S", "K", *(f"`{kind}`" for kind in KINDS), *chosen)
-    return [*tables.Table(columns, lines).markdown(), "", _about(rows)]
+    about = f"λ held out, but for the last two columns. {_about(rows)}"
+    return [*tables.Table(columns, lines).markdown(), "", about]
 
 
 def _judged(row: Mapping[str, Any], rule: str) -> str:
@@ -303,15 +311,15 @@ def _judged(row: Mapping[str, Any], rule: str) -> str:
     return _both(row["cases"], lambda case: f"{100 * case[rule]['lds']:.1f}")
 
 
-def _about(rows: list[dict[str, Any]]) -> str:
+def _about(rows: list[dict[str, Any]], intervals: str = "") -> str:
     """What a table shows."""
     last = rows[-1]
     return (
         f"Rank correlation (LDS) on `{last.get('preset', 'digits')}`, in %, validation / generated "
         f"queries: {last['models']} retrained models. λ is chosen on one half of them and judged "
-        "on the other, both ways averaged, intervals by bootstrap (BCa); 1x is the mean squared "
-        "feature norm of the training set and auto is chosen from training features, both judged "
-        f"on all models. Factors from {_several(rows, 'factor_rows')} rows, scales from "
+        f"on the other, both ways averaged{intervals}; 1x is the mean squared feature norm of the "
+        "training set and auto is chosen from training features, both judged on all models. "
+        f"Factors from {_several(rows, 'factor_rows')} rows, scales from "
         f"{_several(rows, 'scale_images')} images. torch {last['torch']}, {len(rows)} rows."
     )
 
@@ -355,7 +363,8 @@ def price_table() -> list[str]:
 def draw(file: Path) -> None:
     """LDS with λ held out against S and against K: a line per kind, a column per function."""
     rows = sorted(rows_of("digits"), key=_order)
-    exact = 4 * max(MORE_WIDTHS)
+    width, exact = WIDTHS[-1], 4 * max(MORE_WIDTHS)
+    ticks = {k: f"{k // 1024}k" for k in sorted((*MORE_WIDTHS, width))} | {exact: "exact"}
     with mpl.rc_context(plots._STYLE):
         figure = Figure(figsize=(7.5, 9.5), layout="constrained")
         axes = figure.subplots(2 * len(QUERIES), len(FUNCTIONS), sharey="row")
@@ -363,18 +372,16 @@ def draw(file: Path) -> None:
             found = [row for row in rows if row["function"] == function]
             for place, queries in enumerate(QUERIES):
                 by_steps, by_width = axes[place, column], axes[len(QUERIES) + place, column]
-                _lines(by_steps, [r for r in found if r["proj_dim"] == 8192], queries, "timesteps")
-                _axis(by_steps, {s: str(s) for s in sorted(STEPS)}, "S, at K = 8,192")
-                for steps in ENDS:
-                    some = [
-                        r | {"proj_dim": r["proj_dim"] or exact}
-                        for r in found
-                        if r["timesteps"] == steps
-                    ]
-                    style = "-" if steps == max(ENDS) else ":"
-                    _lines(by_width, some, queries, "proj_dim", style)
-                widths = {k: f"{k // 1024}k" for k in sorted((*MORE_WIDTHS, 8192))}
-                _axis(by_width, widths | {exact: "exact"}, "K; S = 100, dotted: S = 10")
+                at_width = [row for row in found if row["proj_dim"] == width]
+                draw_lines(by_steps, at_width, queries, lambda row: row["timesteps"])
+                _axis(by_steps, {s: str(s) for s in sorted(STEPS)}, f"S, at K = {width:,}")
+                for steps, style in zip(ENDS, (":", "-"), strict=True):
+                    some = [row for row in found if row["timesteps"] == steps]
+                    sketched = [row for row in some if row["proj_dim"]]
+                    draw_lines(by_width, sketched, queries, lambda row: row["proj_dim"], style)
+                    rest = [row for row in some if not row["proj_dim"]]
+                    draw_lines(by_width, rest, queries, lambda row: exact)
+                _axis(by_width, ticks, "K; S = 100, dotted: S = 10")
                 if column == 0:
                     by_steps.set_ylabel(f"LDS in %, {queries}")
                     by_width.set_ylabel(f"LDS in %, {queries}")
@@ -390,20 +397,19 @@ def draw(file: Path) -> None:
         )
 
 
-def _case(row: Mapping[str, Any], queries: str) -> dict[str, Any]:
-    return next(case for case in row["cases"] if case["queries"] == queries)
-
-
-def _lines(ax: Axes, rows: Rows, queries: str, along: str, style: str = "-") -> None:
-    """A line per kind with its intervals, moved apart a little."""
+def draw_lines(
+    ax: Axes, rows: Rows, queries: str, along: Callable[[Any], float], style: str = "-"
+) -> None:
+    """A line per kind of λ held out, with its intervals, moved apart a little."""
     for number, (kind, color) in enumerate(COLORS.items()):
-        shown = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row[along])
-        points = [(row[along], _case(row, queries)["held_out"]) for row in shown]
-        places = [x * 1.04 ** (number - len(COLORS) / 2 + 0.5) for x, _ in points]
-        values = [100 * held["lds"] for _, held in points]
-        ends = [[100 * abs(held["lds"] - held["bca"][end]) for _, held in points] for end in (0, 1)]
+        shown = sorted((row for row in rows if row["kind"] == kind), key=along)
+        held = [next(c["held_out"] for c in r["cases"] if c["queries"] == queries) for r in shown]
+        places = [along(row) * 1.04 ** (number - len(COLORS) / 2 + 0.5) for row in shown]
+        values = [100 * found["lds"] for found in held]
+        below = [100 * (found["lds"] - found["bca"][0]) for found in held]
+        above = [100 * (found["bca"][1] - found["lds"]) for found in held]
         ax.errorbar(
-            places, values, ends, label=kind, color=color, linestyle=style,
+            places, values, (below, above), label=kind, color=color, linestyle=style,
             linewidth=1.2, elinewidth=0.6, marker="o", markersize=2.5,
         )  # fmt: skip
 

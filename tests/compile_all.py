@@ -4,7 +4,8 @@ Not a test file: an interpreted kernel cannot be compiled, so `test_compile.py` 
 process without TRITON_INTERPRET. No GPU is needed; ptxas, cuobjdump and nvdisasm come with Triton.
 With a folder as argument, only the configurations in its files are compiled, each for its card;
 with the word ``candidates``, what `benchmarks/tune.py` tries of the fused sketch (minutes); with
-the word ``few``, of every kernel one form for a card of each maker, and what a flip costs on one.
+the word ``few``, of every kernel one form for a card of each maker, of two for the others, and what
+a flip costs on one.
 """
 
 import json
@@ -37,7 +38,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
-# the fast lane of the tests looks at one card of each maker, and at what a flip costs on one
+# of which the fast lane of the tests has every kernel, and what a flip costs on one
 FEW = ("sm_90", "gfx942")
 FLIPPED = "sm_90"
 
@@ -401,7 +402,9 @@ def few(arch, cases):
     forms = ("3x3", "3x3, no flip") if arch == FLIPPED else ("few channels",)
     for case in cases:
         is_another = case["form"] in forms if "form" in case else case["kernel"] not in seen
-        if "tuned" in case or is_another:
+        # elsewhere of each operation what multiplies matrices
+        is_wanted = arch in FEW or case["kernel"] in ("rademacher", "sketch")
+        if "tuned" in case or (is_another and is_wanted):
             seen.add(case["kernel"])
             yield case
 
@@ -420,9 +423,7 @@ def main(arguments):
     for arch, target in TARGETS.items():
         shipped = tuned_cases(arch, folder or tuning.CONFIGS)
         found = shipped if folder else (*cases(arch), *sketch_cases(arch), *shipped)
-        if is_few:
-            found = few(arch, found) if arch in FEW else shipped
-        for case in found:
+        for case in few(arch, found) if is_few else found:
             build = case.pop("build")
             results.append(case | {"arch": arch} | report(build(target)))
     json.dump(results, sys.stdout, indent=1)

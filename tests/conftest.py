@@ -1,9 +1,10 @@
 """Lanes: the fast one without `--full`; `gpu` cases are skipped where there is no CUDA device.
 
-The fast lane has a case or more for every code path. The others are `full`: slow and statistical
-proofs, and of a `sweep` what shows no value of a parameter that another case does not show. Without
-a CUDA device Triton kernels are interpreted. `compiled` cases run where kernels are compiled: on a
-GPU, and in the emulator (`emulator.plugin`); `emulated` cases in the emulator only.
+The fast lane has a case or more for every code path of the package. The others are `full`: slow and
+statistical proofs, what benchmarks do that the smoke run shows too, and of a `sweep` what shows no
+value of a parameter that another case does not show. Without a CUDA device Triton kernels are
+interpreted. `compiled` cases run where kernels are compiled: on a GPU, and in the emulator
+(`emulator.plugin`); `emulated` cases in the emulator only.
 """
 
 import gc
@@ -245,6 +246,21 @@ def compiled(shared, pytestconfig):
         assert done.returncode == 0, done.stderr[-4000:]
 
     return json.loads((shared("compiled", compile_all) / "found.json").read_text())
+
+
+@pytest.fixture(autouse=True)
+def quick_pictures(request, pytestconfig, monkeypatch):
+    """In the fast lane runs leave a small picture, but where a test is of `pictures`."""
+    attribution = sys.modules.get("dtrak.cli.attribution")
+    if attribution is None or is_full(pytestconfig) or "pictures" in request.keywords:
+        return
+    monkeypatch.setattr(attribution, "write_picture", lambda file, explained: _write_small(file))
+
+
+def _write_small(file: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (70, 40)).save(file)
 
 
 @pytest.fixture(scope="session")

@@ -101,6 +101,7 @@ def read_file(file):
     return load_file(file)["scores"]
 
 
+@pytest.mark.pictures
 def test_end_to_end(run, tmp_path, model_folder, images_folder):
     code, output = run("--damping", "0.5", "--whiten", "none", batch_size=None)
     assert code == 0, output
@@ -190,10 +191,11 @@ def test_killed_runs_resume_with_the_same_bits(
     broken = tmp_path / "broken"
     command = [
         sys.executable, "-m", "dtrak.attribute", "--model", str(model_folder),
-        "--data", str(many_images), "--output", str(broken), "--batch-size", "8", *SMALL,
+        "--data", str(many_images), "--output", str(broken), "--batch-size", "8",
+        "--whiten", "none", *SMALL,
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    store = "features-lowrank/mean_squared_l2_norm/train"
+    store = "features/mean_squared_l2_norm/train"
     first = broken / store / "000000-from-0.safetensors"
     deadline = time.monotonic() + 240
     while not first.is_file() and process.poll() is None and time.monotonic() < deadline:
@@ -209,7 +211,7 @@ def test_killed_runs_resume_with_the_same_bits(
     monkeypatch.setattr(
         extraction, "extract_rows", lambda *a: made.append(a[2:]) or extract_rows(*a)
     )
-    run = partial(run, data=many_images)
+    run = partial(run, "--whiten", "none", data=many_images)
     code, output = run(output=broken, batch_size=None)
     assert code == 0, output
     trained = [rows for rows, *role in made if role == ["train/"]]

@@ -72,6 +72,7 @@ def features_apart(folder, role, images, ids, captions):
     return FusedExtractor(model, settings, CPU).extract(latents, names, captions).double()
 
 
+@pytest.mark.pictures
 def test_end_to_end(run, folder, pictures, tmp_path):
     plain = ["--whiten", "none"]
     code, output = run("--prompts", "a wave", *plain, batch_size=None)
@@ -169,7 +170,7 @@ def test_queries_with_their_own_captions(run, pictures, tmp_path):
     assert "--queries must be 'generated' or a folder of images" in output
 
 
-# of pixels test_attribute.py has it in the fast lane
+# slow: two runs; of pixels test_attribute.py compares with the published way in the fast lane
 @pytest.mark.full
 def test_no_fused_agrees_with_fused(run, pictures, tmp_path):
     pytest.importorskip("trak", reason="TRAK is not installed")
@@ -258,7 +259,7 @@ def test_a_run_of_another_model_is_refused(run, folder, tmp_path, monkeypatch):
     failing(run, "must fit the base model", model=other, output=tmp_path / "another")
 
 
-# test_kinds_commands.py explains pictures of a resolution of their own
+# slow: a run; what a resolution does to pictures is in test_text_to_image.py
 @pytest.mark.full
 def test_another_resolution(run, pictures, tmp_path):
     options = ["--resolution", "24", "--resize", "--prompts", "fog", "--num-queries", "1"]

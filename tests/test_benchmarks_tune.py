@@ -185,7 +185,7 @@ def run_main(monkeypatch, *arguments):
     return tune.main()
 
 
-# one way for all: the quickest
+# the quickest; the fused sketch, whose forms are another way, is slow
 @pytest.mark.parametrize(
     "operation",
     [

@@ -25,9 +25,11 @@ def cases(compiled) -> list[dict]:
 
 
 def test_every_kernel_compiles_for_every_target(cases, pytestconfig):
-    for arch in SHARED_LIMITS if is_full(pytestconfig) else FEW:
+    for arch in SHARED_LIMITS:
         kernels = {case["kernel"] for case in cases if case["arch"] == arch}
-        assert kernels >= {"rademacher", "normal", "pack", "reduce", "sketch"}
+        assert kernels >= {"rademacher", "sketch"}
+        if is_full(pytestconfig) or arch in FEW:
+            assert kernels >= {"normal", "pack", "reduce"}
 
 
 def test_memory_fits(cases):

@@ -95,7 +95,11 @@ def test_clip_latents_and_scores_of_another_run(run, finished, tmp_path, clip_fo
     assert removed[0].tolist() == list(range(59, 49, -1))
     assert (tmp_path / "cf" / "distances-clip_cosine.png").is_file()
 
-    names["columns"] = json.dumps(columns[::-1])
+
+def test_scores_of_other_images_are_refused(run, tmp_path):
+    mine = tmp_path / "mine.safetensors"
+    rows, columns = ([f"{n:0{w}d}.png" for n in range(c)] for c, w in ((4, 5), (60, 3)))
+    names = {"rows": json.dumps(rows), "columns": json.dumps(columns[::-1])}
     save_file({"scores": torch.zeros(4, 60)}, mine, metadata=names)
     code, output = run("--methods", f"mine={mine}", "--num-queries", "1")
     assert code == 2

@@ -69,7 +69,7 @@ def test_the_runs_own_scores_are_used_and_others_computed(finished, tmp_path, op
     assert torch.equal(found, origin.gradient_scores("loss", tmp_path / "trak", CPU, QUIET))
 
 
-# test_attribute.py has commands that share a run
+# test_lds_methods.py has two commands that make features once
 @pytest.mark.full
 def test_features_another_command_makes_are_waited_for(finished, tmp_path, opened):
     origin, folder, found = opened(finished), tmp_path / "trak", []

@@ -133,6 +133,7 @@ with progress_bar(console, "caf\\u00e9 \\u03bb \\udce9") as progress:
     assert "lambda \\udce9" in text
 
 
+@pytest.mark.pictures
 def test_a_file_name_that_is_no_text_goes_through_a_run(home):
     os.rename(home / "data" / "a.png", os.fsencode(home) + b"/data/caf\xe9.png")
     output = home / "run"

@@ -121,6 +121,8 @@ def test_gradients_are_those_of_the_full_model_and_kept(tmp_path, monkeypatch):
     assert all(torch.equal(again[name], rows) for name, rows in gradients.items())
 
 
+# the smoke run rehearses
+@pytest.mark.full
 def test_the_rehearsal_runs_and_keeps_nothing(monkeypatch, capsys, tmp_path):
     folder = tmp_path / "run"
     monkeypatch.setattr(sys, "argv", ["quality_lds.py", "--smoke", "--folder", str(folder)])

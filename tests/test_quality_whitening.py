@@ -69,3 +69,25 @@ def test_fewer_columns_give_the_same_scores():
         assert (found - expected).norm() < 1e-5 * expected.norm()
     # nothing is gained where there are few
     assert quality.reduced(few, short)[0] is few
+
+
+def test_lines_are_the_rows():
+    from matplotlib.figure import Figure
+
+    rows = [r for r in quality.rows_of("digits") if (r["function"], r["proj_dim"]) == ("loss", 0)]
+    ax = Figure().subplots()
+    quality.draw_lines(ax, rows[::-1], "generated", lambda row: row["timesteps"])
+    for kind, line in zip(quality.KINDS, ax.containers, strict=True):
+        held = {
+            row["timesteps"]: case["held_out"]
+            for row in rows
+            for case in row["cases"]
+            if (row["kind"], case["queries"]) == (kind, "generated")
+        }
+        points, _, (bars,) = line
+        assert line.get_label() == kind
+        places, values = points.get_data()
+        assert places == pytest.approx(sorted(held), rel=0.15)
+        assert values == pytest.approx([100 * held[steps]["lds"] for steps in sorted(held)])
+        ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
+        assert ends == [pytest.approx([100 * e for e in held[s]["bca"]]) for s in sorted(held)]

@@ -120,6 +120,14 @@ def test_signs_are_made_once_for_calls_alike(monkeypatch):
     assert sjlt_module._kept_sketches.cache_info().currsize == 0
 
 
+def test_signs_do_not_depend_on_how_many_tiles_are_made_at_a_time(monkeypatch):
+    signs = [ParameterSketch((300, 130), 7, 256, 3).signs]
+    monkeypatch.setattr(sjlt_module, "_TILES", 4)
+    signs.append(ParameterSketch((300, 130), 7, 256, 3).signs)
+    assert len(signs[0]) > 4
+    assert torch.equal(*signs)
+
+
 def test_the_bound_on_kept_signs_counts_what_they_take():
     for shape in [*SHAPES, (0, 5), (300, 130)]:
         single = ParameterSketch(tuple(shape), 0, 2**16, 3)

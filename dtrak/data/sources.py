@@ -89,6 +89,8 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits
 
     found = load_digits()
+    for kept in (found.images, found.target):
+        kept.setflags(write=False)
     return found.images, found.target
 
 

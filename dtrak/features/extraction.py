@@ -294,8 +294,8 @@ def fitting_batch_size(extractor: Extractor, data: Samples) -> int:
     samples, between which threads can share the work; the dense kinds, which regenerate their
     matrix once per batch, want a large one. On a GPU half the free memory.
     """
-    if extractor.settings.projection.kind != "none":
-        # the first batch makes what a projection keeps, which does not grow with the next ones
+    if extractor.settings.projection.kind != "none" or extractor.device.type != "cpu":
+        # the first batch makes what a projection keeps, and on a GPU kernels, which does not grow
         extract_rows(extractor, data, slice(0, 1))
     with TensorMeter(known=extractor.model.module.state_dict().values()) as meter:
         extract_rows(extractor, data, slice(0, 1))
