@@ -56,6 +56,7 @@ def read_scores(folder):
         return opened.get_tensor("scores").double(), file.parent
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize(
     "kind, adapter",
     [
