@@ -98,6 +98,8 @@ def test_without_diffusers_the_layers_stand_in(monkeypatch, tmp_path, capsys):
     assert {"features with sjlt", "total with rademacher"} <= {row["stage"] for row in rows}
 
 
+# slow: stages; the smoke run has them all
+@pytest.mark.full
 def test_a_stage_that_fails_does_not_stop_the_others(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "dtrak.training.presets", None)
 

@@ -626,10 +626,9 @@ def test_a_pipeline_in_memory_must_be_whole(folders):
 @pytest.mark.parametrize(
     "kind",
     [
-        "sd3",
         "flux",
         "dit",
-        *(pytest.param(kind, marks=pytest.mark.full) for kind in ("sd", "sdxl", "schnell")),
+        *(pytest.param(kind, marks=pytest.mark.full) for kind in ("sd", "sdxl", "sd3", "schnell")),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*captions have more than 16 tokens.*")
@@ -882,6 +881,7 @@ def test_captions_embedded_ahead_are_not_embedded_again(folders, monkeypatch):
         assert relative_error(value, expected[name]) < 1e-6
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("way", ["kept", "checkpointing"])
 @pytest.mark.parametrize(
     "kind, adapter, dtype",

@@ -153,7 +153,9 @@ def loop_gradients(model, chosen, latents):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("function", ["mean_squared_l2_norm", "loss"])
+@pytest.mark.parametrize(
+    "function", ["mean_squared_l2_norm", pytest.param("loss", marks=pytest.mark.full)]
+)
 def test_fused_features_are_the_adapters_gradients(function, folder, latents):
     chosen = settings(function=function)
     expected = loop_gradients(load_tiny(folder), chosen, latents)
@@ -167,7 +169,7 @@ def test_fused_features_are_the_adapters_gradients(function, folder, latents):
     assert relative_error(apart, features) < 1e-7
 
 
-@pytest.mark.parametrize("kind", ["sjlt", "rademacher"])
+@pytest.mark.parametrize("kind", ["sjlt", pytest.param("rademacher", marks=pytest.mark.full)])
 def test_fused_features_are_the_published_gradients_projected(kind, folder, latents):
     pytest.importorskip("trak", reason="TRAK is not installed")
     from dtrak.features.published import PublishedExtractor

@@ -83,15 +83,17 @@ def lds_run(command, folder, *arguments):
 
 
 @pytest.fixture(scope="module")
-def folder(base, tmp_path_factory):
-    """A run with every model trained, by the commands."""
+def folder(base, shared, tmp_path_factory):
+    """A run with every model trained, by the commands; a copy, to which tests add."""
     register()
-    folder = tmp_path_factory.mktemp("lds") / "run"
-    code, text = lds_run("prepare", folder, "--model", base)
-    assert (code, "4 subsets of 4 of 8 images, 5 models to train" in text) == (0, True), text
-    code, text = lds_run("train", folder)
-    assert (code, "5 of 5 models are trained" in text) == (0, True), text
-    return folder
+
+    def train(folder):
+        code, text = lds_run("prepare", folder, "--model", base)
+        assert (code, "4 subsets of 4 of 8 images, 5 models to train" in text) == (0, True), text
+        code, text = lds_run("train", folder)
+        assert (code, "5 of 5 models are trained" in text) == (0, True), text
+
+    return shutil.copytree(shared("LDS of LoRAs", train), tmp_path_factory.mktemp("lds") / "run")
 
 
 @pytest.fixture

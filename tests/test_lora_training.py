@@ -229,6 +229,8 @@ def test_models_on_the_way_are_kept(folder, posteriors):
     assert kept[6] == hash_lora(model.module) != kept[2]
 
 
+# slow: trainings; test_training.py refuses them, by the same code
+@pytest.mark.full
 def test_a_checkpoint_of_another_training_is_refused(folder, posteriors, tmp_path):
     options = {"checkpoint": tmp_path / "state.pt", "checkpoint_every": 2}
     with pytest.raises(KeyboardInterrupt):

@@ -192,6 +192,8 @@ def test_digits_data():
         preset.load_data("test")
 
 
+# slow: draws of 162,770 images; test_artbench_draw has one of the same code
+@pytest.mark.full
 def test_celeba_draws_are_the_published_ones(tmp_path):
     """Row numbers printed by the authors' notebook, from a partition list of the real sizes."""
     published = {
@@ -337,6 +339,8 @@ def test_subset_arguments():
         preset.subset_indices([0, 1], -1)
 
 
+# slow: 10,000 images
+@pytest.mark.full
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not here")
 def test_cifar2_on_the_shared_folder():
     preset = get_preset("cifar2")

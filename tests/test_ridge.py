@@ -68,6 +68,7 @@ class Store:
 
 
 # conjugate gradients promise a residual, which says little where λ is tiny
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     "method, damping",
     [(m, d) for m in (*METHODS, None) for d in (1e-6, 1e-2, 1.0, 1e4) if m != "cg" or d > 1e-6],
