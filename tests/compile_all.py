@@ -4,8 +4,7 @@ Not a test file: an interpreted kernel cannot be compiled, so `test_compile.py` 
 process without TRITON_INTERPRET. No GPU is needed; ptxas, cuobjdump and nvdisasm come with Triton.
 With a folder as argument, only the configurations in its files are compiled, each for its card;
 with the word ``candidates``, what `benchmarks/tune.py` tries of the fused sketch (minutes); with
-the word ``few``, of every kernel one form for a card of each maker, of two for the others, and what
-a flip costs on one.
+the word ``few``, of every kernel one form for one target, and what a flip costs there.
 """
 
 import json
@@ -38,9 +37,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
-# of which the fast lane of the tests has every kernel, and what a flip costs on one
-FEW = ("sm_90", "gfx942")
-FLIPPED = "sm_90"
+# the one that the fast lane of the tests looks at
+FEW = "sm_90"
 
 # targets by what is in a device's name
 CARDS = {
@@ -396,15 +394,12 @@ def candidate_cases(arch):
             }
 
 
-def few(arch, cases):
-    """Each kernel once, and what is tuned; with and without flips on one target."""
-    seen = set()
-    forms = ("3x3", "3x3, no flip") if arch == FLIPPED else ("few channels",)
+def few(cases):
+    """Each kernel once, the sketch with and without flips, and what is tuned."""
+    seen, forms = set(), ("3x3", "3x3, no flip")
     for case in cases:
         is_another = case["form"] in forms if "form" in case else case["kernel"] not in seen
-        # elsewhere of each operation what multiplies matrices
-        is_wanted = arch in FEW or case["kernel"] in ("rademacher", "sketch")
-        if "tuned" in case or (is_another and is_wanted):
+        if "tuned" in case or is_another:
             seen.add(case["kernel"])
             yield case
 
@@ -420,10 +415,10 @@ def main(arguments):
         return
     is_few = arguments == ["few"]
     folder = Path(arguments[0]) if arguments and not is_few else None
-    for arch, target in TARGETS.items():
+    for arch, target in {FEW: TARGETS[FEW]}.items() if is_few else TARGETS.items():
         shipped = tuned_cases(arch, folder or tuning.CONFIGS)
         found = shipped if folder else (*cases(arch), *sketch_cases(arch), *shipped)
-        for case in few(arch, found) if is_few else found:
+        for case in few(found) if is_few else found:
             build = case.pop("build")
             results.append(case | {"arch": arch} | report(build(target)))
     json.dump(results, sys.stdout, indent=1)

@@ -47,6 +47,8 @@ LONGEST = [
     "ranks", "benchmarks_tune", "benchmarks_gpu", "benchmarks_predicted", "normals",
     "attribute", "train", "lds", "lds_run", "counterfactual", "kinds_commands", "platforms",
 ]  # fmt: skip
+# files that are of the full lane whole: of benchmarks, which the smoke run has too, and of examples
+FULL_FILES = ("test_benchmarks", "test_examples")
 # cases of other lanes, by worker where there are several: every worker collects all of them
 LEFT_OUT = pytest.StashKey[list[tuple[int, int]]]()
 
@@ -108,6 +110,9 @@ def pytest_collection():
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     # before -m and -k deselect
+    for item in items:
+        if item.path.stem.startswith(FULL_FILES):
+            item.add_marker(pytest.mark.full)
     sweeps = defaultdict(list)
     for item in items:
         if item.get_closest_marker("sweep") and not item.get_closest_marker("full"):

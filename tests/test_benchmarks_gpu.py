@@ -103,8 +103,6 @@ def test_a_process_that_cannot_be_ended_is_left_behind(tmp_path, monkeypatch):
     sent[0][0].wait()
 
 
-# slow: another pytest; test_what_a_piece_does_is_an_outcome has what takes too long
-@pytest.mark.full
 def test_tests_that_take_too_long_are_counted_as_far_as_they_came(tmp_path):
     (tmp_path / "test_some.py").write_text(
         "import pathlib, time\ndef test_a(): pass\n"
@@ -145,8 +143,6 @@ def test_checks_run_side_by_side(tmp_path):
             assert one.is_timing == (not checks), one.name
 
 
-# slow: another process; test_what_a_piece_does_is_an_outcome starts some
-@pytest.mark.full
 def test_pieces_find_the_repository_and_no_network(tmp_path):
     code = (
         "import os, dtrak_kernels, protocol, numerics; "

@@ -38,9 +38,7 @@ def test_models_have_their_published_sizes():
         assert more["fitting"] > (other if more is row else row)["fitting"]
 
 
-# slow: a network of published size; test_planning.py plans small ones
-@pytest.mark.full
-@pytest.mark.parametrize("name", ["SD 3.5 medium", "SDXL"])
+@pytest.mark.parametrize("name", ["SD 3.5 medium", pytest.param("SDXL", marks=pytest.mark.full)])
 def test_a_smaller_one_is_planned(name):
     pytest.importorskip("peft", reason="peft is not installed")
     small = planned_memory.SMALL[name]

@@ -161,8 +161,6 @@ def test_matrices_that_do_not_fit_are_absent(monkeypatch):
         peers.trak_basic("normal", 1000, 100, CPU)
 
 
-# slow: networks of published size
-@pytest.mark.full
 def test_models_have_the_published_sizes():
     with torch.device("meta"):
         cifar, unet = workloads.cifar_unet(), workloads.stable_diffusion_unet()
@@ -250,8 +248,6 @@ def test_layers_are_those_of_the_model():
     assert len({shape.name for shape in shapes}) == len(shapes)
 
 
-# the smoke run has contests of every suite
-@pytest.mark.full
 def test_a_contest_is_right_about_who_agrees():
     """The price of a backward on a tiny layer, and with a sketcher that is wrong by 1%."""
     shape = workloads.LayerShape(

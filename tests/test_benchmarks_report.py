@@ -301,8 +301,6 @@ def test_the_readme_keeps_everything_but_its_table(folder):
     assert report.rewritten(text, folder) == text
 
 
-# slow: every picture twice
-@pytest.mark.full
 def test_pictures_are_the_same_for_the_same_rows(tmp_path):
     for suite, found in everything().items():
         plots.save(suite, found, tmp_path / "a.svg")

@@ -52,8 +52,6 @@ def test_a_stack_of_layers_is_a_chain():
     assert torch.allclose(whole[:1], first, atol=1e-6)
 
 
-# slow: all stages; that one is timed is shown below
-@pytest.mark.full
 def test_every_budget_is_the_name_of_a_stage():
     job = stages.make_job(CPU, tiny=True)
     grad_dim = sum(parameter.numel() for parameter in job.model.parameters())
@@ -98,8 +96,6 @@ def test_without_diffusers_the_layers_stand_in(monkeypatch, tmp_path, capsys):
     assert {"features with sjlt", "total with rademacher"} <= {row["stage"] for row in rows}
 
 
-# slow: stages; the smoke run has them all
-@pytest.mark.full
 def test_a_stage_that_fails_does_not_stop_the_others(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "dtrak.training.presets", None)
 

@@ -185,11 +185,11 @@ def run_main(monkeypatch, *arguments):
     return tune.main()
 
 
-# the quickest; the fused sketch, whose forms are another way, is slow
+# one way for all: two that differ most
 @pytest.mark.parametrize(
     "operation",
     [
-        pytest.param(o, marks=() if o == "project_rademacher" else pytest.mark.full)
+        pytest.param(o, marks=() if o in ("sketch", "project_rademacher") else pytest.mark.full)
         for o in tune.OPERATIONS
     ],
 )
@@ -361,8 +361,6 @@ def test_a_damaged_file_is_refused_before_anything_is_measured(text, tmp_path, m
         tuning.nearest("gram_product", "cpu", {"N": 3}, tmp_path)
 
 
-# slow: processes; what a signal leaves is in test_attribute.py
-@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 def test_whoever_ends_the_tuner_ends_the_search(tmp_path):
     """SIGTERM, which a time limit sends, reaches only the process that watches the search."""

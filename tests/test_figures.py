@@ -78,6 +78,8 @@ def test_a_side_without_matches_has_no_column():
     assert not any("Opponents:" in text.get_text() for text in figure.texts)
 
 
+# slow: fourteen figures twice; test_report.py has those of a run
+@pytest.mark.full
 def test_all_figures_of_a_run(tmp_path, table):  # noqa: F811
     options = case(M=2)
     options["queries"] = named(options["queries"], [HOSTILE, "b"])

@@ -4,7 +4,7 @@ import pytest
 from test_compile import SHARED_LIMITS
 
 
-# slow: of the fast lane test_compile.py has one of the kernels, tuned, for every target
+# slow: of the fast lane test_compile.py has a tuned one for every target
 @pytest.mark.full
 @pytest.mark.parametrize("target", SHARED_LIMITS)
 def test_kernel_compiles(target, compiled):
