@@ -58,7 +58,7 @@ COLORS = {
     "kfac": "#8a4fa0",
 }
 KINDS = tuple(COLORS)
-# what is measured first comes first: every S, then more widths at the smallest and the largest
+# what is measured first comes first: every S, then more widths
 STEPS, WIDTHS = (10, 100, 20, 50), (0, 8192)
 ENDS, MORE_WIDTHS = (10, 100), (2048, 32768, 65536)
 QUERIES = ("validation", "generated")
@@ -153,7 +153,7 @@ def measure(
 
 def combinations(preset: str) -> Iterator[tuple[str, int, str, str, int]]:
     """Function, S, kind, projection and K of every row, in the order they are measured."""
-    wanted = ((STEPS, WIDTHS), (ENDS, MORE_WIDTHS)) if preset == "digits" else ((ENDS, WIDTHS),)
+    wanted = ((STEPS, WIDTHS), (STEPS, MORE_WIDTHS)) if preset == "digits" else ((ENDS, WIDTHS),)
     for steps, widths in wanted:
         for num_timesteps, function, kind, width in product(steps, FUNCTIONS, KINDS, widths):
             yield function, num_timesteps, kind, "sjlt" if width else "none", width
