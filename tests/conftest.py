@@ -259,10 +259,10 @@ def quick_pictures(request, pytestconfig, monkeypatch):
     attribution = sys.modules.get("dtrak.cli.attribution")
     if attribution is None or is_full(pytestconfig) or "pictures" in request.keywords:
         return
-    monkeypatch.setattr(attribution, "write_picture", lambda file, explained: _write_small(file))
+    monkeypatch.setattr(attribution, "write_picture", _write_small)
 
 
-def _write_small(file: Path) -> None:
+def _write_small(file: Path, explained) -> None:
     from PIL import Image
 
     Image.new("RGB", (70, 40)).save(file)

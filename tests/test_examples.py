@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import is_full
 from test_sketcher import small_unet
 
 from dtrak.models.process import linear_process
@@ -19,8 +18,6 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "kernels" / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 EXAMPLES = sorted(file.stem for file in (ROOT / "examples").glob("*.py"))
-# of these test_language_models.py has the parts in the fast lane
-SLOW = ("less", "transformers_models")
 
 
 # each as a user runs it, on a CPU, where no kernel is interpreted; one process, as the imports take
@@ -42,13 +39,11 @@ open(out, "w").write(json.dumps(found))
 
 
 @pytest.fixture(scope="session")
-def said(shared, pytestconfig):
+def said(shared):
     """What an example or a block of the README prints, by its name or number."""
 
-    names = [n for n in EXAMPLES if is_full(pytestconfig) or n not in SLOW]
-
     def make(folder):
-        files = [ROOT / "examples" / f"{name}.py" for name in names]
+        files = [ROOT / "examples" / f"{name}.py" for name in EXAMPLES]
         for number, code in enumerate(BLOCKS):
             files.append(folder / f"{number}.py")
             files[-1].write_text(code)
@@ -95,7 +90,6 @@ def test_the_language_model_example_finds_sentences_of_the_query_s_kind(said):
         assert re.findall(r"'(\w+)'", line.split("[")[1].split("]")[0]).count(kind) >= 4
 
 
-@pytest.mark.full
 def test_the_transformers_example_finds_texts_of_the_query_s_kind(said):
     pytest.importorskip("peft", reason="peft is not installed")
     lines = said("transformers_models")
@@ -107,7 +101,6 @@ def test_the_transformers_example_finds_texts_of_the_query_s_kind(said):
         assert int(found[3]) >= 12
 
 
-@pytest.mark.full
 def test_the_less_example_finds_examples_of_the_task(said):
     pytest.importorskip("peft", reason="peft is not installed")
     first, *tasks = said("less")
@@ -186,7 +179,6 @@ def test_the_notebook_s_cells_run(notebook, tmp_path, monkeypatch):
 
 
 # slow: imports everything again; the fast lane runs the cells here
-@pytest.mark.full
 def test_the_notebook_runs_in_a_kernel(notebook, tmp_path):
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
     pytest.importorskip("ipykernel", reason="ipykernel is not installed")
