@@ -319,13 +319,9 @@ def _about(rows: list[dict[str, Any]], intervals: str = "") -> str:
         f"queries: {last['models']} retrained models. λ is chosen on one half of them and judged "
         f"on the other, both ways averaged{intervals}; 1x is the mean squared feature norm of the "
         "training set and auto is chosen from training features, both judged on all models. "
-        f"Factors from {_several(rows, 'factor_rows')} rows, scales from "
-        f"{_several(rows, 'scale_images')} images. torch {last['torch']}, {len(rows)} rows."
+        f"Factors from {last['factor_rows']} rows, scales from "
+        f"{last['scale_images']} images. torch {last['torch']}, {len(rows)} rows."
     )
-
-
-def _several(rows: list[dict[str, Any]], field: str) -> str:
-    return " or ".join(map(str, sorted({row[field] for row in rows})))
 
 
 def price_table() -> list[str]:
